@@ -1,0 +1,320 @@
+"""Which rows a packed batch of streaming prompts has, what each row sees, and the inverse.
+
+A batch is one packed sequence without padding: all context tokens of all prompts (`C` rows), then one [SUM] row per
+target (`S` rows), `T = C + S`. Every row sees at most two ranges of context keys:
+
+    visible(row, key)  <=>  start[row] <= key < stop[row]   or   prompt_first[row] <= key < prefix_stop[row]
+
+and a [SUM] row also sees itself. `start` and `stop` never decrease along the context rows nor along the [SUM] rows, so
+the mask is a few integers per row and the keys of a tile follow from its first and last row: O(T) memory, no block mask.
+The inverse is one contiguous range of context rows and one of [SUM] rows per key. (semantics.md, sections 2 to 4.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Columns of `StreamLayout.rows` (one int32 per row of the packed batch).
+PROMPT_FIRST, PREFIX_STOP, START, STOP, RESET_ID, POSITION, INTERACTION = range(7)
+NUM_ROW_FIELDS = 7
+# Columns of `StreamLayout.keys` (one int32 per context token).
+ROW_STOP, SUM_START, SUM_STOP, IS_ITEM = range(4)
+NUM_KEY_FIELDS = 4
+
+PREFIX_INTERACTION = -1
+# A prefix key is never blended towards its initial state: a distance below 0 has ratio 0 in every path.
+PREFIX_RESET_ID = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class StreamLayout:
+    """Rows and spans of a packed batch of streaming prompts.
+
+    Use `StreamLayout.build`; all fields are read-only. One int32 buffer backs every array, so moving a layout to a device is
+    one copy.
+
+    Attributes:
+        rows: `(7, T)` int32. Per row: first context row of its prompt, end of the separately visible prefix (equal to
+            `prompt_first` where the prefix touches the window or is empty), start and stop of its span, interaction id that
+            the reset distance is counted in, position id, interaction id (-1 for prefix rows).
+        keys: `(4, C)` int32. Per context key: end of the context rows that see it (they start at the key itself), first and
+            end of the [SUM] rows (counted from 0 in the [SUM] block) that see it, and 1 for item text.
+        window: how many preceding interactions a target may use.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    window: int
+
+    @staticmethod
+    def build(
+        item_lengths: Sequence[Sequence[int]],
+        label_lengths: Sequence[Sequence[int]],
+        num_targets: Sequence[int],
+        window: int,
+        prefix_lengths: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> StreamLayout:
+        """Lay out prompts given as token counts.
+
+        Args:
+            item_lengths: per prompt, the tokens of each interaction's item text, each >= 1.
+            label_lengths: per prompt, the tokens of each interaction's label text, each >= 0.
+            num_targets: per prompt, how many of its last interactions are targets (more than it has: all of them).
+            window: n, in interactions, >= 0.
+            prefix_lengths: per prompt, tokens before the first interaction; default 0 for every prompt.
+            device: where the layout lives; default CPU.
+
+        Returns:
+            The layout. Token order inside a prompt: prefix, then item text and label text of each interaction.
+
+        Raises:
+            ValueError: a count is negative, an item text is empty, or the arguments disagree in length; the message names
+                the prompt and the interaction.
+
+        Cost: O(T) on the host and one copy to the device that does not wait for it.
+
+        Example: one prompt of three interactions (2 + 1, 1 + 1 and 2 + 1 tokens), the last two are targets, window 1. Context
+        rows are 0..7; the [SUM] rows are 8 (of interaction 1) and 9 (of interaction 2) and see [0, 4) and [3, 7).
+
+        >>> layout = StreamLayout.build([[2, 1, 2]], [[1, 1, 1]], [2], window=1)
+        >>> layout.num_context, layout.num_sum
+        (8, 2)
+        >>> layout.start.tolist(), layout.stop.tolist()
+        ([0, 0, 0, 0, 0, 3, 3, 3, 0, 3], [1, 2, 3, 4, 5, 6, 7, 8, 4, 7])
+        """
+        counts = _Counts.check(item_lengths, label_lengths, num_targets, window, prefix_lengths)
+        rows, keys = _spans(counts)
+        return StreamLayout(*_to_device(rows, keys, device), window=counts.window)
+
+    @property
+    def num_context(self) -> int:
+        """`C`, context rows."""
+        return self.keys.shape[1]
+
+    @property
+    def num_sum(self) -> int:
+        """`S`, [SUM] rows, one per target."""
+        return self.rows.shape[1] - self.keys.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        """`T = C + S`."""
+        return self.rows.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arrays live."""
+        return self.rows.device
+
+    @property
+    def start(self) -> Tensor:
+        """`(T,)` int32, first context row of each row's span."""
+        return self.rows[START]
+
+    @property
+    def stop(self) -> Tensor:
+        """`(T,)` int32, end of each row's span."""
+        return self.rows[STOP]
+
+    @property
+    def prompt_first(self) -> Tensor:
+        """`(T,)` int32, first context row of each row's prompt."""
+        return self.rows[PROMPT_FIRST]
+
+    @property
+    def prefix_stop(self) -> Tensor:
+        """`(T,)` int32, end of the prefix that a row sees beside its span."""
+        return self.rows[PREFIX_STOP]
+
+    @property
+    def position_ids(self) -> Tensor:
+        """`(T,)` int32, position inside the prompt; a [SUM] row has the number of context tokens before it."""
+        return self.rows[POSITION]
+
+    @property
+    def interaction(self) -> Tensor:
+        """`(T,)` int32, interaction inside the prompt, -1 for prefix rows."""
+        return self.rows[INTERACTION]
+
+    @property
+    def reset_id(self) -> Tensor:
+        """`(T,)` int32, what the reset distance `reset_id[row] - reset_id[key]` is counted in."""
+        return self.rows[RESET_ID]
+
+    def num_visible_pairs(self) -> int:
+        """Visible (row, key) pairs, a [SUM]'s own key included: the useful area of the attention matrix. Reads the device."""
+        spans = self.stop.long() - self.start + self.prefix_stop - self.prompt_first
+        return int(spans.sum()) + self.num_sum
+
+    def to(self, device: torch.device | str) -> StreamLayout:
+        """The same layout on another device."""
+        if torch.device(device) == self.device:
+            return self
+        return StreamLayout(self.rows.to(device), self.keys.to(device), self.window)
+
+    def dense_visibility(self) -> Tensor:
+        """`(T, C)` bool, True where a row sees a context key, from first principles (semantics.md, section 3).
+
+        The specification that the span arrays are tested against; O(T x C) memory, for tests and pictures only. It reads
+        prompts, interactions and text kinds, never `start` and `stop`.
+        """
+        num_context = self.num_context
+        key = torch.arange(num_context, device=self.device)
+        row = torch.arange(self.num_rows, device=self.device)[:, None]
+        t_row, t_key = self.interaction[:, None], self.interaction[None, :num_context]
+        same_prompt = self.prompt_first[:, None] == self.prompt_first[None, :num_context]
+        prefix = t_key == PREFIX_INTERACTION
+        in_window = t_key >= t_row - self.window
+        context_sees = (key <= row) & (prefix | in_window)
+        own_item = (t_key == t_row) & (self.keys[IS_ITEM] == 1)
+        sum_sees = prefix | (in_window & (t_key < t_row)) | own_item
+        return same_prompt & torch.where(row < num_context, context_sees, sum_sees)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Checked token counts: interactions of all prompts one after the other, `I` of them in `P` prompts."""
+
+    item: np.ndarray  # (I,)
+    label: np.ndarray  # (I,)
+    interactions: np.ndarray  # (P,)
+    targets: np.ndarray  # (P,), at most `interactions`
+    prefix: np.ndarray  # (P,)
+    window: int
+
+    @staticmethod
+    def check(
+        item_lengths: Sequence[Sequence[int]],
+        label_lengths: Sequence[Sequence[int]],
+        num_targets: Sequence[int],
+        window: int,
+        prefix_lengths: Sequence[int] | None,
+    ) -> _Counts:
+        num_prompts = len(item_lengths)
+        prefix_lengths = [0] * num_prompts if prefix_lengths is None else prefix_lengths
+        for name, values in (
+            ("label_lengths", label_lengths),
+            ("num_targets", num_targets),
+            ("prefix_lengths", prefix_lengths),
+        ):
+            if len(values) != num_prompts:
+                raise ValueError(f"{name} must have one entry per prompt ({num_prompts}), got {len(values)}")
+        if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 0:
+            raise ValueError(f"window must be an integer >= 0 (interactions), got {window!r}")
+        interactions = np.fromiter(map(len, item_lengths), np.int64, num_prompts)
+        for prompt, (items, labels) in enumerate(zip(item_lengths, label_lengths)):
+            if len(items) != len(labels):
+                raise ValueError(
+                    f"prompt {prompt}: item_lengths has {len(items)} interactions, label_lengths {len(labels)}"
+                )
+        counts = _Counts(
+            item=np.fromiter(chain.from_iterable(item_lengths), np.int64, int(interactions.sum())),
+            label=np.fromiter(chain.from_iterable(label_lengths), np.int64, int(interactions.sum())),
+            interactions=interactions,
+            targets=np.minimum(np.fromiter(num_targets, np.int64, num_prompts), interactions),
+            prefix=np.fromiter(prefix_lengths, np.int64, num_prompts),
+            window=int(window),
+        )
+        counts._check_values()
+        return counts
+
+    def _check_values(self) -> None:
+        prompt_of = np.repeat(np.arange(len(self.interactions)), self.interactions)
+        first = np.cumsum(self.interactions) - self.interactions
+        for name, values, least in (("item_lengths", self.item, 1), ("label_lengths", self.label, 0)):
+            bad = np.flatnonzero(values < least)
+            if bad.size:
+                prompt = int(prompt_of[bad[0]])
+                raise ValueError(
+                    f"{name}[{prompt}][{int(bad[0] - first[prompt])}] must be >= {least}, got {int(values[bad[0]])}"
+                )
+        for name, values in (("num_targets", self.targets), ("prefix_lengths", self.prefix)):
+            bad = np.flatnonzero(values < 0)
+            if bad.size:
+                raise ValueError(f"{name}[{int(bad[0])}] must be >= 0, got {int(values[bad[0]])}")
+        num_rows = int(self.item.sum() + self.label.sum() + self.prefix.sum() + self.targets.sum())
+        if num_rows >= PREFIX_RESET_ID:
+            raise ValueError(f"a layout holds fewer than 2**30 rows, got {num_rows}: pack smaller batches")
+
+
+def _spans(counts: _Counts) -> tuple[np.ndarray, np.ndarray]:
+    """`rows (7, T)` and `keys (4, C)` of checked counts.
+
+    Works on segments (per prompt: prefix, then item text and label text of each interaction) and repeats their values over
+    their tokens, so that the cost per token is a handful of copies.
+    """
+    num_prompts, num_inter = len(counts.interactions), len(counts.item)
+    prompt_of = np.repeat(np.arange(num_prompts), counts.interactions)  # (I,)
+    inter_end = np.cumsum(counts.interactions)
+    inter_first = inter_end - counts.interactions  # (P,) first interaction of each prompt
+    t = np.arange(num_inter) - inter_first[prompt_of]  # (I,) interaction inside its prompt
+    reach = min(counts.window, num_inter)
+    # Segment order: one prefix segment per prompt, two segments per interaction.
+    prefix_seg = np.arange(num_prompts) + 2 * inter_first
+    item_seg = prompt_of + 1 + 2 * np.arange(num_inter)
+    seg_len = np.empty(num_prompts + 2 * num_inter, np.int64)
+    seg_len[prefix_seg], seg_len[item_seg], seg_len[item_seg + 1] = counts.prefix, counts.item, counts.label
+    seg_begin = np.concatenate([[0], np.cumsum(seg_len)])
+    num_context = int(seg_begin[-1])
+    prompt_first = seg_begin[prefix_seg]  # (P,)
+    prompt_stop = np.append(prompt_first[1:], num_context)
+
+    # What the rows of an interaction see: the window's first interaction and, apart from it, the prefix.
+    oldest = np.arange(num_inter) - np.minimum(t, reach)
+    touches = t <= reach  # the window reaches the first interaction: prefix and span are one range
+    first = prompt_first[prompt_of]
+    start = np.where(touches, first, seg_begin[item_seg[oldest]])
+    prefix_stop = np.where(touches, first, first + counts.prefix[prompt_of])
+
+    # The inverse: an interaction's tokens are seen up to the end of interaction i + n of the same prompt.
+    newest = np.minimum(np.arange(num_inter) + reach, inter_end[prompt_of] - 1)
+    is_target = t >= (counts.interactions - counts.targets)[prompt_of]
+    targets_before = np.concatenate([[0], np.cumsum(is_target)])  # (I + 1,) [SUM] rows of earlier interactions
+    inter_stop = seg_begin[item_seg + 1] + counts.label
+
+    def per_token(prefix: np.ndarray, item: np.ndarray, label: np.ndarray) -> np.ndarray:
+        value = np.empty(len(seg_len), np.int32)
+        value[prefix_seg], value[item_seg], value[item_seg + 1] = prefix, item, label
+        return np.repeat(value, seg_len)
+
+    tokens = np.arange(num_context, dtype=np.int32)
+    target = np.flatnonzero(is_target)
+    sum_stop = seg_begin[item_seg + 1][target]
+    ones_p, zeros_p = np.ones(num_prompts, np.int32), np.zeros(num_prompts, np.int32)
+    first_of_token = per_token(prompt_first, first, first)
+    rows = np.empty((NUM_ROW_FIELDS, num_context + len(target)), np.int32)
+    for field, context, sums in (
+        (PROMPT_FIRST, first_of_token, first[target]),
+        (PREFIX_STOP, per_token(prompt_first, prefix_stop, prefix_stop), prefix_stop[target]),
+        (START, per_token(prompt_first, start, start), start[target]),
+        (STOP, tokens + 1, sum_stop),
+        (RESET_ID, per_token(PREFIX_RESET_ID * ones_p, t, t), t[target]),
+        (POSITION, tokens - first_of_token, sum_stop - first[target]),
+        (INTERACTION, per_token(PREFIX_INTERACTION * ones_p, t, t), t[target]),
+    ):
+        rows[field, :num_context], rows[field, num_context:] = context, sums
+    keys = np.stack(
+        [
+            per_token(prompt_stop, inter_stop[newest], inter_stop[newest]),
+            per_token(targets_before[inter_first], targets_before[:-1], targets_before[1:]),
+            per_token(targets_before[inter_end], targets_before[newest + 1], targets_before[newest + 1]),
+            per_token(zeros_p, np.ones(num_inter), np.zeros(num_inter)),
+        ]
+    )
+    return rows, keys
+
+
+def _to_device(rows: np.ndarray, keys: np.ndarray, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+    """Both arrays through one buffer: pinned and asynchronous where there is a device to copy to."""
+    buffer = torch.from_numpy(np.concatenate([rows.ravel(), keys.ravel()]))
+    if device is not None and torch.device(device).type != "cpu":
+        buffer = buffer.pin_memory() if torch.cuda.is_available() else buffer
+        buffer = buffer.to(device, non_blocking=True)
+    return buffer[: rows.size].view(rows.shape), buffer[rows.size :].view(keys.shape)

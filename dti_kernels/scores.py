@@ -1,0 +1,74 @@
+"""What a [SUM] score is made of besides q . k: ALiBi slopes and the hidden-state reset (semantics.md, sections 4 and 5)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenStateReset:
+    """How far [SUM] rows move what they read of a context token back toward that token's initial state.
+
+        d = t - t(j)                                 distance in interactions; own item text and the prefix: ratio 0
+        a(d) = alpha_min + (alpha_max - alpha_min) * sigmoid((d - n / 2) * steepness)
+        k~ = (1 - a) k + a k_initial,  v~ = (1 - a) v + a v_initial
+
+    Source: paper, section 4.1, with the mixing after norm and projection.
+
+    Attributes:
+        k_initial: `(C, G, D)`, keys of the token embeddings through this layer's norm and projection, un-rotated where
+            `k_sum` is.
+        v_initial: `(C, G, D)`, values likewise.
+        alpha_min: ratio far inside the window's recent end, in [0, 1].
+        alpha_max: ratio at its far end, in [alpha_min, 1].
+        steepness: of the sigmoid, per interaction, > 0.
+
+    Raises:
+        ValueError: a ratio outside [0, 1], `alpha_max < alpha_min`, or a steepness that is not positive.
+    """
+
+    k_initial: Tensor
+    v_initial: Tensor
+    alpha_min: float
+    alpha_max: float
+    steepness: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha_min <= self.alpha_max <= 1.0:
+            raise ValueError(
+                f"reset ratios must hold 0 <= alpha_min <= alpha_max <= 1, got {self.alpha_min} and {self.alpha_max}"
+            )
+        if not (self.steepness > 0.0 and math.isfinite(self.steepness)):
+            raise ValueError(f"steepness must be positive and finite, got {self.steepness}")
+
+    def ratios(self, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`(max(window, 1) + 1,)`, `a(d)` for d = 0 .. n: a table, so that no kernel evaluates a sigmoid."""
+        distance = torch.arange(max(window, 1) + 1, dtype=torch.float64)
+        logistic = torch.sigmoid((distance - window / 2) * self.steepness)
+        ratio = self.alpha_min + (self.alpha_max - self.alpha_min) * logistic
+        ratio[0] = 0.0
+        return ratio.to(device=device, dtype=dtype, non_blocking=True)
+
+
+def default_alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
+    """Geometric ALiBi slopes `(num_heads,)` float32, per token of distance (Press et al. 2022).
+
+    `2 ** (-8 i / H)` for i = 1 .. H when H is a power of two; otherwise the slopes of the next smaller power of two, then
+    every other slope of the next larger one.
+
+    Raises:
+        ValueError: `num_heads` < 1.
+
+    >>> default_alibi_slopes(4).tolist()
+    [0.25, 0.0625, 0.015625, 0.00390625]
+    """
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be >= 1, got {num_heads}")
+    power = 2 ** int(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
+    slopes += [2.0 ** (-4.0 * i / power) for i in range(1, 2 * (num_heads - power), 2)]
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
