@@ -1,0 +1,1 @@
+"""Train click models from language models with Dynamic Target Isolation: data, prompts, driver, scores."""

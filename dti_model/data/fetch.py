@@ -1,0 +1,113 @@
+"""Fetching raw files: GroupLens first, then RecBole's wheel from the Python package index.
+
+The wheel of RecBole 1.2.1 carries ML-100K, so a machine that reaches only a package index gets the same data.
+Archives are checked as a whole; what they hold is checked again, by line, count and content digest, by the
+loader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from dti_model.data.errors import DataError
+
+TIMEOUT_S = 15  # a blocked network must not hold the second route up
+PIP_TIMEOUT_S = 300
+RECBOLE = "recbole==1.2.1"
+RECBOLE_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
+RECBOLE_FILES = (
+    "recbole/dataset_example/ml-100k/ml-100k.inter",
+    "recbole/dataset_example/ml-100k/ml-100k.item",
+)
+GROUPLENS_URL = "https://files.grouplens.org/datasets/movielens/{name}.zip"
+GROUPLENS_FILES = {"ml-100k": ("u.data", "u.item"), "ml-1m": ("ratings.dat", "movies.dat")}
+
+
+class FetchError(Exception):
+    """One route failed; the next may work."""
+
+
+def fetch(name: str, folder: Path) -> Path:
+    """Fetch the raw files of a MovieLens set.
+
+    Args:
+        name: "ml-100k" or "ml-1m".
+        folder: an existing folder for the archive and its files.
+
+    Returns:
+        The folder with the raw files.
+
+    Raises:
+        DataError: every route failed; the message names each with its reason.
+    """
+    routes: dict[str, Callable[[], Path]] = {"GroupLens": lambda: _from_grouplens(name, folder)}
+    if name == "ml-100k":
+        routes["the package index"] = lambda: _from_recbole(folder)
+    failures = []
+    for route, download in routes.items():
+        try:
+            return download()
+        except FetchError as error:
+            failures.append(f"{route}: {error}")
+    files = " and ".join(GROUPLENS_FILES[name])
+    raise DataError(
+        f"{name} could not be fetched. {'; '.join(failures)}. Put the files {files} into a folder and name it with "
+        "raw_dir (--raw-dir)."
+    )
+
+
+def _from_grouplens(name: str, folder: Path) -> Path:
+    url = GROUPLENS_URL.format(name=name)
+    archive = folder / f"{name}.zip"
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+            archive.write_bytes(response.read())
+    except (OSError, urllib.error.URLError) as error:
+        raise FetchError(f"{url} ({error})") from error
+    return _extract(archive, tuple(f"{name}/{file}" for file in GROUPLENS_FILES[name]), folder)
+
+
+def _from_recbole(folder: Path) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        RECBOLE,
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise FetchError(f"pip download {RECBOLE} ({error})") from error
+    wheels = sorted(folder.glob("recbole-*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise FetchError(f"pip download {RECBOLE} ({reason})")
+    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if found != RECBOLE_SHA256:
+        raise FetchError(
+            f"{wheels[0].name} has SHA-256 {found}, expected {RECBOLE_SHA256}: cut short or changed"
+        )
+    return _extract(wheels[0], RECBOLE_FILES, folder)
+
+
+def _extract(archive: Path, members: tuple[str, ...], folder: Path) -> Path:
+    """Extract two members next to each other; their checksums inside the archive are checked on the way."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            for member in members:
+                opened.extract(member, folder)
+    except (zipfile.BadZipFile, KeyError, EOFError, OSError) as error:
+        raise FetchError(f"{archive.name} is cut short or not the expected archive ({error})") from error
+    return (folder / members[0]).parent

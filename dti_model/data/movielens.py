@@ -1,0 +1,144 @@
+"""MovieLens loaders: GroupLens' ML-100K and ML-1M, and RecBole's copy of ML-100K.
+
+The text of a movie is its title with its year, then its genres, and never an id:
+
+    Toy Story (1995); Animation, Children's, Comedy
+
+GroupLens' ML-100K flags genres and keeps title and year together; RecBole splits title, year and class. RecBole's
+parts are put back together and both are normalised alike (HTML entities, runs of blanks, the "(V)" of a video
+release), so both routes give the same text for all 1,682 items. The genre "unknown" is no genre, and the one title
+"unknown" (RecBole spells it "unkonwn") is no title.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+
+import polars as pl
+
+from dti_model.data.errors import DataError
+from dti_model.data.lines import DelimitedFile
+from dti_model.data.source import INTERACTION_SCHEMA, ITEM_SCHEMA, Facts, RawData, file_sha256
+
+THRESHOLD = 3.0  # the paper's: a rating above 3 is a click
+MIN_ITEM_COUNT = 1  # the paper counts 3,706 items of ML-1M, which is the unpruned number
+GENRES_100K = ["unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary"]
+GENRES_100K += ["Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi"]
+GENRES_100K += ["Thriller", "War", "Western"]
+# Both GroupLens' files and RecBole's copy have this content digest (see RawData.digest).
+DIGEST_100K = "8986024e7591737402e6268132ddb9fad860830c6e2060ba580c5e619e35bc63"
+FACTS_100K = Facts(interactions=100_000, users=943, items_rated=1_682, items_listed=1_682, digest=DIGEST_100K)
+FACTS_1M = Facts(interactions=1_000_209, users=6_040, items_rated=3_706, items_listed=3_883)
+
+_INTER_HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float"
+_ITEM_HEADER = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
+
+
+def load_100k(folder: Path) -> RawData:
+    """ML-100K from `u.data` and `u.item`, or from RecBole's `ml-100k.inter` and `ml-100k.item`.
+
+    Raises:
+        DataError: no such files in `folder`, or a malformed line.
+    """
+    folder = _folder_of(folder, "ml-100k", ("u.data", "u.item"), ("ml-100k.inter", "ml-100k.item"))
+    if (folder / "u.data").exists():
+        ratings, items = folder / "u.data", folder / "u.item"
+        interactions = _ratings(
+            DelimitedFile(ratings, ["user", "item", "rating", "timestamp"], "\t", "latin-1")
+        )
+        return _raw_data(interactions, _items_100k(items), "grouplens", ratings, items, FACTS_100K)
+    ratings, items = folder / "ml-100k.inter", folder / "ml-100k.item"
+    columns = ["user", "item", "rating", "timestamp"]
+    interactions = _ratings(DelimitedFile(ratings, columns, "\t", "utf-8", header=_INTER_HEADER))
+    return _raw_data(interactions, _items_recbole(items), "recbole", ratings, items, FACTS_100K)
+
+
+def load_1m(folder: Path) -> RawData:
+    """ML-1M from `ratings.dat` and `movies.dat`.
+
+    Raises:
+        DataError: no such files in `folder`, or a malformed line.
+    """
+    folder = _folder_of(folder, "ml-1m", ("ratings.dat", "movies.dat"))
+    ratings, movies = folder / "ratings.dat", folder / "movies.dat"
+    interactions = _ratings(DelimitedFile(ratings, ["user", "item", "rating", "timestamp"], "::", "latin-1"))
+    file = DelimitedFile(movies, ["item", "title", "genres"], "::", "latin-1")
+    genres = file.columns["genres"].str.split("|").to_list()
+    items = _item_frame(file.unique("item"), file.columns["title"].to_list(), genres)
+    return _raw_data(interactions, items, "grouplens", ratings, movies, FACTS_1M)
+
+
+def movie_text(title: str, genres: list[str]) -> str:
+    """Text of a movie; "" where it has no title.
+
+    Example:
+        >>> movie_text("Toy Story (1995)", ["Animation", "Comedy"])
+        'Toy Story (1995); Animation, Comedy'
+    """
+    title = re.sub(r"\s+", " ", html.unescape(title)).strip()
+    title = title.removesuffix("(V)").rstrip()
+    if title in ("", "unknown"):
+        return ""
+    known = [genre for genre in genres if genre not in ("", "unknown")]
+    return f"{title}; {', '.join(known)}" if known else title
+
+
+def _ratings(file: DelimitedFile) -> pl.DataFrame:
+    columns = {
+        "user": file.integers("user", low=1).cast(pl.String),
+        "item": file.integers("item", low=1).cast(pl.String),
+        "timestamp": file.integers("timestamp"),
+        "rating": file.numbers("rating", 1, 5),
+    }
+    return pl.DataFrame(columns, schema=INTERACTION_SCHEMA)
+
+
+def _items_100k(path: Path) -> pl.DataFrame:
+    names = ["item", "title", "date", "video_date", "url", *GENRES_100K]
+    file = DelimitedFile(path, names, "|", "latin-1")
+    for genre in GENRES_100K:
+        file.require(file.columns[genre].is_in(["0", "1"]), f"the flag of genre {genre!r} must be 0 or 1")
+    flags = (file.columns.select(GENRES_100K) == "1").rows()
+    genres = [[genre for genre, is_set in zip(GENRES_100K, row) if is_set] for row in flags]
+    return _item_frame(file.unique("item"), file.columns["title"].to_list(), genres)
+
+
+def _items_recbole(path: Path) -> pl.DataFrame:
+    file = DelimitedFile(path, ["item", "title", "year", "genres"], "\t", "utf-8", header=_ITEM_HEADER)
+    titles = [
+        "" if title == "unkonwn" else f"{title} ({year})"
+        for title, year in zip(file.columns["title"], file.columns["year"])
+    ]
+    return _item_frame(file.unique("item"), titles, file.columns["genres"].str.split(" ").to_list())
+
+
+def _item_frame(ids: pl.Series, titles: list[str], genres: list[list[str]]) -> pl.DataFrame:
+    texts = [movie_text(title, names) for title, names in zip(titles, genres)]
+    return pl.DataFrame({"item": ids, "text": texts}, schema=ITEM_SCHEMA)
+
+
+def _folder_of(folder: Path, name: str, *choices: tuple[str, ...]) -> Path:
+    """The first of `folder` and `folder/name` that holds all files of one choice."""
+    for candidate in (folder, folder / name):
+        if any(all((candidate / file).is_file() for file in files) for files in choices):
+            return candidate
+    wanted = " or ".join(" and ".join(files) for files in choices)
+    raise DataError(f"{folder}: no {name} files here. The folder must hold {wanted}.")
+
+
+def _raw_data(
+    interactions: pl.DataFrame, items: pl.DataFrame, route: str, ratings: Path, movies: Path, facts: Facts
+) -> RawData:
+    return RawData(
+        interactions=interactions,
+        items=items,
+        threshold=THRESHOLD,
+        min_item_count=MIN_ITEM_COUNT,
+        route=route,
+        interactions_path=ratings,
+        items_path=movies,
+        facts=facts,
+        checksums={path.name: file_sha256(path) for path in (ratings, movies)},
+    )

@@ -1,0 +1,93 @@
+"""The small tokenizer trained at prepare time, and item texts as token ids.
+
+The tokenizer is a byte-level BPE on the item texts: any text can be encoded, nothing is unknown. `[BOS]`, `[SUM]`,
+`yes` and `no` are single tokens, ids 0 to 3. `yes` and `no` match whole words only; otherwise they would cut
+"Casino" in two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+BOS, SUM, YES, NO = "[BOS]", "[SUM]", "yes", "no"
+NUM_BYTES = 256
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with at most `vocab_size` entries; the same texts give the same tokenizer."""
+    if vocab_size < NUM_BYTES + 4:
+        raise ValueError(
+            f"vocab_size must be at least {NUM_BYTES + 4} (all bytes and 4 tokens), but is {vocab_size}"
+        )
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    added = [AddedToken(BOS, special=True), AddedToken(SUM, special=True)]
+    added += [AddedToken(word, single_word=True, special=False, normalized=False) for word in (YES, NO)]
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=added,
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the two files that `transformers.PreTrainedTokenizerFast.from_pretrained(folder)` reads."""
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "extra_special_tokens": [SUM],
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def plain_backend(tokenizer: Any) -> Tokenizer:
+    """A copy of a tokenizer's `tokenizers` backend, without padding and truncation.
+
+    Raises:
+        TypeError: `tokenizer` is neither a `tokenizers.Tokenizer` nor a fast transformers tokenizer.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not isinstance(backend, Tokenizer):
+        raise TypeError(
+            f"tokenizer must be a tokenizers.Tokenizer or a fast tokenizer of transformers, but is "
+            f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+        )
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
+def fingerprint(backend: Tokenizer, texts: list[str]) -> str:
+    """Name of the cached token ids of `texts`: 16 hexadecimal digits over the tokenizer and the texts."""
+    digest = hashlib.sha256(backend.to_str().encode())
+    digest.update(json.dumps(texts).encode())
+    return digest.hexdigest()[:16]
+
+
+def encode(backend: Tokenizer, texts: list[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Token ids of all texts in one array, without special tokens: offsets (N + 1,) int64, ids int32."""
+    encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+    lengths = np.array([len(one.ids) for one in encoded], dtype=np.int64)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    ids = np.fromiter((token for one in encoded for token in one.ids), dtype=np.int32, count=int(offsets[-1]))
+    return offsets, ids
