@@ -8,9 +8,9 @@ loader.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -27,6 +27,8 @@ RECBOLE_FILES = (
     "recbole/dataset_example/ml-100k/ml-100k.item",
 )
 GROUPLENS_URL = "https://files.grouplens.org/datasets/movielens/{name}.zip"
+# As GroupLens publishes them beside the archives.
+GROUPLENS_MD5 = {"ml-100k": "0e33842e24a9c977be4e0107933c0723", "ml-1m": "c4d9eecfca2ab87c1945afe126590906"}
 GROUPLENS_FILES = {"ml-100k": ("u.data", "u.item"), "ml-1m": ("ratings.dat", "movies.dat")}
 
 
@@ -58,8 +60,8 @@ def fetch(name: str, folder: Path) -> Path:
             failures.append(f"{route}: {error}")
     files = " and ".join(GROUPLENS_FILES[name])
     raise DataError(
-        f"{name} could not be fetched. {'; '.join(failures)}. Put the files {files} into a folder and name it with "
-        "raw_dir (--raw-dir)."
+        f"{name} could not be fetched. {'; '.join(failures)}. Put the files {files} into a folder and name it "
+        "with raw_dir (--raw-dir)."
     )
 
 
@@ -69,23 +71,15 @@ def _from_grouplens(name: str, folder: Path) -> Path:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
             archive.write_bytes(response.read())
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise FetchError(f"{url} ({error})") from error
+    _check_digest(archive, "md5", GROUPLENS_MD5[name])
     return _extract(archive, tuple(f"{name}/{file}" for file in GROUPLENS_FILES[name]), folder)
 
 
 def _from_recbole(folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        RECBOLE,
-    ]
+    options = ["--quiet", "--no-deps", "--retries", "1", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, RECBOLE]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -94,12 +88,18 @@ def _from_recbole(folder: Path) -> Path:
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise FetchError(f"pip download {RECBOLE} ({reason})")
-    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if found != RECBOLE_SHA256:
-        raise FetchError(
-            f"{wheels[0].name} has SHA-256 {found}, expected {RECBOLE_SHA256}: cut short or changed"
-        )
+    _check_digest(wheels[0], "sha256", RECBOLE_SHA256)
     return _extract(wheels[0], RECBOLE_FILES, folder)
+
+
+def _check_digest(archive: Path, algorithm: str, wanted: str) -> None:
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, algorithm).hexdigest()
+    if found != wanted:
+        size = archive.stat().st_size
+        raise FetchError(
+            f"{archive.name} is cut short or changed: {size:,} bytes with {algorithm} {found}, expected {wanted}"
+        )
 
 
 def _extract(archive: Path, members: tuple[str, ...], folder: Path) -> Path:

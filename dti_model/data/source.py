@@ -83,12 +83,13 @@ class RawData:
             if found != wanted:
                 last_line = path.read_bytes().count(b"\n")
                 raise DataError(
-                    f"{path}:{last_line}: {found:,} {what} up to the last line, the full set has {wanted:,}. {way_out}"
+                    f"{path}:{last_line}: {found:,} {what} up to the last line, the full set has {wanted:,}. "
+                    f"{way_out}"
                 )
         if self.facts.digest is not None and self.digest() != self.facts.digest:
             raise DataError(
-                f"{self.interactions_path}, {self.items_path}: all counts agree, but the content is not the published "
-                f"one (digest {self.digest()[:12]}, expected {self.facts.digest[:12]}). {way_out}"
+                f"{self.interactions_path}, {self.items_path}: all counts agree, but the content is not the "
+                f"published one (digest {self.digest()[:12]}, expected {self.facts.digest[:12]}). {way_out}"
             )
 
 
