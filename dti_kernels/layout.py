@@ -276,7 +276,9 @@ def _spans(counts: _Counts) -> tuple[np.ndarray, np.ndarray]:
     # The inverse: an interaction's tokens are seen up to the end of interaction i + n of the same prompt.
     newest = np.minimum(np.arange(num_inter) + reach, inter_end[prompt_of] - 1)
     is_target = t >= (counts.interactions - counts.targets)[prompt_of]
-    targets_before = np.concatenate([[0], np.cumsum(is_target)])  # (I + 1,) [SUM] rows of earlier interactions
+    targets_before = np.concatenate(
+        [[0], np.cumsum(is_target)]
+    )  # (I + 1,) [SUM] rows of earlier interactions
     inter_stop = seg_begin[item_seg + 1] + counts.label
 
     def per_token(prefix: np.ndarray, item: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -311,7 +313,9 @@ def _spans(counts: _Counts) -> tuple[np.ndarray, np.ndarray]:
     return rows, keys
 
 
-def _to_device(rows: np.ndarray, keys: np.ndarray, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+def _to_device(
+    rows: np.ndarray, keys: np.ndarray, device: torch.device | str | None
+) -> tuple[Tensor, Tensor]:
     """Both arrays through one buffer: pinned and asynchronous where there is a device to copy to."""
     buffer = torch.from_numpy(np.concatenate([rows.ravel(), keys.ravel()]))
     if device is not None and torch.device(device).type != "cpu":

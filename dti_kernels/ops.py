@@ -41,9 +41,7 @@ def _fwd_fake(
     keys: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(
-        q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype)
-    )
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype))
 
 
 @torch.library.register_fake("dti::windowed_attn_bwd", lib=_LIBRARY)

@@ -38,7 +38,9 @@ def windowed_attn_reference(
 
     scores = scale * q[:, :num_context] @ k[:, :num_context].mT
     out = _softmax(scores, visible[:num_context]) @ v[:, :num_context]
-    return torch.cat([out, _sum_rows(q, v, k_sum, layout, visible, alibi_slopes, reset, scale)], 1).transpose(0, 1)
+    return torch.cat([out, _sum_rows(q, v, k_sum, layout, visible, alibi_slopes, reset, scale)], 1).transpose(
+        0, 1
+    )
 
 
 def _sum_rows(
@@ -54,7 +56,8 @@ def _sum_rows(
     """`(H, S, D)` from `(H, T, D)`."""
     num_context = layout.num_context
     q_HSD = q[:, num_context:]
-    ratio, k_initial, v_initial = 0.0, k_sum[:, :num_context], v[:, :num_context]
+    ratio: Tensor | float = 0.0
+    k_initial, v_initial = k_sum[:, :num_context], v[:, :num_context]
     if reset is not None:
         ratio = _reset_ratio(layout, reset, q.dtype)
         group = q.shape[0] // reset.k_initial.shape[1]
@@ -65,8 +68,11 @@ def _sum_rows(
         s_HSC = s_HSC - alibi_slopes.to(q.dtype)[:, None, None] * alibi_distance(layout).to(q.dtype)
     s_self = scale * (q_HSD * k_sum[:, num_context:]).sum(-1, keepdim=True)
     seen = torch.cat([visible[num_context:], visible.new_ones(layout.num_sum, 1)], 1)
-    p_HSC, p_self = _softmax(torch.cat([s_HSC, s_self], -1), seen).split([num_context, 1], -1)
-    return ((1 - ratio) * p_HSC) @ v[:, :num_context] + (ratio * p_HSC) @ v_initial + p_self * v[:, num_context:]
+    p_HSC1 = _softmax(torch.cat([s_HSC, s_self], -1), seen)
+    p_HSC, p_self = p_HSC1[..., :-1], p_HSC1[..., -1:]
+    return (
+        ((1 - ratio) * p_HSC) @ v[:, :num_context] + (ratio * p_HSC) @ v_initial + p_self * v[:, num_context:]
+    )
 
 
 def alibi_distance(layout: StreamLayout) -> Tensor:

@@ -135,9 +135,7 @@ def check_arguments(
     _, num_heads, head_dim = q.shape
     num_groups = k.shape[1]
     if num_groups < 1 or num_heads % num_groups:
-        raise ValueError(
-            f"q's heads must be a multiple of k's heads, got {num_heads} and {num_groups}"
-        )
+        raise ValueError(f"q's heads must be a multiple of k's heads, got {num_heads} and {num_groups}")
     for name, x in named.items():
         num_rows = layout.num_context if name.startswith("reset") else layout.num_rows
         expected = (num_rows, num_heads if name == "q" else num_groups, head_dim)

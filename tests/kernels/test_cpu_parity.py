@@ -1,0 +1,111 @@
+"""The blocked CPU path equals the dense reference: output and every gradient, over all cases and block sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dti_kernels import cpu, windowed_attn
+from tests.cases import CASES, Case
+from tests.numerics import check_parity
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_parity(case: Case, dtype: torch.dtype) -> None:
+    check_parity(case, dtype, windowed_attn)
+
+
+@pytest.mark.parametrize(("context_block", "sum_block"), [(1, 1), (5, 3), (16, 64)])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_parity_at_other_block_sizes(
+    case: Case, context_block: int, sum_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "CONTEXT_BLOCK", context_block)
+    monkeypatch.setattr(cpu, "SUM_BLOCK", sum_block)
+    check_parity(case, torch.float64, windowed_attn)
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    """Any prompts: lengths, labels, targets, prefixes, window and head grouping."""
+    lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), min_size=0, max_size=9)
+    prompts = draw(st.lists(lengths, min_size=1, max_size=5))
+    groups, per_group = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3]))
+    reset = draw(st.sampled_from([None, (0.0, 1.0, 0.5)]))
+    return Case(
+        "random",
+        [[item for item, _ in prompt] for prompt in prompts],
+        [[label for _, label in prompt] for prompt in prompts],
+        draw(st.lists(st.integers(0, 10), min_size=len(prompts), max_size=len(prompts))),
+        window=draw(st.integers(0, 6)),
+        prefix_lengths=draw(st.lists(st.integers(0, 4), min_size=len(prompts), max_size=len(prompts))),
+        num_heads=groups * per_group,
+        num_groups=groups,
+        head_dim=4,
+        alibi=draw(st.booleans()),
+        reset=reset,
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(random_cases(), st.sampled_from([(3, 2), (128, 32)]))
+def test_parity_on_random_prompts(case: Case, blocks: tuple[int, int]) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(cpu, "CONTEXT_BLOCK", blocks[0])
+        monkeypatch.setattr(cpu, "SUM_BLOCK", blocks[1])
+        check_parity(case, torch.float64, windowed_attn)
+
+
+def test_gradcheck() -> None:
+    inputs = Case(
+        "small", [[2, 1, 3], [1, 2]], [[1, 1, 0], [0, 1]], [2, 1], window=1, prefix_lengths=[2, 0], head_dim=3
+    )
+    case = inputs.inputs(torch.float64)
+    names = list(case.leaves)
+
+    def call(*leaves: torch.Tensor) -> torch.Tensor:
+        case.leaves.update(zip(names, leaves))
+        return case.call(windowed_attn)
+
+    assert torch.autograd.gradcheck(call, tuple(case.leaves.values()))
+
+
+def test_memory_is_linear_in_rows() -> None:
+    """The largest tensor that forward and backward make stays within the inputs and one block of rows x span."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for x in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(x, torch.Tensor) and x._base is None:
+                    self.numel = max(self.numel, x.numel())
+            return result
+
+    case = Case("long", [[4] * 1000], [[1] * 1000], [1000], window=5, num_heads=2, num_groups=2, head_dim=8)
+    inputs = case.inputs(torch.float32)
+    layout, leaves = inputs.layout, inputs.leaves
+    args = (
+        leaves["q"],
+        leaves["k"],
+        leaves["v"],
+        leaves["k_sum"],
+        None,
+        None,
+        None,
+        None,
+        layout.rows,
+        layout.keys,
+        1.0,
+    )
+    args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
+    with Largest() as largest:
+        out, lse = cpu.forward(*args)
+        cpu.backward(torch.ones_like(out), *args[:-1], out, lse, args[-1])
+    block = 2 * cpu.CONTEXT_BLOCK * (cpu.CONTEXT_BLOCK + 6 * 5 + 5)
+    assert largest.numel <= max(layout.num_rows * 2 * 8, block)
