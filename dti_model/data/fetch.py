@@ -60,8 +60,8 @@ def fetch(name: str, folder: Path) -> Path:
             failures.append(f"{route}: {error}")
     files = " and ".join(GROUPLENS_FILES[name])
     raise DataError(
-        f"{name} could not be fetched. {'; '.join(failures)}. Put the files {files} into a folder and name it "
-        "with raw_dir (--raw-dir)."
+        f"{name} could not be fetched. {'; '.join(failures)}. Put the files {files} into a folder and "
+        "name it with raw_dir (--raw-dir)."
     )
 
 
@@ -98,7 +98,8 @@ def _check_digest(archive: Path, algorithm: str, wanted: str) -> None:
     if found != wanted:
         size = archive.stat().st_size
         raise FetchError(
-            f"{archive.name} is cut short or changed: {size:,} bytes with {algorithm} {found}, expected {wanted}"
+            f"{archive.name} is cut short or changed: its {size:,} bytes have {algorithm} {found}, "
+            f"expected {wanted}"
         )
 
 

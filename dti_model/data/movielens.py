@@ -5,9 +5,9 @@ The text of a movie is its title with its year, then its genres, and never an id
     Toy Story (1995); Animation, Children's, Comedy
 
 GroupLens' ML-100K flags genres and keeps title and year together; RecBole splits title, year and class.
-RecBole's parts are put back together and both are normalised alike (HTML entities, runs of blanks, the "(V)" of
-a video release), so both routes give the same text for all 1,682 items. The genre "unknown" is no genre, and the
-one title "unknown" (RecBole spells it "unkonwn") is no title.
+RecBole's parts are put back together and both are normalised alike (HTML entities, runs of blanks, the
+"(V)" of a video release), so both routes give the same text for all 1,682 items. The genre "unknown" is no
+genre, and the one title "unknown" (RecBole spells it "unkonwn") is no title.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@
     tokens/<name>.arrow   token ids of the item texts, one file per tokenizer, made when first asked for
 
 Ids are ordered as numbers when all of them are integers, otherwise as text; `item` is a row of items.arrow.
-Two rows of one user with equal time are in item order, and in rating order where the item repeats too. Reading
-copies nothing: the arrays are views of the mapped files.
+Two rows of one user with equal time are in item order, and in rating order where the item repeats too.
+Reading copies nothing: the arrays are views of the mapped files.
 """
 
 from __future__ import annotations

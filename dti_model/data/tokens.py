@@ -1,8 +1,8 @@
 """The small tokenizer trained at prepare time, and item texts as token ids.
 
 The tokenizer is a byte-level BPE on the item texts: any text can be encoded, nothing is unknown. `[BOS]`,
-`[SUM]`, `yes` and `no` are single tokens, ids 0 to 3. `yes` and `no` match whole words only; otherwise they would
-cut "Casino" in two.
+`[SUM]`, `yes` and `no` are single tokens, ids 0 to 3. `yes` and `no` match whole words only; otherwise they
+would cut "Casino" in two.
 """
 
 from __future__ import annotations
