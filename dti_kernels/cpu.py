@@ -50,6 +50,10 @@ class _Block:
     def rows(self) -> slice:
         return slice(self.first, self.stop)
 
+    def query_rows(self, num_skipped: int) -> slice:
+        """Where the block's rows are in tensors that leave out the first `num_skipped` rows."""
+        return slice(self.first - num_skipped, self.stop - num_skipped)
+
     def gather(self, x: Tensor) -> Tensor:
         """`(G, T, D)` to the `(G, N, D)` keys of this block; a view where there is no separate prefix."""
         span = x[:, self.key_first : self.key_stop]
@@ -111,7 +115,7 @@ def _blocks(rows: Tensor, first: int, stop: int, size: int) -> Iterator[_Block]:
 
 @dataclass
 class _Inputs:
-    """Inputs in the accumulation dtype, heads first: `q (G, R, T, D)` already scaled, the others `(G, T or C, D)`."""
+    """Inputs in the accumulation dtype, heads first: `q (G, R, T or S, D)` already scaled, the others `(G, T or C, D)`."""
 
     q: Tensor
     k: Tensor
@@ -123,6 +127,7 @@ class _Inputs:
     slopes: Tensor | None  # (G, R, 1, 1)
     rows: Tensor
     num_context: int
+    num_skipped: int  # rows that have no query: 0, or C where q holds the [SUM] rows only
 
     @staticmethod
     def of(
@@ -151,10 +156,11 @@ class _Inputs:
             slopes=None if slopes is None else slopes.to(dtype).view(num_groups, -1, 1, 1),
             rows=rows,
             num_context=keys.shape[1],
+            num_skipped=rows.shape[1] - q.shape[0],
         )
 
     def context_blocks(self) -> Iterator[_Block]:
-        return _blocks(self.rows, 0, self.num_context, CONTEXT_BLOCK)
+        return _blocks(self.rows, self.num_skipped, self.num_context, CONTEXT_BLOCK)
 
     def sum_blocks(self) -> Iterator[_Block]:
         return _blocks(self.rows, self.num_context, self.rows.shape[1], SUM_BLOCK)
@@ -181,7 +187,7 @@ def _matmul(x: Tensor, keys: Tensor) -> Tensor:
     return torch.bmm(x.flatten(1, 2), keys).unflatten(1, x.shape[1:3])
 
 
-def _rows_matmul(x: Tensor, y: Tensor) -> Tensor:
+def _query_rowsmatmul(x: Tensor, y: Tensor) -> Tensor:
     """`(G, R, M, N)` and `(G, R, M, D)` to `(G, N, D)`, summed over the rows of the head group."""
     return torch.bmm(x.flatten(1, 2).mT, y.flatten(1, 2))
 
@@ -203,7 +209,7 @@ def _context_scores(x: _Inputs, block: _Block) -> Tensor:
 
 
 def _sum_terms(x: _Inputs, block: _Block) -> _SumTerms:
-    q = x.q[:, :, block.rows]
+    q = x.q[:, :, block.query_rows(x.num_skipped)]
     scores = _matmul(q, block.gather(x.k_sum).mT)
     ratio = distance = None
     if x.ratios is not None and x.k_initial is not None:
@@ -254,8 +260,9 @@ def forward(
         p, p_self = terms.scores.sub_(pivot).exp_(), terms.self_scores.sub_(pivot).exp_()
         total = p.sum(-1, keepdim=True) + p_self
         mixed = _read_values(x, block, p, terms.ratio) + p_self * x.v[:, None, block.rows]
-        out[:, :, block.rows] = mixed.div_(total)
-        lse[:, :, block.rows] = (pivot + total.log_()).squeeze(-1)
+        query_rows = block.query_rows(x.num_skipped)
+        out[:, :, query_rows] = mixed.div_(total)
+        lse[:, :, query_rows] = (pivot + total.log_()).squeeze(-1)
     return _ungrouped(out, q.dtype), lse.flatten(0, 1)
 
 
@@ -312,22 +319,26 @@ def backward(
     delta = (d_out * _grouped(out, k.shape[1], x.q.dtype)).sum(-1, keepdim=True)
     lse = lse.view(*x.q.shape[:3], 1)
     for block in x.context_blocks():
-        _context_backward(x, grads, block, d_out[:, :, block.rows], delta[:, :, block.rows], lse)
+        r = block.rows
+        _context_backward(x, grads, block, d_out[:, :, r], delta[:, :, r], lse[:, :, r])
     for block in x.sum_blocks():
-        _sum_backward(x, grads, block, d_out[:, :, block.rows], delta[:, :, block.rows], lse)
+        query_rows = block.query_rows(x.num_skipped)
+        _sum_backward(
+            x, grads, block, d_out[:, :, query_rows], delta[:, :, query_rows], lse[:, :, query_rows]
+        )
 
-    def rows_first(grad: Tensor | None, like: Tensor | None) -> Tensor:
+    def query_rowsfirst(grad: Tensor | None, like: Tensor | None) -> Tensor:
         if grad is None or like is None:
             return q.new_empty(0)
         return grad.transpose(0, 1).to(like.dtype).contiguous()
 
     return (
         _ungrouped(grads.q.mul_(scale), q.dtype),
-        rows_first(grads.k, k),
-        rows_first(grads.v, v),
-        rows_first(grads.k_sum, k_sum),
-        rows_first(grads.k_initial, k_initial),
-        rows_first(grads.v_initial, v_initial),
+        query_rowsfirst(grads.k, k),
+        query_rowsfirst(grads.v, v),
+        query_rowsfirst(grads.k_sum, k_sum),
+        query_rowsfirst(grads.k_initial, k_initial),
+        query_rowsfirst(grads.v_initial, v_initial),
         q.new_empty(0) if grads.slopes is None or slopes is None else grads.slopes.view(-1).to(slopes.dtype),
     )
 
@@ -335,26 +346,27 @@ def backward(
 def _context_backward(
     x: _Inputs, grads: _Gradients, block: _Block, d_out: Tensor, delta: Tensor, lse: Tensor
 ) -> None:
-    p = _context_scores(x, block).sub_(lse[:, :, block.rows]).exp_()
-    block.scatter_add(grads.v, _rows_matmul(p, d_out))
+    p = _context_scores(x, block).sub_(lse).exp_()
+    block.scatter_add(grads.v, _query_rowsmatmul(p, d_out))
     ds = _matmul(d_out, block.gather(x.v).mT).sub_(delta).mul_(p)
     grads.q[:, :, block.rows] = _matmul(ds, block.gather(x.k))
-    block.scatter_add(grads.k, _rows_matmul(ds, x.q[:, :, block.rows]))
+    block.scatter_add(grads.k, _query_rowsmatmul(ds, x.q[:, :, block.rows]))
 
 
 def _sum_backward(
     x: _Inputs, grads: _Gradients, block: _Block, d_out: Tensor, delta: Tensor, lse: Tensor
 ) -> None:
-    terms, q, rows = _sum_terms(x, block), x.q[:, :, block.rows], block.rows
-    p = terms.scores.sub_(lse[:, :, rows]).exp_()
-    p_self = terms.self_scores.sub_(lse[:, :, rows]).exp_()
+    terms, rows, query_rows = _sum_terms(x, block), block.rows, block.query_rows(x.num_skipped)
+    q = x.q[:, :, query_rows]
+    p = terms.scores.sub_(lse).exp_()
+    p_self = terms.self_scores.sub_(lse).exp_()
     dp = _matmul(d_out, block.gather(x.v).mT)
     p_final = p
     if terms.ratio is not None and x.v_initial is not None and grads.v_initial is not None:
         dp = (1 - terms.ratio) * dp + terms.ratio * _matmul(d_out, block.gather(x.v_initial).mT)
         p_final = (1 - terms.ratio) * p
-        block.scatter_add(grads.v_initial, _rows_matmul(terms.ratio * p, d_out))
-    block.scatter_add(grads.v, _rows_matmul(p_final, d_out))
+        block.scatter_add(grads.v_initial, _query_rowsmatmul(terms.ratio * p, d_out))
+    block.scatter_add(grads.v, _query_rowsmatmul(p_final, d_out))
     grads.v[:, rows] = (p_self * d_out).sum(1)
 
     ds = dp.sub_(delta).mul_(p)
@@ -366,7 +378,7 @@ def _sum_backward(
     if terms.ratio is not None and x.k_initial is not None and grads.k_initial is not None:
         ds_final, ds_initial = (1 - terms.ratio) * ds, terms.ratio * ds
         d_q += _matmul(ds_initial, block.gather(x.k_initial))
-        block.scatter_add(grads.k_initial, _rows_matmul(ds_initial, q))
-    grads.q[:, :, rows] = d_q + _matmul(ds_final, block.gather(x.k_sum))
-    block.scatter_add(grads.k_sum, _rows_matmul(ds_final, q))
+        block.scatter_add(grads.k_initial, _query_rowsmatmul(ds_initial, q))
+    grads.q[:, :, query_rows] = d_q + _matmul(ds_final, block.gather(x.k_sum))
+    block.scatter_add(grads.k_sum, _query_rowsmatmul(ds_final, q))
     grads.k_sum[:, rows] = (ds_self * q).sum(1)

@@ -35,16 +35,18 @@ def windowed_attn_reference(
     k, v, k_sum = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v, k_sum))  # (H, T, D)
     q = q.transpose(0, 1)
     visible = layout.dense_visibility()
+    if q.shape[1] == layout.num_sum:
+        sums = _sum_rows(q, v, k_sum, layout, visible, alibi_slopes, reset, scale)
+        return sums.transpose(0, 1)
 
     scores = scale * q[:, :num_context] @ k[:, :num_context].mT
     out = _softmax(scores, visible[:num_context]) @ v[:, :num_context]
-    return torch.cat([out, _sum_rows(q, v, k_sum, layout, visible, alibi_slopes, reset, scale)], 1).transpose(
-        0, 1
-    )
+    sums = _sum_rows(q[:, num_context:], v, k_sum, layout, visible, alibi_slopes, reset, scale)
+    return torch.cat([out, sums], 1).transpose(0, 1)
 
 
 def _sum_rows(
-    q: Tensor,
+    q_HSD: Tensor,
     v: Tensor,
     k_sum: Tensor,
     layout: StreamLayout,
@@ -53,19 +55,18 @@ def _sum_rows(
     reset: HiddenStateReset | None,
     scale: float,
 ) -> Tensor:
-    """`(H, S, D)` from `(H, T, D)`."""
+    """`(H, S, D)` from queries `(H, S, D)` and keys and values `(H, T, D)`."""
     num_context = layout.num_context
-    q_HSD = q[:, num_context:]
     ratio: Tensor | float = 0.0
     k_initial, v_initial = k_sum[:, :num_context], v[:, :num_context]
     if reset is not None:
-        ratio = _reset_ratio(layout, reset, q.dtype)
-        group = q.shape[0] // reset.k_initial.shape[1]
+        ratio = _reset_ratio(layout, reset, q_HSD.dtype)
+        group = q_HSD.shape[0] // reset.k_initial.shape[1]
         k_initial = reset.k_initial.repeat_interleave(group, dim=1).transpose(0, 1)
         v_initial = reset.v_initial.repeat_interleave(group, dim=1).transpose(0, 1)
     s_HSC = scale * ((1 - ratio) * (q_HSD @ k_sum[:, :num_context].mT) + ratio * (q_HSD @ k_initial.mT))
     if alibi_slopes is not None:
-        s_HSC = s_HSC - alibi_slopes.to(q.dtype)[:, None, None] * alibi_distance(layout).to(q.dtype)
+        s_HSC = s_HSC - alibi_slopes.to(q_HSD.dtype)[:, None, None] * alibi_distance(layout).to(q_HSD.dtype)
     s_self = scale * (q_HSD * k_sum[:, num_context:]).sum(-1, keepdim=True)
     seen = torch.cat([visible[num_context:], visible.new_ones(layout.num_sum, 1)], 1)
     p_HSC1 = _softmax(torch.cat([s_HSC, s_self], -1), seen)

@@ -38,6 +38,7 @@ def windowed_attn(
 
     Args:
         q: `(T, H, D)` queries, context rows first, then [SUM] rows; float16, bfloat16, float32 or float64 (GPU: not float64).
+            Or the [SUM] rows only, `(S, H, D)`: what a last decoder layer needs, at the cost of those rows only.
         k: `(T, G, D)` keys, H a multiple of G; query head h reads key head h * G // H.
         v: `(T, G, D)` values.
         layout: which rows exist and what each sees.
@@ -47,7 +48,7 @@ def windowed_attn(
         scale: of the dot products; default `D ** -0.5`.
 
     Returns:
-        `(T, H, D)` in q's dtype. Softmax and accumulation run in float32 (float64 for float64 inputs).
+        Shape and dtype of q. Softmax and accumulation run in float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: an argument is no tensor, or dtypes differ or are unsupported.
@@ -138,6 +139,8 @@ def check_arguments(
         raise ValueError(f"q's heads must be a multiple of k's heads, got {num_heads} and {num_groups}")
     for name, x in named.items():
         num_rows = layout.num_context if name.startswith("reset") else layout.num_rows
+        if name == "q" and q.shape[0] == layout.num_sum:
+            num_rows = layout.num_sum
         expected = (num_rows, num_heads if name == "q" else num_groups, head_dim)
         if tuple(x.shape) != expected:
             raise ValueError(

@@ -196,3 +196,22 @@ def test_bad_arguments_are_named(implementation, change, error, message) -> None
         dataclasses.replace(x, leaves=x.leaves | change(x.leaves)).call(implementation)
     with pytest.raises(TypeError, match="layout must be a StreamLayout"):
         dataclasses.replace(x, layout=None).call(implementation)
+
+
+@pytest.mark.parametrize("name", ["prefix", "several_blocks", "gqa_3", "no_targets_in_one"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_queries_of_sum_rows_only(implementation, name: str) -> None:
+    """q may hold the [SUM] rows alone: same rows, same gradients as when the context rows' output is not used."""
+    x = case_named(name).inputs(torch.float64)
+    num_context = x.layout.num_context
+    context_unused = torch.cat([torch.zeros_like(x.grad_out[:num_context]), x.grad_out[num_context:]])
+    full = dataclasses.replace(x, grad_out=context_unused).run(implementation)
+    q_sum = x.leaves["q"].detach()[num_context:].requires_grad_()
+    alone = dataclasses.replace(x, leaves=x.leaves | {"q": q_sum}, grad_out=x.grad_out[num_context:]).run(
+        implementation
+    )
+    full["out"], full["dq"] = full["out"][num_context:], full["dq"][num_context:]
+    for leaf in full:
+        assert (full[leaf] - alone[leaf]).abs().max() < FLOAT64_RELATIVE * max(1, full[leaf].abs().max()), (
+            leaf
+        )
