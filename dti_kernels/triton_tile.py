@@ -13,6 +13,8 @@ A tile of rows visits at most two ranges of keys, found from its first and last 
 
 from __future__ import annotations
 
+import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dti_kernels import layout
-from dti_kernels.tiles import Tile
+from dti_kernels.tiles import Tile, choose_tile
 
 PROMPT_FIRST = tl.constexpr(layout.PROMPT_FIRST)
 PREFIX_STOP = tl.constexpr(layout.PREFIX_STOP)
@@ -40,6 +42,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 PER_BATCH = ["num_rows", "num_context", "num_ratios", "rows_ptr", "keys_ptr", "lse_ptr", "delta_ptr", "scale"]
 # A tile's rows are addressed with 32-bit offsets inside the tile (64-bit between tiles).
 MAX_ROW_STRIDE = 2**31 // 256
+# Beyond this an accumulator of 16 rows no longer fits beside its operands.
+MAX_HEAD_DIM = 256
 
 
 @triton.jit
@@ -99,51 +103,76 @@ def store_tile(ptr, offs, valid, x, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexp
 
 
 @triton.jit
+def load_keys(ptr, key_0, stride_t, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """`[N, BLOCK_D]`, the keys or values from row `key_0` on; zeros where not `inside` (read only if MASKED)."""
+    offs = tl.arange(0, inside.shape[0]) * stride_t
+    return load_tile(ptr + tl.cast(key_0, tl.int64) * stride_t, offs, inside, HEAD_DIM, BLOCK_D, MASKED)
+
+
+@triton.jit
+def load_field(array_ptr, FIELD: tl.constexpr, length, index, inside):
+    """Column `FIELD` of `layout.rows` or `layout.keys` at `index`, 0 where not `inside`."""
+    return tl.load(field(array_ptr, FIELD, length) + index, mask=inside, other=0)
+
+
+@triton.jit
 def row_spans(rows_ptr, num_rows, row, valid):
     """`prompt_first, prefix_stop, start, stop` of rows `[M]`; rows that are not valid see nothing."""
     return (
-        tl.load(field(rows_ptr, PROMPT_FIRST, num_rows) + row, mask=valid, other=0),
-        tl.load(field(rows_ptr, PREFIX_STOP, num_rows) + row, mask=valid, other=0),
-        tl.load(field(rows_ptr, START, num_rows) + row, mask=valid, other=0),
-        tl.load(field(rows_ptr, STOP, num_rows) + row, mask=valid, other=0),
+        load_field(rows_ptr, PROMPT_FIRST, num_rows, row, valid),
+        load_field(rows_ptr, PREFIX_STOP, num_rows, row, valid),
+        load_field(rows_ptr, START, num_rows, row, valid),
+        load_field(rows_ptr, STOP, num_rows, row, valid),
     )
 
 
 @triton.jit
+def visible_keys(spans, key, inside):
+    """`[M, N]`: which keys the rows of `row_spans` see; none where not `inside` the tile's range."""
+    key = key[None, :]
+    in_span = visible(key, spans[2][:, None], spans[3][:, None])
+    return (in_span | visible(key, spans[0][:, None], spans[1][:, None])) & inside[None, :]
+
+
+@triton.jit
 def key_ranges(rows_ptr, num_rows, first, last, BLOCK_N: tl.constexpr):
-    """The keys that the rows `first .. last` visit, as tiles of BLOCK_N keys:
+    """The keys that the rows `first .. last` visit, in tiles of BLOCK_N:
 
     `num_prefix` masked tiles from `prefix_first` (keys below `prefix_stop`), then from `key_first` to `key_stop`:
-    `num_left` masked tiles, `num_full` tiles that every row sees, and masked tiles; `num_edge` masked tiles altogether.
+    `num_left` masked tiles, `num_full` tiles that every row sees, and masked tiles; `num_masked` of them altogether.
     """
     prefix_first = tl.load(field(rows_ptr, PROMPT_FIRST, num_rows) + first)
     prefix_stop = tl.load(field(rows_ptr, PREFIX_STOP, num_rows) + first)
     key_first = tl.load(field(rows_ptr, START, num_rows) + first)
     key_stop = tl.load(field(rows_ptr, STOP, num_rows) + last)
     all_first = tl.load(field(rows_ptr, START, num_rows) + last)
-    # Where the tile holds a second prompt, its first row's start lies beyond this: no tile is seen by all.
+    # Where the tile holds a second prompt, its last row's start lies beyond this: no tile is seen by all.
     all_stop = tl.load(field(rows_ptr, STOP, num_rows) + first)
     num_prefix = tl.cdiv(prefix_stop - prefix_first, BLOCK_N)
     num_left = tl.cdiv(all_first - key_first, BLOCK_N)
     full_first = key_first + num_left * BLOCK_N
     num_full = tl.maximum(all_stop - full_first, 0) // BLOCK_N
     num_right = tl.cdiv(tl.maximum(key_stop - full_first - num_full * BLOCK_N, 0), BLOCK_N)
-    num_edge = num_prefix + num_left + num_right
-    return prefix_first, prefix_stop, key_first, key_stop, num_prefix, num_left, num_full, num_edge
+    num_masked = num_prefix + num_left + num_right
+    return prefix_first, prefix_stop, key_first, key_stop, num_prefix, num_left, num_full, num_masked
 
 
 @triton.jit
-def edge_tile(
-    i, prefix_first, prefix_stop, key_first, key_stop, num_prefix, num_left, num_full, BLOCK_N: tl.constexpr
-):
-    """First key and bound of the i-th masked tile of `key_ranges`."""
+def masked_tile(i, prefix_first, prefix_stop, key_first, key_stop, num_prefix, num_left, num_full, BLOCK_N: tl.constexpr):
+    """First key and bound of the i-th masked tile of `key_ranges`; with `num_left = num_full = 0` of the i-th tile."""
     j = i - num_prefix
     in_span = key_first + (j + tl.where(j < num_left, 0, num_full)) * BLOCK_N
     return tl.where(j < 0, prefix_first + i * BLOCK_N, in_span), tl.where(j < 0, prefix_stop, key_stop)
 
 
 @triton.jit
-def alibi_distance(key, start, stop, prefix_stop):
+def blend(near, initial, ratio):
+    """`(1 - ratio) near + ratio initial`."""
+    return near + ratio * (initial - near)
+
+
+@triton.jit
+def alibi_distance(key, prefix_stop, start, stop):
     """Tokens from a [SUM] back to a key; a prefix key outside the span sits right before it. Shapes broadcast."""
     return tl.where(key < prefix_stop, (stop - start) + (prefix_stop - key), stop - key).to(tl.float32)
 
@@ -153,6 +182,32 @@ def reset_ratio(ratios_ptr, num_ratios, row_reset_id, key_reset_id):
     """a(d): how much of the initial state a [SUM] reads of a key, from a table; 0 at distance <= 0. Shapes broadcast."""
     distance = tl.minimum(tl.maximum(row_reset_id - key_reset_id, 0), num_ratios - 1)
     return tl.load(ratios_ptr + distance)
+
+
+def heads_per_tile(group: int, tile: Tile) -> int:
+    """How many heads of a group of `group` share a tile: the largest divisor of the group within the tile's limit."""
+    limit = min(group, tile.pack, tile.block_m)
+    return max(pack for pack in range(1, limit + 1) if group % pack == 0)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """`BLOCK_D`: the power of two that a tile holds; matrix units need 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def addressable(x: Tensor) -> Tensor:
+    """`x` itself, or a copy where head_dim is not contiguous or one tile would pass 2**31 elements."""
+    if x.stride(-1) == 1 and x.stride(0) <= MAX_ROW_STRIDE:
+        return x
+    return x.contiguous()
+
+
+def strides(**tensors: Tensor | None) -> dict[str, int]:
+    """Row and head strides as kernel arguments: `strides(q=q)` is `stride_qt`, `stride_qh`; 0 where there is no tensor."""
+    result = {}
+    for name, x in tensors.items():
+        result[f"stride_{name}t"], result[f"stride_{name}h"] = (0, 0) if x is None else x.stride()[:2]
+    return result
 
 
 @dataclass(frozen=True)
@@ -165,40 +220,147 @@ class Launch:
     tile: Tile
 
     def run(self) -> None:
-        """Launch on the current stream of the arguments' device."""
-        # enable_fp_fusion: Triton announces another default; a * b - c must stay one instruction here.
+        """Launch on the current stream of the current device."""
+        # Triton announces another default for fp fusion; a * b - c is one instruction here whatever the default.
         self.kernel[self.grid](
-            **self.arguments,
-            num_warps=self.tile.warps,
-            num_stages=self.tile.stages,
-            enable_fp_fusion=True,
+            **self.arguments, num_warps=self.tile.warps, num_stages=self.tile.stages, enable_fp_fusion=True
         )
 
 
 def run_all(launches: list[Launch], device: torch.device) -> None:
-    """Launch in order on `device` (Triton launches on the current device)."""
-    if device.type == "cpu":
-        for launch in launches:
-            launch.run()
-        return
-    with torch.cuda.device(device):
+    """Launch in order on `device`."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for launch in launches:
             launch.run()
 
 
-def heads_per_tile(group: int, tile: Tile) -> int:
-    """How many heads of a group of `group` share a tile: the largest divisor of the group within the tile's limit."""
-    limit = min(tile.pack, tile.block_m)
-    return max(pack for pack in range(1, min(group, limit) + 1) if group % pack == 0)
+@dataclass(frozen=True)
+class Batch:
+    """The operators' inputs, ready to be launched on."""
+
+    q: Tensor  # (T, H, D)
+    k: Tensor  # (T, G, D), as v and k_sum
+    v: Tensor
+    k_sum: Tensor
+    k_initial: Tensor | None  # (C, G, D), as v_initial
+    v_initial: Tensor | None
+    ratios: Tensor | None
+    slopes: Tensor | None
+    rows: Tensor
+    keys: Tensor
+    scale: float
+    mean_span: int
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_sum: Tensor,
+        k_initial: Tensor | None,
+        v_initial: Tensor | None,
+        ratios: Tensor | None,
+        slopes: Tensor | None,
+        rows: Tensor,
+        keys: Tensor,
+        scale: float,
+        mean_span: int,
+    ) -> Batch:
+        if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise TypeError(
+                f"the GPU kernels take float16, bfloat16 or float32, got {q.dtype}: "
+                "convert the inputs, or use windowed_attn_reference"
+            )
+        if q.shape[-1] > MAX_HEAD_DIM:
+            raise ValueError(
+                f"the GPU kernels take a head_dim of at most {MAX_HEAD_DIM}, got {q.shape[-1]}: "
+                "use windowed_attn_reference"
+            )
+        k_initial = None if k_initial is None else addressable(k_initial)
+        v_initial = None if v_initial is None else addressable(v_initial)
+        q, k, v, k_sum = (addressable(x) for x in (q, k, v, k_sum))
+        slopes = None if slopes is None else slopes.contiguous()
+        return Batch(
+            q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows.contiguous(), keys.contiguous(), scale, mean_span
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """`T`."""
+        return self.q.shape[0]
+
+    @property
+    def num_context(self) -> int:
+        """`C`."""
+        return self.keys.shape[1]
+
+    @property
+    def num_sum(self) -> int:
+        """`S`."""
+        return self.num_rows - self.num_context
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    def tile(self, kernel: str) -> Tile:
+        """The tile of the table for this batch and device."""
+        return choose_tile(kernel, self.q.device, self.q.shape[2], self.q.dtype, self.mean_span)
+
+    def sizes(self, tile: Tile) -> dict[str, Any]:
+        """The arguments that every kernel takes."""
+        return {
+            "rows_ptr": self.rows,
+            "num_rows": self.num_rows,
+            "num_context": self.num_context,
+            "scale": self.scale,
+            "GROUP": self.group,
+            "PACK": heads_per_tile(self.group, tile),
+            "HEAD_DIM": self.q.shape[2],
+            "BLOCK_D": padded_head_dim(self.q.shape[2]),
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+        }
+
+    def context_inputs(self) -> dict[str, Any]:
+        """The key stream of context rows."""
+        return {"k_ptr": self.k, **strides(k=self.k)}
+
+    def sum_inputs(self) -> dict[str, Any]:
+        """The key streams of [SUM] rows, and what their scores need besides."""
+        return {
+            "k_ptr": self.k_sum,
+            "k_initial_ptr": self.k_initial,
+            "v_initial_ptr": self.v_initial,
+            "ratios_ptr": self.ratios,
+            "slopes_ptr": self.slopes,
+            "num_ratios": 0 if self.ratios is None else len(self.ratios),
+            **strides(k=self.k_sum, k0=self.k_initial, v0=self.v_initial),
+        }
+
+    def row_grid(self, num_rows: int, tile: Tile) -> tuple[int, int]:
+        """Tiles of rows by packs of query heads."""
+        pack = heads_per_tile(self.group, tile)
+        return -(-num_rows // (tile.block_m // pack)), self.q.shape[1] // pack
+
+    def key_grid(self, tile: Tile) -> tuple[int, int]:
+        """Tiles of context keys by key heads."""
+        return -(-self.num_context // tile.block_n), self.k.shape[1]
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """`BLOCK_D`: the power of two that a tile holds; matrix units need 16."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+@functools.cache
+def repair_interpreter() -> None:
+    """Let Triton's interpreter (TRITON_INTERPRET=1) loop over run-time ranges under NumPy 2.4 and later.
 
+    Its scalars are arrays of shape (1,), which `int` refuses since NumPy 2.4; Triton up to 3.8 does not squeeze them.
+    """
+    from triton.runtime import interpreter
 
-def addressable(x: Tensor) -> Tensor:
-    """`x` itself, or a copy where head_dim is not contiguous or one tile would pass 2**31 elements."""
-    if x.stride(-1) == 1 and x.stride(0) < MAX_ROW_STRIDE:
-        return x
-    return x.contiguous()
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_with_index

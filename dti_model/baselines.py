@@ -12,8 +12,8 @@ among the training targets, p and n the clicks and interactions of the user befo
                          a of {1, 2, 5, 10, 20} and b of {5, 10, 20} by validation log loss
 
 The first three, with the constants above, are the published lines of this project. The fourth knows that a
-user who liked what everybody likes has told less than one who liked what nobody does; it is the strongest
-and the one to beat.
+user who liked what everybody likes has told less than one who liked what nobody does; its AUC is the highest
+on ML-100K (both splits) and on half of ML-1M, so it is the one to beat.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from dti_model.data import DataError, PreparedData
 from dti_model.metrics import click_metrics
 
 ITEM_PRIOR, USER_PRIOR = 20.0, 5.0
+# Ends where the published line was found. ML-100K per user would take C = 1: AUC .7933, log loss .5513 for .7884, .5581.
 RIDGE_GRID = (0.03, 0.1, 0.3)
 RESIDUAL_GRID = tuple(product((1.0, 2.0, 5.0, 10.0, 20.0), (5.0, 10.0, 20.0)))
 # A sum of means can leave (0, 1); a probability of 0 or 1 would cost an infinite log loss.
@@ -108,8 +109,11 @@ class _Lines:
     def item_user_residual(self) -> Floats:
         def line(item_prior: float, user_prior: float) -> Floats:
             item = self.item_mean(item_prior)
-            surplus = self._sum_earlier(self.label - item) / (self.num_earlier + user_prior)
-            return np.clip(item + surplus, SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
+            # Two sums, not a sum of differences: sums of labels are exact, so no label reaches another user's
+            # score, not even through rounding.
+            surplus = self._sum_earlier(self.label) - self._sum_earlier(item)
+            shrunk = surplus / (self.num_earlier + user_prior)
+            return np.clip(item + shrunk, SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
 
         lines = [line(*priors) for priors in RESIDUAL_GRID]
         if self.val.size == 0:

@@ -92,29 +92,26 @@ def prepare(
     with tempfile.TemporaryDirectory(prefix="dti-fetch-") as download:
         folder = fetch(source, Path(download)) if raw_dir is None else Path(raw_dir)
         raw = LOADERS[source](folder)
-    if not subset:
-        raw.check_facts()
-    indexed = _index(raw, raw.min_item_count if min_item_count is None else min_item_count)
-    used_threshold = raw.threshold if threshold is None else threshold
-    columns = _columns(indexed, used_threshold, split, min_context)
+        if not subset:
+            raw.check_facts()
+    threshold = raw.threshold if threshold is None else threshold
+    min_item_count = raw.min_item_count if min_item_count is None else min_item_count
+    indexed = _index(raw, min_item_count)
+    columns = _columns(indexed, threshold, split, min_context)
     stats = {
         "format_version": FORMAT_VERSION,
         "source": _provenance(source, raw, subset),
         **_counts(raw, indexed, columns),
-        "threshold": used_threshold,
+        "threshold": threshold,
         "split": split,
         "min_context": min_context,
-        "min_item_count": raw.min_item_count if min_item_count is None else min_item_count,
+        "min_item_count": min_item_count,
         "splits": _split_stats(columns),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        built = Path(temporary) / "new"
-        _write(built, indexed, columns, stats, vocab_size)
-        _check_out(out)
-        if out.exists():
-            out.rename(Path(temporary) / "old")
-        built.rename(out)
+    try:
+        _publish(out, lambda folder: _write(folder, indexed, columns, stats, vocab_size))
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error}). Name another folder with --out.") from error
     return stats
 
 
@@ -137,6 +134,18 @@ def _check_out(out: Path) -> None:
         raise DataError(
             f"{out}: exists and is not a prepared folder. Name another one with --out, or remove it."
         )
+
+
+def _publish(out: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a hidden folder next to `out`, then put it in place; a failure leaves `out` as it was."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        built = Path(temporary) / "new"
+        write(built)
+        _check_out(out)
+        if out.exists():
+            out.rename(Path(temporary) / "old")
+        built.rename(out)
 
 
 def _index(raw: RawData, min_item_count: int) -> _Indexed:

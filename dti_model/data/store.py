@@ -107,6 +107,9 @@ class PreparedData:
             raise DataError(
                 f"{stats_path}: format version {version}, this program reads {FORMAT_VERSION}.{_AGAIN}"
             )
+        missing = {"files", "users", "items", "interactions"} - stats.keys()
+        if missing:
+            raise DataError(f"{stats_path}: has no {', '.join(sorted(missing))}.{_AGAIN}")
         for name, size in stats["files"].items():
             found = (path / name).stat().st_size if (path / name).is_file() else None
             if found != size:

@@ -60,7 +60,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def plain_backend(tokenizer: Any) -> Tokenizer:
-    """A copy of a tokenizer's `tokenizers` backend, without padding and truncation.
+    """A copy of a tokenizer's `tokenizers` backend, reduced to what decides the ids of a plain text.
+
+    Padding and truncation are a caller's passing settings; post-processor and decoder have no say in the ids.
 
     Raises:
         TypeError: `tokenizer` is neither a `tokenizers.Tokenizer` nor a fast transformers tokenizer.
@@ -71,10 +73,9 @@ def plain_backend(tokenizer: Any) -> Tokenizer:
             f"tokenizer must be a tokenizers.Tokenizer or a fast tokenizer of transformers, but is "
             f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
         )
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    return copy
+    parts = json.loads(backend.to_str())
+    parts |= dict.fromkeys(("padding", "truncation", "post_processor", "decoder"))
+    return Tokenizer.from_str(json.dumps(parts))
 
 
 def fingerprint(backend: Tokenizer, texts: list[str]) -> str:

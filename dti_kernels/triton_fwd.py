@@ -1,0 +1,219 @@
+"""Forward kernels: one launch over context rows, one over [SUM] rows.
+
+    m, l, acc = running maximum, sum of exp2(s - m) and sum of exp2(s - m) v       out = acc / l,  lse = m ln 2 + ln l
+
+Scores are multiplied by log2(e) so that exp2 serves. A [SUM]'s own key initialises the running softmax (m = s_self, l = 1,
+acc = v_self): no extra tile, and no row without a key. A context row always sees itself.
+
+Cost: the keys of a tile's span are read once per tile of rows; scores never leave the registers.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dti_kernels.triton_tile import (
+    LN2,
+    LOG2E,
+    PER_BATCH,
+    RESET_ID,
+    Batch,
+    Launch,
+    alibi_distance,
+    blend,
+    key_ranges,
+    load_field,
+    load_keys,
+    load_tile,
+    masked_tile,
+    offsets,
+    reset_ratio,
+    row_spans,
+    run_all,
+    store_tile,
+    strides,
+    tile_rows,
+    visible_keys,
+)
+
+
+@triton.jit(do_not_specialize=PER_BATCH)
+def _ctx_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, num_rows, num_context, scale,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of BLOCK_M // PACK context rows of PACK heads.
+
+    Grid: (tiles of context rows, query heads / PACK). Reads q once and k, v over the tile's span; writes out and lse once.
+    """
+    first = tl.program_id(0) * (BLOCK_M // PACK)
+    last = tl.minimum(first + BLOCK_M // PACK, num_context) - 1
+    row, lane = tile_rows(first, num_context, PACK, BLOCK_M)
+    head = tl.program_id(1) * PACK + lane
+    valid = row < num_context
+    spans = row_spans(rows_ptr, num_rows, row, valid)
+    q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
+    ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
+    key_first, num_left, num_full, num_masked = ranges[2], ranges[5], ranges[6], ranges[7]
+    group = tl.cast(tl.program_id(1) * PACK // GROUP, tl.int64)
+    k_ptr += group * stride_kh
+    v_ptr += group * stride_vh
+    offs_n = tl.arange(0, BLOCK_N)
+    scale_log2 = scale * LOG2E
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    for i in range(0, num_full):
+        key_0 = key_first + (num_left + i) * BLOCK_N
+        k = load_keys(k_ptr, key_0, stride_kt, offs_n, HEAD_DIM, BLOCK_D, False)  # [N, D]
+        v = load_keys(v_ptr, key_0, stride_vt, offs_n, HEAD_DIM, BLOCK_D, False)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+        m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m_i = m_new
+
+    for i in range(0, num_masked):
+        key_0, key_bound = masked_tile(i, *ranges[:7], BLOCK_N)
+        key = key_0 + offs_n
+        inside = key < key_bound
+        k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)
+        v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        s = tl.where(visible_keys(spans, key, inside), s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may see nothing of its first tiles
+        p = tl.exp2(s - pivot[:, None])
+        alpha = tl.exp2(m_i - pivot)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m_i = m_new
+
+    total = tl.where(valid, l_i, 1.0)
+    store_tile(
+        out_ptr, offsets(row, head, stride_ot, stride_oh), valid, acc / total[:, None], HEAD_DIM, BLOCK_D
+    )
+    tl.store(lse_ptr + offsets(row, head, 1, num_rows), (m_i + tl.log2(total)) * LN2, mask=valid)
+
+
+@triton.jit(do_not_specialize=PER_BATCH)
+def _sum_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr, out_ptr, lse_ptr, rows_ptr,
+    num_rows, num_context, num_ratios, scale,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_ot, stride_oh,
+    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of BLOCK_M // PACK [SUM] rows of PACK heads; `k` is the key stream of [SUM] rows.
+
+    Grid: (tiles of [SUM] rows, query heads / PACK). Reads q and the rows' own k, v once, and k, v (with a reset also the
+    initial ones) over the tile's span; writes out and lse once.
+    """
+    first = num_context + tl.program_id(0) * (BLOCK_M // PACK)
+    last = tl.minimum(first + BLOCK_M // PACK, num_rows) - 1
+    row, lane = tile_rows(first, num_rows, PACK, BLOCK_M)
+    head = tl.program_id(1) * PACK + lane
+    valid = row < num_rows
+    spans = row_spans(rows_ptr, num_rows, row, valid)
+    q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
+    ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
+    num_tiles = ranges[4] + tl.cdiv(ranges[3] - ranges[2], BLOCK_N)
+    group = tl.cast(tl.program_id(1) * PACK // GROUP, tl.int64)
+    k_ptr += group * stride_kh
+    v_ptr += group * stride_vh
+    offs_n = tl.arange(0, BLOCK_N)
+    scale_log2 = scale * LOG2E
+    k_self = load_tile(k_ptr, offsets(row, 0, stride_kt, 0), valid, HEAD_DIM, BLOCK_D, True)
+    v_self = load_tile(v_ptr, offsets(row, 0, stride_vt, 0), valid, HEAD_DIM, BLOCK_D, True)
+    m_i = tl.sum(q.to(tl.float32) * k_self.to(tl.float32), 1) * scale_log2
+    l_i = tl.full([BLOCK_M], 1.0, tl.float32)
+    acc = v_self.to(tl.float32)
+    if slopes_ptr is not None:
+        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
+    if ratios_ptr is not None:
+        k_initial_ptr += group * stride_k0h
+        v_initial_ptr += group * stride_v0h
+        reset_id = load_field(rows_ptr, RESET_ID, num_rows, row, valid)
+
+    for i in range(0, num_tiles):
+        key_0, key_bound = masked_tile(i, *ranges[:5], 0, 0, BLOCK_N)
+        key = key_0 + offs_n
+        inside = key < key_bound
+        k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)  # [N, D]
+        v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+        if ratios_ptr is not None:
+            key_reset_id = load_field(rows_ptr, RESET_ID, num_rows, key, inside)
+            ratio = reset_ratio(ratios_ptr, num_ratios, reset_id[:, None], key_reset_id[None, :])
+            k_initial = load_keys(k_initial_ptr, key_0, stride_k0t, inside, HEAD_DIM, BLOCK_D, True)
+            s = blend(s, tl.dot(q, tl.trans(k_initial), input_precision="ieee"), ratio)
+        s *= scale_log2
+        if slopes_ptr is not None:
+            distance = alibi_distance(key[None, :], spans[1][:, None], spans[2][:, None], spans[3][:, None])
+            s -= slope_log2[:, None] * distance
+        s = tl.where(visible_keys(spans, key, inside), s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        p = tl.exp2(s - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_new
+        acc *= alpha[:, None]
+        if ratios_ptr is not None:
+            v_initial = load_keys(v_initial_ptr, key_0, stride_v0t, inside, HEAD_DIM, BLOCK_D, True)
+            acc = tl.dot((p * ratio).to(v.dtype), v_initial, acc, input_precision="ieee")
+            p *= 1.0 - ratio
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+
+    store_tile(
+        out_ptr, offsets(row, head, stride_ot, stride_oh), valid, acc / l_i[:, None], HEAD_DIM, BLOCK_D
+    )
+    tl.store(lse_ptr + offsets(row, head, 1, num_rows), (m_i + tl.log2(l_i)) * LN2, mask=valid)
+
+
+def forward_launches(batch: Batch, out: Tensor, lse: Tensor) -> list[Launch]:
+    """The launches that fill `out` and `lse`."""
+    launches = []
+    outputs = {"q_ptr": batch.q, "v_ptr": batch.v, "out_ptr": out, "lse_ptr": lse}
+    outputs |= strides(q=batch.q, v=batch.v, o=out)
+    if batch.num_context:
+        tile = batch.tile("ctx_fwd")
+        arguments = {**outputs, **batch.context_inputs(), **batch.sizes(tile)}
+        launches.append(Launch(_ctx_fwd_kernel, batch.row_grid(batch.num_context, tile), arguments, tile))
+    if batch.num_sum:
+        tile = batch.tile("sum_fwd")
+        arguments = {**outputs, **batch.sum_inputs(), **batch.sizes(tile)}
+        launches.append(Launch(_sum_fwd_kernel, batch.row_grid(batch.num_sum, tile), arguments, tile))
+    return launches
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_sum: Tensor,
+    k_initial: Tensor | None,
+    v_initial: Tensor | None,
+    ratios: Tensor | None,
+    slopes: Tensor | None,
+    rows: Tensor,
+    keys: Tensor,
+    scale: float,
+    mean_span: int,
+) -> tuple[Tensor, Tensor]:
+    """`out (T, H, D)` in q's dtype and the natural log-sum-exp `(H, T)` in float32."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    batch = Batch.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale, mean_span)
+    run_all(forward_launches(batch, out, lse), q.device)
+    return out, lse
