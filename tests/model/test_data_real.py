@@ -1,0 +1,106 @@
+"""The real files: published counts, the splits of the protocol, and both sources of ML-100K beside each other."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dti_model.baselines import baseline_metrics
+from dti_model.data import DataError, PreparedData, prepare
+from dti_model.data.movielens import load_1m, load_100k
+
+
+def _folder(real_data_dir: Path, name: str) -> Path:
+    if not (real_data_dir / name).is_dir():
+        pytest.skip(f"no real data: {real_data_dir} has no {name}/")
+    return real_data_dir / name
+
+
+@pytest.fixture(scope="module")
+def ml_100k(real_data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    out = tmp_path_factory.mktemp("real") / "ml-100k"
+    prepare("ml-100k", out, _folder(real_data_dir, "ml-100k"))
+    return PreparedData.open(out)
+
+
+@pytest.fixture(scope="module")
+def ml_1m_half(real_data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    raw = _folder(real_data_dir, "ml-1m-half")
+    out = tmp_path_factory.mktemp("real") / "ml-1m-half"
+    start = time.perf_counter()
+    prepare("ml-1m", out, raw, subset=True)
+    assert time.perf_counter() - start < 30  # takes about 1.5 s
+    return PreparedData.open(out)
+
+
+def test_ml_100k_counts_and_global_split(ml_100k: PreparedData) -> None:
+    stats = ml_100k.stats
+    assert (stats["users"], stats["items"], stats["interactions"]) == (943, 1_682, 100_000)
+    assert [stats["splits"][name]["targets"] for name in ("train", "val", "test")] == [76_228, 9_528, 9_529]
+    assert (stats["base_rate"], stats["missing_titles"], stats["duplicate_pairs"]) == (0.55375, 1, 0)
+    assert ml_100k.item_texts[0] == "Toy Story (1995); Animation, Children's, Comedy"
+    assert ml_100k.item_texts[542] == "Misérables, Les (1995); Drama, Musical"
+    test_users = ml_100k.users_of(ml_100k.targets("test"))
+    train_users = ml_100k.users_of(ml_100k.targets("train"))
+    assert np.isin(test_users, train_users).mean() == pytest.approx(0.145, abs=0.0005)
+
+
+def test_ml_1m_half_counts_and_global_split(ml_1m_half: PreparedData, real_data_dir: Path) -> None:
+    stats = ml_1m_half.stats
+    found = (stats["users"], stats["items"], stats["items_listed"], stats["interactions"])
+    assert found == (2_999, 3_615, 3_883, 487_650)
+    assert stats["splits"]["test"]["targets"] == 47_266
+    assert stats["splits"]["test"]["base_rate"] == pytest.approx(0.5418, abs=0.00005)
+    assert stats["source"]["subset"]
+    with pytest.raises(
+        DataError, match=r"ratings\.dat:487650: 487,650 interactions .* has 1,000,209.*--subset"
+    ):
+        load_1m(real_data_dir / "ml-1m-half").check_facts()
+
+
+def test_recbole_copy_of_ml_100k_is_the_same(real_data_dir: Path) -> None:
+    """Item by item and row by row; the pinned digest says the same of every RecBole copy that is prepared."""
+    recbole = Path(os.environ.get("DTI_RECBOLE_DIR", real_data_dir / "ml-100k-recbole"))
+    if not (recbole / "ml-100k.inter").is_file():
+        pytest.skip("no RecBole copy: set DTI_RECBOLE_DIR to the folder with ml-100k.inter and ml-100k.item")
+    ours, theirs = load_100k(_folder(real_data_dir, "ml-100k")), load_100k(recbole)
+    assert (ours.route, theirs.route) == ("grouplens", "recbole")
+    assert ours.items.sort("item").equals(theirs.items.sort("item"))
+    keys = ["user", "item", "timestamp", "rating"]
+    assert ours.interactions.sort(keys).equals(theirs.interactions.sort(keys))
+
+
+# AUC, or AUC and log loss, as published beside the protocol.
+GLOBAL_100K = {"item_mean": (0.7054,), "item_user_mean": (0.7399, 0.5956), "logistic_regression": (0.7463,)}
+USER_100K = {"item_mean": (0.7258,), "item_user_mean": (0.7767, 0.5749), "logistic_regression": (0.7884,)}
+GLOBAL_1M_HALF = {
+    "item_mean": (0.7349,),
+    "item_user_mean": (0.7797, 0.5655),
+    "logistic_regression": (0.7735,),
+}
+
+
+def _check_lines(data: PreparedData, published: dict[str, tuple[float, ...]]) -> None:
+    found = baseline_metrics(data, "test")
+    for name, figures in published.items():
+        for metric, figure in zip(("auc", "log_loss"), figures):
+            assert found[name][metric] == pytest.approx(figure, abs=0.0002), (name, metric)
+    strongest = max(found, key=lambda name: found[name]["auc"])
+    assert strongest == "item_user_residual"
+
+
+def test_lines_of_ml_100k_global(ml_100k: PreparedData) -> None:
+    _check_lines(ml_100k, GLOBAL_100K)
+
+
+def test_lines_of_ml_100k_per_user(real_data_dir: Path, tmp_path: Path) -> None:
+    prepare("ml-100k", tmp_path / "out", _folder(real_data_dir, "ml-100k"), split="user")
+    _check_lines(PreparedData.open(tmp_path / "out"), USER_100K)
+
+
+def test_lines_of_ml_1m_half_global(ml_1m_half: PreparedData) -> None:
+    _check_lines(ml_1m_half, GLOBAL_1M_HALF)
