@@ -13,7 +13,7 @@ from torch import Tensor
 class HiddenStateReset:
     """How far [SUM] rows move what they read of a context token back toward that token's initial state.
 
-        d = t - t(j)                                 distance in interactions; own item text and the prefix: ratio 0
+        d = t - t(j)                                 distance in interactions; own item text (d = 0) and the prefix: alpha_own
         a(d) = alpha_min + (alpha_max - alpha_min) * sigmoid((d - n / 2) * steepness)
         k~ = (1 - a) k + a k_initial,  v~ = (1 - a) v + a v_initial
 
@@ -26,6 +26,8 @@ class HiddenStateReset:
         alpha_min: ratio far inside the window's recent end, in [0, 1].
         alpha_max: ratio at its far end, in [alpha_min, 1].
         steepness: of the sigmoid, per interaction, > 0.
+        alpha_own: ratio for the target's own item text and the prefix, in [0, 1]. 0 unless the leak must be exactly zero: own
+            item text has seen the window, whose states have seen what lies before it, from the third layer on.
 
     Raises:
         ValueError: a ratio outside [0, 1], `alpha_max < alpha_min`, or a steepness that is not positive.
@@ -36,12 +38,15 @@ class HiddenStateReset:
     alpha_min: float
     alpha_max: float
     steepness: float = 1.0
+    alpha_own: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha_min <= self.alpha_max <= 1.0:
             raise ValueError(
                 f"reset ratios must hold 0 <= alpha_min <= alpha_max <= 1, got {self.alpha_min} and {self.alpha_max}"
             )
+        if not 0.0 <= self.alpha_own <= 1.0:
+            raise ValueError(f"alpha_own must be in [0, 1], got {self.alpha_own}")
         if not (self.steepness > 0.0 and math.isfinite(self.steepness)):
             raise ValueError(f"steepness must be positive and finite, got {self.steepness}")
 
@@ -50,7 +55,7 @@ class HiddenStateReset:
         distance = torch.arange(max(window, 1) + 1, dtype=torch.float64)
         logistic = torch.sigmoid((distance - window / 2) * self.steepness)
         ratio = self.alpha_min + (self.alpha_max - self.alpha_min) * logistic
-        ratio[0] = 0.0
+        ratio[0] = self.alpha_own
         return ratio.to(device=device, dtype=dtype, non_blocking=True)
 
 

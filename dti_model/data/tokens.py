@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
 BOS, SUM, YES, NO = "[BOS]", "[SUM]", "yes", "no"
 NUM_BYTES = 256
+# A piece is a word with the punctuation and spaces before it.
+PIECE = r"\W*[\w']+"
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -31,13 +33,14 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
             f"vocab_size must be at least {NUM_BYTES + 4} (all bytes and 4 tokens), but is {vocab_size}"
         )
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    pieces = Split(Regex(PIECE), "isolated")
+    tokenizer.pre_tokenizer = Sequence([pieces, ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = ByteLevelDecoder()
     added = [AddedToken(BOS, special=True), AddedToken(SUM, special=True)]
     added += [AddedToken(word, single_word=True, special=False, normalized=False) for word in (YES, NO)]
     trainer = BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=2,
+        min_frequency=1,
         special_tokens=added,
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,

@@ -1,0 +1,300 @@
+"""Drop-in DTI attention for Hugging Face Llama models.
+
+`apply_dti(model, config)` swaps every decoder layer for one that runs on a packed batch of streaming prompts, context rows first
+and [SUM] rows last, and keeps all parameter names, so that checkpoints and LoRA adapters load as before. The model is then called
+
+    model(input_ids=ids[None], position_ids=positions[None], stream=Stream(layout), use_cache=False)
+
+and its logits are those of the [SUM] rows, `(1, S, V)`: the last layer computes only keys and values of the context rows.
+
+Per layer:  q, k, v = projections of the normed rows;  context rows rotate q and k;
+            [SUM] rows (with the position fix) take un-rotated q and k and ALiBi, and (with the reset) read keys and values blended
+            toward those of the token embeddings.                                                 (semantics.md, sections 4, 5 and 8)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
+
+from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes, windowed_attn
+
+ATTENTION_NAME = "dti"
+# Decoder layers of this shape (norm, attention, residual, norm, MLP, residual) with Llama's projections.
+SUPPORTED_LAYERS: tuple[type[nn.Module], ...] = (LlamaDecoderLayer,)
+MODES = ("dti", "dti-minus", "dti-position", "dti-reset")
+
+
+@dataclass(frozen=True)
+class DTIConfig:
+    """What [SUM] rows read, and how.
+
+    Attributes:
+        mode: `dti` (both fixes), `dti-minus` (none, the paper's ablation), `dti-position` (no position id, ALiBi) or
+            `dti-reset` (hidden-state reset) alone.
+        alpha_min: reset ratio at the recent end of the window, in [0, 1].
+        alpha_max: reset ratio at its far end, in [alpha_min, 1].
+        steepness: of the ratio's sigmoid, per interaction.
+        alpha_own: reset ratio of the target's own item text and the prefix.
+        reset_layers: layers that reset, negative ones counted from the end.
+        slope_scale: factor on the geometric ALiBi slopes.
+        train_slopes: learn the slopes, one per head and layer.
+    """
+
+    mode: str = "dti"
+    alpha_min: float = 0.0
+    alpha_max: float = 0.5
+    steepness: float = 1.0
+    alpha_own: float = 0.0
+    reset_layers: tuple[int, ...] = (-1,)
+    slope_scale: float = 1.0
+    train_slopes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.slope_scale < 0:
+            raise ValueError(f"slope_scale must be >= 0, got {self.slope_scale}")
+        self.reset_of(torch.empty(0), torch.empty(0))  # checks the ratios
+
+    def reset_of(self, k_initial: Tensor, v_initial: Tensor) -> HiddenStateReset:
+        """The reset of one layer."""
+        return HiddenStateReset(
+            k_initial, v_initial, self.alpha_min, self.alpha_max, self.steepness, self.alpha_own
+        )
+
+    @property
+    def position_fix(self) -> bool:
+        """[SUM] rows take no position id but ALiBi."""
+        return self.mode in ("dti", "dti-position")
+
+    @property
+    def reset(self) -> bool:
+        """[SUM] rows read far context blended toward initial states."""
+        return self.mode in ("dti", "dti-reset")
+
+    def resets_layer(self, index: int, num_layers: int) -> bool:
+        """Whether layer `index` of `num_layers` resets."""
+        return self.reset and any(layer % num_layers == index for layer in self.reset_layers)
+
+
+@dataclass(eq=False)
+class Stream:
+    """What travels to every layer of one forward pass beside the hidden states.
+
+    Attributes:
+        layout: rows and spans of the batch.
+        initial_states: `(1, C, E)` token embeddings of the context rows, filled in by the first layer.
+        context_outputs: keep the last layer's context rows; False: only [SUM] rows leave the model.
+    """
+
+    layout: StreamLayout
+    initial_states: Tensor | None = None
+    context_outputs: bool = False
+
+
+class StreamAttention(nn.Module):
+    """Self-attention over a packed batch, on the projections (and q/k norms) of the attention it replaces."""
+
+    def __init__(self, attention: Any, config: DTIConfig, resets: bool) -> None:
+        super().__init__()
+        self.head_dim: int = attention.head_dim
+        self.layer_idx: int = attention.layer_idx
+        self.scaling: float = attention.scaling
+        self.config, self.resets = config, resets
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
+            if hasattr(attention, name):
+                setattr(self, name, getattr(attention, name))
+        if config.position_fix:
+            weight = attention.q_proj.weight
+            slopes = default_alibi_slopes(weight.shape[0] // self.head_dim) * config.slope_scale
+            slopes = slopes.to(weight.device)
+            if config.train_slopes:
+                self.alibi_slopes = nn.Parameter(slopes)
+            else:
+                self.register_buffer("alibi_slopes", slopes, persistent=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        layout: StreamLayout,
+        initial_states: Tensor | None,
+        sums_only: bool,
+    ) -> Tensor:
+        """`(1, T, E)` normed hidden states to `(1, T, E)`, or `(1, S, E)` where only [SUM] rows are wanted.
+
+        `initial_states (1, C, E)` are the normed token embeddings, where this layer resets.
+        """
+        num_context, fix = layout.num_context, self.config.position_fix
+        rows = hidden_states[0]
+        q = self._heads("q", rows[num_context:] if sums_only else rows)
+        k, v = self._heads("k", rows), self._heads("v", rows)
+        cos, sin = (x[0] for x in position_embeddings)
+        k_sum = k
+        if not (fix and sums_only):
+            k = _rotate(k, cos, sin)
+            q = _rotate(q, *(x[num_context:] if sums_only else x for x in (cos, sin)))
+        reset = None
+        if initial_states is not None:
+            k_initial, v_initial = self._heads("k", initial_states[0]), self._heads("v", initial_states[0])
+            if not fix:
+                k_initial = _rotate(k_initial, cos[:num_context], sin[:num_context])
+            reset = self.config.reset_of(k_initial, v_initial)
+        slopes = self.alibi_slopes if fix else None
+        out = windowed_attn(
+            q,
+            k,
+            v,
+            layout,
+            k_sum=k_sum if fix else None,
+            alibi_slopes=slopes,
+            reset=reset,
+            scale=self.scaling,
+        )
+        o_proj: nn.Module = self.get_submodule("o_proj")
+        projected: Tensor = o_proj(out.flatten(1))
+        return projected[None]
+
+    def _heads(self, name: str, rows: Tensor) -> Tensor:
+        """`(rows, E)` to `(rows, heads, D)` queries, keys or values."""
+        heads: Tensor = getattr(self, f"{name}_proj")(rows).unflatten(-1, (-1, self.head_dim))
+        norm: nn.Module | None = getattr(self, f"{name}_norm", None)
+        if norm is not None:
+            heads = norm(heads)
+        return heads
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on `(rows, heads, D)`."""
+    cos, sin = cos[:, None], sin[:, None]
+    return x * cos + rotate_half(x) * sin
+
+
+class StreamDecoderLayer(GradientCheckpointingLayer):
+    """A decoder layer over a packed batch, made of the modules of the layer it replaces."""
+
+    def __init__(self, layer: Any, config: DTIConfig, num_layers: int) -> None:
+        super().__init__()
+        index = layer.self_attn.layer_idx
+        self.is_first, self.is_last = index == 0, index == num_layers - 1
+        self.self_attn = StreamAttention(layer.self_attn, config, config.resets_layer(index, num_layers))
+        self.mlp = layer.mlp
+        self.input_layernorm = layer.input_layernorm
+        self.post_attention_layernorm = layer.post_attention_layernorm
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        stream: Stream | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """`(1, T, E)` to `(1, T, E)`; the last layer to `(1, S, E)` unless the stream keeps context rows."""
+        if stream is None or position_embeddings is None:
+            raise ValueError(
+                "a model with DTI attention reads packed streaming prompts: call it with stream=Stream(layout), "
+                "and build the layout with StreamLayout.build or dti_model.prompts"
+            )
+        num_context = stream.layout.num_context
+        if self.is_first:
+            stream.initial_states = hidden_states[:, :num_context]
+        sums_only = self.is_last and not stream.context_outputs
+        initial = None
+        if self.self_attn.resets:
+            initial = self.input_layernorm(stream.initial_states)
+        attended = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, stream.layout, initial, sums_only
+        )
+        hidden_states = (hidden_states[:, num_context:] if sums_only else hidden_states) + attended
+        mixed: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + mixed
+
+
+def apply_dti(model: PreTrainedModel, config: DTIConfig) -> PreTrainedModel:
+    """Make a Hugging Face causal LM read packed streaming prompts; in place.
+
+    Args:
+        model: a Llama-architecture causal LM (`model.model.layers`), on any device.
+        config: which fixes [SUM] rows get.
+
+    Returns:
+        The same model. Parameter names do not change.
+
+    Raises:
+        TypeError: the model's decoder layers are not of a supported class.
+        ValueError: its rotary scaling multiplies scores, which un-rotated [SUM] keys cannot follow.
+    """
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", [decoder])
+    for layer in layers:
+        if not isinstance(layer, SUPPORTED_LAYERS):
+            names = ", ".join(supported.__name__ for supported in SUPPORTED_LAYERS)
+            raise TypeError(
+                f"DTI attention works on decoder layers of class {names}, not {type(layer).__name__}"
+            )
+    if config.position_fix and decoder.rotary_emb.attention_scaling != 1.0:
+        raise ValueError(
+            f"rotary scaling {decoder.rotary_emb.rope_type!r} multiplies scores by a temperature that [SUM] rows without "
+            "positions do not have: use mode dti-minus or dti-reset, or a model with rope type default, linear or llama3"
+        )
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+    AttentionInterface.register(ATTENTION_NAME, _not_reached)
+    model.set_attn_implementation(ATTENTION_NAME)
+    decoder.layers = nn.ModuleList(StreamDecoderLayer(layer, config, len(layers)) for layer in layers)
+    model._no_split_modules = [StreamDecoderLayer.__name__]
+    return model
+
+
+def position_ids(layout: StreamLayout, config: DTIConfig) -> Tensor:
+    """`(T,)` int64 rotary positions: context tokens count from 0 in their prompt.
+
+    With the position fix a [SUM] has none: position 0, where the rotation is the identity.
+    """
+    positions = layout.position_ids.long()
+    if config.position_fix:
+        positions[layout.num_context :] = 0
+    return positions
+
+
+def token_logits(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    layout: StreamLayout,
+    config: DTIConfig,
+    tokens: Sequence[int] = (),
+) -> Tensor:
+    """Logits at the [SUM] rows: `(S, V)`, or `(S, len(tokens))` for some tokens of the vocabulary.
+
+    Args:
+        model: the result of `apply_dti`, perhaps wrapped by peft or a distributed engine.
+        input_ids: `(T,)` int64, context tokens in layout order, then one [SUM] token per target.
+        layout: of the same batch, on the model's device.
+        config: the one the model was made with.
+        tokens: token ids whose logits are wanted; empty: all.
+    """
+    output = model(
+        input_ids=input_ids[None],
+        position_ids=position_ids(layout, config)[None],
+        stream=Stream(layout),
+        use_cache=False,
+    )
+    logits: Tensor = output.logits[0]
+    return logits[:, list(tokens)] if len(tokens) else logits
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The layout is the mask."""
+
+
+def _not_reached(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("an attention layer was not replaced by apply_dti")

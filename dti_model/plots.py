@@ -1,0 +1,92 @@
+"""Plots of a run and of a layout's mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from dti_kernels import StreamLayout
+
+MODEL_COLOR, LINE_COLOR, SUM_COLOR = "#1f5fa8", "#8a8a8a", "#d1602b"
+
+
+def plot_report(
+    path: Path,
+    log_history: Sequence[Mapping[str, float]],
+    labels: npt.NDArray[Any],
+    probabilities: npt.NDArray[np.float64],
+    baselines: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> None:
+    """Training loss, validation AUC beside the lines without text, and calibration on test, as one PNG.
+
+    Args:
+        path: the PNG.
+        log_history: Trainer's log entries, with `epoch` and `loss` or `eval_auc`.
+        labels: `(S,)` test labels, 0 or 1.
+        probabilities: `(S,)` test scores.
+        baselines: metrics by split and line.
+    """
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    loss_axes, auc_axes, calibration_axes = figure.subplots(1, 3)
+    losses = [(entry["epoch"], entry["loss"]) for entry in log_history if "loss" in entry]
+    aucs = [(entry["epoch"], entry["eval_auc"]) for entry in log_history if "eval_auc" in entry]
+    loss_axes.plot(*zip(*losses), color=MODEL_COLOR, linewidth=1)
+    loss_axes.set(xlabel="epoch", ylabel="cross-entropy at the [SUM]s (nats)", title="training loss")
+    auc_axes.plot(*zip(*aucs), color=MODEL_COLOR, marker="o", label="model")
+    for (name, metrics), style in zip(baselines["val"].items(), ("-", "--", "-.", ":")):
+        auc_axes.axhline(
+            metrics["auc"], color=LINE_COLOR, linewidth=1, linestyle=style, label=name.replace("_", " ")
+        )
+    auc_axes.set(xlabel="epoch", ylabel="AUC", title="validation AUC")
+    auc_axes.legend(fontsize=8, loc="lower right")
+    _plot_calibration(calibration_axes, labels, probabilities)
+    figure.savefig(path, dpi=110)
+
+
+def _plot_calibration(axes: Any, labels: npt.NDArray[Any], probabilities: npt.NDArray[np.float64]) -> None:
+    """Clicked share against mean prediction in ten groups of equal size, with two standard errors."""
+    groups = np.array_split(np.argsort(probabilities, kind="stable"), min(10, len(probabilities)))
+    predicted = np.array([probabilities[group].mean() for group in groups])
+    clicked = np.array([labels[group].mean() for group in groups])
+    error = 2 * np.sqrt(clicked * (1 - clicked) / [len(group) for group in groups])
+    axes.plot([0, 1], [0, 1], color=LINE_COLOR, linewidth=1)
+    axes.errorbar(predicted, clicked, yerr=error, color=MODEL_COLOR, marker="o", markersize=4, linewidth=1)
+    axes.set(
+        xlim=(0, 1),
+        ylim=(0, 1),
+        xlabel="mean prediction",
+        ylabel="clicked share",
+        title="calibration on test",
+    )
+
+
+def plot_mask(layout: StreamLayout, path: Path) -> None:
+    """Draw which context key every row of a small layout sees: prefix and item text, label text, and the [SUM] rows.
+
+    Args:
+        layout: at most a few hundred rows, on any device.
+        path: the PNG.
+    """
+    layout = layout.to("cpu")
+    num_context, num_rows = layout.num_context, layout.num_rows
+    picture = np.zeros((num_rows, num_rows), np.int64)
+    picture[:, :num_context] = layout.dense_visibility().numpy()
+    picture[num_context:][picture[num_context:] == 1] = 2
+    picture[range(num_context, num_rows), range(num_context, num_rows)] = 2
+    figure = Figure(figsize=(7.5, 7.5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(picture, cmap=ListedColormap(["white", MODEL_COLOR, SUM_COLOR]), interpolation="nearest")
+    edges = np.flatnonzero(np.diff(layout.interaction.numpy()[:num_context])) + 0.5
+    for edge in edges:
+        axes.axvline(edge, color="#cccccc", linewidth=0.6)
+        axes.axhline(edge, color="#cccccc", linewidth=0.6)
+    axes.axhline(num_context - 0.5, color="black", linewidth=1)
+    axes.axvline(num_context - 0.5, color="black", linewidth=1)
+    axes.set(xlabel="key", ylabel="row", title="context rows (blue) and [SUM] rows (orange)")
+    figure.savefig(path, dpi=110)

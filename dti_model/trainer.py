@@ -1,0 +1,125 @@
+"""Hugging Face's Trainer over packed streaming prompts: the loss, the validation and the checks; everything else is Trainer's.
+
+    loss = sum over targets of cross-entropy(LM head at the [SUM], label token) / number of targets in the optimizer step
+
+so that every target weighs 1, whatever the batches, the accumulation and the devices.              (semantics.md, section 6)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
+
+from dti_model.attention import DTIConfig, Stream, position_ids
+from dti_model.prompts import PackedPrompts, StreamBatch
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the batch."""
+
+
+def model_inputs(batch: StreamBatch, config: DTIConfig, answers: Tensor) -> dict[str, Any]:
+    """A packed batch as keyword arguments of the model, plus `labels (S,)`: the label token of every target."""
+    return {
+        "input_ids": batch.input_ids[None],
+        "position_ids": position_ids(batch.layout, config)[None],
+        "stream": Stream(batch.layout),
+        "use_cache": False,
+        "labels": answers[batch.labels],
+    }
+
+
+class StreamTrainer(Trainer):
+    """Trains on `PackedPrompts`, one packed batch per device and step."""
+
+    def __init__(
+        self,
+        *,
+        dti: DTIConfig,
+        answers: tuple[int, int],
+        validate: Callable[[], dict[str, float]],
+        **kwargs: Any,
+    ) -> None:
+        """As Trainer's, and:
+
+        Args:
+            dti: what the model was made with.
+            answers: token of a negative and of a positive label.
+            validate: scores the validation targets with the model as it is; metrics by name.
+            kwargs: keyword arguments of Trainer; `train_dataset` is a `PackedPrompts`.
+        """
+        answer_tokens = torch.tensor(answers)
+        super().__init__(data_collator=lambda batches: model_inputs(batches[0], dti, answer_tokens), **kwargs)
+        self.validate = validate
+        self.loss_is_scaled_for_ga = True
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
+        """The data set shuffles itself, by epoch."""
+        dataset = self.train_dataset
+        assert isinstance(dataset, PackedPrompts)
+        return SequentialSampler(dataset)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared = super()._prepare_inputs(inputs)
+        prepared["stream"] = Stream(inputs["stream"].layout.to(self.args.device))
+        return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The batches of one optimizer step and the number of their targets over all devices."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(sum(sample["labels"].numel() for sample in samples), device=device)
+        return samples, self.accelerator.gather(count).sum()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Summed cross-entropy over the targets of the whole optimizer step."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        output = model(**inputs)
+        total = F.cross_entropy(output.logits[0].float(), labels, reduction="sum")
+        # Gradients are averaged over devices, but every target weighs the same whatever device it is on.
+        loss = (
+            total
+            * self.accelerator.num_processes
+            / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+        )
+        return (loss, output) if return_outputs else loss
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Trainer's, and stop at the first loss that is not finite."""
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(self._where(inputs))
+        return loss
+
+    def _where(self, inputs: dict[str, Any]) -> str:
+        state, dataset = self.state, self.train_dataset
+        epoch = int(state.epoch or 0)
+        assert isinstance(dataset, PackedPrompts)
+        return (
+            f"the loss is not finite at optimizer step {state.global_step + 1} (epoch {epoch + 1}), in a batch of "
+            f"{inputs['labels'].numel()} targets and {inputs['input_ids'].numel()} rows. The last checkpoint is good: lower "
+            "the learning rate (--optim.learning_rate), or look at the batch with the same --seed"
+        )
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Validation metrics, one global figure each."""
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.validate().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
