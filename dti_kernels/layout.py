@@ -46,11 +46,14 @@ class StreamLayout:
         keys: `(4, C)` int32. Per context key: end of the context rows that see it (they start at the key itself), first and
             end of the [SUM] rows (counted from 0 in the [SUM] block) that see it, and 1 for item text.
         window: how many preceding interactions a target may use.
+        mean_span: about how many tokens the span of a context row holds, 256, 512 or 1024: tiles are chosen by it, results do
+            not depend on it. Coarse, so that it seldom changes from batch to batch.
     """
 
     rows: Tensor
     keys: Tensor
     window: int
+    mean_span: int = 512
 
     @staticmethod
     def build(
@@ -91,7 +94,9 @@ class StreamLayout:
         """
         counts = _Counts.check(item_lengths, label_lengths, num_targets, window, prefix_lengths)
         rows, keys = _spans(counts)
-        return StreamLayout(*_to_device(rows, keys, device), window=counts.window)
+        return StreamLayout(
+            *_to_device(rows, keys, device), window=counts.window, mean_span=_mean_span(rows, keys)
+        )
 
     @property
     def num_context(self) -> int:
@@ -157,7 +162,7 @@ class StreamLayout:
         """The same layout on another device."""
         if torch.device(device) == self.device:
             return self
-        return StreamLayout(self.rows.to(device), self.keys.to(device), self.window)
+        return StreamLayout(self.rows.to(device), self.keys.to(device), self.window, self.mean_span)
 
     def dense_visibility(self) -> Tensor:
         """`(T, C)` bool, True where a row sees a context key, from first principles (semantics.md, section 3).
@@ -311,6 +316,16 @@ def _spans(counts: _Counts) -> tuple[np.ndarray, np.ndarray]:
         ]
     )
     return rows, keys
+
+
+def _mean_span(rows: np.ndarray, keys: np.ndarray) -> int:
+    """Mean span of context rows, to the nearest of 256, 512 and 1024."""
+    num_context = keys.shape[1]
+    visible = int(
+        rows[STOP, :num_context].sum(dtype=np.int64) - rows[START, :num_context].sum(dtype=np.int64)
+    )
+    mean = visible / max(num_context, 1)
+    return 256 if mean < 362 else 512 if mean < 724 else 1024
 
 
 def _to_device(

@@ -1,10 +1,17 @@
 """Operator schemas, shapes without data, and which implementation runs on which device.
 
-`dti::windowed_attn_fwd` and `dti::windowed_attn_bwd` take tensors only, so that they trace, compile and checkpoint like any
-other operator. CPU tensors run `cpu.py`.
+`dti::windowed_attn_fwd` and `dti::windowed_attn_bwd` take tensors and numbers only, so that they trace, compile and
+checkpoint like any other operator. CUDA and ROCm tensors run the Triton kernels, CPU tensors `cpu.py`; with
+TRITON_INTERPRET=1 in the environment CPU tensors run the Triton kernels too, in Triton's interpreter. Triton is imported
+when a kernel is launched, never before.
 """
 
 from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +23,66 @@ _INPUTS = (
     "Tensor rows, Tensor keys"
 )
 _LIBRARY = torch.library.Library("dti", "DEF")
-_LIBRARY.define(f"windowed_attn_fwd({_INPUTS}, float scale) -> (Tensor out, Tensor lse)")
+_LIBRARY.define(f"windowed_attn_fwd({_INPUTS}, float scale, SymInt mean_span) -> (Tensor out, Tensor lse)")
 _LIBRARY.define(
-    f"windowed_attn_bwd(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, float scale) -> "
+    f"windowed_attn_bwd(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, float scale, SymInt mean_span) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dk_sum, Tensor dk_initial, Tensor dv_initial, Tensor dslopes)"
 )
-_LIBRARY.impl("windowed_attn_fwd", cpu.forward, "CPU")
-_LIBRARY.impl("windowed_attn_bwd", cpu.backward, "CPU")
 
 accumulation_dtype = cpu.accumulation_dtype
+
+
+@functools.cache
+def _triton_modules() -> tuple[ModuleType, ModuleType]:
+    try:
+        from dti_kernels import triton_bwd, triton_fwd
+    except ImportError as error:
+        raise ImportError("windowed_attn on a GPU needs Triton: pip install triton") from error
+    return triton_fwd, triton_bwd
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+# The arguments are those of the schema: stated there, in the fakes below and in each implementation.
+def _fwd_triton(*args: Any) -> tuple[Tensor, Tensor]:
+    outputs: tuple[Tensor, Tensor] = _triton_modules()[0].forward(*args)
+    return outputs
+
+
+def _bwd_triton(*args: Any) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = _triton_modules()[1].backward(*args)
+    return outputs
+
+
+def _widened(args: tuple[Any, ...]) -> list[Any]:
+    """bfloat16 as float32: the interpreter computes with NumPy, which does not have it."""
+    return [x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in args]
+
+
+def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    if _interpreting():
+        out, lse = _fwd_triton(*_widened(args))
+        return out.to(args[0].dtype), lse
+    with torch.autocast("cpu", enabled=False):
+        return cpu.forward(*args[:-1])
+
+
+def _bwd_cpu(*args: Any) -> tuple[Tensor, ...]:
+    if _interpreting():
+        grad_out, q, k, v, k_sum, k_initial, v_initial, _, slopes = args[:9]
+        inputs = (q, k, v, k_sum, k_initial, v_initial, slopes)
+        grads = _bwd_triton(*_widened(args))
+        return tuple(grad.to(grad_out.dtype if x is None else x.dtype) for grad, x in zip(grads, inputs))
+    with torch.autocast("cpu", enabled=False):
+        return cpu.backward(*args[:-1])
+
+
+_LIBRARY.impl("windowed_attn_fwd", _fwd_cpu, "CPU")
+_LIBRARY.impl("windowed_attn_bwd", _bwd_cpu, "CPU")
+_LIBRARY.impl("windowed_attn_fwd", _fwd_triton, "CUDA")
+_LIBRARY.impl("windowed_attn_bwd", _bwd_triton, "CUDA")
 
 
 @torch.library.register_fake("dti::windowed_attn_fwd", lib=_LIBRARY)
@@ -40,6 +98,7 @@ def _fwd_fake(
     rows: Tensor,
     keys: Tensor,
     scale: float,
+    mean_span: int,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype))
 
@@ -60,6 +119,7 @@ def _bwd_fake(
     out: Tensor,
     lse: Tensor,
     scale: float,
+    mean_span: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(x: Tensor | None) -> Tensor:
         return q.new_empty(0) if x is None else x.new_empty(x.shape)

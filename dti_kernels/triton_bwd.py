@@ -8,7 +8,7 @@ No atomics: every output element is summed by one program in a fixed order, so t
 group are looped inside dK/dV: keys are not expanded. Cost: 7 matmuls per visited tile, O(T) memory.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from dti_kernels.tiles import Tile
 from dti_kernels.triton_tile import (
-    LOG2E,
     PER_BATCH,
     RESET_ID,
     ROW_STOP,
@@ -33,6 +32,7 @@ from dti_kernels.triton_tile import (
     addressable,
     alibi_distance,
     blend,
+    exponential,
     key_ranges,
     load_field,
     load_keys,
@@ -45,6 +45,7 @@ from dti_kernels.triton_tile import (
     store_tile,
     strides,
     tile_rows,
+    to_exponent,
     visible,
     visible_keys,
 )
@@ -57,7 +58,7 @@ _SELF_TILE = Tile(16, 16, 4, 1)
 def _ctx_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, rows_ptr, num_rows, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dot, stride_doh,
-    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq and delta of BLOCK_M // PACK context rows of PACK heads.
@@ -76,14 +77,15 @@ def _ctx_dq_kernel(
     out = load_tile(out_ptr, offsets(row, head, stride_ot, stride_oh), valid, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + offsets(row, head, 1, num_rows), delta, mask=valid)
-    lse_log2 = tl.load(lse_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0) * LOG2E
+    lse = tl.load(lse_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0)
+    lse = to_exponent(lse, NATURAL)
     ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
     key_first, num_left, num_full, num_masked = ranges[2], ranges[5], ranges[6], ranges[7]
     group = tl.cast(tl.program_id(1) * PACK // GROUP, tl.int64)
     k_ptr += group * stride_kh
     v_ptr += group * stride_vh
     offs_n = tl.arange(0, BLOCK_N)
-    scale_log2 = scale * LOG2E
+    exponent_scale = to_exponent(scale, NATURAL)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     for i in range(0, num_full):
@@ -92,7 +94,7 @@ def _ctx_dq_kernel(
         v = load_keys(v_ptr, key_0, stride_vt, offs_n, HEAD_DIM, BLOCK_D, False)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        p = tl.exp2(s * scale_log2 - lse_log2[:, None])
+        p = exponential(s * exponent_scale - lse[:, None], NATURAL)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
@@ -104,7 +106,7 @@ def _ctx_dq_kernel(
         v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        p = tl.exp2(s * scale_log2 - lse_log2[:, None])
+        p = exponential(s * exponent_scale - lse[:, None], NATURAL)
         p = tl.where(visible_keys(spans, key, inside), p, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -117,7 +119,7 @@ def _ctx_dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dv_sum_ptr, keys_ptr,
     num_rows, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
-    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N context keys of one key head; dv starts from what [SUM] rows contributed in float32.
@@ -138,7 +140,7 @@ def _ctx_dkv_kernel(
         dv = load_tile(dv_sum_ptr, offs_dk, inside, HEAD_DIM, BLOCK_D, True)
     else:
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    scale_log2 = scale * LOG2E
+    exponent_scale = to_exponent(scale, NATURAL)
     num_tiles = tl.cdiv(tl.max(row_stop, 0) - key_0, BLOCK_M // PACK)
 
     for i in range(0, num_tiles * (GROUP // PACK)):
@@ -146,12 +148,13 @@ def _ctx_dkv_kernel(
         row, lane = tile_rows(first, num_context, PACK, BLOCK_M)
         valid = row < num_context
         head = head_0 + lane
-        q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
+        q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
         do = load_tile(do_ptr, offsets(row, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
-        lse_log2 = tl.load(lse_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0) * LOG2E
+        lse = tl.load(lse_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0)
+        lse = to_exponent(lse, NATURAL)
         delta = tl.load(delta_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [N, M]
-        p = tl.exp2(s * scale_log2 - lse_log2[None, :])
+        p = exponential(s * exponent_scale - lse[None, :], NATURAL)
         p = tl.where(visible(row[None, :], key[:, None], row_stop[:, None]), p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
@@ -165,7 +168,8 @@ def _ctx_dkv_kernel(
 @triton.jit(do_not_specialize=PER_BATCH)
 def _sum_dq_kernel(
     q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr,
-    out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dslopes_ptr, rows_ptr, num_rows, num_context, num_ratios, scale,
+    out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dslopes_ptr, rows_ptr,
+    num_rows, num_queries, num_context, num_ratios, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_ot, stride_oh, stride_dot, stride_doh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -181,28 +185,30 @@ def _sum_dq_kernel(
     row, lane = tile_rows(first, num_rows, PACK, BLOCK_M)
     head = tl.program_id(1) * PACK + lane
     valid = row < num_rows
+    query = row - (num_rows - num_queries)
     spans = row_spans(rows_ptr, num_rows, row, valid)
-    q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
-    do = load_tile(do_ptr, offsets(row, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
-    out = load_tile(out_ptr, offsets(row, head, stride_ot, stride_oh), valid, HEAD_DIM, BLOCK_D, True)
+    q = load_tile(q_ptr, offsets(query, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
+    do = load_tile(do_ptr, offsets(query, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
+    out = load_tile(out_ptr, offsets(query, head, stride_ot, stride_oh), valid, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + offsets(row, head, 1, num_rows), delta, mask=valid)
-    lse_log2 = tl.load(lse_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0) * LOG2E
+    tl.store(delta_ptr + offsets(query, head, 1, num_queries), delta, mask=valid)
+    lse = tl.load(lse_ptr + offsets(query, head, 1, num_queries), mask=valid, other=0.0)
     ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
     num_tiles = ranges[4] + tl.cdiv(ranges[3] - ranges[2], BLOCK_N)
     group = tl.cast(tl.program_id(1) * PACK // GROUP, tl.int64)
     k_ptr += group * stride_kh
     v_ptr += group * stride_vh
     offs_n = tl.arange(0, BLOCK_N)
-    scale_log2 = scale * LOG2E
     k_self = load_tile(k_ptr, offsets(row, 0, stride_kt, 0), valid, HEAD_DIM, BLOCK_D, True).to(tl.float32)
     v_self = load_tile(v_ptr, offsets(row, 0, stride_vt, 0), valid, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    p_self = tl.exp2(tl.sum(q.to(tl.float32) * k_self, 1) * scale_log2 - lse_log2)
+    p_self = exponential(tl.sum(q.to(tl.float32) * k_self, 1) * scale - lse, True)
     ds_self = p_self * (tl.sum(do.to(tl.float32) * v_self, 1) - delta)
     dq = ds_self[:, None] * k_self
     dslope = tl.zeros([BLOCK_M], tl.float32)
+    mean_distance = tl.zeros([BLOCK_M], tl.float32)
+    ds_total = ds_self
     if slopes_ptr is not None:
-        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
+        slope = tl.load(slopes_ptr + head).to(tl.float32)
     if ratios_ptr is not None:
         k_initial_ptr += group * stride_k0h
         v_initial_ptr += group * stride_v0h
@@ -223,30 +229,34 @@ def _sum_dq_kernel(
             v_initial = load_keys(v_initial_ptr, key_0, stride_v0t, inside, HEAD_DIM, BLOCK_D, True)
             s = blend(s, tl.dot(q, tl.trans(k_initial), input_precision="ieee"), ratio)
             dp = blend(dp, tl.dot(do, tl.trans(v_initial), input_precision="ieee"), ratio)
-        s = s * scale_log2 - lse_log2[:, None]
+        s = s * scale
         if slopes_ptr is not None:
             distance = alibi_distance(key[None, :], spans[1][:, None], spans[2][:, None], spans[3][:, None])
-            s -= slope_log2[:, None] * distance
-        p = tl.where(visible_keys(spans, key, inside), tl.exp2(s), 0.0)
+            s -= slope[:, None] * distance
+        p = tl.where(visible_keys(spans, key, inside), exponential(s - lse[:, None], True), 0.0)
         ds = p * (dp - delta[:, None])
         if slopes_ptr is not None:
             dslope -= tl.sum(ds * distance, 1)
+            mean_distance += tl.sum(p * distance, 1)
+            ds_total += tl.sum(ds, 1)
         if ratios_ptr is not None:
             dq = tl.dot((ratio * ds).to(k.dtype), k_initial, dq, input_precision="ieee")
             ds *= 1.0 - ratio
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
-    store_tile(dq_ptr, offsets(row, head, stride_ot, stride_oh), valid, dq * scale, HEAD_DIM, BLOCK_D)
+    store_tile(dq_ptr, offsets(query, head, stride_ot, stride_oh), valid, dq * scale, HEAD_DIM, BLOCK_D)
     if slopes_ptr is not None:
         offs_dslopes = offsets(row - num_context, head, 1, num_rows - num_context)
-        tl.store(dslopes_ptr + offs_dslopes, dslope, mask=valid)
+        # ds would add up to zero if delta were exact, but it comes from the rounded output: distances of hundreds of tokens
+        # would multiply that error.
+        tl.store(dslopes_ptr + offs_dslopes, dslope + ds_total * mean_distance, mask=valid)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def _sum_dkv_kernel(
     q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr,
     do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_sum_ptr, dk_initial_ptr, dv_initial_ptr, rows_ptr, keys_ptr,
-    num_rows, num_context, num_ratios, scale,
+    num_rows, num_queries, num_context, num_ratios, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_dot, stride_doh, stride_dkt, stride_dkh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -278,7 +288,6 @@ def _sum_dkv_kernel(
         key_reset_id = load_field(rows_ptr, RESET_ID, num_rows, key, inside)
         dk_initial = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv_initial = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    scale_log2 = scale * LOG2E
     first_sum = tl.min(tl.where(inside, sum_start, num_rows), 0)
     num_tiles = tl.maximum(tl.cdiv(tl.max(sum_stop, 0) - first_sum, BLOCK_M // PACK), 0)
 
@@ -286,11 +295,12 @@ def _sum_dkv_kernel(
         first = num_context + first_sum + i % num_tiles * (BLOCK_M // PACK)
         row, lane = tile_rows(first, num_rows, PACK, BLOCK_M)
         valid = row < num_rows
+        query = row - (num_rows - num_queries)
         head = group * GROUP + i // num_tiles * PACK + lane
-        q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
-        do = load_tile(do_ptr, offsets(row, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
-        lse_log2 = tl.load(lse_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0) * LOG2E
-        delta = tl.load(delta_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0)
+        q = load_tile(q_ptr, offsets(query, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
+        do = load_tile(do_ptr, offsets(query, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
+        lse = tl.load(lse_ptr + offsets(query, head, 1, num_queries), mask=valid, other=0.0)
+        delta = tl.load(delta_ptr + offsets(query, head, 1, num_queries), mask=valid, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [N, M]
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         if ratios_ptr is not None:
@@ -298,14 +308,14 @@ def _sum_dkv_kernel(
             ratio = reset_ratio(ratios_ptr, num_ratios, reset_id[None, :], key_reset_id[:, None])
             s = blend(s, tl.dot(k_initial, tl.trans(q), input_precision="ieee"), ratio)
             dp = blend(dp, tl.dot(v_initial, tl.trans(do), input_precision="ieee"), ratio)
-        s = s * scale_log2 - lse_log2[None, :]
+        s = s * scale
         if slopes_ptr is not None:
             spans = row_spans(rows_ptr, num_rows, row, valid)
-            slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
+            slope = tl.load(slopes_ptr + head).to(tl.float32)
             distance = alibi_distance(key[:, None], spans[1][None, :], spans[2][None, :], spans[3][None, :])
-            s -= slope_log2[None, :] * distance
+            s -= slope[None, :] * distance
         seen = visible((row - num_context)[None, :], sum_start[:, None], sum_stop[:, None])
-        p = tl.where(seen, tl.exp2(s), 0.0)
+        p = tl.where(seen, exponential(s - lse[None, :], True), 0.0)
         ds = p * (dp - delta[None, :])
         if ratios_ptr is not None:
             dv_initial = tl.dot((ratio * p).to(do.dtype), do, dv_initial, input_precision="ieee")
@@ -325,7 +335,8 @@ def _sum_dkv_kernel(
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def _sum_self_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dk_sum_ptr, dv_ptr, num_rows, num_context, scale,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dk_sum_ptr, dv_ptr,
+    num_rows, num_queries, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -336,19 +347,21 @@ def _sum_self_kernel(
     """
     row = num_context + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < num_rows
+    query = row - (num_rows - num_queries)
     group = tl.program_id(1)
-    k = load_tile(k_ptr, offsets(row, group, stride_kt, stride_kh), valid, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    v = load_tile(v_ptr, offsets(row, group, stride_vt, stride_vh), valid, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    k = load_tile(k_ptr, offsets(row, group, stride_kt, stride_kh), valid, HEAD_DIM, BLOCK_D, True)
+    v = load_tile(v_ptr, offsets(row, group, stride_vt, stride_vh), valid, HEAD_DIM, BLOCK_D, True)
+    k, v = k.to(tl.float32), v.to(tl.float32)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in range(0, GROUP):
         head = group * GROUP + i
-        q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-        do = load_tile(do_ptr, offsets(row, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
-        do = do.to(tl.float32)
-        lse = tl.load(lse_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0)
-        delta = tl.load(delta_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0)
-        p = tl.exp2((tl.sum(q * k, 1) * scale - lse) * LOG2E)
+        q = load_tile(q_ptr, offsets(query, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
+        do = load_tile(do_ptr, offsets(query, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
+        q, do = q.to(tl.float32), do.to(tl.float32)
+        lse = tl.load(lse_ptr + offsets(query, head, 1, num_queries), mask=valid, other=0.0)
+        delta = tl.load(delta_ptr + offsets(query, head, 1, num_queries), mask=valid, other=0.0)
+        p = exponential(tl.sum(q * k, 1) * scale - lse, True)
         dv += p[:, None] * do
         dk += (p * (tl.sum(do * v, 1) - delta))[:, None] * q
     offs_dk = offsets(row, group, stride_dkt, stride_dkh)
@@ -361,59 +374,79 @@ def _sum_self_kernel(
 class Gradients:
     """What the backward fills; contiguous, so that the gradients of keys and values share their strides."""
 
-    dq: Tensor  # (T, H, D)
+    dq: Tensor  # (T, H, D), or (S, H, D)
     dk: Tensor  # (T, G, D), as dv and dk_sum
     dv: Tensor
     dk_sum: Tensor
     dk_initial: Tensor | None  # (C, G, D), as dv_initial
     dv_initial: Tensor | None
     dslopes: Tensor | None  # (H, S) float32, to be summed over the [SUM] rows
-    dv_sum: Tensor | None  # (C, G, D) float32, what [SUM] rows contribute to dv
-    delta: Tensor  # (H, T) float32
+    # (C, G, D), what [SUM] rows contribute to dv: in float32, or dv itself where no context row contributes.
+    dv_sum: Tensor | None
+    delta: Tensor  # float32, laid out as lse
 
     @staticmethod
     def of(batch: Batch) -> Gradients:
-        num_rows, num_heads, _ = batch.q.shape
-        # Without [SUM] rows nothing runs that would write these.
-        of_sums = torch.empty if batch.num_sum else torch.zeros
+        def empty(x: Tensor) -> Tensor:
+            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
         def scratch(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=batch.q.device)
 
-        def of_sum_rows(x: Tensor) -> Tensor:
-            return of_sums(x.shape, dtype=x.dtype, device=x.device)
-
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (batch.q, batch.k, batch.v))
+        # Where no kernel writes, zeros: no [SUM] rows, or no queries of context rows.
+        of_sums = empty if batch.num_sum else _zeros
+        of_context = empty if batch.has_context_queries else _zeros
+        dv = empty(batch.v) if batch.num_sum or batch.has_context_queries else _zeros(batch.v)
+        dv_sum = scratch(batch.num_context, *dv.shape[1:]) if batch.num_sum else None
+        num_queries, num_heads, _ = batch.q.shape
         return Gradients(
-            dq=dq,
-            dk=dk,
+            dq=empty(batch.q),
+            dk=of_context(batch.k),
             dv=dv,
-            dk_sum=of_sum_rows(batch.k_sum),
-            dk_initial=None if batch.k_initial is None else of_sum_rows(batch.k_initial),
-            dv_initial=None if batch.v_initial is None else of_sum_rows(batch.v_initial),
+            dk_sum=of_sums(batch.k_sum),
+            dk_initial=None if batch.k_initial is None else of_sums(batch.k_initial),
+            dv_initial=None if batch.v_initial is None else of_sums(batch.v_initial),
             dslopes=None if batch.slopes is None else scratch(num_heads, batch.num_sum),
-            dv_sum=scratch(batch.num_context, *batch.k.shape[1:]) if batch.num_sum else None,
-            delta=scratch(num_heads, num_rows),
+            dv_sum=dv_sum if batch.has_context_queries else dv,
+            delta=scratch(num_heads, num_queries),
         )
 
 
-def backward_launches(batch: Batch, grads: Gradients, grad_out: Tensor, out: Tensor, lse: Tensor) -> list[Launch]:
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+
+
+def backward_launches(
+    batch: Batch, grads: Gradients, grad_out: Tensor, out: Tensor, lse: Tensor
+) -> list[Launch]:
     """The launches that fill `grads`: delta and dq first, then what [SUM] rows give to keys, then context rows."""
-    saved = {"q_ptr": batch.q, "v_ptr": batch.v, "do_ptr": grad_out, "lse_ptr": lse, "delta_ptr": grads.delta}
+    saved: dict[str, Any] = {
+        "q_ptr": batch.q,
+        "v_ptr": batch.v,
+        "do_ptr": grad_out,
+        "lse_ptr": lse,
+        "delta_ptr": grads.delta,
+    }
     saved |= strides(q=batch.q, v=batch.v, do=grad_out)
     of_rows = {**saved, "out_ptr": out, "dq_ptr": grads.dq, **strides(o=out)}
     of_keys = {**saved, **strides(dk=grads.dk)}
     launches = []
-    if batch.num_context:
+    if batch.has_context_queries:
         tile = batch.tile("ctx_dq")
         arguments = {**of_rows, **batch.context_inputs(), **batch.sizes(tile)}
         launches.append(Launch(_ctx_dq_kernel, batch.row_grid(batch.num_context, tile), arguments, tile))
     if batch.num_sum:
         launches += _sum_launches(batch, grads, of_rows, of_keys)
-    if batch.num_context:
+    if batch.has_context_queries:
         tile = batch.tile("ctx_dkv")
         outputs = {"dk_ptr": grads.dk, "dv_ptr": grads.dv, "dv_sum_ptr": grads.dv_sum}
-        arguments = {**of_keys, **outputs, "keys_ptr": batch.keys, **batch.context_inputs(), **batch.sizes(tile)}
+        arguments = {
+            **of_keys,
+            **outputs,
+            "keys_ptr": batch.keys,
+            **batch.context_inputs(),
+            **batch.sizes(tile),
+        }
         del arguments["rows_ptr"]
         launches.append(Launch(_ctx_dkv_kernel, batch.key_grid(tile), arguments, tile))
     return launches
@@ -427,8 +460,19 @@ def _sum_launches(
     arguments = {**of_rows, **inputs, "dslopes_ptr": grads.dslopes, **batch.sizes(tile)}
     launches = [Launch(_sum_dq_kernel, batch.row_grid(batch.num_sum, tile), arguments, tile)]
 
-    outputs = {"dk_ptr": grads.dk, "dk_sum_ptr": grads.dk_sum, "dv_ptr": grads.dv}
-    arguments = {**of_keys, **outputs, "k_ptr": batch.k_sum, **strides(k=batch.k_sum), **batch.sizes(_SELF_TILE)}
+    outputs = {
+        "dk_ptr": grads.dk,
+        "dk_sum_ptr": grads.dk_sum,
+        "dv_ptr": grads.dv,
+        "num_queries": batch.q.shape[0],
+    }
+    arguments = {
+        **of_keys,
+        **outputs,
+        "k_ptr": batch.k_sum,
+        **strides(k=batch.k_sum),
+        **batch.sizes(_SELF_TILE),
+    }
     for unused in ("rows_ptr", "PACK", "BLOCK_N"):
         del arguments[unused]
     grid = (-(-batch.num_sum // _SELF_TILE.block_m), batch.k.shape[1])
@@ -466,7 +510,9 @@ def backward(
     """Gradients of q, k, v, k_sum, k_initial, v_initial and slopes; empty where the input was None."""
     batch = Batch.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale, mean_span)
     grads = Gradients.of(batch)
-    run_all(backward_launches(batch, grads, addressable(grad_out), out.contiguous(), lse.contiguous()), q.device)
+    run_all(
+        backward_launches(batch, grads, addressable(grad_out), out.contiguous(), lse.contiguous()), q.device
+    )
     return (
         grads.dq,
         grads.dk,

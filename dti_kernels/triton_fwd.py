@@ -2,15 +2,19 @@
 
     m, l, acc = running maximum, sum of exp2(s - m) and sum of exp2(s - m) v       out = acc / l,  lse = m ln 2 + ln l
 
-Scores are multiplied by log2(e) so that exp2 serves. A [SUM]'s own key initialises the running softmax (m = s_self, l = 1,
-acc = v_self): no extra tile, and no row without a key. A context row always sees itself.
+exp2 serves as exponential. In 16 bits, scores of context rows carry log2(e) from the start, which leaves one instruction
+before exp2; those of [SUM] rows are natural, because a large ALiBi term times a rounded slope * log2(e) would cost digits.
+A [SUM]'s own key initialises the running softmax (m = s_self, l = 1, acc = v_self): no extra tile, and no row without a key.
+A context row always sees itself.
 
 Cost: the keys of a tile's span are read once per tile of rows; scores never leave the registers.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -19,13 +23,13 @@ from torch import Tensor
 
 from dti_kernels.triton_tile import (
     LN2,
-    LOG2E,
     PER_BATCH,
     RESET_ID,
     Batch,
     Launch,
     alibi_distance,
     blend,
+    exponential,
     key_ranges,
     load_field,
     load_keys,
@@ -38,6 +42,8 @@ from dti_kernels.triton_tile import (
     store_tile,
     strides,
     tile_rows,
+    to_exponent,
+    to_natural,
     visible_keys,
 )
 
@@ -46,7 +52,7 @@ from dti_kernels.triton_tile import (
 def _ctx_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, num_rows, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of BLOCK_M // PACK context rows of PACK heads.
@@ -66,7 +72,7 @@ def _ctx_fwd_kernel(
     k_ptr += group * stride_kh
     v_ptr += group * stride_vh
     offs_n = tl.arange(0, BLOCK_N)
-    scale_log2 = scale * LOG2E
+    exponent_scale = to_exponent(scale, NATURAL)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -76,9 +82,9 @@ def _ctx_fwd_kernel(
         k = load_keys(k_ptr, key_0, stride_kt, offs_n, HEAD_DIM, BLOCK_D, False)  # [N, D]
         v = load_keys(v_ptr, key_0, stride_vt, offs_n, HEAD_DIM, BLOCK_D, False)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
-        m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-        p = tl.exp2(s * scale_log2 - m_new[:, None])
-        alpha = tl.exp2(m_i - m_new)
+        m_new = tl.maximum(m_i, tl.max(s, 1) * exponent_scale)
+        p = exponential(s * exponent_scale - m_new[:, None], NATURAL)
+        alpha = exponential(m_i - m_new, NATURAL)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         m_i = m_new
@@ -89,12 +95,12 @@ def _ctx_fwd_kernel(
         inside = key < key_bound
         k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)
         v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * exponent_scale
         s = tl.where(visible_keys(spans, key, inside), s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may see nothing of its first tiles
-        p = tl.exp2(s - pivot[:, None])
-        alpha = tl.exp2(m_i - pivot)
+        p = exponential(s - pivot[:, None], NATURAL)
+        alpha = exponential(m_i - pivot, NATURAL)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         m_i = m_new
@@ -103,13 +109,15 @@ def _ctx_fwd_kernel(
     store_tile(
         out_ptr, offsets(row, head, stride_ot, stride_oh), valid, acc / total[:, None], HEAD_DIM, BLOCK_D
     )
-    tl.store(lse_ptr + offsets(row, head, 1, num_rows), (m_i + tl.log2(total)) * LN2, mask=valid)
+    tl.store(
+        lse_ptr + offsets(row, head, 1, num_rows), to_natural(m_i, NATURAL) + tl.log2(total) * LN2, mask=valid
+    )
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def _sum_fwd_kernel(
     q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr, out_ptr, lse_ptr, rows_ptr,
-    num_rows, num_context, num_ratios, scale,
+    num_rows, num_queries, num_context, num_ratios, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_ot, stride_oh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -125,22 +133,22 @@ def _sum_fwd_kernel(
     row, lane = tile_rows(first, num_rows, PACK, BLOCK_M)
     head = tl.program_id(1) * PACK + lane
     valid = row < num_rows
+    query = row - (num_rows - num_queries)
     spans = row_spans(rows_ptr, num_rows, row, valid)
-    q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
+    q = load_tile(q_ptr, offsets(query, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
     ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
     num_tiles = ranges[4] + tl.cdiv(ranges[3] - ranges[2], BLOCK_N)
     group = tl.cast(tl.program_id(1) * PACK // GROUP, tl.int64)
     k_ptr += group * stride_kh
     v_ptr += group * stride_vh
     offs_n = tl.arange(0, BLOCK_N)
-    scale_log2 = scale * LOG2E
     k_self = load_tile(k_ptr, offsets(row, 0, stride_kt, 0), valid, HEAD_DIM, BLOCK_D, True)
     v_self = load_tile(v_ptr, offsets(row, 0, stride_vt, 0), valid, HEAD_DIM, BLOCK_D, True)
-    m_i = tl.sum(q.to(tl.float32) * k_self.to(tl.float32), 1) * scale_log2
+    m_i = tl.sum(q.to(tl.float32) * k_self.to(tl.float32), 1) * scale
     l_i = tl.full([BLOCK_M], 1.0, tl.float32)
     acc = v_self.to(tl.float32)
     if slopes_ptr is not None:
-        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
+        slope = tl.load(slopes_ptr + head).to(tl.float32)
     if ratios_ptr is not None:
         k_initial_ptr += group * stride_k0h
         v_initial_ptr += group * stride_v0h
@@ -158,14 +166,14 @@ def _sum_fwd_kernel(
             ratio = reset_ratio(ratios_ptr, num_ratios, reset_id[:, None], key_reset_id[None, :])
             k_initial = load_keys(k_initial_ptr, key_0, stride_k0t, inside, HEAD_DIM, BLOCK_D, True)
             s = blend(s, tl.dot(q, tl.trans(k_initial), input_precision="ieee"), ratio)
-        s *= scale_log2
+        s *= scale
         if slopes_ptr is not None:
             distance = alibi_distance(key[None, :], spans[1][:, None], spans[2][:, None], spans[3][:, None])
-            s -= slope_log2[:, None] * distance
+            s -= slope[:, None] * distance
         s = tl.where(visible_keys(spans, key, inside), s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
-        p = tl.exp2(s - m_new[:, None])
-        alpha = tl.exp2(m_i - m_new)
+        p = exponential(s - m_new[:, None], True)
+        alpha = exponential(m_i - m_new, True)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = m_new
         acc *= alpha[:, None]
@@ -176,17 +184,17 @@ def _sum_fwd_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
 
     store_tile(
-        out_ptr, offsets(row, head, stride_ot, stride_oh), valid, acc / l_i[:, None], HEAD_DIM, BLOCK_D
+        out_ptr, offsets(query, head, stride_ot, stride_oh), valid, acc / l_i[:, None], HEAD_DIM, BLOCK_D
     )
-    tl.store(lse_ptr + offsets(row, head, 1, num_rows), (m_i + tl.log2(l_i)) * LN2, mask=valid)
+    tl.store(lse_ptr + offsets(query, head, 1, num_queries), m_i + tl.log2(l_i) * LN2, mask=valid)
 
 
 def forward_launches(batch: Batch, out: Tensor, lse: Tensor) -> list[Launch]:
     """The launches that fill `out` and `lse`."""
     launches = []
-    outputs = {"q_ptr": batch.q, "v_ptr": batch.v, "out_ptr": out, "lse_ptr": lse}
+    outputs: dict[str, Any] = {"q_ptr": batch.q, "v_ptr": batch.v, "out_ptr": out, "lse_ptr": lse}
     outputs |= strides(q=batch.q, v=batch.v, o=out)
-    if batch.num_context:
+    if batch.has_context_queries:
         tile = batch.tile("ctx_fwd")
         arguments = {**outputs, **batch.context_inputs(), **batch.sizes(tile)}
         launches.append(Launch(_ctx_fwd_kernel, batch.row_grid(batch.num_context, tile), arguments, tile))

@@ -9,7 +9,7 @@ A tile of rows visits at most two ranges of keys, found from its first and last 
     span     [start of the first row, stop of the last row)
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -39,7 +39,17 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Arguments that change from batch to batch: compiled once, whatever their value or alignment.
-PER_BATCH = ["num_rows", "num_context", "num_ratios", "rows_ptr", "keys_ptr", "lse_ptr", "delta_ptr", "scale"]
+PER_BATCH = [
+    "num_rows",
+    "num_queries",
+    "num_context",
+    "num_ratios",
+    "rows_ptr",
+    "keys_ptr",
+    "lse_ptr",
+    "delta_ptr",
+    "scale",
+]
 # A tile's rows are addressed with 32-bit offsets inside the tile (64-bit between tiles).
 MAX_ROW_STRIDE = 2**31 // 256
 # Beyond this an accumulator of 16 rows no longer fits beside its operands.
@@ -103,7 +113,9 @@ def store_tile(ptr, offs, valid, x, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexp
 
 
 @triton.jit
-def load_keys(ptr, key_0, stride_t, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+def load_keys(
+    ptr, key_0, stride_t, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+):
     """`[N, BLOCK_D]`, the keys or values from row `key_0` on; zeros where not `inside` (read only if MASKED)."""
     offs = tl.arange(0, inside.shape[0]) * stride_t
     return load_tile(ptr + tl.cast(key_0, tl.int64) * stride_t, offs, inside, HEAD_DIM, BLOCK_D, MASKED)
@@ -158,7 +170,9 @@ def key_ranges(rows_ptr, num_rows, first, last, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def masked_tile(i, prefix_first, prefix_stop, key_first, key_stop, num_prefix, num_left, num_full, BLOCK_N: tl.constexpr):
+def masked_tile(
+    i, prefix_first, prefix_stop, key_first, key_stop, num_prefix, num_left, num_full, BLOCK_N: tl.constexpr
+):
     """First key and bound of the i-th masked tile of `key_ranges`; with `num_left = num_full = 0` of the i-th tile."""
     j = i - num_prefix
     in_span = key_first + (j + tl.where(j < num_left, 0, num_full)) * BLOCK_N
@@ -169,6 +183,24 @@ def masked_tile(i, prefix_first, prefix_stop, key_first, key_stop, num_prefix, n
 def blend(near, initial, ratio):
     """`(1 - ratio) near + ratio initial`."""
     return near + ratio * (initial - near)
+
+
+@triton.jit
+def to_exponent(x, NATURAL: tl.constexpr):
+    """A natural score or its log-sum-exp in the units that `exponential` takes."""
+    return x if NATURAL else x * LOG2E
+
+
+@triton.jit
+def to_natural(x, NATURAL: tl.constexpr):
+    """The inverse of `to_exponent`."""
+    return x if NATURAL else x * LN2
+
+
+@triton.jit
+def exponential(x, NATURAL: tl.constexpr):
+    """exp(x), or 2**x where x carries log2(e) already: one multiply-add from dot product to exp2, at the cost of a digit."""
+    return tl.exp2(x * LOG2E) if NATURAL else tl.exp2(x)
 
 
 @triton.jit
@@ -228,7 +260,11 @@ class Launch:
 
 
 def run_all(launches: list[Launch], device: torch.device) -> None:
-    """Launch in order on `device`."""
+    """Launch in order on `device`; a CPU means Triton's interpreter."""
+    if device.type == "cpu":
+        if isinstance(visible, triton.JITFunction):
+            raise RuntimeError("set TRITON_INTERPRET=1 before the first kernel is launched, or not at all")
+        repair_interpreter()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for launch in launches:
             launch.run()
@@ -238,7 +274,7 @@ def run_all(launches: list[Launch], device: torch.device) -> None:
 class Batch:
     """The operators' inputs, ready to be launched on."""
 
-    q: Tensor  # (T, H, D)
+    q: Tensor  # (T, H, D), or (S, H, D)
     k: Tensor  # (T, G, D), as v and k_sum
     v: Tensor
     k_sum: Tensor
@@ -281,13 +317,24 @@ class Batch:
         q, k, v, k_sum = (addressable(x) for x in (q, k, v, k_sum))
         slopes = None if slopes is None else slopes.contiguous()
         return Batch(
-            q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows.contiguous(), keys.contiguous(), scale, mean_span
+            q,
+            k,
+            v,
+            k_sum,
+            k_initial,
+            v_initial,
+            ratios,
+            slopes,
+            rows.contiguous(),
+            keys.contiguous(),
+            scale,
+            mean_span,
         )
 
     @property
     def num_rows(self) -> int:
         """`T`."""
-        return self.q.shape[0]
+        return self.rows.shape[1]
 
     @property
     def num_context(self) -> int:
@@ -298,6 +345,11 @@ class Batch:
     def num_sum(self) -> int:
         """`S`."""
         return self.num_rows - self.num_context
+
+    @property
+    def has_context_queries(self) -> bool:
+        """False where q holds the [SUM] rows only, or there are no context rows."""
+        return self.q.shape[0] > self.num_sum
 
     @property
     def group(self) -> int:
@@ -324,8 +376,9 @@ class Batch:
         }
 
     def context_inputs(self) -> dict[str, Any]:
-        """The key stream of context rows."""
-        return {"k_ptr": self.k, **strides(k=self.k)}
+        """The key stream of context rows, and how their scores are exponentiated."""
+        # float32 inputs get float32 digits; elsewhere the rounding of scale * log2(e) is nothing.
+        return {"k_ptr": self.k, **strides(k=self.k), "NATURAL": self.q.dtype == torch.float32}
 
     def sum_inputs(self) -> dict[str, Any]:
         """The key streams of [SUM] rows, and what their scores need besides."""
@@ -335,6 +388,7 @@ class Batch:
             "v_initial_ptr": self.v_initial,
             "ratios_ptr": self.ratios,
             "slopes_ptr": self.slopes,
+            "num_queries": self.q.shape[0],
             "num_ratios": 0 if self.ratios is None else len(self.ratios),
             **strides(k=self.k_sum, k0=self.k_initial, v0=self.v_initial),
         }

@@ -9,6 +9,7 @@ O(T x (window + tile)) time and O(T) memory; the backward recomputes probabiliti
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from dti_kernels import ops
 from dti_kernels.layout import StreamLayout
 from dti_kernels.scores import HiddenStateReset
+
+_AUTOCAST_FROM = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def windowed_attn(
@@ -47,16 +50,23 @@ def windowed_attn(
         reset: blends what [SUM] rows read of far context back to initial states; None: no reset.
         scale: of the dot products; default `D ** -0.5`.
 
+    Under autocast, inputs are cast to its dtype as for any other attention.
+
     Returns:
         Shape and dtype of q. Softmax and accumulation run in float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: an argument is no tensor, or dtypes differ or are unsupported.
-        ValueError: a shape or device does not fit the layout; the message gives what it must be and what it was.
+        ValueError: a shape or device does not fit the layout, or scale is negative or not finite; the message gives what it
+            must be and what it was.
 
     Cost: O(T x (window + tile) x H x D) time, O(T) memory. Deterministic: two runs are bitwise equal.
     """
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        q, k, v, k_sum, reset = _autocast(q.device.type, q, k, v, k_sum, reset)
     check_arguments(q, k, v, layout, k_sum, alibi_slopes, reset)
+    if scale is not None and not (0.0 <= scale < float("inf")):
+        raise ValueError(f"scale must be finite and >= 0, got {scale}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     k_sum = k if k_sum is None else k_sum
     ratios = k_initial = v_initial = None
@@ -64,9 +74,34 @@ def windowed_attn(
         k_initial, v_initial = reset.k_initial, reset.v_initial
         ratios = reset.ratios(layout.window, ops.accumulation_dtype(q.dtype), q.device)
     out: Tensor = _WindowedAttn.apply(
-        q, k, v, k_sum, k_initial, v_initial, ratios, alibi_slopes, layout.rows, layout.keys, scale
+        q,
+        k,
+        v,
+        k_sum,
+        k_initial,
+        v_initial,
+        ratios,
+        alibi_slopes,
+        layout.rows,
+        layout.keys,
+        scale,
+        layout.mean_span,
     )
     return out
+
+
+def _autocast(
+    device_type: str, q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor | None, reset: HiddenStateReset | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, HiddenStateReset | None]:
+    """What autocast does to the inputs of attention: the matmuls' dtype, float64 left alone. Slopes stay as they are."""
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST_FROM else x
+
+    if reset is not None:
+        reset = replace(reset, k_initial=cast(reset.k_initial), v_initial=cast(reset.v_initial))
+    return cast(q), cast(k), cast(v), cast(k_sum), reset
 
 
 class _WindowedAttn(torch.autograd.Function):
@@ -74,21 +109,20 @@ class _WindowedAttn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *tensors, scale = args
-        out, lse = torch.ops.dti.windowed_attn_fwd(*tensors, scale)
+        *tensors, scale, mean_span = args
+        out, lse = torch.ops.dti.windowed_attn_fwd(*tensors, scale, mean_span)
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.scale = scale
+        ctx.scale, ctx.mean_span = scale, mean_span
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        num_inputs = len(ctx.saved_tensors) - 2
-        grads = _WindowedAttnGrad.apply(grad_out, *ctx.saved_tensors, ctx.scale)
-        # ratios, rows, keys and scale take no gradient.
+        saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second unpacking
+        grads = _WindowedAttnGrad.apply(grad_out, *saved, ctx.scale, ctx.mean_span)
+        # ratios, rows, keys and the numbers take no gradient.
         dq, dk, dv, dk_sum, dk_initial, dv_initial, dslopes = grads
         inputs = (dq, dk, dv, dk_sum, dk_initial, dv_initial, None, dslopes)
-        optional = ctx.saved_tensors[:num_inputs]
-        return (*(g if x is not None else None for g, x in zip(inputs, optional)), None, None, None)
+        return (*(g if x is not None else None for g, x in zip(inputs, saved)), None, None, None, None)
 
 
 class _WindowedAttnGrad(torch.autograd.Function):

@@ -1,0 +1,187 @@
+"""The Triton kernels on CPU tensors: output and every gradient against the reference, isolation, determinism.
+
+Every buffer that the kernels do not fill is NaN here (tests/kernels/interpreter.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from dti_kernels import tiles, windowed_attn
+from dti_kernels.tiles import Tile
+from tests.cases import CASES, Case
+from tests.kernels.interpreter import interpret
+from tests.kernels.test_cpu_parity import random_cases
+from tests.numerics import check_parity
+
+# Rows by keys, and heads in a tile: fewer than a group, an odd share of the rows, more rows than keys, more keys than rows.
+SHAPES = {
+    "16x16": Tile(16, 16, 4, 1),
+    "32x16": Tile(32, 16, 4, 1),
+    "16x64": Tile(16, 64, 4, 1),
+    "64x32": Tile(64, 32, 4, 1),
+    "64x32_pack_1": Tile(64, 32, 4, 1, pack=1),
+    "32x32_pack_2": Tile(32, 32, 4, 1, pack=2),
+}
+# Cases of hundreds of rows: larger tiles keep the interpreter fast.
+LONG = {"interaction_longer_than_a_tile", "k_50", "several_blocks", "gqa_3", "gqa_8", "mha"}
+
+
+def named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def parity(case: Case, dtype: torch.dtype, shape: str) -> None:
+    with tiles.forced(dict.fromkeys(tiles.KERNELS, SHAPES[shape])):
+        check_parity(case, dtype, windowed_attn)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_parity(case: Case) -> None:
+    interpret(parity, case, torch.float32, "64x32" if case.name in LONG else "16x16")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["prefix", "gqa_4", "odd_head_dim", "dti_minus", "no_targets_in_one"])
+def test_parity_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    interpret(parity, named(name), dtype, "32x16")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["prefix_only_first", "many_short_prompts", "gqa_4"])
+def test_parity_at_other_tile_shapes(name: str, shape: str) -> None:
+    interpret(parity, named(name), torch.float32, shape)
+
+
+def test_parity_over_several_tiles() -> None:
+    interpret(parity, named("several_blocks"), torch.float32, "32x16")
+
+
+# No shrinking: an example takes seconds.
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(random_cases(), st.sampled_from(["16x16", "32x16", "16x64"]))
+def test_parity_on_random_prompts(case: Case, shape: str) -> None:
+    """In float16: at float32, tiny random cases differ by the luck of one rounding in one element."""
+    interpret(parity, case, torch.float16, shape)
+
+
+def rows_stay_equal(case: Case) -> None:
+    x = case.inputs(torch.float32)
+    visible, num_context = x.layout.dense_visibility(), x.layout.num_context
+    out = x.call(windowed_attn)
+    for key in range(0, num_context, max(1, num_context // 5)):
+        changed = {name: leaf.detach().clone() for name, leaf in x.leaves.items()}
+        for name in ("k", "v", "k_sum", "k_initial", "v_initial"):
+            changed[name][key] += 3.0
+        other = dataclasses.replace(x, leaves=changed).call(windowed_attn)
+        assert torch.equal(other[~visible[:, key]], out[~visible[:, key]])
+        assert (other[visible[:, key]] != out[visible[:, key]]).any(-1).all()
+
+
+def gradients_are_zero(case: Case) -> None:
+    x = case.inputs(torch.float32)
+    visible, num_context = x.layout.dense_visibility(), x.layout.num_context
+    for row in range(0, x.layout.num_rows, max(1, x.layout.num_rows // 3)):
+        grads = torch.autograd.grad(x.call(windowed_attn)[row].sum(), list(x.leaves.values()))
+        of_keys = {name: grad for name, grad in zip(x.leaves, grads) if name not in ("q", "alibi_slopes")}
+        for name, grad in of_keys.items():
+            assert (grad[:num_context][~visible[row]] == 0).all(), name
+            others = torch.arange(num_context, len(grad)) != row
+            assert (grad[num_context:][others] == 0).all(), name
+        assert (of_keys["v"][:num_context][visible[row]] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("check", [rows_stay_equal, gradients_are_zero])
+@pytest.mark.parametrize("name", ["prefix", "prefix_only_first"])
+def test_nothing_leaks_from_what_a_row_may_not_see(name: str, check) -> None:
+    """Bitwise: rows that do not see a key do not move with it, and send it no gradient."""
+    interpret(check, named(name))
+
+
+def runs_are_equal() -> None:
+    x = named("prefix").inputs(torch.float32)
+    first, second = x.run(windowed_attn), x.run(windowed_attn)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_two_runs_are_bitwise_equal() -> None:
+    interpret(runs_are_equal)
+
+
+def unwritten_memory_is_nan() -> bool:
+    return bool(torch.empty(3).isnan().all())
+
+
+def test_unwritten_memory_is_nan() -> None:
+    """What makes every other test here a test of unwritten buffers."""
+    assert interpret(unwritten_memory_is_nan)
+
+
+def sum_queries_only(case: Case) -> None:
+    x = case.inputs(torch.float32)
+    num_context = x.layout.num_context
+    unused = torch.cat([torch.zeros_like(x.grad_out[:num_context]), x.grad_out[num_context:]])
+    full = dataclasses.replace(x, grad_out=unused).run(windowed_attn)
+    q_sum = x.leaves["q"].detach()[num_context:].requires_grad_()
+    leaves = x.leaves | {"q": q_sum}
+    alone = dataclasses.replace(x, leaves=leaves, grad_out=x.grad_out[num_context:]).run(windowed_attn)
+    full["out"], full["dq"] = full["out"][num_context:], full["dq"][num_context:]
+    for name in full:
+        assert torch.equal(full[name], alone[name]), name
+
+
+@pytest.mark.parametrize("name", ["prefix", "no_targets_in_one"])
+def test_queries_of_sum_rows_only(name: str) -> None:
+    """Bitwise what the [SUM] rows give when the context rows' output is not used."""
+    interpret(sum_queries_only, named(name))
+
+
+def strides_do_not_matter() -> None:
+    x = named("alibi_only").inputs(torch.float32)
+
+    def strided(leaf: torch.Tensor) -> torch.Tensor:
+        """Heads first in memory, inside a wider buffer, as slices of one projection are."""
+        wide = torch.full((leaf.shape[1], leaf.shape[0] + 3, leaf.shape[2] + 5), float("nan"))
+        view = wide[:, 2:-1, 4:-1].transpose(0, 1)
+        return view.copy_(leaf.detach()).requires_grad_()
+
+    leaves = {name: leaf if leaf.ndim == 1 else strided(leaf) for name, leaf in x.leaves.items()}
+    other = dataclasses.replace(x, leaves=leaves, grad_out=strided(x.grad_out).detach())
+    # head_dim itself is not contiguous: copied, not misread
+    flipped = dataclasses.replace(x, leaves=x.leaves | {"q": x.leaves["q"].detach().mT.contiguous().mT})
+    assert torch.equal(flipped.call(windowed_attn), x.call(windowed_attn))
+    expected, actual = x.run(windowed_attn), other.run(windowed_attn)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def test_strides_do_not_matter() -> None:
+    interpret(strides_do_not_matter)
+
+
+def no_rows_at_all() -> None:
+    x = Case("empty", [], [], [], window=2).inputs(torch.float32)
+    for name, grad in x.run(windowed_attn).items():
+        assert (grad == 0).all(), name
+
+
+def test_no_rows_at_all() -> None:
+    interpret(no_rows_at_all)
+
+
+def refused(dtype: torch.dtype, head_dim: int) -> None:
+    Case("refused", [[2]], [[1]], [1], window=1, head_dim=head_dim).inputs(dtype).call(windowed_attn)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "error"), [(torch.float64, 16, TypeError), (torch.float32, 257, ValueError)]
+)
+def test_what_kernels_do_not_support_says_what_does(dtype, head_dim, error) -> None:
+    with pytest.raises(error, match="windowed_attn_reference"):
+        interpret(refused, dtype, head_dim)
