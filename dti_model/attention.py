@@ -183,8 +183,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class StreamDecoderLayer(GradientCheckpointingLayer):
     """A decoder layer over a packed batch, made of the modules of the layer it replaces."""
 
-    def __init__(self, layer: Any, config: DTIConfig, num_layers: int) -> None:
+    def __init__(self, layer: Any, config: DTIConfig, num_layers: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         index = layer.self_attn.layer_idx
         self.is_first, self.is_last = index == 0, index == num_layers - 1
         self.self_attn = StreamAttention(layer.self_attn, config, config.resets_layer(index, num_layers))
@@ -207,6 +208,7 @@ class StreamDecoderLayer(GradientCheckpointingLayer):
             )
         num_context = stream.layout.num_context
         if self.is_first:
+            hidden_states = self.dropout(hidden_states)
             stream.initial_states = hidden_states[:, :num_context]
         sums_only = self.is_last and not stream.context_outputs
         initial = None
@@ -215,17 +217,20 @@ class StreamDecoderLayer(GradientCheckpointingLayer):
         attended = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, stream.layout, initial, sums_only
         )
-        hidden_states = (hidden_states[:, num_context:] if sums_only else hidden_states) + attended
+        hidden_states = (hidden_states[:, num_context:] if sums_only else hidden_states) + self.dropout(
+            attended
+        )
         mixed: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + mixed
+        return hidden_states + self.dropout(mixed)
 
 
-def apply_dti(model: PreTrainedModel, config: DTIConfig) -> PreTrainedModel:
+def apply_dti(model: PreTrainedModel, config: DTIConfig, dropout: float = 0.0) -> PreTrainedModel:
     """Make a Hugging Face causal LM read packed streaming prompts; in place.
 
     Args:
         model: a Llama-architecture causal LM (`model.model.layers`), on any device.
         config: which fixes [SUM] rows get.
+        dropout: on the token embeddings and on what every attention and MLP adds, while training.
 
     Returns:
         The same model. Parameter names do not change.
@@ -250,7 +255,9 @@ def apply_dti(model: PreTrainedModel, config: DTIConfig) -> PreTrainedModel:
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
     AttentionInterface.register(ATTENTION_NAME, _not_reached)
     model.set_attn_implementation(ATTENTION_NAME)
-    decoder.layers = nn.ModuleList(StreamDecoderLayer(layer, config, len(layers)) for layer in layers)
+    decoder.layers = nn.ModuleList(
+        StreamDecoderLayer(layer, config, len(layers), dropout) for layer in layers
+    )
     model._no_split_modules = [StreamDecoderLayer.__name__]
     return model
 

@@ -135,10 +135,19 @@ def _prepared_report(stats: dict[str, Any], out: Path) -> str:
     return "\n".join(lines)
 
 
+def _quiet_transformers() -> None:
+    """Our own lines and bars are enough."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def _train(options: Namespace) -> None:
     from dti_model.config import TrainConfig
     from dti_model.train import train
 
+    _quiet_transformers()
     settings = dict(vars(options))
     settings.pop("config", None)
     train(TrainConfig(**settings))
@@ -148,8 +157,13 @@ def _evaluate(options: Namespace) -> None:
     from dti_model.report import metrics_table, sentence_about_baselines
     from dti_model.train import evaluate_run
 
+    _quiet_transformers()
     result = evaluate_run(options.run, options.data, options.split, options.device, options.progress)
     print(metrics_table(result))
     print(sentence_about_baselines(result[options.split], result["baselines"][options.split]))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,6 +23,7 @@ class ModelConfig:
         heads: query heads.
         kv_heads: key/value heads, a divisor of heads.
         mlp_width: inner width of the MLP.
+        dropout: on the token embeddings and on what every attention and MLP adds, in [0, 1).
     """
 
     layers: int = 4
@@ -30,10 +31,13 @@ class ModelConfig:
     heads: int = 4
     kv_heads: int = 2
     mlp_width: int = 344
+    dropout: float = 0.1
 
     def __post_init__(self) -> None:
         if min(self.layers, self.width, self.heads, self.kv_heads, self.mlp_width) < 1:
             raise ValueError("layers, width, heads, kv_heads and mlp_width must be >= 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.heads % self.kv_heads or self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(
                 f"width must be an even multiple of heads and heads a multiple of kv_heads, got width {self.width}, "

@@ -54,7 +54,11 @@ class Run:
         data = PreparedData.open(config.data)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(data.tokenizer_dir)
         torch.manual_seed(config.seed)
-        model = apply_dti(LlamaForCausalLM(llama_config(config.model, tokenizer)), config.dti)
+        model = apply_dti(
+            LlamaForCausalLM(llama_config(config.model, tokenizer)), config.dti, config.model.dropout
+        )
+        # The head is the embedding; without this, Trainer warns that a checkpoint lacks it.
+        model._keys_to_ignore_on_save = ["lm_head.weight"]
         return Run._over(config, model, tokenizer, data)
 
     @staticmethod
@@ -71,7 +75,7 @@ class Run:
                 f"{path} holds no model: the run has not ended. Give `dti train` the same settings again to go on"
             )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        model = apply_dti(AutoModelForCausalLM.from_pretrained(path), config.dti)
+        model = apply_dti(AutoModelForCausalLM.from_pretrained(path), config.dti, config.model.dropout)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
         return Run._over(config, model, tokenizer, PreparedData.open(data_folder or config.data))
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from dti_model.baselines import baseline_metrics
 from dti_model.config import CONFIG_FILE, OptimConfig, TrainConfig
-from dti_model.data import PreparedData
+from dti_model.data import DataError, PreparedData
 from dti_model.metrics import click_metrics
 from dti_model.plots import plot_report
 from dti_model.prompts import PackedPrompts, Prompts
@@ -21,7 +22,7 @@ from dti_model.report import metrics_table, sentence_about_baselines
 from dti_model.run import CHECKPOINTS_FOLDER, METRICS_FILE, MODEL_FOLDER, Run, write_json
 from dti_model.scoring import score_targets
 from dti_model.throughput import compare_sliding_window
-from dti_model.trainer import StreamTrainer
+from dti_model.trainer import RunLog, StreamTrainer
 
 
 class RunExistsError(FileExistsError):
@@ -44,14 +45,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
         DataError: the prepared data cannot be read or has no usable targets.
         NonFiniteLossError: training diverged.
     """
+    _check_splits(PreparedData.open(config.data))
     checkpoint = _open_run_folder(config)
     set_seed(config.seed)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     run = Run.start(config)
     trainer = _trainer(run)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(config.out / MODEL_FOLDER))
-    run.tokenizer.save_pretrained(config.out / MODEL_FOLDER)
+    if trainer.is_world_process_zero():
+        run.model.save_pretrained(config.out / MODEL_FOLDER)
+        run.tokenizer.save_pretrained(config.out / MODEL_FOLDER)
     return _finish(run, trainer)
 
 
@@ -75,6 +78,17 @@ def _open_run_folder(config: TrainConfig) -> str | None:
     return None
 
 
+def _check_splits(data: PreparedData) -> None:
+    """Before hours of training: both classes in every split that is scored."""
+    for split in ("train", "val", "test"):
+        labels = data.label[data.targets(split)]
+        if len(set(labels.tolist())) < 2:
+            raise DataError(
+                f"{data.path}: the {len(labels):,} {split} targets do not have both classes, so there is no AUC. "
+                "Prepare again with another --threshold, --split or --min-context, or with more data"
+            )
+
+
 def _trainer(run: Run) -> StreamTrainer:
     config, optim = run.config, run.config.optim
     prompts = Prompts.streaming(run.data, run.data.targets("train"), config.window, config.targets_per_prompt)
@@ -92,6 +106,7 @@ def _trainer(run: Run) -> StreamTrainer:
         return click_metrics(labels, scores, users)
 
     callbacks: list[TrainerCallback] = [EarlyStoppingCallback(optim.patience)] if optim.patience else []
+    callbacks.append(RunLog(config.progress))
     trainer = StreamTrainer(
         model=run.model,
         args=_arguments(config, optim),
@@ -103,6 +118,7 @@ def _trainer(run: Run) -> StreamTrainer:
         validate=validate,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
     return trainer
 
 
@@ -119,7 +135,6 @@ def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
         warmup_steps=optim.warmup,
         max_grad_norm=optim.clip,
         bf16=optim.bf16,
-        gradient_checkpointing=optim.activation_checkpointing,
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,
@@ -134,6 +149,7 @@ def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
         seed=config.seed,
         data_seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
+        **({"activation_checkpointing": True} if optim.activation_checkpointing else {}),
     )
 
 
@@ -193,5 +209,4 @@ def evaluate_run(
     """Score a split with a trained run; metrics of the model and of the lines on the same targets."""
     run = Run.load(folder, data_folder, device)
     scores = run.score(split, progress=progress)
-    data: PreparedData = run.data
-    return {split: run.metrics(split, scores), "baselines": {split: baseline_metrics(data, split)}}
+    return {split: run.metrics(split, scores), "baselines": {split: baseline_metrics(run.data, split)}}

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback
 
 from dti_model.attention import DTIConfig, Stream, position_ids
 from dti_model.prompts import PackedPrompts, StreamBatch
@@ -123,3 +124,41 @@ class StreamTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class RunLog(TrainerCallback):
+    """One line per validation, and a progress bar with the loss where one is wanted."""
+
+    def __init__(self, progress: bool) -> None:
+        self.progress = progress
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            disable=not (self.progress and state.is_world_process_zero),
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n if not self.bar.disable else 0)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+        if "eval_auc" in logs:
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            last = f"loss {losses[-1]:.4f}, " if losses else ""
+            tqdm.write(
+                f"epoch {state.epoch:g}: {last}validation AUC {logs['eval_auc']:.4f}, "
+                f"log loss {logs['eval_log_loss']:.4f}, GAUC {logs['eval_gauc']:.4f}"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()

@@ -12,9 +12,9 @@ from tests.model.movielens_files import some_ratings, write_1m
 
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder of 24 users in MovieLens-1M's format."""
+    """A prepared folder of 60 users in MovieLens-1M's format."""
     raw, out = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("prepared") / "data"
-    prepare("ml-1m", out, write_1m(raw, some_ratings(num_users=24)), subset=True, vocab_size=400)
+    prepare("ml-1m", out, write_1m(raw, some_ratings(num_users=60)), subset=True, vocab_size=400)
     return out
 
 

@@ -1,0 +1,158 @@
+"""Attention alone: `windowed_attn` beside the strongest alternatives, forward and forward + backward.
+
+    python -m benchmarks.bench_attention [--out benchmarks/results/attention-cpu.jsonl]
+
+Every provider runs the same workload in one process, by turns. Before a row is written, the output and all gradients of
+`windowed_attn` are held to the dense reference on that workload (or on its first tokens, where dense does not fit).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.measure import RESULTS, append_rows, interleaved_ms, percentiles_ms
+from benchmarks.workloads import AttentionInputs, Workload, useful_flops
+from dti_kernels import windowed_attn, windowed_attn_reference
+from tests.numerics import assert_within_budget
+
+# 4 heads of 64 and a window of 700 tokens (20 interactions of 35): the sizes that the project's CPU claim is stated for.
+CPU_WORKLOADS = [
+    Workload(f"cpu_T{num_tokens}", num_tokens, None, num_heads=4, num_groups=4, head_dim=64)
+    for num_tokens in (4096, 16384)
+]
+DENSE_LIMIT = 8192  # context tokens; beyond it a dense mask and its scores no longer fit comfortably
+
+
+def run_windowed(x: AttentionInputs) -> Tensor:
+    """Ours, with everything [SUM] rows have."""
+    return windowed_attn(x.q, x.k, x.v, x.layout, k_sum=x.k_sum, alibi_slopes=x.alibi_slopes, reset=x.reset)
+
+
+def sdpa_dense(x: AttentionInputs) -> Callable[[AttentionInputs], Tensor]:
+    """SDPA under the equal dense mask (built here, outside the timing). It has no ALiBi on some rows only and no second
+    stream, so it does less than ours: one key stream, and the [SUM]s' own keys as extra columns."""
+    num_context, num_sum = x.layout.num_context, x.layout.num_sum
+    visible = torch.zeros(x.layout.num_rows, x.layout.num_rows, dtype=torch.bool, device=x.q.device)
+    visible[:, :num_context] = x.layout.dense_visibility()
+    visible[num_context:, num_context:] = torch.eye(num_sum, dtype=torch.bool, device=x.q.device)
+
+    def run(y: AttentionInputs) -> Tensor:
+        q, k, v = (z.transpose(0, 1)[None] for z in (y.q, y.k, y.v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)[0].transpose(0, 1)
+
+    return run
+
+
+def gate(workload: Workload) -> None:
+    """Raise AssertionError unless ours is within the error budget on this workload (its first tokens, where it is long)."""
+    short = dataclasses.replace(workload, num_tokens=min(workload.num_tokens, 2048))
+    low, exact = (
+        AttentionInputs.of(short),
+        AttentionInputs.of(dataclasses.replace(short, dtype=torch.float64)),
+    )
+    results = {}
+    for name, x, attention in (
+        ("actual", low, windowed_attn),
+        ("eager", low, windowed_attn_reference),
+        ("golden", _as_float64(low, exact), windowed_attn_reference),
+    ):
+        out = attention(x.q, x.k, x.v, x.layout, x.k_sum, x.alibi_slopes, x.reset)
+        grads = torch.autograd.grad(out, x.leaves(), x.grad_out)
+        results[name] = {"out": out} | {f"grad_{i}": grad for i, grad in enumerate(grads)}
+    assert_within_budget(results["actual"], results["eager"], results["golden"], workload.dtype)
+
+
+def _as_float64(low: AttentionInputs, exact: AttentionInputs) -> AttentionInputs:
+    """The low-precision draws in float64: both sides must see the same numbers."""
+
+    def cast(x: Tensor) -> Tensor:
+        return x.detach().double().requires_grad_(x.requires_grad)
+
+    reset = None
+    if low.reset is not None:
+        reset = dataclasses.replace(
+            low.reset, k_initial=cast(low.reset.k_initial), v_initial=cast(low.reset.v_initial)
+        )
+    names = ("q", "k", "v", "k_sum", "grad_out")
+    return dataclasses.replace(exact, reset=reset, **{name: cast(getattr(low, name)) for name in names})
+
+
+def measure(workload: Workload, repeats: int) -> list[dict[str, Any]]:
+    """Rows of one workload: every provider that fits, forward and forward + backward."""
+    gate(workload)
+    x = AttentionInputs.of(workload)
+    providers: dict[str, Callable[[AttentionInputs], Tensor]] = {"windowed_attn": run_windowed}
+    if workload.num_tokens <= DENSE_LIMIT:
+        providers["sdpa_dense_mask"] = sdpa_dense(x)
+    rows = []
+    for mode in ("forward", "forward+backward"):
+        calls = {name: _call(provider, x, mode) for name, provider in providers.items()}
+        for name, times in interleaved_ms(calls, repeats).items():
+            flops = useful_flops(x.layout, workload.num_heads, workload.head_dim, mode != "forward")
+            timing = percentiles_ms(times)
+            rows.append(
+                {
+                    "benchmark": "attention",
+                    "workload": workload.name,
+                    "rows": x.layout.num_rows,
+                    "visible_pairs": x.layout.num_visible_pairs(),
+                    "provider": name,
+                    "mode": mode,
+                    **timing,
+                    "useful_gflops": round(flops / timing["p50_ms"] / 1e6, 1),
+                }
+            )
+    return rows
+
+
+def _call(provider: Callable[[AttentionInputs], Tensor], x: AttentionInputs, mode: str) -> Callable[[], Any]:
+    if mode == "forward":
+
+        def forward() -> None:
+            with torch.no_grad():
+                provider(x)
+
+        return forward
+    leaves = x.leaves()
+    return lambda: torch.autograd.grad(provider(x), leaves, x.grad_out, allow_unused=True)
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The two CPU claims, from rows of one run: speed over SDPA at T = 4096, and growth of time from T = 4096 to 16384."""
+    p50 = {(r["workload"], r["provider"]): r["p50_ms"] for r in rows if r["mode"] == "forward+backward"}
+    short, long = (workload.name for workload in CPU_WORKLOADS)
+    return {
+        "speedup_over_sdpa_dense_mask_T4096": p50[short, "sdpa_dense_mask"] / p50[short, "windowed_attn"],
+        "growth_T4096_to_T16384": p50[long, "windowed_attn"] / p50[short, "windowed_attn"],
+    }
+
+
+def main() -> None:
+    """Measure all CPU workloads, print and append their rows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "attention-cpu.jsonl")
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    rows = [row for workload in CPU_WORKLOADS for row in measure(workload, options.repeats)]
+    for row in rows:
+        print(
+            f"{row['workload']:12} {row['provider']:16} {row['mode']:17} p50 {row['p50_ms']:9.1f} ms  "
+            f"(p20 {row['p20_ms']:.1f}, p80 {row['p80_ms']:.1f})  {row['useful_gflops']:6.1f} useful GFLOP/s"
+        )
+    for name, value in ratios(rows).items():
+        print(f"{name}: {value:.2f}")
+    append_rows(options.out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Named workloads of the attention benchmarks: lengths, heads and dtype, drawn once and the same everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A packed batch of streaming prompts and the heads that attend over it.
+
+    Attributes:
+        name: how rows call it.
+        num_tokens: context tokens of the batch, about.
+        k: targets per prompt; None: one prompt of the whole batch.
+        num_heads: H.
+        num_groups: G.
+        head_dim: D.
+        window: n, in interactions.
+        mean_tokens: mean tokens of an interaction, label included.
+        std_tokens: their standard deviation.
+        reset: whether [SUM] rows read two streams.
+        dtype: of q, k and v.
+    """
+
+    name: str
+    num_tokens: int
+    k: int | None
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    window: int = 20
+    mean_tokens: float = 35.0
+    std_tokens: float = 8.0
+    reset: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def layout(self, device: torch.device | str = "cpu", seed: int = 0) -> StreamLayout:
+        """Prompts of `window + k` interactions each until the tokens are used up; a last, shorter prompt fills the batch."""
+        rng = np.random.default_rng(seed)
+        items: list[list[int]] = [[]]
+        left = self.num_tokens
+        per_prompt = None if self.k is None else self.window + self.k
+        while left > 1:
+            length = min(max(2, round(rng.normal(self.mean_tokens, self.std_tokens))), left)
+            if len(items[-1]) == per_prompt:
+                items.append([])
+            items[-1].append(length - 1)  # one label token
+            left -= length
+        labels = [[1] * len(prompt) for prompt in items]
+        targets = [len(prompt) if self.k is None else self.k for prompt in items]
+        return StreamLayout.build(items, labels, targets, self.window, device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """Tensors of one call, made outside any timed region; `leaves()` take gradients."""
+
+    layout: StreamLayout
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_sum: Tensor
+    alibi_slopes: Tensor
+    grad_out: Tensor
+    reset: HiddenStateReset | None
+
+    @staticmethod
+    def of(workload: Workload, device: torch.device | str = "cpu", seed: int = 0) -> AttentionInputs:
+        """Random inputs of a workload."""
+        layout = workload.layout(device, seed)
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def draw(rows: int, heads: int, grad: bool = True) -> Tensor:
+            x = torch.randn(rows, heads, workload.head_dim, device=device, generator=generator)
+            return x.to(workload.dtype).requires_grad_(grad)
+
+        rows, groups = layout.num_rows, workload.num_groups
+        reset = None
+        if workload.reset:
+            initial = draw(layout.num_context, groups), draw(layout.num_context, groups)
+            reset = HiddenStateReset(*initial, alpha_min=0.0, alpha_max=0.5)
+        return AttentionInputs(
+            layout=layout,
+            q=draw(rows, workload.num_heads),
+            k=draw(rows, groups),
+            v=draw(rows, groups),
+            k_sum=draw(rows, groups),
+            alibi_slopes=default_alibi_slopes(workload.num_heads, device),
+            grad_out=draw(rows, workload.num_heads, grad=False),
+            reset=reset,
+        )
+
+    def leaves(self) -> list[Tensor]:
+        """What takes gradients."""
+        leaves = [self.q, self.k, self.v, self.k_sum]
+        return leaves if self.reset is None else [*leaves, self.reset.k_initial, self.reset.v_initial]
+
+
+def useful_flops(layout: StreamLayout, num_heads: int, head_dim: int, backward: bool) -> int:
+    """Multiply-adds of visible pairs only, counted twice: 4 H D pairs forward, 2.5 times that for the backward."""
+    forward = 4 * num_heads * head_dim * layout.num_visible_pairs()
+    return int(forward * 3.5) if backward else forward

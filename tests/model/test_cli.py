@@ -1,0 +1,107 @@
+"""The `dti` command as a user runs it: help, the whole way on small files, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dti_model.cli import main
+from tests.conftest import ROOT
+from tests.model.movielens_files import some_ratings, write_1m
+
+SMALL = [
+    "--k=3",
+    "--window=3",
+    "--progress=false",
+    "--model.layers=2",
+    "--model.width=16",
+    "--model.heads=2",
+    "--model.kv_heads=1",
+    "--model.mlp_width=24",
+    "--optim.epochs=1",
+    "--optim.token_budget=300",
+]
+
+
+def dti(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """One command in its own process, single-threaded like the rest of the suite."""
+    return subprocess.run(
+        [sys.executable, "-m", "dti_model.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("user")
+    write_1m(folder / "raw", some_ratings(num_users=60))
+    return folder
+
+
+def test_prepare_train_evaluate(folder: Path) -> None:
+    prepared = dti(
+        "prepare", "ml-1m", "--raw-dir=raw", "--subset", "--out=data", "--vocab-size=400", cwd=folder
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    assert "60 users, 8 items, 480 interactions" in prepared.stdout
+    (folder / "small.yaml").write_text("optim:\n  learning_rate: 0.001\n  epochs: 3\n")
+    trained = dti("train", "--config=small.yaml", "--data=data", "--out=run", *SMALL, cwd=folder)
+    assert trained.returncode == 0, trained.stderr
+    assert "epoch 1: validation AUC" in trained.stdout + trained.stderr
+    config = (folder / "run" / "config.yaml").read_text()
+    assert "learning_rate: 0.001" in config
+    assert "epochs: 1" in config, "flags after the file win"
+    evaluated = dti("evaluate", "--run=run", "--progress=false", "--json=out.json", cwd=folder)
+    assert evaluated.returncode == 0, evaluated.stderr
+    metrics = json.loads((folder / "run" / "metrics.json").read_text())
+    assert json.loads((folder / "out.json").read_text())["test"] == metrics["test"]
+    assert f"{metrics['test']['auc']:.4f}" in evaluated.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["prepare"], ["train"], ["evaluate"]])
+def test_help_at_every_level(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--help"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: dti")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data=nowhere", "--out=run"], "nowhere"),
+        (["train", "--data=nowhere", "--out=run", "--kk=3"], "kk"),
+        (["train", "--data=nowhere", "--out=run", "--k=three"], "three"),
+        (["train", "--data=nowhere", "--out=run", "--dti.mode=best"], "mode must be one of dti, dti-minus"),
+        (["train", "--out=run"], "data"),
+        (["evaluate", "--run=nowhere"], "is not a run folder"),
+        (["prepare", "ml-5m", "--out=data"], "ml-5m"),
+        (["prepare", "ml-1m", "--raw-dir=nowhere", "--out=data"], "nowhere"),
+        (["rank"], "rank"),
+    ],
+)
+def test_errors_are_short_and_exit_with_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(arguments)
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir()), "a failed command left something behind"
