@@ -33,12 +33,15 @@ from dti_kernels.triton_tile import (
     alibi_distance,
     blend,
     exponential,
+    inner,
     key_ranges,
+    lane_offsets,
     load_field,
     load_keys,
     load_tile,
     masked_tile,
     offsets,
+    packed_offsets,
     reset_ratio,
     row_spans,
     run_all,
@@ -50,13 +53,23 @@ from dti_kernels.triton_tile import (
     visible_keys,
 )
 
+
+@triton.jit
+def tile_of_loop(i, num_tiles, GROUP: tl.constexpr, PACK: tl.constexpr):
+    """The row tile and the first head in the group of iteration `i`: all tiles of one pack of heads, then the next pack."""
+    if PACK == GROUP:
+        return i, 0
+    else:
+        return i % num_tiles, i // num_tiles * PACK
+
+
 # The own keys of [SUM] rows are a matrix-free sum over the heads of a group: memory bound, any small tile serves.
 _SELF_TILE = Tile(16, 16, 4, 1)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def _ctx_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, rows_ptr, num_rows, num_context, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, lse_tile_ptr, dq_ptr, rows_ptr, num_rows, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dot, stride_doh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -71,19 +84,20 @@ def _ctx_dq_kernel(
     row, lane = tile_rows(first, num_context, PACK, BLOCK_M)
     head = tl.program_id(1) * PACK + lane
     valid = row < num_context
-    spans = row_spans(rows_ptr, num_rows, row, valid)
     q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
     do = load_tile(do_ptr, offsets(row, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
     out = load_tile(out_ptr, offsets(row, head, stride_ot, stride_oh), valid, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + offsets(row, head, 1, num_rows), delta, mask=valid)
     lse = tl.load(lse_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0)
     lse = to_exponent(lse, NATURAL)
+    group = tl.program_id(1) * PACK // GROUP
+    offs_tile = packed_offsets(row, group, head - group * GROUP, first, num_rows, GROUP, PACK)
+    tl.store(delta_ptr + offs_tile, delta, mask=valid)
+    tl.store(lse_tile_ptr + offs_tile, lse, mask=valid)
     ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
     key_first, num_left, num_full, num_masked = ranges[2], ranges[5], ranges[6], ranges[7]
-    group = tl.cast(tl.program_id(1) * PACK // GROUP, tl.int64)
-    k_ptr += group * stride_kh
-    v_ptr += group * stride_vh
+    k_ptr += tl.cast(group, tl.int64) * stride_kh
+    v_ptr += tl.cast(group, tl.int64) * stride_vh
     offs_n = tl.arange(0, BLOCK_N)
     exponent_scale = to_exponent(scale, NATURAL)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -92,20 +106,21 @@ def _ctx_dq_kernel(
         key_0 = key_first + (num_left + i) * BLOCK_N
         k = load_keys(k_ptr, key_0, stride_kt, offs_n, HEAD_DIM, BLOCK_D, False)  # [N, D]
         v = load_keys(v_ptr, key_0, stride_vt, offs_n, HEAD_DIM, BLOCK_D, False)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        s = inner(q, k)  # [M, N]
+        dp = inner(do, v)
         p = exponential(s * exponent_scale - lse[:, None], NATURAL)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
+    spans = row_spans(rows_ptr, num_rows, row, valid)  # loaded here: no registers held above
     for i in range(0, num_masked):
         key_0, key_bound = masked_tile(i, *ranges[:7], BLOCK_N)
         key = key_0 + offs_n
         inside = key < key_bound
         k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)
         v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        s = inner(q, k)
+        dp = inner(do, v)
         p = exponential(s * exponent_scale - lse[:, None], NATURAL)
         p = tl.where(visible_keys(spans, key, inside), p, 0.0)
         ds = p * (dp - delta[:, None])
@@ -116,7 +131,7 @@ def _ctx_dq_kernel(
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def _ctx_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dv_sum_ptr, keys_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dv_ptr, dv_sum_ptr, keys_ptr,
     num_rows, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
@@ -142,22 +157,26 @@ def _ctx_dkv_kernel(
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     exponent_scale = to_exponent(scale, NATURAL)
     num_tiles = tl.cdiv(tl.max(row_stop, 0) - key_0, BLOCK_M // PACK)
+    offs_q = lane_offsets(stride_qt, stride_qh, PACK, BLOCK_M)
+    offs_do = lane_offsets(stride_dot, stride_doh, PACK, BLOCK_M)
 
     for i in range(0, num_tiles * (GROUP // PACK)):
-        first, head_0 = key_0 + i % num_tiles * (BLOCK_M // PACK), group * GROUP + i // num_tiles * PACK
+        tile, head_0 = tile_of_loop(i, num_tiles, GROUP, PACK)
+        first = key_0 + tile * (BLOCK_M // PACK)
         row, lane = tile_rows(first, num_context, PACK, BLOCK_M)
         valid = row < num_context
-        head = head_0 + lane
-        q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
-        do = load_tile(do_ptr, offsets(row, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
-        lse = tl.load(lse_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0)
-        lse = to_exponent(lse, NATURAL)
-        delta = tl.load(delta_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [N, M]
+        base_q = offsets(first, group * GROUP + head_0, stride_qt, stride_qh)
+        base_do = offsets(first, group * GROUP + head_0, stride_dot, stride_doh)
+        q = load_tile(q_ptr + base_q, offs_q, valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
+        do = load_tile(do_ptr + base_do, offs_do, valid, HEAD_DIM, BLOCK_D, True)
+        offs_tile = packed_offsets(row, group, head_0 + lane, first, num_rows, GROUP, PACK)
+        lse = tl.load(lse_tile_ptr + offs_tile, mask=valid, other=0.0)
+        delta = tl.load(delta_ptr + offs_tile, mask=valid, other=0.0)
+        s = inner(k, q)  # [N, M]
         p = exponential(s * exponent_scale - lse[None, :], NATURAL)
         p = tl.where(visible(row[None, :], key[:, None], row_stop[:, None]), p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        dp = inner(v, do)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
@@ -168,7 +187,7 @@ def _ctx_dkv_kernel(
 @triton.jit(do_not_specialize=PER_BATCH)
 def _sum_dq_kernel(
     q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr,
-    out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dslopes_ptr, rows_ptr,
+    out_ptr, do_ptr, lse_ptr, delta_ptr, lse_tile_ptr, dq_ptr, dslopes_ptr, rows_ptr,
     num_rows, num_queries, num_context, num_ratios, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_ot, stride_oh, stride_dot, stride_doh,
@@ -191,13 +210,16 @@ def _sum_dq_kernel(
     do = load_tile(do_ptr, offsets(query, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
     out = load_tile(out_ptr, offsets(query, head, stride_ot, stride_oh), valid, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + offsets(query, head, 1, num_queries), delta, mask=valid)
     lse = tl.load(lse_ptr + offsets(query, head, 1, num_queries), mask=valid, other=0.0)
+    group = tl.program_id(1) * PACK // GROUP
+    first_query = first - (num_rows - num_queries)
+    offs_tile = packed_offsets(query, group, head - group * GROUP, first_query, num_queries, GROUP, PACK)
+    tl.store(delta_ptr + offs_tile, delta, mask=valid)
+    tl.store(lse_tile_ptr + offs_tile, lse, mask=valid)
     ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
     num_tiles = ranges[4] + tl.cdiv(ranges[3] - ranges[2], BLOCK_N)
-    group = tl.cast(tl.program_id(1) * PACK // GROUP, tl.int64)
-    k_ptr += group * stride_kh
-    v_ptr += group * stride_vh
+    k_ptr += tl.cast(group, tl.int64) * stride_kh
+    v_ptr += tl.cast(group, tl.int64) * stride_vh
     offs_n = tl.arange(0, BLOCK_N)
     k_self = load_tile(k_ptr, offsets(row, 0, stride_kt, 0), valid, HEAD_DIM, BLOCK_D, True).to(tl.float32)
     v_self = load_tile(v_ptr, offsets(row, 0, stride_vt, 0), valid, HEAD_DIM, BLOCK_D, True).to(tl.float32)
@@ -210,8 +232,8 @@ def _sum_dq_kernel(
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + head).to(tl.float32)
     if ratios_ptr is not None:
-        k_initial_ptr += group * stride_k0h
-        v_initial_ptr += group * stride_v0h
+        k_initial_ptr += tl.cast(group, tl.int64) * stride_k0h
+        v_initial_ptr += tl.cast(group, tl.int64) * stride_v0h
         reset_id = load_field(rows_ptr, RESET_ID, num_rows, row, valid)
 
     for i in range(0, num_tiles):
@@ -220,15 +242,16 @@ def _sum_dq_kernel(
         inside = key < key_bound
         k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)  # [N, D]
         v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        s = inner(q, k)  # [M, N]
         if ratios_ptr is not None:
             key_reset_id = load_field(rows_ptr, RESET_ID, num_rows, key, inside)
             ratio = reset_ratio(ratios_ptr, num_ratios, reset_id[:, None], key_reset_id[None, :])
             k_initial = load_keys(k_initial_ptr, key_0, stride_k0t, inside, HEAD_DIM, BLOCK_D, True)
             v_initial = load_keys(v_initial_ptr, key_0, stride_v0t, inside, HEAD_DIM, BLOCK_D, True)
-            s = blend(s, tl.dot(q, tl.trans(k_initial), input_precision="ieee"), ratio)
-            dp = blend(dp, tl.dot(do, tl.trans(v_initial), input_precision="ieee"), ratio)
+            s = blend(s, inner(q, k_initial), ratio)
+        dp = inner(do, v)
+        if ratios_ptr is not None:
+            dp = blend(dp, inner(do, v_initial), ratio)
         s = s * scale
         if slopes_ptr is not None:
             distance = alibi_distance(key[None, :], spans[1][:, None], spans[2][:, None], spans[3][:, None])
@@ -255,7 +278,7 @@ def _sum_dq_kernel(
 @triton.jit(do_not_specialize=PER_BATCH)
 def _sum_dkv_kernel(
     q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr,
-    do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_sum_ptr, dk_initial_ptr, dv_initial_ptr, rows_ptr, keys_ptr,
+    do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dv_sum_ptr, dk_initial_ptr, dv_initial_ptr, rows_ptr, keys_ptr,
     num_rows, num_queries, num_context, num_ratios, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_dot, stride_doh, stride_dkt, stride_dkh,
@@ -291,27 +314,36 @@ def _sum_dkv_kernel(
     first_sum = tl.min(tl.where(inside, sum_start, num_rows), 0)
     num_tiles = tl.maximum(tl.cdiv(tl.max(sum_stop, 0) - first_sum, BLOCK_M // PACK), 0)
 
+    offs_q = lane_offsets(stride_qt, stride_qh, PACK, BLOCK_M)
+    offs_do = lane_offsets(stride_dot, stride_doh, PACK, BLOCK_M)
+
     for i in range(0, num_tiles * (GROUP // PACK)):
-        first = num_context + first_sum + i % num_tiles * (BLOCK_M // PACK)
+        tile, head_0 = tile_of_loop(i, num_tiles, GROUP, PACK)
+        first = num_context + first_sum + tile * (BLOCK_M // PACK)
         row, lane = tile_rows(first, num_rows, PACK, BLOCK_M)
         valid = row < num_rows
-        query = row - (num_rows - num_queries)
-        head = group * GROUP + i // num_tiles * PACK + lane
-        q = load_tile(q_ptr, offsets(query, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
-        do = load_tile(do_ptr, offsets(query, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
-        lse = tl.load(lse_ptr + offsets(query, head, 1, num_queries), mask=valid, other=0.0)
-        delta = tl.load(delta_ptr + offsets(query, head, 1, num_queries), mask=valid, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [N, M]
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        skipped = num_rows - num_queries
+        base_q = offsets(first - skipped, group * GROUP + head_0, stride_qt, stride_qh)
+        base_do = offsets(first - skipped, group * GROUP + head_0, stride_dot, stride_doh)
+        q = load_tile(q_ptr + base_q, offs_q, valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
+        do = load_tile(do_ptr + base_do, offs_do, valid, HEAD_DIM, BLOCK_D, True)
+        offs_tile = packed_offsets(
+            row - skipped, group, head_0 + lane, first - skipped, num_queries, GROUP, PACK
+        )
+        lse = tl.load(lse_tile_ptr + offs_tile, mask=valid, other=0.0)
+        delta = tl.load(delta_ptr + offs_tile, mask=valid, other=0.0)
+        s = inner(k, q)  # [N, M]
         if ratios_ptr is not None:
             reset_id = load_field(rows_ptr, RESET_ID, num_rows, row, valid)
             ratio = reset_ratio(ratios_ptr, num_ratios, reset_id[None, :], key_reset_id[:, None])
-            s = blend(s, tl.dot(k_initial, tl.trans(q), input_precision="ieee"), ratio)
-            dp = blend(dp, tl.dot(v_initial, tl.trans(do), input_precision="ieee"), ratio)
+            s = blend(s, inner(k_initial, q), ratio)
+        dp = inner(v, do)
+        if ratios_ptr is not None:
+            dp = blend(dp, inner(v_initial, do), ratio)
         s = s * scale
         if slopes_ptr is not None:
             spans = row_spans(rows_ptr, num_rows, row, valid)
-            slope = tl.load(slopes_ptr + head).to(tl.float32)
+            slope = tl.load(slopes_ptr + group * GROUP + head_0 + lane).to(tl.float32)
             distance = alibi_distance(key[:, None], spans[1][None, :], spans[2][None, :], spans[3][None, :])
             s -= slope[None, :] * distance
         seen = visible((row - num_context)[None, :], sum_start[:, None], sum_stop[:, None])
@@ -335,7 +367,7 @@ def _sum_dkv_kernel(
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def _sum_self_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dk_sum_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dk_sum_ptr, dv_ptr,
     num_rows, num_queries, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -359,8 +391,9 @@ def _sum_self_kernel(
         q = load_tile(q_ptr, offsets(query, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
         do = load_tile(do_ptr, offsets(query, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
         q, do = q.to(tl.float32), do.to(tl.float32)
-        lse = tl.load(lse_ptr + offsets(query, head, 1, num_queries), mask=valid, other=0.0)
-        delta = tl.load(delta_ptr + offsets(query, head, 1, num_queries), mask=valid, other=0.0)
+        offs_tile = packed_offsets(query, group, i, 0, num_queries, GROUP, 0)
+        lse = tl.load(lse_tile_ptr + offs_tile, mask=valid, other=0.0)
+        delta = tl.load(delta_ptr + offs_tile, mask=valid, other=0.0)
         p = exponential(tl.sum(q * k, 1) * scale - lse, True)
         dv += p[:, None] * do
         dk += (p * (tl.sum(do * v, 1) - delta))[:, None] * q
@@ -383,7 +416,8 @@ class Gradients:
     dslopes: Tensor | None  # (H, S) float32, to be summed over the [SUM] rows
     # (C, G, D), what [SUM] rows contribute to dv: in float32, or dv itself where no context row contributes.
     dv_sum: Tensor | None
-    delta: Tensor  # float32, laid out as lse
+    delta: Tensor  # (G, T or S, H / G) float32: read tile by tile
+    lse_tile: Tensor  # the log-sum-exp likewise, in the units that dK/dV exponentiates
 
     @staticmethod
     def of(batch: Batch) -> Gradients:
@@ -408,7 +442,8 @@ class Gradients:
             dv_initial=None if batch.v_initial is None else of_sums(batch.v_initial),
             dslopes=None if batch.slopes is None else scratch(num_heads, batch.num_sum),
             dv_sum=dv_sum if batch.has_context_queries else dv,
-            delta=scratch(num_heads, num_queries),
+            delta=scratch(batch.k.shape[1], num_queries, batch.group),
+            lse_tile=scratch(batch.k.shape[1], num_queries, batch.group),
         )
 
 
@@ -427,8 +462,8 @@ def backward_launches(
         "lse_ptr": lse,
         "delta_ptr": grads.delta,
     }
-    saved |= strides(q=batch.q, v=batch.v, do=grad_out)
-    of_rows = {**saved, "out_ptr": out, "dq_ptr": grads.dq, **strides(o=out)}
+    saved |= {"lse_tile_ptr": grads.lse_tile, **strides(q=batch.q, v=batch.v, do=grad_out)}
+    of_rows = {**saved, "lse_ptr": lse, "out_ptr": out, "dq_ptr": grads.dq, **strides(o=out)}
     of_keys = {**saved, **strides(dk=grads.dk)}
     launches = []
     if batch.has_context_queries:

@@ -30,6 +30,7 @@ from dti_kernels.triton_tile import (
     alibi_distance,
     blend,
     exponential,
+    inner,
     key_ranges,
     load_field,
     load_keys,
@@ -64,7 +65,6 @@ def _ctx_fwd_kernel(
     row, lane = tile_rows(first, num_context, PACK, BLOCK_M)
     head = tl.program_id(1) * PACK + lane
     valid = row < num_context
-    spans = row_spans(rows_ptr, num_rows, row, valid)
     q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
     ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
     key_first, num_left, num_full, num_masked = ranges[2], ranges[5], ranges[6], ranges[7]
@@ -81,7 +81,7 @@ def _ctx_fwd_kernel(
         key_0 = key_first + (num_left + i) * BLOCK_N
         k = load_keys(k_ptr, key_0, stride_kt, offs_n, HEAD_DIM, BLOCK_D, False)  # [N, D]
         v = load_keys(v_ptr, key_0, stride_vt, offs_n, HEAD_DIM, BLOCK_D, False)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+        s = inner(q, k)  # [M, N]
         m_new = tl.maximum(m_i, tl.max(s, 1) * exponent_scale)
         p = exponential(s * exponent_scale - m_new[:, None], NATURAL)
         alpha = exponential(m_i - m_new, NATURAL)
@@ -89,13 +89,14 @@ def _ctx_fwd_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         m_i = m_new
 
+    spans = row_spans(rows_ptr, num_rows, row, valid)  # loaded here: no registers held above
     for i in range(0, num_masked):
         key_0, key_bound = masked_tile(i, *ranges[:7], BLOCK_N)
         key = key_0 + offs_n
         inside = key < key_bound
         k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)
         v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * exponent_scale
+        s = inner(q, k) * exponent_scale
         s = tl.where(visible_keys(spans, key, inside), s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may see nothing of its first tiles
@@ -160,12 +161,12 @@ def _sum_fwd_kernel(
         inside = key < key_bound
         k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)  # [N, D]
         v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+        s = inner(q, k)  # [M, N]
         if ratios_ptr is not None:
             key_reset_id = load_field(rows_ptr, RESET_ID, num_rows, key, inside)
             ratio = reset_ratio(ratios_ptr, num_ratios, reset_id[:, None], key_reset_id[None, :])
             k_initial = load_keys(k_initial_ptr, key_0, stride_k0t, inside, HEAD_DIM, BLOCK_D, True)
-            s = blend(s, tl.dot(q, tl.trans(k_initial), input_precision="ieee"), ratio)
+            s = blend(s, inner(q, k_initial), ratio)
         s *= scale
         if slopes_ptr is not None:
             distance = alibi_distance(key[None, :], spans[1][:, None], spans[2][:, None], spans[3][:, None])

@@ -51,7 +51,8 @@ PER_BATCH = [
     "scale",
 ]
 # A tile's rows are addressed with 32-bit offsets inside the tile (64-bit between tiles).
-MAX_ROW_STRIDE = 2**31 // 256
+MAX_ROW_STRIDE = 2**31 // 512
+MAX_HEAD_STRIDE = 2**31 // 32
 # Beyond this an accumulator of 16 rows no longer fits beside its operands.
 MAX_HEAD_DIM = 256
 
@@ -85,6 +86,26 @@ def tile_rows(first, stop, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
 def offsets(row, head, stride_t, stride_h):
     """Element offsets `[M]` of (row, head): 64 bits, a packed batch may pass 2**31 elements."""
     return tl.cast(row, tl.int64) * stride_t + tl.cast(head, tl.int64) * stride_h
+
+
+@triton.jit
+def lane_offsets(stride_t, stride_h, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Element offsets `[M]` of a tile's lanes from its first row and head: 32 bits, and the same for every tile."""
+    lane = tl.arange(0, BLOCK_M)
+    return lane // PACK * stride_t + lane % PACK * stride_h
+
+
+@triton.jit
+def packed_offsets(row, group, lane, first, num_queries, GROUP: tl.constexpr, PACK: tl.constexpr):
+    """Where scratch `(G, rows, GROUP)` keeps a tile's lanes; `lane` counts the heads of the group from its first.
+
+    Laid out like a tile, so that a tile of whole groups is contiguous: dK/dV reads it in its inner loop.
+    """
+    base = tl.cast(group, tl.int64) * num_queries * GROUP
+    if PACK == GROUP and row.shape[0] % PACK == 0:
+        return base + tl.cast(first, tl.int64) * GROUP + tl.arange(0, row.shape[0])
+    else:
+        return base + tl.cast(row, tl.int64) * GROUP + lane
 
 
 @triton.jit
@@ -180,6 +201,12 @@ def masked_tile(
 
 
 @triton.jit
+def inner(a, b):
+    """`a @ b.T`, over head_dim; float32 without tensor-float rounding."""
+    return tl.dot(a, tl.trans(b), input_precision="ieee")
+
+
+@triton.jit
 def blend(near, initial, ratio):
     """`(1 - ratio) near + ratio initial`."""
     return near + ratio * (initial - near)
@@ -229,7 +256,8 @@ def padded_head_dim(head_dim: int) -> int:
 
 def addressable(x: Tensor) -> Tensor:
     """`x` itself, or a copy where head_dim is not contiguous or one tile would pass 2**31 elements."""
-    if x.stride(-1) == 1 and x.stride(0) <= MAX_ROW_STRIDE:
+    fits = x.stride(0) <= MAX_ROW_STRIDE and x.stride(1) <= MAX_HEAD_STRIDE
+    if fits and x.stride(-1) == 1:
         return x
     return x.contiguous()
 

@@ -1,0 +1,280 @@
+"""What the compilers make of every row of the tile table, without a GPU.
+
+    python -m benchmarks.compile_report [--arch sm_90] [--head-dim 128] [--loops]
+
+Prints registers, spilled bytes and shared memory of each kernel, compiled ahead of time exactly as it is launched; with
+`--loops` also the instructions of its inner loops; and how much of the visited tiles is visible.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.workloads import Workload
+from dti_kernels import StreamLayout, tiles
+from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, ROW_STOP, START, STOP, SUM_START, SUM_STOP
+from dti_kernels.tiles import KERNELS, TABLE, Tile
+
+# Bytes of shared memory that one program may have (CUDA programming guide, ISA manual of CDNA3).
+SHARED_MEMORY = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}
+# The workload whose useful fractions are quoted: Llama-3.1-8B heads, k = 50, n = 20, 35 +- 8 tokens per interaction.
+QUOTED = Workload("llama8b_k50_16k", 16384, 50, num_heads=32, num_groups=8, head_dim=128)
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One tile of the table."""
+
+    arch: str
+    kernel: str
+    head_dim: int
+    bits: int
+    short_span: bool
+    tile: Tile
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the row is compiled for."""
+        return torch.bfloat16 if self.bits == 16 else torch.float32
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler made of a kernel."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    assembly: str  # PTX, or the AMD assembly
+    cubin: bytes
+
+    @property
+    def uses_wgmma(self) -> bool:
+        """Whether Hopper's warp-group matrix instructions are used."""
+        return "wgmma.mma_async" in self.assembly
+
+
+def table_rows() -> Iterator[TableRow]:
+    """Every tile of the table, where equal rows of two architectures that share an instruction set count once."""
+    for arch, rows in TABLE.items():
+        for (head_dim, bits, short_span), row in rows.items():
+            if arch == "sm_86" and TABLE["sm_80"].get((head_dim, bits, short_span)) == row:
+                continue
+            for kernel, tile in zip(KERNELS, row):
+                yield TableRow(arch, kernel, head_dim, bits, short_span, tile)
+
+
+def compile_row(row: TableRow, group: int = 4) -> Compiled:
+    """Compile a row's kernel for its architecture with everything switched on: ALiBi, reset, [SUM] rows."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    with tiles.forced({row.kernel: row.tile}):
+        launch = _launches(row.head_dim, row.dtype, group)[row.kernel]
+    is_hip = row.arch.startswith("gfx")
+    target = GPUTarget("hip", row.arch, 64) if is_hip else GPUTarget("cuda", int(row.arch[3:]), 32)
+    options = {"num_warps": row.tile.warps, "num_stages": row.tile.stages, "enable_fp_fusion": True}
+    kernel = triton.compile(_source(launch), target=target, options=options)
+    shared = kernel.metadata.shared
+    if is_hip:
+        assembly = kernel.asm["amdgcn"]
+        registers, spilled = (
+            _number(r"\.vgpr_count:\s+(\d+)", assembly),
+            _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
+        )
+        return Compiled(registers, spilled, shared, assembly, b"")
+    cubin = kernel.asm["cubin"]
+    usage = _cuobjdump("--dump-resource-usage", cubin)
+    return Compiled(
+        _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage), shared, kernel.asm["ptx"], cubin
+    )
+
+
+def _launches(head_dim: int, dtype: torch.dtype, group: int) -> dict[str, Any]:
+    """The launches of a small batch, by kernel."""
+    from dti_kernels import triton_bwd, triton_fwd
+    from dti_kernels.triton_tile import Batch
+
+    layout = StreamLayout.build([[3, 3]], [[1, 1]], [1], 2)
+    num_rows, num_context, num_groups = layout.num_rows, layout.num_context, 2
+
+    def zeros(rows: int, heads: int) -> torch.Tensor:
+        return torch.zeros(rows, heads, head_dim, dtype=dtype)
+
+    q, out = zeros(num_rows, num_groups * group), zeros(num_rows, num_groups * group)
+    keys = [zeros(num_rows, num_groups) for _ in range(3)] + [
+        zeros(num_context, num_groups) for _ in range(2)
+    ]
+    batch = Batch.of(
+        q, *keys, torch.zeros(3), torch.zeros(q.shape[1]), layout.rows, layout.keys, head_dim**-0.5, 512
+    )
+    lse = torch.zeros(q.shape[1], num_rows)
+    launches = triton_fwd.forward_launches(batch, out, lse)
+    launches += triton_bwd.backward_launches(batch, triton_bwd.Gradients.of(batch), out, out, lse)
+    return {launch.kernel.fn.__name__[1:].removesuffix("_kernel"): launch for launch in launches}
+
+
+def _source(launch: Any) -> Any:
+    """The launch as the just-in-time compiler would specialise it: aligned pointers, strides divisible by 16."""
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value, varies = launch.arguments[parameter.name], parameter.do_not_specialize
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+        divisible = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if divisible and not varies:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([program, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern} in the compiler's output")
+    return int(match[1])
+
+
+_CLASSES = (
+    ("tensor", r"HGMMA|HMMA|UTCHMMA|UTCQMMA|IMMA|WARPGROUP|UTC"),
+    ("exp2", r"MUFU"),
+    ("float", r"F(FMA|MUL|ADD|MNMX|SEL|SETP|2FP)|F2F|HADD2|I2F"),
+    (
+        "integer",
+        r"IMAD|IADD|LEA|ISETP|LOP3|SHF|ISUB|IMNMX|VIADD|VIMNMX|SEL|PRMT|MOV|UIADD|UIMAD|ULEA|USHF|ULOP3|UISETP",
+    ),
+    ("shared", r"LDSM|LDS|STS|MATCH|LDGDEPBAR|DEPBAR|BAR|SYNCS|FENCE"),
+    ("global", r"LDGSTS|LDG|STG|UTMA"),
+)
+
+
+def inner_loops(cubin: bytes) -> list[Counter[str]]:
+    """Instruction counts by class of every innermost loop that multiplies matrices, as they lie in the code."""
+    code = re.findall(
+        r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)[^;]*?(0x[0-9a-f]+)?\s*;",
+        _cuobjdump("-sass", cubin),
+    )
+    lines = [
+        (int(address, 16), opcode, int(target, 16) if target else -1) for address, opcode, target in code
+    ]
+    loops = [
+        (target, address) for address, opcode, target in lines if opcode == "BRA" and 0 <= target < address
+    ]
+    innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    counts = []
+    for first, last in innermost:
+        count: Counter[str] = Counter()
+        for address, opcode, _ in lines:
+            if first <= address <= last:
+                count[next((name for name, pattern in _CLASSES if re.match(pattern, opcode)), "other")] += 1
+        if count["tensor"]:
+            counts.append(count)
+    return counts
+
+
+def visited_pairs(layout: StreamLayout, kernel: str, tile: Tile, group: int) -> int:
+    """(row, key) pairs in the tiles that a kernel visits, for one head: what it computes, masked or not."""
+    rows, keys = layout.rows.numpy().astype(np.int64), layout.keys.numpy().astype(np.int64)
+    pack = max(p for p in range(1, min(group, tile.pack, tile.block_m) + 1) if group % p == 0)
+    tokens, num_context = tile.block_m // pack, layout.num_context
+    per_tile = tokens * tile.block_n
+    if kernel.endswith("dkv"):
+        first = np.arange(0, num_context, tile.block_n)
+        if kernel == "ctx_dkv":
+            start, stop = first, np.maximum.reduceat(keys[ROW_STOP], first)
+        else:
+            start = np.minimum.reduceat(keys[SUM_START], first)
+            stop = np.maximum.reduceat(keys[SUM_STOP], first)
+        return int((-(-np.maximum(stop - start, 0) // tokens)).sum() * per_tile)
+    begin, end = (0, num_context) if kernel.startswith("ctx") else (num_context, layout.num_rows)
+    first = np.arange(begin, end, tokens)
+    last = np.minimum(first + tokens, end) - 1
+    prefix = -(-(rows[PREFIX_STOP, first] - rows[PROMPT_FIRST, first]) // tile.block_n)
+    span = -(-(rows[STOP, last] - rows[START, first]) // tile.block_n)
+    return int((prefix + span).sum() * per_tile)
+
+
+def visible_pairs(layout: StreamLayout, kernel: str) -> int:
+    """(row, key) pairs that count, of the rows a kernel works on; a [SUM]'s own key apart."""
+    begin, end = (
+        (0, layout.num_context) if kernel.startswith("ctx") else (layout.num_context, layout.num_rows)
+    )
+    rows = layout.rows[:, begin:end].long()
+    return int((rows[STOP] - rows[START] + rows[PREFIX_STOP] - rows[PROMPT_FIRST]).sum())
+
+
+def useful_fraction(workload: Workload, kernel: str, tile: Tile) -> float:
+    """Visible share of the visited pairs."""
+    layout = workload.layout()
+    group = workload.num_heads // workload.num_groups
+    return visible_pairs(layout, kernel) / visited_pairs(layout, kernel, tile, group)
+
+
+def main() -> None:
+    """Print the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", choices=TABLE)
+    parser.add_argument("--head-dim", type=int, choices=(64, 128, 256))
+    parser.add_argument("--bits", type=int, choices=(16, 32))
+    parser.add_argument("--loops", action="store_true", help="instructions of the inner loops (NVIDIA)")
+    options = parser.parse_args()
+    print(
+        f"{'arch':7} {'D':>3} bits {'span':5} {'kernel':8} {'rows x keys, warps, stages':27} regs spill   shared useful"
+    )
+    for row in table_rows():
+        wanted = (options.arch, row.arch), (options.head_dim, row.head_dim), (options.bits, row.bits)
+        if any(value is not None and value != own for value, own in wanted):
+            continue
+        result = compile_row(row)
+        tile = f"{row.tile.block_m:3} x {row.tile.block_n:3}, {row.tile.warps:2}, {row.tile.stages}"
+        print(
+            f"{row.arch:7} {row.head_dim:3} {row.bits:4} {'short' if row.short_span else 'any':5} {row.kernel:8} {tile:27}"
+            f" {result.registers:4} {result.spilled_bytes:5} {result.shared_bytes:8}"
+            f" {useful_fraction(QUOTED, row.kernel, row.tile):6.2f}",
+            flush=True,
+        )
+        if options.loops and result.cubin:
+            for count in inner_loops(result.cubin):
+                print("    loop:", ", ".join(f"{name} {number}" for name, number in count.most_common()))
+
+
+if __name__ == "__main__":
+    main()
