@@ -1,6 +1,6 @@
 """Attention alone: `windowed_attn` beside the strongest alternatives, forward and forward + backward.
 
-    python -m benchmarks.bench_attention [--out benchmarks/results/attention-cpu.jsonl]
+    python -m benchmarks.bench_attention [--device cuda] [--out benchmarks/results/attention-cpu.jsonl]
 
 Every provider runs the same workload in one process, by turns. Before a row is written, the output and all gradients of
 `windowed_attn` are held to the dense reference on that workload (or on its first tokens, where dense does not fit).
@@ -51,12 +51,12 @@ def sdpa_dense(x: AttentionInputs) -> Callable[[AttentionInputs], Tensor]:
     return run
 
 
-def gate(workload: Workload) -> None:
+def gate(workload: Workload, device: str = "cpu") -> None:
     """Raise AssertionError unless ours is within the error budget on this workload (its first tokens, where it is long)."""
     short = dataclasses.replace(workload, num_tokens=min(workload.num_tokens, 2048))
     low, exact = (
-        AttentionInputs.of(short),
-        AttentionInputs.of(dataclasses.replace(short, dtype=torch.float64)),
+        AttentionInputs.of(short, device),
+        AttentionInputs.of(dataclasses.replace(short, dtype=torch.float64), device),
     )
     results = {}
     for name, x, attention in (
@@ -136,13 +136,21 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure all CPU workloads, print and append their rows."""
+    """Measure, print and append the rows of a device."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "attention-cpu.jsonl")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/attention-DEVICE.jsonl")
+    parser.add_argument("--repeats", type=int, default=9, help="on a CPU")
+    parser.add_argument("--seconds", type=float, default=200.0, help="on a GPU: start no workload after this")
     options = parser.parse_args()
+    options.out = options.out or RESULTS / f"attention-{options.device}.jsonl"
+    if options.device == "cuda":
+        from benchmarks import attention_gpu
+
+        attention_gpu.run(options.out, options.seconds)
+        return
     rows = [row for workload in CPU_WORKLOADS for row in measure(workload, options.repeats)]
     for row in rows:
         print(

@@ -238,7 +238,7 @@ def alibi_distance(key, prefix_stop, start, stop):
 
 @triton.jit
 def reset_ratio(ratios_ptr, num_ratios, row_reset_id, key_reset_id):
-    """a(d): how much of the initial state a [SUM] reads of a key, from a table; 0 at distance <= 0. Shapes broadcast."""
+    """a(d): how much of the initial state a [SUM] reads of a key, from a table; its first entry at distance <= 0. Shapes broadcast."""
     distance = tl.minimum(tl.maximum(row_reset_id - key_reset_id, 0), num_ratios - 1)
     return tl.load(ratios_ptr + distance)
 

@@ -77,7 +77,8 @@ class Layer(torch.nn.Module):
 
 
 def hidden(layout: StreamLayout, seed: int = 0) -> Tensor:
-    return torch.randn(layout.num_rows, 16, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    x = torch.randn(layout.num_rows, 16, generator=torch.Generator().manual_seed(seed))
+    return x.to(layout.device).requires_grad_()
 
 
 def gradients(layer: torch.nn.Module, run, layout: StreamLayout) -> list[Tensor]:

@@ -1,0 +1,169 @@
+"""The Triton kernels on a GPU: parity, determinism, memory, long batches. Everything here needs a CUDA or ROCm device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks.workloads import AttentionInputs, Workload
+from dti_kernels import StreamLayout, windowed_attn
+from tests.cases import CASES, Case
+from tests.numerics import check_parity
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+]
+DEVICE = "cuda"
+LLAMA = Case(
+    "llama_heads",
+    [[30, 41, 28, 35, 33, 26, 44, 31, 37, 29] * 3, [34] * 12],
+    [[1] * 30, [2] * 12],
+    [20, 7],
+    window=8,
+    prefix_lengths=[40, 17],
+    num_heads=8,
+    num_groups=2,
+    head_dim=128,
+)
+SMOLLM = dataclasses.replace(LLAMA, name="smollm_heads", num_heads=9, num_groups=3, head_dim=64)
+WIDE = dataclasses.replace(LLAMA, name="head_dim_256", num_heads=2, num_groups=2, head_dim=256)
+
+
+@pytest.fixture(autouse=True)
+def no_tensor_float():
+    """The eager run that the budget is made of multiplies float32 as float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [LLAMA, SMOLLM, WIDE], ids=lambda case: case.name)
+def test_parity_at_real_heads(case: Case, dtype: torch.dtype) -> None:
+    check_parity(case, dtype, windowed_attn, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_parity(case: Case, dtype: torch.dtype) -> None:
+    check_parity(case, dtype, windowed_attn, DEVICE)
+
+
+def test_a_hundred_runs_are_bitwise_equal() -> None:
+    x = LLAMA.inputs(torch.bfloat16, DEVICE)
+    first = x.run(windowed_attn)
+    for _ in range(100):
+        again = x.run(windowed_attn)
+        for name in first:
+            assert torch.equal(first[name], again[name]), name
+
+
+@pytest.mark.parametrize("name", ["prefix", "gqa_4", "several_blocks"])
+def test_nothing_leaks_from_what_a_row_may_not_see(name: str) -> None:
+    x = next(case for case in CASES if case.name == name).inputs(torch.bfloat16, DEVICE)
+    out, visible, num_context = x.call(windowed_attn), x.layout.dense_visibility(), x.layout.num_context
+    for key in range(0, num_context, max(1, num_context // 7)):
+        changed = {leaf_name: leaf.detach().clone() for leaf_name, leaf in x.leaves.items()}
+        for leaf_name in ("k", "v", "k_sum", "k_initial", "v_initial"):
+            changed[leaf_name][key] += 3.0
+        other = dataclasses.replace(x, leaves=changed).call(windowed_attn)
+        assert torch.equal(other[~visible[:, key]], out[~visible[:, key]])
+
+
+def test_unwritten_memory_is_never_read() -> None:
+    """Buffers that the kernels must fill start as NaN; the result is the same, bitwise."""
+    x = SMOLLM.inputs(torch.bfloat16, DEVICE)
+    plain = x.run(windowed_attn)
+    torch.use_deterministic_algorithms(True)
+    try:
+        poisoned = x.run(windowed_attn)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in plain:
+        assert torch.equal(plain[name], poisoned[name]), name
+
+
+def peak_bytes(num_tokens: int) -> int:
+    """Peak memory of forward and backward beyond the inputs."""
+    workload = Workload(
+        "memory", num_tokens, 50, num_heads=8, num_groups=2, head_dim=64, reset=True, dtype=torch.bfloat16
+    )
+    x = AttentionInputs.of(workload, DEVICE)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = windowed_attn(x.q, x.k, x.v, x.layout, k_sum=x.k_sum, alibi_slopes=x.alibi_slopes, reset=x.reset)
+    torch.autograd.grad(out, x.leaves(), x.grad_out)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_memory_grows_with_rows_and_not_with_their_square() -> None:
+    """Four times the rows take at most four times the memory and an allocator block."""
+    short, long = peak_bytes(8192), peak_bytes(32768)
+    assert long <= 4 * short + (2 << 20)
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """The last prompt of a batch of more than 2**31 elements equals the same prompt run alone, bitwise, gradients too.
+
+    Its context starts at a multiple of every tile and its [SUM] row has a tile of its own, so the sums run in the same order.
+    """
+    if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
+        pytest.skip("needs 60 GiB")
+    num_heads, head_dim, length = 32, 128, 8192
+    num_prompts = 2**31 // (num_heads * head_dim * length) + 1
+    layout = StreamLayout.build(
+        [[length - 1]] * num_prompts, [[1]] * num_prompts, [1] * num_prompts, 1, device=DEVICE
+    )
+    alone = StreamLayout.build([[length - 1]], [[1]], [1], 1, device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def draw(heads: int) -> torch.Tensor:
+        x = torch.empty(layout.num_rows, heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
+        return x.normal_(generator=generator)
+
+    q, k, v, grad_out = draw(num_heads), draw(1), draw(1), draw(num_heads)
+    assert q.numel() > 2**31
+    rows = torch.arange(layout.num_rows, device=DEVICE)
+    last = torch.cat([rows[layout.num_context - length : layout.num_context], rows[-1:]])
+
+    def run(layout: StreamLayout, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+        out = windowed_attn(*leaves, layout)
+        return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3])]
+
+    packed = [x[last] for x in run(layout, q, k, v, grad_out)]
+    expected = run(alone, *(x[last] for x in (q, k, v, grad_out)))
+    for name, a, b in zip(("out", "dq", "dk", "dv"), packed, expected):
+        assert torch.equal(a, b), name
+
+
+def test_a_layout_is_built_without_waiting_for_the_device() -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layout = StreamLayout.build([[30] * 70] * 5, [[1] * 70] * 5, [50] * 5, 20, device=DEVICE)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert layout.device.type == "cuda"
+
+
+def test_compiled_with_inductor() -> None:
+    """fullgraph, and no recompile over three lengths."""
+    from tests.kernels.test_torch_integration import Layer, gradients
+
+    torch._dynamo.reset()
+    layer = Layer().to(DEVICE)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    layouts = [
+        dataclasses.replace(case.layout(DEVICE), window=2)
+        for case in CASES
+        if case.name in ("prefix", "several_blocks", "many_short_prompts")
+    ]
+    gradients(layer, compiled, layouts[0])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for layout in layouts[1:]:
+            gradients(layer, compiled, layout)
