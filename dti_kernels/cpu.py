@@ -1,10 +1,11 @@
 """Blocked attention over streaming prompts in plain PyTorch: the CPU implementation of the operators.
 
-A block of neighbouring rows is multiplied with the one slice of keys that any of its rows sees, forward and recomputing
-backward, so that time is O(T x (window + block)) and memory O(T). Slices are accumulated in order: deterministic. Autograd
+A block of neighbouring rows is multiplied with the keys that any of its rows sees: one slice, and the prefix where it lies apart.
+Several blocks are one batched matmul (a chunk), so that operators work on megabytes and not on kilobytes. Forward and recomputing
+backward: time is O(T x (window + block)), memory O(T) beside one chunk. Slices are accumulated in order: deterministic. Autograd
 over the same blocks would allocate a full-size gradient per slice and turn quadratic.
 
-Heads are packed into rows: a block of M rows of the H / G query heads of one key head is one `(G, H / G * M, D)` matrix.
+Heads are packed into rows: M rows of the R = H / G query heads of one key head are one `(M R, D)` matrix.
 Half precision is computed in float32, because CPUs without AVX512-BF16 have no fast 16-bit matmul.
 """
 
@@ -15,13 +16,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, RESET_ID, START, STOP
 
-# Rows per block. Context: wide enough for efficient matmuls, narrow enough that the block's span is mostly window
-# (benchmarks/LOG.md). [SUM] rows lie one interaction apart, so their blocks are narrower.
-CONTEXT_BLOCK = 128
+# Rows of a block times query heads of a key head: enough for efficient matmuls, and few enough that a block's keys are mostly
+# visible and sums over its rows stay short (their rounding grows with the length). [SUM] rows lie one interaction apart, so
+# their blocks are narrower. Scores per chunk: about 1 MiB in float32, a core's cache (benchmarks/LOG.md).
+CONTEXT_BLOCK = 96
 SUM_BLOCK = 32
+CHUNK_SCORES = 2**18
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,92 +34,138 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Rows `[first, stop)` against the keys `[prefix_first, prefix_stop)` and `[key_first, key_stop)`.
+class _Chunk:
+    """`B` blocks of `M` neighbouring rows from row `first` on, block b against its `N` keys.
 
-    One prefix slice is enough: the prefix of any later prompt in the block lies inside `[key_first, key_stop)`.
-    Keys in `[all_first, all_stop)` are visible to every row of the block.
+    Keys of a block: the prefix of its first row's prompt where that lies apart, then the span from the first row's start to the
+    last row's stop. The prefix of any later prompt in the block lies inside that span.
     """
 
     first: int
-    stop: int
-    prefix_first: int
-    prefix_stop: int
-    key_first: int
-    key_stop: int
-    all_first: int
+    num_blocks: int
+    block: int
+    keys: Tensor  # (B, N) context rows; C, which nobody sees, where a block has fewer keys
+    spans: list[tuple[int, int, int, int]]  # per block: prefix first and stop, span first and stop
+    num_prefix: int  # keys of the prefix part
+    all_first: int  # columns [all_first, all_stop) are visible to every row of their block
     all_stop: int
+    num_context: int
 
     @property
     def rows(self) -> slice:
-        return slice(self.first, self.stop)
+        return slice(self.first, self.first + self.num_blocks * self.block)
 
     def query_rows(self, num_skipped: int) -> slice:
-        """Where the block's rows are in tensors that leave out the first `num_skipped` rows."""
-        return slice(self.first - num_skipped, self.stop - num_skipped)
+        """Where the rows are in tensors that leave out the first `num_skipped` rows."""
+        return slice(self.rows.start - num_skipped, self.rows.stop - num_skipped)
+
+    def row_field(self, rows: Tensor, field: int) -> Tensor:
+        """`(B, M, 1)` of a row field."""
+        return rows[field, self.rows].view(self.num_blocks, self.block, 1)
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """`(G, B M, R, D)` to `(G B, M R, D)`."""
+        return x.reshape(x.shape[0] * self.num_blocks, self.block * x.shape[2], x.shape[3])
 
     def gather(self, x: Tensor) -> Tensor:
-        """`(G, T, D)` to the `(G, N, D)` keys of this block; a view where there is no separate prefix."""
-        span = x[:, self.key_first : self.key_stop]
-        if self.prefix_first == self.prefix_stop:
-            return span
-        return torch.cat([x[:, self.prefix_first : self.prefix_stop], span], 1)
+        """`(G, T or C, D)` to the keys of every block, `(G B, N, D)`."""
+        ids = self.keys.clamp_max(self.num_context - 1).view(-1)
+        ids = (torch.arange(x.shape[0])[:, None] * x.shape[1] + ids).view(-1)
+        return F.embedding(ids, x.flatten(0, 1)).view(-1, self.keys.shape[1], x.shape[2])
 
     def scatter_add(self, x: Tensor, values: Tensor) -> None:
-        """Add `(G, N, D)` to the keys of this block in `x (G, T, D)`."""
-        num_prefix = self.prefix_stop - self.prefix_first
-        if num_prefix:
-            x[:, self.prefix_first : self.prefix_stop] += values[:, :num_prefix]
-        x[:, self.key_first : self.key_stop] += values[:, num_prefix:]
+        """Add `(G B, N, D)` to the keys in `x (G, T or C, D)`, block after block."""
+        values = values.view(x.shape[0], self.num_blocks, *values.shape[1:])
+        for block, (prefix_first, prefix_stop, first, stop) in enumerate(self.spans):
+            if prefix_first < prefix_stop:
+                x[:, prefix_first:prefix_stop] += values[:, block, : prefix_stop - prefix_first]
+            x[:, first:stop] += values[:, block, self.num_prefix : self.num_prefix + stop - first]
 
-    def key_ids(self) -> Tensor:
-        """`(N,)` context rows of this block's keys."""
-        span = torch.arange(self.key_first, self.key_stop)
-        if self.prefix_first == self.prefix_stop:
-            return span
-        return torch.cat([torch.arange(self.prefix_first, self.prefix_stop), span])
-
-    def hide(self, scores: Tensor, rows: Tensor) -> None:
-        """Set the scores `(G, R, M, N)` of invisible keys to -inf, touching only columns that some row may not see."""
-        num_prefix = self.prefix_stop - self.prefix_first
-        keys = self.key_ids()
-        left = num_prefix + max(self.all_first - self.key_first, 0)
-        right = num_prefix + self.all_stop - self.key_first
-        edges = [slice(0, left), slice(right, len(keys))] if left < right else [slice(0, len(keys))]
+    def hide(self, scores: Tensor, rows: Tensor) -> Tensor:
+        """Set scores `(G B, M R, N)` of invisible keys to -inf, in place; only columns are touched that hide from somebody."""
         first, prefix_stop, start, stop = (
-            rows[field, self.rows, None] for field in (PROMPT_FIRST, PREFIX_STOP, START, STOP)
+            self.row_field(rows, field) for field in (PROMPT_FIRST, PREFIX_STOP, START, STOP)
         )
-        for edge in edges:
-            key = keys[edge]
-            visible = ((key >= start) & (key < stop)) | ((key >= first) & (key < prefix_stop))
-            scores[..., edge].masked_fill_(~visible, float("-inf"))
+        has_prefix = bool((first < prefix_stop).any())
+        num_keys = self.keys.shape[1]
+        by_head = scores.view(-1, self.num_blocks, self.block, self._per_group(scores), num_keys)
+        whole = self.all_first >= self.all_stop
+        edges = [(0, num_keys)] if whole else [(0, self.all_first), (self.all_stop, num_keys)]
+        for begin, end in edges:
+            key = self.keys[:, None, begin:end]
+            visible = (key >= start) & (key < stop)
+            if has_prefix:
+                visible |= (key >= first) & (key < prefix_stop)
+            by_head[..., begin:end].masked_fill_(~visible[:, :, None], float("-inf"))
+        return scores
+
+    def _per_group(self, x: Tensor) -> int:
+        return x.shape[1] // self.block
+
+    def times_block(self, x: Tensor, per_pair: Tensor) -> Tensor:
+        """`(G B, M R, N)` times `(B, M, N)`."""
+        by_head = x.view(-1, self.num_blocks, self.block, self._per_group(x), x.shape[2])
+        return (by_head * per_pair[:, :, None]).view_as(x)
 
 
-def _blocks(rows: Tensor, first: int, stop: int, size: int) -> Iterator[_Block]:
-    """Blocks of the rows `[first, stop)`, whose spans never decrease."""
-    firsts = range(first, stop, size)
-    lasts = [min(row + size, stop) - 1 for row in firsts]
-    head = rows[:, list(firsts)].tolist()
-    tail = rows[:, lasts].tolist()
-    for i, row in enumerate(firsts):
-        prefix_first, key_first = head[PROMPT_FIRST][i], head[START][i]
-        all_first = tail[START][i]
-        yield _Block(
-            first=row,
-            stop=lasts[i] + 1,
-            prefix_first=prefix_first,
-            prefix_stop=head[PREFIX_STOP][i],
-            key_first=key_first,
-            key_stop=tail[STOP][i],
-            all_first=all_first,
-            # A second prompt in the block sees nothing of the first one's keys: its start lies beyond this stop.
-            all_stop=head[STOP][i],
-        )
+def _chunks(
+    rows: Tensor, first: int, stop: int, block: int, num_heads: int, num_context: int
+) -> Iterator[_Chunk]:
+    """Chunks of the rows `[first, stop)`, whose starts and stops never decrease; a short last block is a chunk of its own."""
+    heads = range(first, stop, block)
+    tails = [min(row + block, stop) - 1 for row in heads]
+    head, tail = rows[:, list(heads)].tolist(), rows[:, tails].tolist()
+    spans = list(zip(head[PROMPT_FIRST], head[PREFIX_STOP], head[START], tail[STOP]))
+    common = list(zip(tail[START], head[STOP]))  # what the last row sees first and the first row sees last
+    begin = 0
+    while begin < len(spans):
+        end, widest = begin, 0
+        while end < len(spans):
+            prefix_first, prefix_stop, key_first, key_stop = spans[end]
+            wider = max(widest, prefix_stop - prefix_first + key_stop - key_first)
+            is_short = tails[end] - heads[end] + 1 < block
+            if end > begin and ((end + 1 - begin) * block * num_heads * wider > CHUNK_SCORES or is_short):
+                break
+            end, widest = end + 1, wider
+        size = tails[begin] - heads[begin] + 1
+        yield _chunk(heads[begin], size, spans[begin:end], common[begin:end], num_context)
+        begin = end
+
+
+def _chunk(
+    first: int,
+    block: int,
+    spans: list[tuple[int, int, int, int]],
+    common: list[tuple[int, int]],
+    num_context: int,
+) -> _Chunk:
+    prefix_first, prefix_stop, key_first, key_stop = torch.tensor(spans, dtype=torch.int32).T[..., None]
+    num_prefix = max(span[1] - span[0] for span in spans)
+    prefix_keys = prefix_first + torch.arange(num_prefix, dtype=torch.int32)
+    span_keys = key_first + torch.arange(max(span[3] - span[2] for span in spans), dtype=torch.int32)
+    keys = torch.cat(
+        [
+            prefix_keys.masked_fill_(prefix_keys >= prefix_stop, num_context),
+            span_keys.masked_fill_(span_keys >= key_stop, num_context),
+        ],
+        1,
+    )
+    return _Chunk(
+        first=first,
+        num_blocks=len(spans),
+        block=block,
+        keys=keys,
+        spans=spans,
+        num_prefix=num_prefix,
+        all_first=num_prefix + max(seen - span[2] for (seen, _), span in zip(common, spans)),
+        all_stop=num_prefix + min(seen - span[2] for (_, seen), span in zip(common, spans)),
+        num_context=num_context,
+    )
 
 
 @dataclass
 class _Inputs:
-    """Inputs in the accumulation dtype, heads first: `q (G, R, T or S, D)` already scaled, the others `(G, T or C, D)`."""
+    """Inputs in the accumulation dtype, heads first: `q (G, T or S, R, D)` already scaled, the others `(G, T or C, D)`."""
 
     q: Tensor
     k: Tensor
@@ -124,7 +174,7 @@ class _Inputs:
     k_initial: Tensor | None
     v_initial: Tensor | None
     ratios: Tensor | None
-    slopes: Tensor | None  # (G, R, 1, 1)
+    slopes: Tensor | None  # (G, 1, 1, R, 1)
     rows: Tensor
     num_context: int
     num_skipped: int  # rows that have no query: 0, or C where q holds the [SUM] rows only
@@ -153,17 +203,22 @@ class _Inputs:
             k_initial=None if k_initial is None else _heads_first(k_initial, dtype),
             v_initial=None if v_initial is None else _heads_first(v_initial, dtype),
             ratios=ratios,
-            slopes=None if slopes is None else slopes.to(dtype).view(num_groups, -1, 1, 1),
+            slopes=None if slopes is None else slopes.to(dtype).view(num_groups, 1, 1, -1, 1),
             rows=rows,
             num_context=keys.shape[1],
             num_skipped=rows.shape[1] - q.shape[0],
         )
 
-    def context_blocks(self) -> Iterator[_Block]:
-        return _blocks(self.rows, self.num_skipped, self.num_context, CONTEXT_BLOCK)
+    def context_chunks(self) -> Iterator[_Chunk]:
+        return self._chunks(self.num_skipped, self.num_context, CONTEXT_BLOCK)
 
-    def sum_blocks(self) -> Iterator[_Block]:
-        return _blocks(self.rows, self.num_context, self.rows.shape[1], SUM_BLOCK)
+    def sum_chunks(self) -> Iterator[_Chunk]:
+        return self._chunks(self.num_context, self.rows.shape[1], SUM_BLOCK)
+
+    def _chunks(self, first: int, stop: int, block_rows: int) -> Iterator[_Chunk]:
+        num_groups, _, per_group, _ = self.q.shape
+        block = max(1, block_rows // per_group)
+        return _chunks(self.rows, first, stop, block, num_groups * per_group, self.num_context)
 
 
 def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -171,63 +226,56 @@ def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _grouped(x: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
-    """`(T, H, D)` to `(G, R, T, D)`."""
-    num_rows, num_heads, head_dim = x.shape
-    x = x.to(dtype).view(num_rows, num_groups, num_heads // num_groups, head_dim)
-    return x.permute(1, 2, 0, 3).contiguous()
+    """`(T, H, D)` to contiguous `(G, T, R, D)`."""
+    return x.to(dtype).unflatten(1, (num_groups, x.shape[1] // num_groups)).transpose(0, 1).contiguous()
 
 
 def _ungrouped(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(G, R, T, D)` to contiguous `(T, H, D)`."""
-    return x.permute(2, 0, 1, 3).flatten(1, 2).to(dtype).contiguous()
-
-
-def _matmul(x: Tensor, keys: Tensor) -> Tensor:
-    """`(G, R, M, A) @ (G, A, B) -> (G, R, M, B)`, one matrix per key head."""
-    return torch.bmm(x.flatten(1, 2), keys).unflatten(1, x.shape[1:3])
-
-
-def _query_rowsmatmul(x: Tensor, y: Tensor) -> Tensor:
-    """`(G, R, M, N)` and `(G, R, M, D)` to `(G, N, D)`, summed over the rows of the head group."""
-    return torch.bmm(x.flatten(1, 2).mT, y.flatten(1, 2))
+    """`(G, T, R, D)` to contiguous `(T, H, D)`."""
+    return x.transpose(0, 1).flatten(1, 2).to(dtype).contiguous()
 
 
 @dataclass
 class _SumTerms:
-    """What a block of [SUM] rows needs besides its keys."""
+    """What a chunk of [SUM] rows needs besides its keys."""
 
-    scores: Tensor  # (G, R, M, N), -inf where invisible
-    self_scores: Tensor  # (G, R, M, 1)
-    distance: Tensor | None  # (M, N) ALiBi distance in tokens, where there are slopes
-    ratio: Tensor | None  # (M, N) reset ratio a(d), where there is a reset
-
-
-def _context_scores(x: _Inputs, block: _Block) -> Tensor:
-    scores = _matmul(x.q[:, :, block.rows], block.gather(x.k).mT)
-    block.hide(scores, x.rows)
-    return scores
+    q: Tensor  # (G B, M R, D)
+    scores: Tensor  # (G B, M R, N + 1), -inf where invisible; the last column is the row's own key
+    k_self: Tensor  # (G B, M R, D)
+    v_self: Tensor  # (G B, M R, D)
+    distance: Tensor | None  # (B, M, N) ALiBi distance in tokens, where there are slopes
+    ratio: Tensor | None  # (B, M, N) reset ratio a(d), where there is a reset
 
 
-def _sum_terms(x: _Inputs, block: _Block) -> _SumTerms:
-    q = x.q[:, :, block.query_rows(x.num_skipped)]
-    scores = _matmul(q, block.gather(x.k_sum).mT)
+def _context_scores(x: _Inputs, chunk: _Chunk, q: Tensor) -> Tensor:
+    return chunk.hide(torch.bmm(q, chunk.gather(x.k).mT), x.rows)
+
+
+def _sum_terms(x: _Inputs, chunk: _Chunk) -> _SumTerms:
+    q = chunk.blocks(x.q[:, chunk.query_rows(x.num_skipped)])
+    scores = torch.bmm(q, chunk.gather(x.k_sum).mT)
     ratio = distance = None
     if x.ratios is not None and x.k_initial is not None:
-        steps = x.rows[RESET_ID, block.rows, None] - x.rows[RESET_ID][block.key_ids()]
+        key_ids = x.rows[RESET_ID][chunk.keys.clamp_max(x.num_context - 1)]
+        steps = chunk.row_field(x.rows, RESET_ID) - key_ids[:, None]
         ratio = x.ratios[steps.clamp_(0, len(x.ratios) - 1)]
-        scores = (1 - ratio) * scores + ratio * _matmul(q, block.gather(x.k_initial).mT)
+        initial = torch.bmm(q, chunk.gather(x.k_initial).mT)
+        scores = chunk.times_block(scores, 1 - ratio) + chunk.times_block(initial, ratio)
     if x.slopes is not None:
-        distance = _alibi_distance(x.rows, block).to(scores.dtype)
-        scores -= x.slopes * distance
-    block.hide(scores, x.rows)
-    self_scores = (q * x.k_sum[:, None, block.rows]).sum(-1, keepdim=True)
-    return _SumTerms(scores, self_scores, distance, ratio)
+        distance = _alibi_distance(x.rows, chunk).to(scores.dtype)
+        shape = (x.q.shape[0], chunk.num_blocks, chunk.block, -1, distance.shape[2])
+        scores.view(shape).sub_(x.slopes * distance[:, :, None])
+    chunk.hide(scores, x.rows)
+    per_group = (-1, -1, x.q.shape[2], -1)
+    k_self, v_self = (chunk.blocks(of[:, chunk.rows, None].expand(per_group)) for of in (x.k_sum, x.v))
+    scores = torch.cat([scores, (q * k_self).sum(-1, keepdim=True)], -1)
+    return _SumTerms(q, scores, k_self, v_self, distance, ratio)
 
 
-def _alibi_distance(rows: Tensor, block: _Block) -> Tensor:
-    """`(M, N)` tokens from each [SUM] back to each key; a prefix key outside the span sits right before it."""
-    start, stop, prefix_stop = (rows[field, block.rows, None] for field in (START, STOP, PREFIX_STOP))
-    key = block.key_ids()
+def _alibi_distance(rows: Tensor, chunk: _Chunk) -> Tensor:
+    """`(B, M, N)` tokens from each [SUM] back to each key; a prefix key outside the span sits right before it."""
+    start, stop, prefix_stop = (chunk.row_field(rows, field) for field in (START, STOP, PREFIX_STOP))
+    key = chunk.keys[:, None]
     return torch.where(key < prefix_stop, stop - start + prefix_stop - key, stop - key)
 
 
@@ -244,33 +292,34 @@ def forward(
     keys: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`out (T, H, D)` in q's dtype and the natural log-sum-exp `(H, T)` in the accumulation dtype."""
+    """`out`, shape and dtype of q, and the natural log-sum-exp `(H, T or S)` in the accumulation dtype."""
     x = _Inputs.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale)
-    out, lse = torch.empty_like(x.q), torch.empty_like(x.q[..., 0])
-    for block in x.context_blocks():
-        scores = _context_scores(x, block)
-        pivot = scores.amax(-1, keepdim=True)
-        p = scores.sub_(pivot).exp_()
-        total = p.sum(-1, keepdim=True)
-        out[:, :, block.rows] = _matmul(p, block.gather(x.v)).div_(total)
-        lse[:, :, block.rows] = (pivot + total.log_()).squeeze(-1)
-    for block in x.sum_blocks():
-        terms = _sum_terms(x, block)
-        pivot = torch.maximum(terms.scores.amax(-1, keepdim=True), terms.self_scores)
-        p, p_self = terms.scores.sub_(pivot).exp_(), terms.self_scores.sub_(pivot).exp_()
-        total = p.sum(-1, keepdim=True) + p_self
-        mixed = _read_values(x, block, p, terms.ratio) + p_self * x.v[:, None, block.rows]
-        query_rows = block.query_rows(x.num_skipped)
-        out[:, :, query_rows] = mixed.div_(total)
-        lse[:, :, query_rows] = (pivot + total.log_()).squeeze(-1)
-    return _ungrouped(out, q.dtype), lse.flatten(0, 1)
+    out, lse = torch.empty_like(x.q), torch.empty_like(x.q[..., :1])
+    for chunk in x.context_chunks():
+        p, lse_rows = _softmax(_context_scores(x, chunk, chunk.blocks(x.q[:, chunk.rows])))
+        out[:, chunk.rows] = torch.bmm(p, chunk.gather(x.v)).view_as(out[:, chunk.rows])
+        lse[:, chunk.rows] = lse_rows.view_as(lse[:, chunk.rows])
+    for chunk in x.sum_chunks():
+        terms, query_rows = _sum_terms(x, chunk), chunk.query_rows(x.num_skipped)
+        p, lse_rows = _softmax(terms.scores)
+        read = _read_values(x, chunk, p[..., :-1], terms.ratio) + p[..., -1:] * terms.v_self
+        out[:, query_rows] = read.view_as(out[:, query_rows])
+        lse[:, query_rows] = lse_rows.view_as(lse[:, query_rows])
+    return _ungrouped(out, q.dtype), _ungrouped(lse, lse.dtype).squeeze(-1).T.contiguous()
 
 
-def _read_values(x: _Inputs, block: _Block, p: Tensor, ratio: Tensor | None) -> Tensor:
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and log-sum-exp `(..., 1)`. A block has all keys of its rows, so no running maximum is needed; the largest
+    probability is exp(max - lse)."""
+    p = torch.softmax(scores, -1)
+    return p, scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
+
+
+def _read_values(x: _Inputs, chunk: _Chunk, p: Tensor, ratio: Tensor | None) -> Tensor:
     if ratio is None or x.v_initial is None:
-        return _matmul(p, block.gather(x.v))
-    p_initial = p * ratio
-    return _matmul(p - p_initial, block.gather(x.v)) + _matmul(p_initial, block.gather(x.v_initial))
+        return torch.bmm(p, chunk.gather(x.v))
+    p_initial = chunk.times_block(p, ratio)
+    return torch.bmm(p - p_initial, chunk.gather(x.v)) + torch.bmm(p_initial, chunk.gather(x.v_initial))
 
 
 @dataclass
@@ -291,9 +340,8 @@ class _Gradients:
             return None if of is None else torch.zeros_like(of)
 
         k, v, k_sum = (torch.zeros_like(of) for of in (x.k, x.v, x.k_sum))
-        return _Gradients(
-            torch.empty_like(x.q), k, v, k_sum, zeros(x.k_initial), zeros(x.v_initial), zeros(x.slopes)
-        )
+        slopes = None if x.slopes is None else torch.zeros_like(x.slopes, dtype=torch.float64)
+        return _Gradients(torch.empty_like(x.q), k, v, k_sum, zeros(x.k_initial), zeros(x.v_initial), slopes)
 
 
 def backward(
@@ -312,73 +360,73 @@ def backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, k_sum, k_initial, v_initial and slopes; empty where the input was None."""
+    """Gradients of q, k, v, k_sum, k_initial, v_initial and slopes; empty where the input was None.
+
+    Probabilities come from a softmax again and not from `lse`, whose rounding would be an error common to a row's keys.
+    """
     x = _Inputs.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale)
     grads = _Gradients.zeros(x)
     d_out = _grouped(grad_out, k.shape[1], x.q.dtype)
     delta = (d_out * _grouped(out, k.shape[1], x.q.dtype)).sum(-1, keepdim=True)
-    lse = lse.view(*x.q.shape[:3], 1)
-    for block in x.context_blocks():
-        r = block.rows
-        _context_backward(x, grads, block, d_out[:, :, r], delta[:, :, r], lse[:, :, r])
-    for block in x.sum_blocks():
-        query_rows = block.query_rows(x.num_skipped)
-        _sum_backward(
-            x, grads, block, d_out[:, :, query_rows], delta[:, :, query_rows], lse[:, :, query_rows]
-        )
+    for chunk in x.context_chunks():
+        _context_backward(x, grads, chunk, *(chunk.blocks(of[:, chunk.rows]) for of in (d_out, delta)))
+    for chunk in x.sum_chunks():
+        query_rows = chunk.query_rows(x.num_skipped)
+        _sum_backward(x, grads, chunk, *(chunk.blocks(of[:, query_rows]) for of in (d_out, delta)))
 
-    def query_rowsfirst(grad: Tensor | None, like: Tensor | None) -> Tensor:
+    def rows_first(grad: Tensor | None, like: Tensor | None) -> Tensor:
         if grad is None or like is None:
             return q.new_empty(0)
         return grad.transpose(0, 1).to(like.dtype).contiguous()
 
     return (
         _ungrouped(grads.q.mul_(scale), q.dtype),
-        query_rowsfirst(grads.k, k),
-        query_rowsfirst(grads.v, v),
-        query_rowsfirst(grads.k_sum, k_sum),
-        query_rowsfirst(grads.k_initial, k_initial),
-        query_rowsfirst(grads.v_initial, v_initial),
+        rows_first(grads.k, k),
+        rows_first(grads.v, v),
+        rows_first(grads.k_sum, k_sum),
+        rows_first(grads.k_initial, k_initial),
+        rows_first(grads.v_initial, v_initial),
         q.new_empty(0) if grads.slopes is None or slopes is None else grads.slopes.view(-1).to(slopes.dtype),
     )
 
 
-def _context_backward(
-    x: _Inputs, grads: _Gradients, block: _Block, d_out: Tensor, delta: Tensor, lse: Tensor
-) -> None:
-    p = _context_scores(x, block).sub_(lse).exp_()
-    block.scatter_add(grads.v, _query_rowsmatmul(p, d_out))
-    ds = _matmul(d_out, block.gather(x.v).mT).sub_(delta).mul_(p)
-    grads.q[:, :, block.rows] = _matmul(ds, block.gather(x.k))
-    block.scatter_add(grads.k, _query_rowsmatmul(ds, x.q[:, :, block.rows]))
+def _context_backward(x: _Inputs, grads: _Gradients, chunk: _Chunk, d_out: Tensor, delta: Tensor) -> None:
+    q = chunk.blocks(x.q[:, chunk.rows])
+    p = torch.softmax(_context_scores(x, chunk, q), -1)
+    chunk.scatter_add(grads.v, torch.bmm(p.mT, d_out))
+    ds = torch.bmm(d_out, chunk.gather(x.v).mT).sub_(delta).mul_(p)
+    grads.q[:, chunk.rows] = torch.bmm(ds, chunk.gather(x.k)).view_as(grads.q[:, chunk.rows])
+    chunk.scatter_add(grads.k, torch.bmm(ds.mT, q))
 
 
-def _sum_backward(
-    x: _Inputs, grads: _Gradients, block: _Block, d_out: Tensor, delta: Tensor, lse: Tensor
-) -> None:
-    terms, rows, query_rows = _sum_terms(x, block), block.rows, block.query_rows(x.num_skipped)
-    q = x.q[:, :, query_rows]
-    p = terms.scores.sub_(lse).exp_()
-    p_self = terms.self_scores.sub_(lse).exp_()
-    dp = _matmul(d_out, block.gather(x.v).mT)
+def _sum_backward(x: _Inputs, grads: _Gradients, chunk: _Chunk, d_out: Tensor, delta: Tensor) -> None:
+    terms, query_rows = _sum_terms(x, chunk), chunk.query_rows(x.num_skipped)
+    p_all = torch.softmax(terms.scores, -1)
+    p, p_self = p_all[..., :-1], p_all[..., -1:]
+    dp = torch.bmm(d_out, chunk.gather(x.v).mT)
     p_final = p
     if terms.ratio is not None and x.v_initial is not None and grads.v_initial is not None:
-        dp = (1 - terms.ratio) * dp + terms.ratio * _matmul(d_out, block.gather(x.v_initial).mT)
-        p_final = (1 - terms.ratio) * p
-        block.scatter_add(grads.v_initial, _query_rowsmatmul(terms.ratio * p, d_out))
-    block.scatter_add(grads.v, _query_rowsmatmul(p_final, d_out))
-    grads.v[:, rows] = (p_self * d_out).sum(1)
+        dp_initial = torch.bmm(d_out, chunk.gather(x.v_initial).mT)
+        dp = chunk.times_block(dp, 1 - terms.ratio) + chunk.times_block(dp_initial, terms.ratio)
+        p_final = chunk.times_block(p, 1 - terms.ratio)
+        chunk.scatter_add(grads.v_initial, torch.bmm(chunk.times_block(p, terms.ratio).mT, d_out))
+    chunk.scatter_add(grads.v, torch.bmm(p_final.mT, d_out))
 
     ds = dp.sub_(delta).mul_(p)
-    ds_self = p_self * ((d_out * x.v[:, None, rows]).sum(-1, keepdim=True) - delta)
+    ds_self = p_self * ((d_out * terms.v_self).sum(-1, keepdim=True) - delta)
     if terms.distance is not None and grads.slopes is not None:
-        grads.slopes -= (ds * terms.distance).sum((-2, -1), keepdim=True)
-    d_q = ds_self * x.k_sum[:, None, rows]
+        by_head = chunk.times_block(ds, terms.distance).view(x.q.shape[0], -1, x.q.shape[2], ds.shape[2])
+        # Terms of both signs that nearly cancel.
+        grads.slopes -= by_head.sum((1, 3), dtype=torch.float64).view_as(grads.slopes)
+    d_q = ds_self * terms.k_self
     ds_final = ds
     if terms.ratio is not None and x.k_initial is not None and grads.k_initial is not None:
-        ds_final, ds_initial = (1 - terms.ratio) * ds, terms.ratio * ds
-        d_q += _matmul(ds_initial, block.gather(x.k_initial))
-        block.scatter_add(grads.k_initial, _query_rowsmatmul(ds_initial, q))
-    grads.q[:, :, query_rows] = d_q + _matmul(ds_final, block.gather(x.k_sum))
-    block.scatter_add(grads.k_sum, _query_rowsmatmul(ds_final, q))
-    grads.k_sum[:, rows] = (ds_self * q).sum(1)
+        ds_final, ds_initial = chunk.times_block(ds, 1 - terms.ratio), chunk.times_block(ds, terms.ratio)
+        d_q += torch.bmm(ds_initial, chunk.gather(x.k_initial))
+        chunk.scatter_add(grads.k_initial, torch.bmm(ds_initial.mT, terms.q))
+    d_q += torch.bmm(ds_final, chunk.gather(x.k_sum))
+    grads.q[:, query_rows] = d_q.view_as(grads.q[:, query_rows])
+    chunk.scatter_add(grads.k_sum, torch.bmm(ds_final.mT, terms.q))
+    for into, own in ((grads.v, p_self * d_out), (grads.k_sum, ds_self * terms.q)):
+        by_row = own.view(*grads.q[:, query_rows].shape).sum(2)
+        into[:, chunk.rows] = by_row

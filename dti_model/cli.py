@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     command = {"prepare": _prepare, "train": _train, "evaluate": _evaluate}[parsed.subcommand]
     try:
-        command(parser.instantiate_classes(parsed)[parsed.subcommand])
+        command(parser.instantiate(parsed)[parsed.subcommand])
     except (ValueError, OSError, RuntimeError) as error:
         if parsed.debug:
             raise

@@ -13,11 +13,12 @@ magnitudes, not the small number that is left, so that sum stands in for max|gol
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from dti_kernels import windowed_attn_reference
+from dti_kernels import reference, windowed_attn_reference
 from tests.cases import Case, Inputs
 
 FLOAT64_RELATIVE = 1e-10
@@ -34,17 +35,22 @@ def check_parity(
     assert_within_budget(low.run(implementation), low.run(windowed_attn_reference), golden, dtype, scales)
 
 
-def slope_gradient_scale(x: Inputs, max_parts: int = 64) -> Tensor:
-    """`(H,)`: the magnitudes of the slope gradient's partial sums over up to `max_parts` groups of [SUM] rows, added up."""
-    slopes, num_context = x.leaves["alibi_slopes"], x.layout.num_context
-    out = x.call(windowed_attn_reference)
+def slope_gradient_scale(x: Inputs) -> Tensor:
+    """`(H,)`: the sum over [SUM] rows and keys of |term| in the slope gradient, -ds * distance.
+
+    A weight of 1 on every distance has the gradient slope * term, one head at a time.
+    """
+    slopes = x.leaves["alibi_slopes"]
+    distance = reference.alibi_distance(x.layout).to(slopes.dtype)
+    weight = torch.ones_like(distance).requires_grad_()
+    with mock.patch.object(reference, "alibi_distance", return_value=weight * distance):
+        out = x.call(windowed_attn_reference)
     scale = torch.zeros_like(slopes)
-    for rows in torch.arange(num_context, x.layout.num_rows).tensor_split(
-        min(max_parts, x.layout.num_sum) or 1
-    ):
+    for head in range(len(slopes)):
         part = torch.zeros_like(x.grad_out)
-        part[rows] = x.grad_out[rows]
-        scale += torch.autograd.grad(out, slopes, part, retain_graph=True)[0].abs()
+        part[:, head] = x.grad_out[:, head]
+        (terms,) = torch.autograd.grad(out, weight, part, retain_graph=True)
+        scale[head] = terms.abs().sum() / slopes[head].detach()
     return scale
 
 

@@ -1,0 +1,126 @@
+"""From recorded results to the README: tables and pictures that cannot drift from their rows.
+
+    python -m benchmarks.report                      rewrite the generated parts of README.md
+    python -m benchmarks.report --check              fail if they differ from the recorded results
+    python -m benchmarks.report --record-run RUN     record a finished run (its metrics and plot) as the quickstart's
+
+A generated part of README.md stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench_attention import ratios
+from benchmarks.measure import RESULTS, provenance
+from dti_kernels import StreamLayout
+from dti_model.plots import plot_mask
+from dti_model.report import metrics_table, sentence_about_baselines
+
+README = Path(__file__).parents[1] / "README.md"
+QUICKSTART = RESULTS / "quickstart.json"
+ATTENTION_CPU = RESULTS / "attention-cpu.jsonl"
+
+
+def quickstart() -> str:
+    """The output of the recorded quickstart run."""
+    recorded = json.loads(QUICKSTART.read_text())
+    metrics, made = recorded["metrics"], recorded["provenance"]
+    output = metrics_table(metrics) + "\n"
+    output += sentence_about_baselines(metrics["test"], metrics["baselines"]["test"])
+    return f"```text\n{output}\n```\n\n({made['machine']}, torch {made['torch']}, commit {made['commit']}.)"
+
+
+def attention_cpu() -> str:
+    """Rows of the last CPU run of the attention benchmark, and the ratios inside that run."""
+    rows = [json.loads(line) for line in ATTENTION_CPU.read_text().splitlines()]
+    last = [row for row in rows if (row["date"], row["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]
+    lines = ["| workload | provider | mode | p20 / p50 / p80 ms | useful GFLOP/s |", "|---|---|---|---|---|"]
+    for row in last:
+        times = " / ".join(f"{row[f'p{p}_ms']:.0f}" for p in (20, 50, 80))
+        lines.append(
+            f"| {row['workload']} | {row['provider']} | {row['mode']} | {times} | {row['useful_gflops']} |"
+        )
+    found = ratios(last)
+    lines.append("")
+    lines.append(
+        f"{last[-1]['machine']}: {found['speedup_over_sdpa_dense_mask_T4096']:.1f} times as fast as SDPA under the equal dense "
+        f"mask at T = 4096, forward and backward; {found['growth_T4096_to_T16384']:.1f} times the time for 4 times the rows."
+    )
+    return "\n".join(lines)
+
+
+PARTS: dict[str, Callable[[], str]] = {"quickstart": quickstart, "attention-cpu": attention_cpu}
+
+
+def render(text: str) -> str:
+    """README text with every generated part made anew.
+
+    Raises:
+        ValueError: a part has no place in the text.
+    """
+    for name, make in PARTS.items():
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(
+                f"README.md has no part between '<!-- begin {name} -->' and '<!-- end {name} -->'"
+            )
+        made = make()
+        text = pattern.sub(lambda match, made=made: match[1] + made + match[2], text)
+    return text
+
+
+def draw_mask(path: Path = RESULTS / "mask.png") -> None:
+    """The README's picture: two prompts, a window of two interactions, a prefix of one token."""
+    layout = StreamLayout.build(
+        item_lengths=[[3, 2, 4, 2, 3], [2, 3, 2]],
+        label_lengths=[[1, 1, 1, 1, 0], [1, 1, 0]],
+        num_targets=[3, 2],
+        window=2,
+        prefix_lengths=[1, 1],
+    )
+    plot_mask(layout, path)
+
+
+def record_run(run: Path) -> None:
+    """Keep a run's metrics and plot under results/."""
+    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+    recorded = {"provenance": provenance(), "command": "make quickstart", "metrics": metrics}
+    QUICKSTART.write_text(json.dumps(recorded, indent=2) + "\n")
+    shutil.copyfile(run / "report.png", RESULTS / "quickstart.png")
+
+
+def main() -> int:
+    """Rewrite or check README.md."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--record-run", type=Path)
+    options = parser.parse_args()
+    if options.record_run is not None:
+        record_run(options.record_run)
+    text = README.read_text()
+    made = render(text)
+    if options.check:
+        if made != text:
+            print(
+                "README.md differs from benchmarks/results: run `python -m benchmarks.report`",
+                file=sys.stderr,
+            )
+            return 1
+        return 0
+    draw_mask()
+    README.write_text(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
