@@ -155,6 +155,7 @@ def measure(workload: Workload) -> list[dict[str, Any]]:
 def run(out: Path, seconds: float) -> None:
     """Measure until the time is up; each workload's rows are saved as it ends."""
     torch._functorch.config.donated_buffer = False  # FlexAttention's graph is differentiated more than once
+    torch._dynamo.config.recompile_limit = 64  # its block mask closes over a new layout every time
     deadline = time.monotonic() + seconds
     for workload in workloads():
         if time.monotonic() > deadline:

@@ -1,0 +1,70 @@
+"""What of the GPU benchmarks can be checked without a GPU: the baselines' mask, the tuner's launches, the suite's bookkeeping."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_suite, providers
+from benchmarks.attention_gpu import workloads
+from benchmarks.workloads import AttentionInputs, Workload
+from dti_kernels import windowed_attn_reference
+from dti_kernels.tiles import KERNELS
+from tests.numerics import assert_within_budget
+
+SMALL = Workload("small", 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["windowed_attn", "sdpa_dense_mask", "flex", "flex_with_mask_construction"])
+def test_providers_compute_the_same_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one key stream and no ALiBi, which is all that the baselines can do, everybody agrees with the reference."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    monkeypatch.setattr(providers, "_compiled_flex", lambda: (flex_attention, create_block_mask))
+    x = AttentionInputs.of(SMALL)
+    x = dataclasses.replace(x, **{leaf: getattr(x, leaf).detach() for leaf in ("q", "k", "v")})
+    x = dataclasses.replace(x, k_sum=x.k, alibi_slopes=torch.zeros(4))
+    out = providers.GPU_PROVIDERS[name](x)(x)
+    eager = windowed_attn_reference(x.q, x.k, x.v, x.layout)
+    golden = windowed_attn_reference(x.q.double(), x.k.double(), x.v.double(), x.layout)
+    assert_within_budget({"out": out}, {"out": eager}, {"out": golden}, torch.float32)
+
+
+def test_tuner_launches_every_kernel() -> None:
+    pytest.importorskip("triton")
+    from benchmarks.tune_tiles import CANDIDATES, candidates, launches
+
+    x = AttentionInputs.of(dataclasses.replace(SMALL, reset=True))
+    assert set(KERNELS) <= set(launches(x))
+    for kernel in KERNELS:
+        assert len(list(candidates(kernel, x))) > len(CANDIDATES[kernel])
+
+
+def test_workloads_have_names_of_their_own() -> None:
+    names = [workload.name for workload in workloads()]
+    assert len(set(names)) == len(names) == 40
+
+
+def test_suite_records_failures_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = (
+        gpu_suite.Stage("crashes", ("-c", "import os; os.abort()"), 20),
+        gpu_suite.Stage("hangs", ("-c", "import time; time.sleep(60)"), 1),
+        gpu_suite.Stage("works", ("-c", "import sys; open(sys.argv[1], 'w').write('row')", "{rows}"), 20),
+    )
+    monkeypatch.setattr(gpu_suite, "STAGES", stages)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        gpu_suite.main()
+    assert exit_.value.code == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [entry["status"] for entry in summary] == ["failed", "failed", "ok"]
+    assert (tmp_path / "works.jsonl").read_text() == "row"
+
+
+def test_suite_fits_into_nine_minutes() -> None:
+    assert sum(stage.seconds for stage in gpu_suite.STAGES) < 9 * 60
