@@ -1,4 +1,4 @@
-"""Drop-in DTI attention for Hugging Face Llama models.
+"""Drop-in DTI attention for Hugging Face models of Llama's shape: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3.
 
 `apply_dti(model, config)` swaps every decoder layer for one that runs on a packed batch of streaming prompts, context rows first
 and [SUM] rows last, and keeps all parameter names, so that checkpoints and LoRA adapters load as before. The model is then called
@@ -25,12 +25,21 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes, windowed_attn
 
 ATTENTION_NAME = "dti"
-# Decoder layers of this shape (norm, attention, residual, norm, MLP, residual) with Llama's projections.
-SUPPORTED_LAYERS: tuple[type[nn.Module], ...] = (LlamaDecoderLayer,)
+# Decoder layers of this shape (norm, attention, residual, norm, MLP, residual) with Llama's projections, perhaps q/k norms.
+# A sliding window in tokens that a model may have gives way to the layout's, in interactions.
+SUPPORTED_LAYERS: tuple[type[nn.Module], ...] = (
+    LlamaDecoderLayer,
+    MistralDecoderLayer,
+    Qwen2DecoderLayer,
+    Qwen3DecoderLayer,
+)
 MODES = ("dti", "dti-minus", "dti-position", "dti-reset")
 
 
@@ -228,7 +237,7 @@ def apply_dti(model: PreTrainedModel, config: DTIConfig, dropout: float = 0.0) -
     """Make a Hugging Face causal LM read packed streaming prompts; in place.
 
     Args:
-        model: a Llama-architecture causal LM (`model.model.layers`), on any device.
+        model: a causal LM with decoder layers of `SUPPORTED_LAYERS`, on any device.
         config: which fixes [SUM] rows get.
         dropout: on the token embeddings and on what every attention and MLP adds, while training.
 

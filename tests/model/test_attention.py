@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from dti_kernels import StreamLayout
 from dti_model.attention import MODES, DTIConfig, Stream, apply_dti, position_ids, token_logits
@@ -61,11 +68,40 @@ def logits(model, config: DTIConfig, layout: StreamLayout, context: torch.Tensor
     return token_logits(model, input_ids, layout, config)
 
 
+OTHER_FAMILIES = {
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_other_families_without_targets_are_the_untouched_model(family: str) -> None:
+    config_class, more = OTHER_FAMILIES[family]
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        **more,
+    )
+    check_untouched(AutoModelForCausalLM.from_config(config).eval(), "dti")
+
+
 @pytest.mark.parametrize("rope", ROPE)
 @pytest.mark.parametrize("mode", MODES)
-@torch.no_grad()
 def test_without_targets_it_is_the_untouched_model(rope: str, mode: str) -> None:
-    model = llama(ROPE[rope])
+    check_untouched(llama(ROPE[rope]), mode)
+
+
+@torch.no_grad()
+def check_untouched(model, mode: str) -> None:
+    """Hidden states of all context rows, and the names of all parameters, are those before `apply_dti`."""
     input_ids = torch.randint(50, (40,))
     expected = model.model(input_ids[None], use_cache=False).last_hidden_state
     names = list(model.state_dict())
