@@ -227,7 +227,8 @@ def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _grouped(x: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
     """`(T, H, D)` to contiguous `(G, T, R, D)`."""
-    return x.to(dtype).unflatten(1, (num_groups, x.shape[1] // num_groups)).transpose(0, 1).contiguous()
+    grouped: Tensor = x.to(dtype).unflatten(1, (num_groups, x.shape[1] // num_groups))
+    return grouped.transpose(0, 1).contiguous()
 
 
 def _ungrouped(x: Tensor, dtype: torch.dtype) -> Tensor:

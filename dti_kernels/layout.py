@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Lengths = Sequence[int] | np.ndarray
+
 # Columns of `StreamLayout.rows` (one int32 per row of the packed batch).
 PROMPT_FIRST, PREFIX_STOP, START, STOP, RESET_ID, POSITION, INTERACTION = range(7)
 NUM_ROW_FIELDS = 7
@@ -57,11 +59,11 @@ class StreamLayout:
 
     @staticmethod
     def build(
-        item_lengths: Sequence[Sequence[int]],
-        label_lengths: Sequence[Sequence[int]],
-        num_targets: Sequence[int],
+        item_lengths: Sequence[Lengths],
+        label_lengths: Sequence[Lengths],
+        num_targets: Lengths,
         window: int,
-        prefix_lengths: Sequence[int] | None = None,
+        prefix_lengths: Lengths | None = None,
         device: torch.device | str | None = None,
     ) -> StreamLayout:
         """Lay out prompts given as token counts.
@@ -196,11 +198,11 @@ class _Counts:
 
     @staticmethod
     def check(
-        item_lengths: Sequence[Sequence[int]],
-        label_lengths: Sequence[Sequence[int]],
-        num_targets: Sequence[int],
+        item_lengths: Sequence[Lengths],
+        label_lengths: Sequence[Lengths],
+        num_targets: Lengths,
         window: int,
-        prefix_lengths: Sequence[int] | None,
+        prefix_lengths: Lengths | None,
     ) -> _Counts:
         num_prompts = len(item_lengths)
         prefix_lengths = [0] * num_prompts if prefix_lengths is None else prefix_lengths

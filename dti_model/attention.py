@@ -186,7 +186,8 @@ class StreamAttention(nn.Module):
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on `(rows, heads, D)`."""
     cos, sin = cos[:, None], sin[:, None]
-    return x * cos + rotate_half(x) * sin
+    rotated: Tensor = x * cos + rotate_half(x) * sin
+    return rotated
 
 
 class StreamDecoderLayer(GradientCheckpointingLayer):
@@ -226,11 +227,10 @@ class StreamDecoderLayer(GradientCheckpointingLayer):
         attended = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, stream.layout, initial, sums_only
         )
-        hidden_states = (hidden_states[:, num_context:] if sums_only else hidden_states) + self.dropout(
-            attended
-        )
-        mixed: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + self.dropout(mixed)
+        residual = hidden_states[:, num_context:] if sums_only else hidden_states
+        hidden_states = residual + self.dropout(attended)
+        mixed: Tensor = self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        return hidden_states + mixed
 
 
 def apply_dti(model: PreTrainedModel, config: DTIConfig, dropout: float = 0.0) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ SOURCES = "ml-100k, ml-1m"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors of the user are one line on stderr and exit status 2."""
+    # Threads that wait at barriers should sleep: beside another busy process, spinning made steps 3 to 40 times slower
+    # (benchmarks/LOG.md). Read when torch is loaded, which only the commands do.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
     parsed = parser.parse_args(arguments)
     command = {"prepare": _prepare, "train": _train, "evaluate": _evaluate}[parsed.subcommand]

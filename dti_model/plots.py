@@ -37,6 +37,8 @@ def plot_report(
     losses = [(entry["epoch"], entry["loss"]) for entry in log_history if "loss" in entry]
     aucs = [(entry["epoch"], entry["eval_auc"]) for entry in log_history if "eval_auc" in entry]
     loss_axes.plot(*zip(*losses), color=MODEL_COLOR, linewidth=1)
+    # The first steps, from ln(vocabulary) down, would flatten the rest.
+    loss_axes.set_ylim(top=1.2 * np.quantile([loss for _, loss in losses], 0.9))
     loss_axes.set(xlabel="epoch", ylabel="cross-entropy at the [SUM]s (nats)", title="training loss")
     auc_axes.plot(*zip(*aucs), color=MODEL_COLOR, marker="o", label="model")
     for (name, metrics), style in zip(baselines["val"].items(), ("-", "--", "-.", ":")):

@@ -46,11 +46,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         NonFiniteLossError: training diverged.
     """
     _check_splits(PreparedData.open(config.data))
-    checkpoint = _open_run_folder(config)
+    checkpoint = _find_checkpoint(config)
     set_seed(config.seed)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     run = Run.start(config)
     trainer = _trainer(run)
+    config.out.mkdir(parents=True, exist_ok=True)
+    config.save(config.out)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         run.model.save_pretrained(config.out / MODEL_FOLDER)
@@ -58,23 +60,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return _finish(run, trainer)
 
 
-def _open_run_folder(config: TrainConfig) -> str | None:
-    """Make the folder, or find the checkpoint that an earlier, killed call with the same settings left."""
+def _find_checkpoint(config: TrainConfig) -> str | None:
+    """The checkpoint that an earlier, killed call with the same settings left; None: start anew. Writes nothing."""
     if (config.out / METRICS_FILE).exists():
         raise RunExistsError(f"{config.out} holds a finished run: choose another --out, or delete it")
     if (config.out / CONFIG_FILE).exists():
-        if TrainConfig.load(config.out) != config:
+        checkpoints = config.out / CHECKPOINTS_FOLDER
+        checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        if checkpoint is not None and TrainConfig.load(config.out) != config:
             raise RunExistsError(
                 f"{config.out} was started with other settings (see {CONFIG_FILE} there): choose another --out"
             )
-        checkpoints = config.out / CHECKPOINTS_FOLDER
-        return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        return checkpoint
     if config.out.exists() and any(config.out.iterdir()):
         raise RunExistsError(
             f"{config.out} exists, is not empty and is not a run folder: choose another --out"
         )
-    config.out.mkdir(parents=True, exist_ok=True)
-    config.save(config.out)
     return None
 
 
@@ -123,6 +124,8 @@ def _trainer(run: Run) -> StreamTrainer:
 
 
 def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
+    # Named only where wanted: transformers renames the option.
+    checkpointing: dict[str, Any] = {"activation_checkpointing": True} if optim.activation_checkpointing else {}
     return TrainingArguments(
         output_dir=str(config.out / CHECKPOINTS_FOLDER),
         num_train_epochs=optim.epochs,
@@ -149,7 +152,7 @@ def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
         seed=config.seed,
         data_seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
-        **({"activation_checkpointing": True} if optim.activation_checkpointing else {}),
+        **checkpointing,
     )
 
 

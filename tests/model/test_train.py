@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(
 
 
 def test_a_run_folder_of_other_settings_is_refused(config: TrainConfig) -> None:
-    config.out.mkdir()
+    (config.out / "checkpoints" / "checkpoint-3").mkdir(parents=True)
     config.save(config.out)
     assert TrainConfig.load(config.out) == config
     with pytest.raises(RunExistsError, match="was started with other settings"):
@@ -160,6 +160,13 @@ def test_one_class_is_refused_before_training(config: TrainConfig, tmp_path: Pat
     prepare("ml-1m", tmp_path / "one", raw, subset=True, threshold=0.5)
     with pytest.raises(DataError, match="train targets do not have both classes"):
         train(dataclasses.replace(config, data=tmp_path / "one"))
+    assert not config.out.exists()
+
+
+def test_a_run_that_cannot_start_leaves_nothing_in_the_way(config: TrainConfig) -> None:
+    """A budget that is too small used to leave a config.yaml, and the corrected command was refused as another run's."""
+    with pytest.raises(ValueError, match="raise the budget to at least"):
+        train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, token_budget=10)))
     assert not config.out.exists()
 
 
