@@ -1,13 +1,14 @@
-"""Targets per second of training steps: streaming prompts beside sliding-window prompts, in one process.
+"""Targets per second of training steps at several numbers of targets per prompt, in one process.
 
-Both sides get everything we have: packed batches, [SUM]-only head, the same attention, the same optimizer. Steps are interleaved,
-so that a slow moment of the machine hits both.
+Every k gets everything we have: packed batches, [SUM]-only head, the same attention, the same optimizer. Steps are interleaved,
+so that a slow moment of the machine hits all of them. k = 1 is the sliding-window baseline.
 """
 
 from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,58 +21,80 @@ from dti_model.trainer import model_inputs
 
 @dataclass(frozen=True)
 class Throughput:
-    """Median over steps of one kind of prompt."""
+    """Training steps at one k.
+
+    Attributes:
+        targets_per_s: median over steps.
+        rows_per_s: context tokens and [SUM]s, median over steps.
+        rows_per_target: of all prompts of an epoch.
+        peak_mib: most memory that PyTorch held on a CUDA device; None on a CPU.
+    """
 
     targets_per_s: float
-    tokens_per_s: float
-    tokens_per_target: float
+    rows_per_s: float
+    rows_per_target: float
+    peak_mib: float | None
 
 
-def compare_sliding_window(run: Run, num_steps: int) -> dict[str, Throughput]:
-    """Time `num_steps` training steps (forward, backward, AdamW) of each kind on a copy of the model, after one warm-up.
+def measure_training(run: Run, ks: Sequence[int | None], num_steps: int) -> dict[int | None, Throughput]:
+    """Time `num_steps` training steps (forward, backward, AdamW) at every k on a copy of the model, after one warm-up each.
+
+    Args:
+        run: model, data and format; its model is not changed.
+        ks: targets per prompt, None for whole histories.
+        num_steps: timed steps at every k, >= 1.
 
     Returns:
-        `{"streaming": ..., "sliding_window": ...}`. The run's model is not changed.
+        From k to what was measured.
     """
-    config = run.config
     model = copy.deepcopy(run.model).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    rows = run.data.targets("train")
-    kinds = {"streaming": config.targets_per_prompt, "sliding_window": 1}
-    batches = {
-        name: PackedPrompts(
-            run.builder,
-            Prompts.streaming(run.data, rows, config.window, k),
-            config.optim.token_budget,
-            config.seed,
-        )
-        for name, k in kinds.items()
-    }
-    answers = torch.tensor(run.builder.format.labels)
-    seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    targets: dict[str, list[int]] = {name: [] for name in kinds}
-    tokens: dict[str, list[int]] = {name: [] for name in kinds}
+    datasets = {k: _packed(run, k) for k in ks}
+    speeds: dict[int | None, list[tuple[float, float]]] = {k: [] for k in ks}
+    peak: dict[int | None, float] = {}
     for step in range(num_steps + 1):
-        for name, dataset in batches.items():
-            inputs = model_inputs(dataset[step % len(dataset)].to(model.device), config.dti, answers)
-            labels = inputs.pop("labels")
-            start = time.perf_counter()
-            loss = torch.nn.functional.cross_entropy(
-                model(**inputs).logits[0].float(), labels.to(model.device)
-            )
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            float(loss.detach())  # waits for the device
+        for k, dataset in datasets.items():
+            rows, targets, seconds, peak[k] = _step(run, model, optimizer, dataset, step)
             if step:
-                seconds[name].append(time.perf_counter() - start)
-                targets[name].append(labels.numel())
-                tokens[name].append(inputs["input_ids"].numel())
+                speeds[k].append((targets / seconds, rows / seconds))
+    cuda = model.device.type == "cuda"
     return {
-        name: Throughput(
-            targets_per_s=float(np.median(np.divide(targets[name], seconds[name]))),
-            tokens_per_s=float(np.median(np.divide(tokens[name], seconds[name]))),
-            tokens_per_target=float(np.sum(tokens[name]) / np.sum(targets[name])),
+        k: Throughput(
+            targets_per_s=float(np.median([targets for targets, _ in speeds[k]])),
+            rows_per_s=float(np.median([rows for _, rows in speeds[k]])),
+            rows_per_target=float(dataset.num_rows.sum() / dataset.prompts.num_targets.sum()),
+            peak_mib=round(peak[k], 1) if cuda else None,
         )
-        for name in kinds
+        for k, dataset in datasets.items()
     }
+
+
+def _packed(run: Run, k: int | None) -> PackedPrompts:
+    """All training prompts at this k; a budget below the longest prompt is raised to it."""
+    prompts = Prompts.streaming(run.data, run.data.targets("train"), run.config.window, k)
+    budget = max(run.config.optim.token_budget, int(run.builder.num_rows(prompts).max()))
+    return PackedPrompts(run.builder, prompts, budget, run.config.seed)
+
+
+def _step(
+    run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, dataset: PackedPrompts, step: int
+) -> tuple[int, int, float, float]:
+    """One timed step: rows, targets, seconds and peak MiB."""
+    device = run.model.device
+    answers = torch.tensor(run.builder.format.labels)
+    inputs = model_inputs(dataset[step % len(dataset)], run.config.dti, answers)
+    labels = inputs.pop("labels").to(device)
+    inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    inputs["stream"].layout = inputs["stream"].layout.to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    loss = torch.nn.functional.cross_entropy(model(**inputs).logits[0].float(), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    float(loss.detach())  # waits for the device
+    seconds = time.perf_counter() - start
+    peak_mib = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
+    return inputs["input_ids"].numel(), labels.numel(), seconds, peak_mib

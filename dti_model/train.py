@@ -21,7 +21,7 @@ from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.report import metrics_table, sentence_about_baselines
 from dti_model.run import CHECKPOINTS_FOLDER, METRICS_FILE, MODEL_FOLDER, Run, write_json
 from dti_model.scoring import score_targets
-from dti_model.throughput import compare_sliding_window
+from dti_model.throughput import measure_training
 from dti_model.trainer import RunLog, StreamTrainer
 
 
@@ -125,7 +125,9 @@ def _trainer(run: Run) -> StreamTrainer:
 
 def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
     # Named only where wanted: transformers renames the option.
-    checkpointing: dict[str, Any] = {"activation_checkpointing": True} if optim.activation_checkpointing else {}
+    checkpointing: dict[str, Any] = (
+        {"activation_checkpointing": True} if optim.activation_checkpointing else {}
+    )
     return TrainingArguments(
         output_dir=str(config.out / CHECKPOINTS_FOLDER),
         num_train_epochs=optim.epochs,
@@ -196,8 +198,9 @@ def _training_facts(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
         "tokens_sliding_window": int(epochs * sliding),
     }
     if config.compare_steps:
-        measured = compare_sliding_window(run, config.compare_steps)
-        facts["throughput"] = {name: asdict(value) for name, value in measured.items()}
+        measured = measure_training(run, [config.targets_per_prompt, 1], config.compare_steps)
+        names = {"streaming": config.targets_per_prompt, "sliding_window": 1}
+        facts["throughput"] = {name: asdict(measured[k]) for name, k in names.items()}
     return facts
 
 
