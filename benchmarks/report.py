@@ -67,13 +67,13 @@ def render(text: str) -> str:
         ValueError: a part has no place in the text.
     """
     for name, make in PARTS.items():
-        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(
                 f"README.md has no part between '<!-- begin {name} -->' and '<!-- end {name} -->'"
             )
         made = make()
-        text = pattern.sub(lambda match, made=made: match[1] + made + match[2], text)
+        text = pattern.sub(lambda match, made=made: match[1] + made + "\n" + match[2], text)
     return text
 
 

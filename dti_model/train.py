@@ -147,6 +147,7 @@ def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
         metric_for_best_model="auc",
         greater_is_better=True,
         logging_steps=10,
+        logging_first_step=True,
         report_to="none",
         disable_tqdm=not config.progress,
         remove_unused_columns=False,
