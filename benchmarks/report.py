@@ -91,6 +91,7 @@ def draw_mask(path: Path = RESULTS / "mask.png") -> None:
 
 def record_run(run: Path) -> None:
     """Keep a run's metrics and plot under results/."""
+    RESULTS.mkdir(exist_ok=True)
     metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())
     recorded = {"provenance": provenance(), "command": "make quickstart", "metrics": metrics}
     QUICKSTART.write_text(json.dumps(recorded, indent=2) + "\n")
