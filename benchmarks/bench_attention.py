@@ -32,7 +32,12 @@ DENSE_LIMIT = 8192  # context tokens; beyond it a dense mask and its scores no l
 
 
 def run_windowed(x: AttentionInputs) -> Tensor:
-    """Ours, with everything [SUM] rows have."""
+    """Ours, doing what SDPA under the equal dense mask does: one key stream, no ALiBi."""
+    return windowed_attn(x.q, x.k, x.v, x.layout)
+
+
+def run_windowed_dti(x: AttentionInputs) -> Tensor:
+    """Ours, with what [SUM] rows have in DTI: un-rotated keys of their own, ALiBi, and the second stream where there is a reset."""
     return windowed_attn(x.q, x.k, x.v, x.layout, k_sum=x.k_sum, alibi_slopes=x.alibi_slopes, reset=x.reset)
 
 
@@ -89,7 +94,10 @@ def measure(workload: Workload, repeats: int) -> list[dict[str, Any]]:
     """Rows of one workload: every provider that fits, forward and forward + backward."""
     gate(workload)
     x = AttentionInputs.of(workload)
-    providers: dict[str, Callable[[AttentionInputs], Tensor]] = {"windowed_attn": run_windowed}
+    providers: dict[str, Callable[[AttentionInputs], Tensor]] = {
+        "windowed_attn": run_windowed,
+        "windowed_attn_dti": run_windowed_dti,
+    }
     if workload.num_tokens <= DENSE_LIMIT:
         providers["sdpa_dense_mask"] = sdpa_dense(x)
     rows = []

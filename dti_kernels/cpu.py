@@ -68,10 +68,12 @@ class _Chunk:
         return x.reshape(x.shape[0] * self.num_blocks, self.block * x.shape[2], x.shape[3])
 
     def gather(self, x: Tensor) -> Tensor:
-        """`(G, T or C, D)` to the keys of every block, `(G B, N, D)`."""
+        """`(G, T or C, D)` to the keys of every block, `(G B, N, D)`; a view of one block's slice."""
+        if self.num_blocks == 1 and not self.num_prefix:
+            return x[:, self.spans[0][2] : self.spans[0][3]]
         ids = self.keys.clamp_max(self.num_context - 1).view(-1)
-        ids = (torch.arange(x.shape[0])[:, None] * x.shape[1] + ids).view(-1)
-        return F.embedding(ids, x.flatten(0, 1)).view(-1, self.keys.shape[1], x.shape[2])
+        rows = F.embedding(ids, x.transpose(0, 1).flatten(1)).view(*self.keys.shape, x.shape[0], x.shape[2])
+        return rows.permute(2, 0, 1, 3).flatten(0, 1)
 
     def scatter_add(self, x: Tensor, values: Tensor) -> None:
         """Add `(G B, N, D)` to the keys in `x (G, T or C, D)`, block after block."""
@@ -221,14 +223,17 @@ class _Inputs:
         return _chunks(self.rows, first, stop, block, num_groups * per_group, self.num_context)
 
 
+# Heads come first as views of (T, heads, D) memory: matmuls read strided rows as fast, and copies of whole inputs cost page
+# faults. What is made like them (`empty_like`, `zeros_like`) has the same strides, so results are not copied either.
 def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).transpose(0, 1).contiguous()
+    """`(T, G, D)` to `(G, T, D)`."""
+    return x.to(dtype).contiguous().transpose(0, 1)
 
 
 def _grouped(x: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
-    """`(T, H, D)` to contiguous `(G, T, R, D)`."""
-    grouped: Tensor = x.to(dtype).unflatten(1, (num_groups, x.shape[1] // num_groups))
-    return grouped.transpose(0, 1).contiguous()
+    """`(T, H, D)` to `(G, T, R, D)`."""
+    grouped: Tensor = x.to(dtype).contiguous().unflatten(1, (num_groups, x.shape[1] // num_groups))
+    return grouped.transpose(0, 1)
 
 
 def _ungrouped(x: Tensor, dtype: torch.dtype) -> Tensor:
