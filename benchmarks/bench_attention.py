@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.measure import RESULTS, append_rows, interleaved_ms, percentiles_ms
+from benchmarks.providers import sdpa_dense_mask, windowed
 from benchmarks.workloads import AttentionInputs, Workload, useful_flops
 from dti_kernels import windowed_attn, windowed_attn_reference
 from tests.numerics import assert_within_budget
@@ -34,26 +34,6 @@ DENSE_LIMIT = 8192  # context tokens; beyond it a dense mask and its scores no l
 def run_windowed(x: AttentionInputs) -> Tensor:
     """Ours, doing what SDPA under the equal dense mask does: one key stream, no ALiBi."""
     return windowed_attn(x.q, x.k, x.v, x.layout)
-
-
-def run_windowed_dti(x: AttentionInputs) -> Tensor:
-    """Ours, with what [SUM] rows have in DTI: un-rotated keys of their own, ALiBi, and the second stream where there is a reset."""
-    return windowed_attn(x.q, x.k, x.v, x.layout, k_sum=x.k_sum, alibi_slopes=x.alibi_slopes, reset=x.reset)
-
-
-def sdpa_dense(x: AttentionInputs) -> Callable[[AttentionInputs], Tensor]:
-    """SDPA under the equal dense mask (built here, outside the timing). It has no ALiBi on some rows only and no second
-    stream, so it does less than ours: one key stream, and the [SUM]s' own keys as extra columns."""
-    num_context, num_sum = x.layout.num_context, x.layout.num_sum
-    visible = torch.zeros(x.layout.num_rows, x.layout.num_rows, dtype=torch.bool, device=x.q.device)
-    visible[:, :num_context] = x.layout.dense_visibility()
-    visible[num_context:, num_context:] = torch.eye(num_sum, dtype=torch.bool, device=x.q.device)
-
-    def run(y: AttentionInputs) -> Tensor:
-        q, k, v = (z.transpose(0, 1)[None] for z in (y.q, y.k, y.v))
-        return scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)[0].transpose(0, 1)
-
-    return run
 
 
 def gate(workload: Workload, device: str = "cpu") -> None:
@@ -96,10 +76,10 @@ def measure(workload: Workload, repeats: int) -> list[dict[str, Any]]:
     x = AttentionInputs.of(workload)
     providers: dict[str, Callable[[AttentionInputs], Tensor]] = {
         "windowed_attn": run_windowed,
-        "windowed_attn_dti": run_windowed_dti,
+        "windowed_attn_dti": windowed(x),
     }
     if workload.num_tokens <= DENSE_LIMIT:
-        providers["sdpa_dense_mask"] = sdpa_dense(x)
+        providers["sdpa_dense_mask"] = sdpa_dense_mask(x)
     rows = []
     for mode in ("forward", "forward+backward"):
         calls = {name: _call(provider, x, mode) for name, provider in providers.items()}

@@ -4,7 +4,7 @@
     [SUM] row:    s_j = scale q . k~_j - slope_h dist(row, j)          and itself at distance 0
     out = sum_j softmax(s)_j v~_j
 
-O(T x (window + tile)) time and O(T) memory; the backward recomputes probabilities from the saved log-sum-exp.
+O(T x (window + tile)) time and O(T) memory; the backward recomputes probabilities and keeps none.
 """
 
 from __future__ import annotations

@@ -21,10 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dti_kernels import StreamLayout
 from dti_model.data import DataError, PreparedData
+from dti_model.data.tokens import NO, SUM, YES
 
 IntArray = npt.NDArray[np.int64]
-SUM_TOKEN = "[SUM]"
-POSITIVE, NEGATIVE = "yes", "no"
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class PromptFormat:
                 f"window must be >= 0 and max_item_tokens >= 1, got {window} and {max_item_tokens}"
             )
         single = []
-        for word in (SUM_TOKEN, NEGATIVE, POSITIVE):
+        for word in (SUM, NO, YES):
             ids = tokenizer.encode(word, add_special_tokens=False)
             if len(ids) != 1:
                 raise ValueError(f"{word!r} must be one token of the tokenizer, but is {len(ids)}")
