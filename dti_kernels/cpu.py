@@ -1,9 +1,10 @@
 """Blocked attention over streaming prompts in plain PyTorch: the CPU implementation of the operators.
 
-A block of neighbouring rows is multiplied with the keys that any of its rows sees: one slice, and the prefix where it lies apart.
-Several blocks are one batched matmul (a chunk), so that operators work on megabytes and not on kilobytes. Forward and recomputing
-backward: time is O(T x (window + block)), memory O(T) beside one chunk. Slices are accumulated in order: deterministic. Autograd
-over the same blocks would allocate a full-size gradient per slice and turn quadratic.
+A block of neighbouring rows meets the keys that any of its rows sees: one slice, and the prefix where it lies apart. Several
+blocks are one call (a chunk), so that operators work on megabytes and not on kilobytes. Context rows run PyTorch's own blocked CPU
+attention on (block, slice) with the visibility as bias; [SUM] rows, whose scores it cannot express (a key of their own, ALiBi, two
+streams), are batched matmuls. Time is O(T x (window + block)), memory O(T) beside one chunk. Slices are accumulated in order:
+deterministic. Autograd over the same blocks would allocate a full-size gradient per slice and turn quadratic.
 
 Heads are packed into rows: M rows of the R = H / G query heads of one key head are one `(M R, D)` matrix.
 Half precision is computed in float32, because CPUs without AVX512-BF16 have no fast 16-bit matmul.
@@ -11,6 +12,7 @@ Half precision is computed in float32, because CPUs without AVX512-BF16 have no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,12 +22,17 @@ from torch.nn import functional as F
 
 from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, RESET_ID, START, STOP
 
-# Rows of a block times query heads of a key head: enough for efficient matmuls, and few enough that a block's keys are mostly
-# visible and sums over its rows stay short (their rounding grows with the length). [SUM] rows lie one interaction apart, so
-# their blocks are narrower. Scores per chunk: about 1 MiB in float32, a core's cache (benchmarks/LOG.md).
-CONTEXT_BLOCK = 96
+# Rows of a block times query heads of a key head: few enough that most of a block's keys are visible to most of its rows. PyTorch's
+# attention takes tiles of 64 rows from 192 rows on, of 32 below. [SUM] rows lie one interaction apart, so their blocks are narrower.
+# Scores per chunk: what context rows never store may be larger than what [SUM] rows do, about 1 MiB, a core's cache (benchmarks/LOG.md).
+CONTEXT_BLOCK = 192
+CONTEXT_CHUNK_SCORES = 2**20
 SUM_BLOCK = 32
-CHUNK_SCORES = 2**18
+SUM_CHUNK_SCORES = 2**18
+
+# PyTorch's blocked CPU attention, forward and backward as two operators: what scaled_dot_product_attention calls.
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,38 +74,68 @@ class _Chunk:
         """`(G, B M, R, D)` to `(G B, M R, D)`."""
         return x.reshape(x.shape[0] * self.num_blocks, self.block * x.shape[2], x.shape[3])
 
+    def by_block(self, x: Tensor) -> Tensor:
+        """Rows of the chunk, `(G, B M, R, D)`, to `(B, G, M R, D)`; a view where R = 1."""
+        split: Tensor = x.unflatten(1, (self.num_blocks, self.block))
+        return split.transpose(0, 1).flatten(2, 3)
+
+    def from_block(self, x: Tensor, per_group: int) -> Tensor:
+        """`(B, G, M R, D)` back to `(G, B M, R, D)`."""
+        split: Tensor = x.unflatten(2, (self.block, per_group))
+        return split.transpose(0, 1).flatten(1, 2)
+
     def gather(self, x: Tensor) -> Tensor:
-        """`(G, T or C, D)` to the keys of every block, `(G B, N, D)`; a view of one block's slice."""
+        """`(G, T or C, D)` to the keys of every block, `(B, G, N, D)`; a view of one block's slice."""
         if self.num_blocks == 1 and not self.num_prefix:
-            return x[:, self.spans[0][2] : self.spans[0][3]]
+            return x[None, :, self.spans[0][2] : self.spans[0][3]]
         ids = self.keys.clamp_max(self.num_context - 1).view(-1)
         rows = F.embedding(ids, x.transpose(0, 1).flatten(1)).view(*self.keys.shape, x.shape[0], x.shape[2])
-        return rows.permute(2, 0, 1, 3).flatten(0, 1)
+        return rows.transpose(1, 2)
+
+    def gather_by_group(self, x: Tensor) -> Tensor:
+        """The same as `(G B, N, D)`."""
+        return self.gather(x).transpose(0, 1).flatten(0, 1)
 
     def scatter_add(self, x: Tensor, values: Tensor) -> None:
-        """Add `(G B, N, D)` to the keys in `x (G, T or C, D)`, block after block."""
-        values = values.view(x.shape[0], self.num_blocks, *values.shape[1:])
-        for block, (prefix_first, prefix_stop, first, stop) in enumerate(self.spans):
+        """Add `(B, G, N, D)` to the keys in `x (G, T or C, D)`, block after block."""
+        for (prefix_first, prefix_stop, first, stop), block in zip(self.spans, values):
             if prefix_first < prefix_stop:
-                x[:, prefix_first:prefix_stop] += values[:, block, : prefix_stop - prefix_first]
-            x[:, first:stop] += values[:, block, self.num_prefix : self.num_prefix + stop - first]
+                x[:, prefix_first:prefix_stop] += block[:, : prefix_stop - prefix_first]
+            x[:, first:stop] += block[:, self.num_prefix : self.num_prefix + stop - first]
+
+    def scatter_add_by_group(self, x: Tensor, values: Tensor) -> None:
+        """The same from `(G B, N, D)`."""
+        self.scatter_add(x, values.unflatten(0, (-1, self.num_blocks)).transpose(0, 1))
+
+    def bias(self, rows: Tensor, per_group: int, buffer: list[Tensor]) -> Tensor:
+        """`(B, 1, M R, N)`: 0 where a row sees a key, -inf where it does not. Memory is the buffer's: a fresh megabyte per chunk
+        costs its page faults."""
+        shape = (self.num_blocks, self.block * per_group, self.keys.shape[1])
+        if math.prod(shape) > buffer[0].numel():
+            buffer[0] = buffer[0].new_empty(math.prod(shape))
+        bias = buffer[0][: math.prod(shape)].view(shape).zero_()
+        return self.hide(bias, rows)[:, None]
 
     def hide(self, scores: Tensor, rows: Tensor) -> Tensor:
         """Set scores `(G B, M R, N)` of invisible keys to -inf, in place; only columns are touched that hide from somebody."""
         first, prefix_stop, start, stop = (
             self.row_field(rows, field) for field in (PROMPT_FIRST, PREFIX_STOP, START, STOP)
         )
-        has_prefix = bool((first < prefix_stop).any())
         num_keys = self.keys.shape[1]
         by_head = scores.view(-1, self.num_blocks, self.block, self._per_group(scores), num_keys)
-        whole = self.all_first >= self.all_stop
-        edges = [(0, num_keys)] if whole else [(0, self.all_first), (self.all_stop, num_keys)]
-        for begin, end in edges:
-            key = self.keys[:, None, begin:end]
-            visible = (key >= start) & (key < stop)
-            if has_prefix:
-                visible |= (key >= first) & (key < prefix_stop)
-            by_head[..., begin:end].masked_fill_(~visible[:, :, None], float("-inf"))
+
+        def fill(begin: int, end: int, hidden: Tensor) -> None:
+            by_head[..., begin:end].masked_fill_(hidden[:, :, None], float("-inf"))
+
+        keys = self.keys[:, None]
+        if bool((first < prefix_stop).any()):
+            in_prefix = (keys >= first) & (keys < prefix_stop)
+            fill(0, num_keys, ((keys < start) | (keys >= stop)) & ~in_prefix)
+        elif self.all_first < self.all_stop:
+            fill(0, self.all_first, keys[..., : self.all_first] < start)
+            fill(self.all_stop, num_keys, keys[..., self.all_stop :] >= stop)
+        else:
+            fill(0, num_keys, (keys < start) | (keys >= stop))
         return scores
 
     def _per_group(self, x: Tensor) -> int:
@@ -111,7 +148,7 @@ class _Chunk:
 
 
 def _chunks(
-    rows: Tensor, first: int, stop: int, block: int, num_heads: int, num_context: int
+    rows: Tensor, first: int, stop: int, block: int, num_heads: int, chunk_scores: int, num_context: int
 ) -> Iterator[_Chunk]:
     """Chunks of the rows `[first, stop)`, whose starts and stops never decrease; a short last block is a chunk of its own."""
     heads = range(first, stop, block)
@@ -126,7 +163,7 @@ def _chunks(
             prefix_first, prefix_stop, key_first, key_stop = spans[end]
             wider = max(widest, prefix_stop - prefix_first + key_stop - key_first)
             is_short = tails[end] - heads[end] + 1 < block
-            if end > begin and ((end + 1 - begin) * block * num_heads * wider > CHUNK_SCORES or is_short):
+            if end > begin and ((end + 1 - begin) * block * num_heads * wider > chunk_scores or is_short):
                 break
             end, widest = end + 1, wider
         size = tails[begin] - heads[begin] + 1
@@ -141,17 +178,11 @@ def _chunk(
     common: list[tuple[int, int]],
     num_context: int,
 ) -> _Chunk:
-    prefix_first, prefix_stop, key_first, key_stop = torch.tensor(spans, dtype=torch.int32).T[..., None]
     num_prefix = max(span[1] - span[0] for span in spans)
-    prefix_keys = prefix_first + torch.arange(num_prefix, dtype=torch.int32)
-    span_keys = key_first + torch.arange(max(span[3] - span[2] for span in spans), dtype=torch.int32)
-    keys = torch.cat(
-        [
-            prefix_keys.masked_fill_(prefix_keys >= prefix_stop, num_context),
-            span_keys.masked_fill_(span_keys >= key_stop, num_context),
-        ],
-        1,
-    )
+    if len(spans) == 1 and not num_prefix:
+        keys = torch.arange(spans[0][2], spans[0][3], dtype=torch.int32)[None]
+    else:
+        keys = _padded_keys(spans, num_prefix, num_context)
     return _Chunk(
         first=first,
         num_blocks=len(spans),
@@ -165,9 +196,19 @@ def _chunk(
     )
 
 
+def _padded_keys(spans: list[tuple[int, int, int, int]], num_prefix: int, num_context: int) -> Tensor:
+    """`(B, N)`: prefix and span of every block, each part filled up with C."""
+    prefix_first, prefix_stop, key_first, key_stop = torch.tensor(spans, dtype=torch.int32).T[..., None]
+    prefix_keys = prefix_first + torch.arange(num_prefix, dtype=torch.int32)
+    span_keys = key_first + torch.arange(max(span[3] - span[2] for span in spans), dtype=torch.int32)
+    prefix_keys.masked_fill_(prefix_keys >= prefix_stop, num_context)
+    span_keys.masked_fill_(span_keys >= key_stop, num_context)
+    return torch.cat([prefix_keys, span_keys], 1)
+
+
 @dataclass
 class _Inputs:
-    """Inputs in the accumulation dtype, heads first: `q (G, T or S, R, D)` already scaled, the others `(G, T or C, D)`."""
+    """Inputs in the accumulation dtype, heads first: `q (G, T or S, R, D)`, the others `(G, T or C, D)`."""
 
     q: Tensor
     k: Tensor
@@ -178,6 +219,8 @@ class _Inputs:
     ratios: Tensor | None
     slopes: Tensor | None  # (G, 1, 1, R, 1)
     rows: Tensor
+    scale: float
+    bias_buffer: list[Tensor]
     num_context: int
     num_skipped: int  # rows that have no query: 0, or C where q holds the [SUM] rows only
 
@@ -186,7 +229,7 @@ class _Inputs:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        k_sum: Tensor,
+        k_sum: Tensor | None,
         k_initial: Tensor | None,
         v_initial: Tensor | None,
         ratios: Tensor | None,
@@ -198,29 +241,31 @@ class _Inputs:
         dtype, num_groups = accumulation_dtype(q.dtype), k.shape[1]
         k_heads = _heads_first(k, dtype)
         return _Inputs(
-            q=_grouped(q, num_groups, dtype) * scale,
+            q=_grouped(q, num_groups, dtype),
             k=k_heads,
             v=_heads_first(v, dtype),
-            k_sum=k_heads if k_sum is k else _heads_first(k_sum, dtype),
+            k_sum=k_heads if k_sum is None else _heads_first(k_sum, dtype),
             k_initial=None if k_initial is None else _heads_first(k_initial, dtype),
             v_initial=None if v_initial is None else _heads_first(v_initial, dtype),
             ratios=ratios,
             slopes=None if slopes is None else slopes.to(dtype).view(num_groups, 1, 1, -1, 1),
             rows=rows,
+            scale=scale,
+            bias_buffer=[q.new_empty(0, dtype=dtype)],
             num_context=keys.shape[1],
             num_skipped=rows.shape[1] - q.shape[0],
         )
 
     def context_chunks(self) -> Iterator[_Chunk]:
-        return self._chunks(self.num_skipped, self.num_context, CONTEXT_BLOCK)
+        return self._chunks(self.num_skipped, self.num_context, CONTEXT_BLOCK, CONTEXT_CHUNK_SCORES)
 
     def sum_chunks(self) -> Iterator[_Chunk]:
-        return self._chunks(self.num_context, self.rows.shape[1], SUM_BLOCK)
+        return self._chunks(self.num_context, self.rows.shape[1], SUM_BLOCK, SUM_CHUNK_SCORES)
 
-    def _chunks(self, first: int, stop: int, block_rows: int) -> Iterator[_Chunk]:
+    def _chunks(self, first: int, stop: int, block_rows: int, chunk_scores: int) -> Iterator[_Chunk]:
         num_groups, _, per_group, _ = self.q.shape
         block = max(1, block_rows // per_group)
-        return _chunks(self.rows, first, stop, block, num_groups * per_group, self.num_context)
+        return _chunks(self.rows, first, stop, block, num_groups * per_group, chunk_scores, self.num_context)
 
 
 # Heads come first as views of (T, heads, D) memory: matmuls read strided rows as fast, and copies of whole inputs cost page
@@ -253,19 +298,23 @@ class _SumTerms:
     ratio: Tensor | None  # (B, M, N) reset ratio a(d), where there is a reset
 
 
-def _context_scores(x: _Inputs, chunk: _Chunk, q: Tensor) -> Tensor:
-    return chunk.hide(torch.bmm(q, chunk.gather(x.k).mT), x.rows)
+def _context_forward(x: _Inputs, chunk: _Chunk, out: Tensor, lse: Tensor) -> None:
+    bias = chunk.bias(x.rows, x.q.shape[2], x.bias_buffer)
+    q, k, v = chunk.by_block(x.q[:, chunk.rows]), chunk.gather(x.k), chunk.gather(x.v)
+    out_rows, lse_rows = _flash(q, k, v, 0.0, False, attn_mask=bias, scale=x.scale)
+    out[:, chunk.rows] = chunk.from_block(out_rows, x.q.shape[2])
+    lse[:, chunk.rows] = chunk.from_block(lse_rows[..., None], x.q.shape[2])
 
 
 def _sum_terms(x: _Inputs, chunk: _Chunk) -> _SumTerms:
-    q = chunk.blocks(x.q[:, chunk.query_rows(x.num_skipped)])
-    scores = torch.bmm(q, chunk.gather(x.k_sum).mT)
+    q = chunk.blocks(x.q[:, chunk.query_rows(x.num_skipped)]) * x.scale
+    scores = torch.bmm(q, chunk.gather_by_group(x.k_sum).mT)
     ratio = distance = None
     if x.ratios is not None and x.k_initial is not None:
         key_ids = x.rows[RESET_ID][chunk.keys.clamp_max(x.num_context - 1)]
         steps = chunk.row_field(x.rows, RESET_ID) - key_ids[:, None]
         ratio = x.ratios[steps.clamp_(0, len(x.ratios) - 1)]
-        initial = torch.bmm(q, chunk.gather(x.k_initial).mT)
+        initial = torch.bmm(q, chunk.gather_by_group(x.k_initial).mT)
         scores = chunk.times_block(scores, 1 - ratio) + chunk.times_block(initial, ratio)
     if x.slopes is not None:
         distance = _alibi_distance(x.rows, chunk).to(scores.dtype)
@@ -289,7 +338,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_sum: Tensor,
+    k_sum: Tensor | None,
     k_initial: Tensor | None,
     v_initial: Tensor | None,
     ratios: Tensor | None,
@@ -302,9 +351,7 @@ def forward(
     x = _Inputs.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale)
     out, lse = torch.empty_like(x.q), torch.empty_like(x.q[..., :1])
     for chunk in x.context_chunks():
-        p, lse_rows = _softmax(_context_scores(x, chunk, chunk.blocks(x.q[:, chunk.rows])))
-        out[:, chunk.rows] = torch.bmm(p, chunk.gather(x.v)).view_as(out[:, chunk.rows])
-        lse[:, chunk.rows] = lse_rows.view_as(lse[:, chunk.rows])
+        _context_forward(x, chunk, out, lse)
     for chunk in x.sum_chunks():
         terms, query_rows = _sum_terms(x, chunk), chunk.query_rows(x.num_skipped)
         p, lse_rows = _softmax(terms.scores)
@@ -323,14 +370,15 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def _read_values(x: _Inputs, chunk: _Chunk, p: Tensor, ratio: Tensor | None) -> Tensor:
     if ratio is None or x.v_initial is None:
-        return torch.bmm(p, chunk.gather(x.v))
+        return torch.bmm(p, chunk.gather_by_group(x.v))
     p_initial = chunk.times_block(p, ratio)
-    return torch.bmm(p - p_initial, chunk.gather(x.v)) + torch.bmm(p_initial, chunk.gather(x.v_initial))
+    read = torch.bmm(p - p_initial, chunk.gather_by_group(x.v))
+    return read + torch.bmm(p_initial, chunk.gather_by_group(x.v_initial))
 
 
 @dataclass
 class _Gradients:
-    """Accumulators, heads first like `_Inputs`; `q` is the gradient of the scaled queries."""
+    """Accumulators, heads first like `_Inputs`."""
 
     q: Tensor
     k: Tensor
@@ -345,7 +393,8 @@ class _Gradients:
         def zeros(of: Tensor | None) -> Tensor | None:
             return None if of is None else torch.zeros_like(of)
 
-        k, v, k_sum = (torch.zeros_like(of) for of in (x.k, x.v, x.k_sum))
+        k, v = torch.zeros_like(x.k), torch.zeros_like(x.v)
+        k_sum = k if x.k_sum is x.k else torch.zeros_like(x.k_sum)
         slopes = None if x.slopes is None else torch.zeros_like(x.slopes, dtype=torch.float64)
         return _Gradients(torch.empty_like(x.q), k, v, k_sum, zeros(x.k_initial), zeros(x.v_initial), slopes)
 
@@ -355,7 +404,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_sum: Tensor,
+    k_sum: Tensor | None,
     k_initial: Tensor | None,
     v_initial: Tensor | None,
     ratios: Tensor | None,
@@ -366,19 +415,17 @@ def backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, k_sum, k_initial, v_initial and slopes; empty where the input was None.
-
-    Probabilities come from a softmax again and not from `lse`, whose rounding would be an error common to a row's keys.
-    """
+    """Gradients of q, k, v, k_sum, k_initial, v_initial and slopes; empty where the input was None."""
     x = _Inputs.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale)
     grads = _Gradients.zeros(x)
     d_out = _grouped(grad_out, k.shape[1], x.q.dtype)
-    delta = (d_out * _grouped(out, k.shape[1], x.q.dtype)).sum(-1, keepdim=True)
+    out_heads = _grouped(out, k.shape[1], x.q.dtype)
+    lse_heads = lse.unflatten(0, (k.shape[1], -1)).mT[..., None]
     for chunk in x.context_chunks():
-        _context_backward(x, grads, chunk, *(chunk.blocks(of[:, chunk.rows]) for of in (d_out, delta)))
+        _context_backward(x, grads, chunk, *(of[:, chunk.rows] for of in (d_out, out_heads, lse_heads)))
     for chunk in x.sum_chunks():
         query_rows = chunk.query_rows(x.num_skipped)
-        _sum_backward(x, grads, chunk, *(chunk.blocks(of[:, query_rows]) for of in (d_out, delta)))
+        _sum_backward(x, grads, chunk, *(chunk.blocks(of[:, query_rows]) for of in (d_out, out_heads)))
 
     def rows_first(grad: Tensor | None, like: Tensor | None) -> Tensor:
         if grad is None or like is None:
@@ -386,7 +433,7 @@ def backward(
         return grad.transpose(0, 1).to(like.dtype).contiguous()
 
     return (
-        _ungrouped(grads.q.mul_(scale), q.dtype),
+        _ungrouped(grads.q, q.dtype),
         rows_first(grads.k, k),
         rows_first(grads.v, v),
         rows_first(grads.k_sum, k_sum),
@@ -396,27 +443,33 @@ def backward(
     )
 
 
-def _context_backward(x: _Inputs, grads: _Gradients, chunk: _Chunk, d_out: Tensor, delta: Tensor) -> None:
-    q = chunk.blocks(x.q[:, chunk.rows])
-    p = torch.softmax(_context_scores(x, chunk, q), -1)
-    chunk.scatter_add(grads.v, torch.bmm(p.mT, d_out))
-    ds = torch.bmm(d_out, chunk.gather(x.v).mT).sub_(delta).mul_(p)
-    grads.q[:, chunk.rows] = torch.bmm(ds, chunk.gather(x.k)).view_as(grads.q[:, chunk.rows])
-    chunk.scatter_add(grads.k, torch.bmm(ds.mT, q))
+def _context_backward(
+    x: _Inputs, grads: _Gradients, chunk: _Chunk, d_out: Tensor, out: Tensor, lse: Tensor
+) -> None:
+    bias = chunk.bias(x.rows, x.q.shape[2], x.bias_buffer)
+    q, k, v = chunk.by_block(x.q[:, chunk.rows]), chunk.gather(x.k), chunk.gather(x.v)
+    d_out, out, lse = (chunk.by_block(of) for of in (d_out, out, lse))
+    dq, dk, dv = _flash_backward(
+        d_out, q, k, v, out, lse.squeeze(-1), 0.0, False, attn_mask=bias, scale=x.scale
+    )
+    grads.q[:, chunk.rows] = chunk.from_block(dq, x.q.shape[2])
+    chunk.scatter_add(grads.k, dk)
+    chunk.scatter_add(grads.v, dv)
 
 
-def _sum_backward(x: _Inputs, grads: _Gradients, chunk: _Chunk, d_out: Tensor, delta: Tensor) -> None:
+def _sum_backward(x: _Inputs, grads: _Gradients, chunk: _Chunk, d_out: Tensor, out: Tensor) -> None:
+    delta = (d_out * out).sum(-1, keepdim=True)
     terms, query_rows = _sum_terms(x, chunk), chunk.query_rows(x.num_skipped)
     p_all = torch.softmax(terms.scores, -1)
     p, p_self = p_all[..., :-1], p_all[..., -1:]
-    dp = torch.bmm(d_out, chunk.gather(x.v).mT)
+    dp = torch.bmm(d_out, chunk.gather_by_group(x.v).mT)
     p_final = p
     if terms.ratio is not None and x.v_initial is not None and grads.v_initial is not None:
-        dp_initial = torch.bmm(d_out, chunk.gather(x.v_initial).mT)
+        dp_initial = torch.bmm(d_out, chunk.gather_by_group(x.v_initial).mT)
         dp = chunk.times_block(dp, 1 - terms.ratio) + chunk.times_block(dp_initial, terms.ratio)
         p_final = chunk.times_block(p, 1 - terms.ratio)
-        chunk.scatter_add(grads.v_initial, torch.bmm(chunk.times_block(p, terms.ratio).mT, d_out))
-    chunk.scatter_add(grads.v, torch.bmm(p_final.mT, d_out))
+        chunk.scatter_add_by_group(grads.v_initial, torch.bmm(chunk.times_block(p, terms.ratio).mT, d_out))
+    chunk.scatter_add_by_group(grads.v, torch.bmm(p_final.mT, d_out))
 
     ds = dp.sub_(delta).mul_(p)
     ds_self = p_self * ((d_out * terms.v_self).sum(-1, keepdim=True) - delta)
@@ -428,11 +481,11 @@ def _sum_backward(x: _Inputs, grads: _Gradients, chunk: _Chunk, d_out: Tensor, d
     ds_final = ds
     if terms.ratio is not None and x.k_initial is not None and grads.k_initial is not None:
         ds_final, ds_initial = chunk.times_block(ds, 1 - terms.ratio), chunk.times_block(ds, terms.ratio)
-        d_q += torch.bmm(ds_initial, chunk.gather(x.k_initial))
-        chunk.scatter_add(grads.k_initial, torch.bmm(ds_initial.mT, terms.q))
-    d_q += torch.bmm(ds_final, chunk.gather(x.k_sum))
-    grads.q[:, query_rows] = d_q.view_as(grads.q[:, query_rows])
-    chunk.scatter_add(grads.k_sum, torch.bmm(ds_final.mT, terms.q))
+        d_q += torch.bmm(ds_initial, chunk.gather_by_group(x.k_initial))
+        chunk.scatter_add_by_group(grads.k_initial, torch.bmm(ds_initial.mT, terms.q))
+    d_q += torch.bmm(ds_final, chunk.gather_by_group(x.k_sum))
+    grads.q[:, query_rows] = d_q.mul_(x.scale).view_as(grads.q[:, query_rows])
+    chunk.scatter_add_by_group(grads.k_sum, torch.bmm(ds_final.mT, terms.q))
     for into, own in ((grads.v, p_self * d_out), (grads.k_sum, ds_self * terms.q)):
         by_row = own.view(*grads.q[:, query_rows].shape).sum(2)
         into[:, chunk.rows] = by_row

@@ -19,7 +19,7 @@ from torch import Tensor
 from dti_kernels import cpu
 
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor k_sum, Tensor? k_initial, Tensor? v_initial, Tensor? ratios, Tensor? slopes, "
+    "Tensor q, Tensor k, Tensor v, Tensor? k_sum, Tensor? k_initial, Tensor? v_initial, Tensor? ratios, Tensor? slopes, "
     "Tensor rows, Tensor keys"
 )
 _LIBRARY = torch.library.Library("dti", "DEF")
@@ -46,14 +46,22 @@ def _interpreting() -> bool:
 
 
 # The arguments are those of the schema: stated there, in the fakes below and in each implementation.
-def _fwd_triton(*args: Any) -> tuple[Tensor, Tensor]:
-    outputs: tuple[Tensor, Tensor] = _triton_modules()[0].forward(*args)
+# Without k_sum there is one key stream and one gradient of it. The kernels have two pointers to keys and always write both gradients.
+def _fwd_triton(q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    outputs: tuple[Tensor, Tensor] = _triton_modules()[0].forward(
+        q, k, v, k if k_sum is None else k_sum, *args
+    )
     return outputs
 
 
-def _bwd_triton(*args: Any) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = _triton_modules()[1].backward(*args)
-    return outputs
+def _bwd_triton(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    keys = k if k_sum is None else k_sum
+    dq, dk, dv, dk_sum, *others = _triton_modules()[1].backward(grad_out, q, k, v, keys, *args)
+    if k_sum is None:
+        dk, dk_sum = dk + dk_sum, q.new_empty(0)
+    return dq, dk, dv, dk_sum, *others
 
 
 def _widened(args: tuple[Any, ...]) -> list[Any]:
@@ -90,7 +98,7 @@ def _fwd_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_sum: Tensor,
+    k_sum: Tensor | None,
     k_initial: Tensor | None,
     v_initial: Tensor | None,
     ratios: Tensor | None,
@@ -109,7 +117,7 @@ def _bwd_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_sum: Tensor,
+    k_sum: Tensor | None,
     k_initial: Tensor | None,
     v_initial: Tensor | None,
     ratios: Tensor | None,

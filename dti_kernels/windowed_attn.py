@@ -68,7 +68,6 @@ def windowed_attn(
     if scale is not None and not (0.0 <= scale < float("inf")):
         raise ValueError(f"scale must be finite and >= 0, got {scale}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    k_sum = k if k_sum is None else k_sum
     ratios = k_initial = v_initial = None
     if reset is not None:
         k_initial, v_initial = reset.k_initial, reset.v_initial
