@@ -38,7 +38,7 @@ PREFIX_RESET_ID = 2**30
 class StreamLayout:
     """Rows and spans of a packed batch of streaming prompts.
 
-    Use `StreamLayout.build`; all fields are read-only. One int32 buffer backs every array, so moving a layout to a device is
+    Use `StreamLayout.build` or `candidate_layout`; all fields are read-only. One int32 buffer backs every array, so moving a layout to a device is
     one copy.
 
     Attributes:
@@ -48,13 +48,16 @@ class StreamLayout:
         keys: `(4, C)` int32. Per context key: end of the context rows that see it (they start at the key itself), first and
             end of the [SUM] rows (counted from 0 in the [SUM] block) that see it, and 1 for item text.
         window: how many preceding interactions a target may use.
-        mean_span: about how many tokens the span of a context row holds, 256, 512 or 1024: tiles are chosen by it, results do
+        reset_window: n of the reset's ratios: the window that the model was trained with. Only a layout of candidates
+            (`candidate_layout`), whose window is 0, has another one than `window`.
+        mean_span: about how many tokens a context row sees, 256, 512 or 1024: tiles are chosen by it, results do
             not depend on it. Coarse, so that it seldom changes from batch to batch.
     """
 
     rows: Tensor
     keys: Tensor
     window: int
+    reset_window: int
     mean_span: int = 512
 
     @staticmethod
@@ -94,11 +97,20 @@ class StreamLayout:
         >>> layout.start.tolist(), layout.stop.tolist()
         ([0, 0, 0, 0, 0, 3, 3, 3, 0, 3], [1, 2, 3, 4, 5, 6, 7, 8, 4, 7])
         """
-        counts = _Counts.check(item_lengths, label_lengths, num_targets, window, prefix_lengths)
+        counts = Counts.check(item_lengths, label_lengths, num_targets, window, prefix_lengths)
         rows, keys = _spans(counts)
-        return StreamLayout(
-            *_to_device(rows, keys, device), window=counts.window, mean_span=_mean_span(rows, keys)
-        )
+        return StreamLayout.of_arrays(rows, keys, counts.window, counts.window, device)
+
+    @staticmethod
+    def of_arrays(
+        rows: np.ndarray,
+        keys: np.ndarray,
+        window: int,
+        reset_window: int,
+        device: torch.device | str | None,
+    ) -> StreamLayout:
+        """A layout of finished arrays, copied to the device: what the constructors end in."""
+        return StreamLayout(*_to_device(rows, keys, device), window, reset_window, _mean_span(rows, keys))
 
     @property
     def num_context(self) -> int:
@@ -164,7 +176,8 @@ class StreamLayout:
         """The same layout on another device."""
         if torch.device(device) == self.device:
             return self
-        return StreamLayout(self.rows.to(device), self.keys.to(device), self.window, self.mean_span)
+        rows, keys = self.rows.to(device), self.keys.to(device)
+        return StreamLayout(rows, keys, self.window, self.reset_window, self.mean_span)
 
     def dense_visibility(self) -> Tensor:
         """`(T, C)` bool, True where a row sees a context key, from first principles (semantics.md, section 3).
@@ -186,7 +199,7 @@ class StreamLayout:
 
 
 @dataclass(frozen=True)
-class _Counts:
+class Counts:
     """Checked token counts: interactions of all prompts one after the other, `I` of them in `P` prompts."""
 
     item: np.ndarray  # (I,)
@@ -203,7 +216,7 @@ class _Counts:
         num_targets: Lengths,
         window: int,
         prefix_lengths: Lengths | None,
-    ) -> _Counts:
+    ) -> Counts:
         num_prompts = len(item_lengths)
         prefix_lengths = [0] * num_prompts if prefix_lengths is None else prefix_lengths
         for name, values in (
@@ -221,7 +234,7 @@ class _Counts:
                 raise ValueError(
                     f"prompt {prompt}: item_lengths has {len(items)} interactions, label_lengths {len(labels)}"
                 )
-        counts = _Counts(
+        counts = Counts(
             item=np.fromiter(chain.from_iterable(item_lengths), np.int64, int(interactions.sum())),
             label=np.fromiter(chain.from_iterable(label_lengths), np.int64, int(interactions.sum())),
             interactions=interactions,
@@ -251,7 +264,7 @@ class _Counts:
             raise ValueError(f"a layout holds fewer than 2**30 rows, got {num_rows}: pack smaller batches")
 
 
-def _spans(counts: _Counts) -> tuple[np.ndarray, np.ndarray]:
+def _spans(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
     """`rows (7, T)` and `keys (4, C)` of checked counts.
 
     Works on segments (per prompt: prefix, then item text and label text of each interaction) and repeats their values over
@@ -321,11 +334,10 @@ def _spans(counts: _Counts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mean_span(rows: np.ndarray, keys: np.ndarray) -> int:
-    """Mean span of context rows, to the nearest of 256, 512 and 1024."""
+    """Mean number of keys that context rows see, to the nearest of 256, 512 and 1024."""
     num_context = keys.shape[1]
-    visible = int(
-        rows[STOP, :num_context].sum(dtype=np.int64) - rows[START, :num_context].sum(dtype=np.int64)
-    )
+    total = rows[:, :num_context].sum(1, dtype=np.int64)
+    visible = int(total[STOP] - total[START] + total[PREFIX_STOP] - total[PROMPT_FIRST])
     mean = visible / max(num_context, 1)
     return 256 if mean < 362 else 512 if mean < 724 else 1024
 

@@ -71,7 +71,7 @@ def windowed_attn(
     ratios = k_initial = v_initial = None
     if reset is not None:
         k_initial, v_initial = reset.k_initial, reset.v_initial
-        ratios = reset.ratios(layout.window, ops.accumulation_dtype(q.dtype), q.device)
+        ratios = reset.ratios(layout.reset_window, ops.accumulation_dtype(q.dtype), q.device)
     out: Tensor = _WindowedAttn.apply(
         q,
         k,

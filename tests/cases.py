@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes
+from dti_kernels import HiddenStateReset, StreamLayout, candidate_layout, default_alibi_slopes
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,18 @@ class Case:
     separate_k_sum: bool = True
     alibi: bool = True
     reset: tuple[float, float, float] | None = (0.1, 0.8, 0.7)  # alpha_min, alpha_max, steepness
+    candidate_lengths: list[list[int]] | None = None  # interactions are histories; num_targets is not read
 
     def layout(self, device: torch.device | str | None = None) -> StreamLayout:
+        if self.candidate_lengths is not None:
+            return candidate_layout(
+                self.item_lengths,
+                self.label_lengths,
+                self.candidate_lengths,
+                self.window,
+                self.prefix_lengths,
+                device=device,
+            )
         return StreamLayout.build(
             self.item_lengths,
             self.label_lengths,
@@ -139,5 +149,35 @@ CASES = [
         [30, 25],
         window=4,
         prefix_lengths=[5, 2],
+    ),
+    Case(
+        "candidates",
+        [[3, 2, 4], [], [2], [1, 1]],
+        [[1, 1, 1], [], [0], [1, 1]],
+        [],
+        window=3,
+        prefix_lengths=[1, 1, 0, 2],
+        candidate_lengths=[[2, 1, 4, 2], [3, 1], [2, 5], []],
+    ),
+    Case(
+        "candidates_without_prefix",
+        [[], [4, 2, 3]],
+        [[], [1, 1, 2]],
+        [],
+        window=20,
+        candidate_lengths=[[2, 3], [2] * 9],
+        num_heads=4,
+        num_groups=2,
+    ),
+    Case(
+        "many_candidates",
+        [[7, 5, 6, 4] * 3, [9] * 8],
+        [[1] * 12, [1] * 8],
+        [],
+        window=12,
+        prefix_lengths=[1, 1],
+        candidate_lengths=[[5, 9, 3, 40, 6] * 2, [7, 2] * 5],
+        num_heads=4,
+        num_groups=2,
     ),
 ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dti_kernels import StreamLayout
+from dti_kernels import StreamLayout, candidate_layout
 from dti_kernels.layout import ROW_STOP, SUM_START, SUM_STOP
+from dti_kernels.reference import alibi_distance
 from tests.cases import CASES, Case
 from tests.kernels.test_cpu_parity import random_cases
 
@@ -89,3 +91,48 @@ def test_bad_counts_name_the_place(kwargs: dict, message: str) -> None:
 def test_an_empty_batch_is_a_layout() -> None:
     layout = StreamLayout.build([], [], [], window=3)
     assert (layout.num_context, layout.num_sum) == (0, 0)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(random_cases(), st.data())
+def test_candidates_see_what_a_prompt_of_their_own_shows_them(case: Case, data: st.DataObject) -> None:
+    """Per candidate: keys, positions, ALiBi distances and reset distances of its [SUM] are those of its k = 1 prompt."""
+    counts = st.lists(st.integers(1, 4), max_size=4)
+    candidates = data.draw(st.lists(counts, min_size=len(case.item_lengths), max_size=len(case.item_lengths)))
+    window = 9
+    many = candidate_layout(
+        case.item_lengths, case.label_lengths, candidates, window, prefix_lengths=case.prefix_lengths
+    )
+    check(many)
+    assert (many.window, many.reset_window) == (0, window)
+    distance, visible = alibi_distance(many), many.dense_visibility()[many.num_context :]
+    rows = iter(range(many.num_sum))
+    for prompt, lengths in enumerate(candidates):
+        items, labels = case.item_lengths[prompt], case.label_lengths[prompt]
+        for length in lengths:
+            row = next(rows)
+            alone = StreamLayout.build(
+                [[*items, length]], [[*labels, 0]], [1], window, [case.prefix_lengths[prompt]]
+            )
+            seen, num_context = visible[row], many.num_context
+            assert distance[row, seen].tolist() == alibi_distance(alone)[0].tolist()
+            assert many.position_ids[:num_context][seen].tolist() == alone.position_ids[:-1].tolist()
+            assert many.position_ids[num_context + row] == alone.position_ids[-1]
+            many_steps = many.reset_id[num_context + row] - many.reset_id[:num_context][seen]
+            alone_steps = alone.reset_id[-1] - alone.reset_id[:-1]
+            assert many_steps.clamp_min(0).tolist() == alone_steps.clamp_min(0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"candidate_lengths": [[1], [2, 0]]}, r"candidate_lengths\[1\]\[1\] must be >= 1, got 0"),
+        ({"candidate_lengths": [[1]]}, r"candidate_lengths must have one entry per prompt \(2\), got 1"),
+        ({"window": 1}, r"item_lengths\[1\] must have at most window = 1 interactions, got 2"),
+        ({"item_lengths": [[1], [0, 1]]}, r"item_lengths\[1\]\[0\] must be >= 1, got 0"),
+    ],
+)
+def test_bad_candidates_name_the_place(kwargs: dict, message: str) -> None:
+    good = {"item_lengths": [[2], [3, 1]], "label_lengths": [[1], [1, 1]], "candidate_lengths": [[1], [2, 2]]}
+    with pytest.raises(ValueError, match=message):
+        candidate_layout(**({"window": 2} | good | kwargs))

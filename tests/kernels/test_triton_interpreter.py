@@ -30,6 +30,7 @@ SHAPES = {
 }
 # Cases of hundreds of rows: larger tiles keep the interpreter fast.
 LONG = {"interaction_longer_than_a_tile", "k_50", "several_blocks", "gqa_3", "gqa_8", "mha"}
+LONG |= {"many_candidates"}
 
 
 def named(name: str) -> Case:
@@ -53,7 +54,7 @@ def test_parity_in_half_precision(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["prefix_only_first", "many_short_prompts", "gqa_4"])
+@pytest.mark.parametrize("name", ["prefix_only_first", "many_short_prompts", "gqa_4", "candidates"])
 def test_parity_at_other_tile_shapes(name: str, shape: str) -> None:
     interpret(parity, named(name), torch.float32, shape)
 
@@ -115,7 +116,7 @@ def gradients_are_zero(case: Case) -> None:
 
 
 @pytest.mark.parametrize("check", [rows_stay_equal, gradients_are_zero])
-@pytest.mark.parametrize("name", ["prefix", "prefix_only_first"])
+@pytest.mark.parametrize("name", ["prefix", "prefix_only_first", "candidates"])
 def test_nothing_leaks_from_what_a_row_may_not_see(name: str, check) -> None:
     """Bitwise: rows that do not see a key do not move with it, and send it no gradient."""
     interpret(check, named(name))
