@@ -30,6 +30,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes, windowed_attn
+from dti_model.past import LayerKeys, Past
 
 ATTENTION_NAME = "dti"
 # Decoder layers of this shape (norm, attention, residual, norm, MLP, residual) with Llama's projections, perhaps q/k norms.
@@ -104,11 +105,15 @@ class Stream:
         layout: rows and spans of the batch.
         initial_states: `(1, C, E)` token embeddings of the context rows, filled in by the first layer.
         context_outputs: keep the last layer's context rows; False: only [SUM] rows leave the model.
+        past: rows that an earlier pass has computed; None: the model is given all rows.
+        recorded: a list that every layer adds the keys of all context rows to; None: they are not kept.
     """
 
     layout: StreamLayout
     initial_states: Tensor | None = None
     context_outputs: bool = False
+    past: Past | None = None
+    recorded: list[LayerKeys] | None = None
 
 
 class StreamAttention(nn.Module):
@@ -136,26 +141,35 @@ class StreamAttention(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        layout: StreamLayout,
+        stream: Stream,
         initial_states: Tensor | None,
         sums_only: bool,
     ) -> Tensor:
         """`(1, T, E)` normed hidden states to `(1, T, E)`, or `(1, S, E)` where only [SUM] rows are wanted.
 
-        `initial_states (1, C, E)` are the normed token embeddings, where this layer resets.
+        `initial_states (1, C, E)` are the normed token embeddings, where this layer resets. With a past, T and C count the
+        given rows.
         """
+        layout, past = stream.layout, stream.past
         num_context, fix = layout.num_context, self.config.position_fix
         rows = hidden_states[0]
-        q = self._heads("q", rows[num_context:] if sums_only else rows)
-        k, v = self._heads("k", rows), self._heads("v", rows)
+        q = self._heads("q", rows[len(rows) - layout.num_sum :] if sums_only else rows)
+        keys = LayerKeys(self._heads("k", rows), self._heads("v", rows))
+        if initial_states is not None:
+            keys = LayerKeys(*keys[:2], *(self._heads(name, initial_states[0]) for name in ("k", "v")))
+        if past is not None:
+            keys = past.merge(self.layer_idx, keys, layout)
+            q = q if sums_only else past.spread(q, layout.num_rows)
+        if stream.recorded is not None:
+            stream.recorded.append(keys.rows(slice(num_context)))
+        k, v, k_initial, v_initial = keys
         cos, sin = (x[0] for x in position_embeddings)
         k_sum = k
         if not (fix and sums_only):
             k = _rotate(k, cos, sin)
             q = _rotate(q, *(x[num_context:] if sums_only else x for x in (cos, sin)))
         reset = None
-        if initial_states is not None:
-            k_initial, v_initial = self._heads("k", initial_states[0]), self._heads("v", initial_states[0])
+        if k_initial is not None and v_initial is not None:
             if not fix:
                 k_initial = _rotate(k_initial, cos[:num_context], sin[:num_context])
             reset = self.config.reset_of(k_initial, v_initial)
@@ -170,6 +184,8 @@ class StreamAttention(nn.Module):
             reset=reset,
             scale=self.scaling,
         )
+        if past is not None and not sums_only:
+            out = out[past.given]
         o_proj: nn.Module = self.get_submodule("o_proj")
         projected: Tensor = o_proj(out.flatten(1))
         return projected[None]
@@ -216,7 +232,7 @@ class StreamDecoderLayer(GradientCheckpointingLayer):
                 "a model with DTI attention reads packed streaming prompts: call it with stream=Stream(layout), "
                 "and build the layout with StreamLayout.build or dti_model.prompts"
             )
-        num_context = stream.layout.num_context
+        num_context = hidden_states.shape[1] - stream.layout.num_sum
         if self.is_first:
             hidden_states = self.dropout(hidden_states)
             stream.initial_states = hidden_states[:, :num_context]
@@ -225,7 +241,7 @@ class StreamDecoderLayer(GradientCheckpointingLayer):
         if self.self_attn.resets:
             initial = self.input_layernorm(stream.initial_states)
         attended = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, stream.layout, initial, sums_only
+            self.input_layernorm(hidden_states), position_embeddings, stream, initial, sums_only
         )
         residual = hidden_states[:, num_context:] if sums_only else hidden_states
         hidden_states = residual + self.dropout(attended)
@@ -288,20 +304,25 @@ def token_logits(
     layout: StreamLayout,
     config: DTIConfig,
     tokens: Sequence[int] = (),
+    past: Past | None = None,
+    recorded: list[LayerKeys] | None = None,
 ) -> Tensor:
     """Logits at the [SUM] rows: `(S, V)`, or `(S, len(tokens))` for some tokens of the vocabulary.
 
     Args:
         model: the result of `apply_dti`, perhaps wrapped by peft or a distributed engine.
-        input_ids: `(T,)` int64, context tokens in layout order, then one [SUM] token per target.
+        input_ids: `(T,)` int64, context tokens in layout order, then one [SUM] token per target; with a past, of the rows
+            that it lacks.
         layout: of the same batch, on the model's device.
         config: the one the model was made with.
         tokens: token ids whose logits are wanted; empty: all.
+        past: context rows that need not be computed again.
+        recorded: takes the keys of all context rows, layer after layer.
     """
     output = model(
         input_ids=input_ids[None],
         position_ids=position_ids(layout, config)[None],
-        stream=Stream(layout),
+        stream=Stream(layout, past=past, recorded=recorded),
         use_cache=False,
     )
     logits: Tensor = output.logits[0]

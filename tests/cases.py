@@ -171,13 +171,13 @@ CASES = [
     ),
     Case(
         "many_candidates",
-        [[7, 5, 6, 4] * 3, [9] * 8],
-        [[1] * 12, [1] * 8],
+        [[7, 5, 6, 4] * 2, [9] * 4],
+        [[1] * 8, [1] * 4],
         [],
         window=12,
         prefix_lengths=[1, 1],
-        candidate_lengths=[[5, 9, 3, 40, 6] * 2, [7, 2] * 5],
-        num_heads=4,
-        num_groups=2,
+        candidate_lengths=[[5, 9, 3, 40, 6], [7, 2] * 5],
+        num_heads=2,
+        num_groups=1,
     ),
 ]

@@ -1,0 +1,296 @@
+"""Scoring candidates of a user with a trained run, a hundred of them in one pass.
+
+    scorer = Scorer.from_run("runs/mine")
+    scorer.score([("50", 1), ("172", 0)], ["181", "1", {"title": "Brazil (1985)", "genres": ["Sci-Fi"]}])
+
+The history is computed once and every candidate sees the history and itself (semantics.md, section 8), so its score is that of a
+sliding-window prompt of its own. `encode` keeps the history for later calls; `append` adds what the user did next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dti_kernels import candidate_layout
+from dti_model.attention import token_logits
+from dti_model.items import Item, ItemError, ItemTokens
+from dti_model.past import LayerKeys, Past, concatenated
+from dti_model.prompts import IntArray, consecutive_batches
+from dti_model.run import Run
+
+Scores = npt.NDArray[np.float64]
+History = Sequence[tuple[Item, int]]
+
+
+@dataclass(frozen=True)
+class _Interaction:
+    """An item of a history and what the user thought of it, in token ids."""
+
+    item: IntArray
+    label: int
+
+
+_Tokens = tuple[_Interaction, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class HistoryState:
+    """An encoded history: what later passes read of it. Made by `Scorer.encode` and `Scorer.append`, never changed.
+
+    Attributes:
+        origin: `encoded` from a history, `extended` by one interaction without computing the others again, or `re-encoded`: the
+            oldest interaction left the window, and the others' states had read it, so they were computed anew.
+        num_bytes: of the tensors it holds.
+    """
+
+    origin: Literal["encoded", "extended", "re-encoded"]
+    interactions: _Tokens
+    layers: tuple[LayerKeys, ...]
+    owner: Scorer
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values of all layers."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+    @property
+    def num_interactions(self) -> int:
+        """How many it holds: the last n of the history."""
+        return len(self.interactions)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some candidates of one request, with its history or that history's state."""
+
+    history: _Tokens
+    candidates: list[IntArray]
+    state: HistoryState | None
+
+
+class Scorer:
+    """Click probabilities of candidates. Safe to call from several threads.
+
+    Attributes:
+        run: model, tokenizer, data and settings.
+        token_budget: rows of a pass at most; more candidates take more passes.
+    """
+
+    def __init__(self, run: Run, token_budget: int = 16384) -> None:
+        """Score with a run that is loaded already; its model is put into evaluation mode.
+
+        Raises:
+            ValueError: the token budget is below 1.
+        """
+        if token_budget < 1:
+            raise ValueError(f"token_budget must be >= 1, got {token_budget}")
+        self.run, self.token_budget = run, token_budget
+        self._format = run.builder.format
+        self._items = ItemTokens(run.builder, run.tokenizer)
+        self._users = {user: index for index, user in enumerate(run.data.user_ids)}
+        run.model.eval()
+
+    @staticmethod
+    def from_run(
+        folder: str | Path,
+        data: str | Path | None = None,
+        device: str | None = None,
+        token_budget: int = 16384,
+    ) -> Scorer:
+        """Load a run folder (safetensors, JSON and YAML; nothing is unpickled).
+
+        Args:
+            folder: made by `dti train`.
+            data: prepared folder that items and users are looked up in; default: the one of the run.
+            device: torch device; default: cuda where there is one.
+            token_budget: rows of a pass at most.
+
+        Raises:
+            FileNotFoundError: no run folder, or its training has not ended.
+            DataError: the prepared folder cannot be read.
+        """
+        return Scorer(Run.load(Path(folder), None if data is None else Path(data), device), token_budget)
+
+    def score(self, history: History | HistoryState, candidates: Sequence[Item]) -> Scores:
+        """Click probabilities of one user's candidates.
+
+        Args:
+            history: `(item, label)` pairs, oldest first, label 1 for a click and 0 for none; the last n count (n is the run's
+                window). Empty: a new user. Or the state that `encode` made of it.
+            candidates: items, each an id, its fields or {"text": ...} (see `dti_model.items`). Every candidate is scored by
+                itself: order, company and repetition do not matter.
+
+        Returns:
+            `(len(candidates),)` float64.
+
+        Raises:
+            ItemError: an item is unknown or its text empty, or a label is neither 0 nor 1; the message names the place.
+            ValueError: the state belongs to another scorer.
+
+        Cost: one pass over `history + candidates` tokens; beyond the token budget the history is encoded once and the
+        candidates take several passes.
+        """
+        return self.score_many([(history, candidates)])[0]
+
+    def score_many(self, requests: Sequence[tuple[History | HistoryState, Sequence[Item]]]) -> list[Scores]:
+        """`score` of many users at once, packed into passes of at most the token budget; in the order of the requests."""
+        parts = [part for history, candidates in requests for part in self._parts(history, candidates)]
+        num_rows = np.asarray([rows for _, rows in parts], np.int64)
+        batches = consecutive_batches(num_rows, self.token_budget)
+        scores = [self._scores([parts[i][0] for i in batch]) for batch in batches]
+        flat = np.concatenate([np.empty(0), *scores])
+        return np.split(flat, np.cumsum([len(candidates) for _, candidates in requests]))[: len(requests)]
+
+    def encode(self, history: History) -> HistoryState:
+        """Compute a history's last n interactions once, for any number of calls of `score`.
+
+        Raises:
+            ItemError: as in `score`.
+        """
+        return self._encoded(self._tokens(history), "encoded")
+
+    def append(self, state: HistoryState, item: Item, label: int) -> HistoryState:
+        """The state after one more interaction; the given one stays as it is.
+
+        While the history is shorter than the window, only the new interaction is computed (`origin` is `extended`). Afterwards
+        the oldest one leaves: the states of the others have read it, which no sliding-window prompt has, so the last n are
+        computed anew (`re-encoded`).
+
+        Raises:
+            ItemError: as in `score`.
+            ValueError: the state belongs to another scorer.
+        """
+        self._check_owner(state)
+        new = _Interaction(self._items.tokens(item), self._label(label))
+        interactions = (*state.interactions, new)
+        if len(interactions) > self._format.window:
+            return self._encoded(self._kept(interactions), "re-encoded")
+        appended = np.append(new.item, new.label)
+        _, layers = self._forward([_Part(state.interactions, [appended], state)])
+        return HistoryState("extended", interactions, tuple(layers), self)
+
+    def history_of(self, user: str | int) -> list[tuple[str, int]]:
+        """The stored history of a user of the prepared data, oldest first: `(item id, label)` pairs.
+
+        Raises:
+            ItemError: the prepared data has no such user.
+        """
+        data, index = self.run.data, self._users.get(str(user))
+        if index is None:
+            raise ItemError(f"no user with id {user!r} in {data.path}: give the history")
+        rows = slice(*data.history_offsets[index : index + 2].tolist())
+        pairs = zip(data.item[rows].tolist(), data.label[rows].tolist())
+        return [(data.item_ids[item], label) for item, label in pairs]
+
+    # Requests to parts: token ids, and no more than fits a pass.
+
+    def _tokens(self, history: History) -> _Tokens:
+        interactions = []
+        for place, entry in self._kept(list(enumerate(history))):
+            try:
+                item, label = entry
+            except (TypeError, ValueError):
+                raise ItemError(f"history[{place}]: must be an (item, label) pair, got {entry!r}") from None
+            try:
+                interactions.append(_Interaction(self._items.tokens(item), self._label(label)))
+            except ItemError as error:
+                raise ItemError(f"history[{place}]: {error}") from None
+        return tuple(interactions)
+
+    def _kept(self, history: Sequence[Any]) -> Sequence[Any]:
+        return history[max(0, len(history) - self._format.window) :]
+
+    def _label(self, label: int) -> int:
+        if not isinstance(label, (bool, int, np.integer, np.bool_)) or label not in (0, 1):
+            raise ItemError(f"a label must be 0 or 1, got {label!r}")
+        return self._format.labels[int(label)]
+
+    def _parts(
+        self, history: History | HistoryState, candidates: Sequence[Item]
+    ) -> Iterator[tuple[_Part, int]]:
+        """Parts and the rows of each."""
+        if isinstance(candidates, (str, bytes)) or not isinstance(candidates, Sequence):
+            raise ItemError(f"candidates must be a list of items, got {candidates!r}")
+        tokens = []
+        for place, item in enumerate(candidates):
+            try:
+                tokens.append(self._items.tokens(item))
+            except ItemError as error:
+                raise ItemError(f"candidates[{place}]: {error}") from None
+        state = history if isinstance(history, HistoryState) else None
+        if state is not None:
+            self._check_owner(state)
+        interactions = (
+            self._tokens(history) if not isinstance(history, HistoryState) else history.interactions
+        )
+        shared = len(self._format.prefix) + sum(len(one.item) + 1 for one in interactions)
+        num_rows = np.asarray([len(one) + 1 for one in tokens], np.int64)
+        if shared + num_rows.sum() > self.token_budget and len(tokens) > 1:
+            state = state or self._encoded(interactions, "encoded")
+        for some in consecutive_batches(num_rows, self.token_budget - shared):
+            part = _Part(interactions, [tokens[i] for i in some], state)
+            yield part, shared + int(num_rows[some].sum())
+
+    def _check_owner(self, state: HistoryState) -> None:
+        if state.owner is not self:
+            raise ValueError("the state was made by another scorer: encode the history with this one")
+
+    # Parts to the model.
+
+    def _encoded(
+        self, history: Sequence[_Interaction], origin: Literal["encoded", "re-encoded"]
+    ) -> HistoryState:
+        _, layers = self._forward([_Part(tuple(history), [], None)])
+        return HistoryState(origin, tuple(history), tuple(layers), self)
+
+    def _scores(self, parts: list[_Part]) -> Scores:
+        logits, _ = self._forward(parts)
+        probabilities: Scores = torch.softmax(logits.double(), -1)[:, 1].cpu().numpy()
+        return probabilities
+
+    @torch.no_grad()
+    def _forward(self, parts: list[_Part]) -> tuple[torch.Tensor, list[LayerKeys]]:
+        """Logits `(S, 2)` of the candidates of a packed pass; where there is one part only, also the keys of its rows."""
+        prefix = np.asarray(self._format.prefix, np.int64)
+        layout = candidate_layout(
+            [[len(one.item) for one in part.history] for part in parts],
+            [[1] * len(part.history) for part in parts],
+            [[len(tokens) for tokens in part.candidates] for part in parts],
+            self._format.window,
+            prefix_lengths=[len(prefix)] * len(parts),
+        )
+        ids: list[IntArray] = []
+        is_known: list[npt.NDArray[np.bool_]] = []
+        for part in parts:
+            shared = [prefix, *(np.append(one.item, one.label) for one in part.history)]
+            ids += [*shared, *part.candidates]
+            num_shared = sum(map(len, shared))
+            is_known.append(np.full(num_shared, part.state is not None))
+            is_known.append(np.zeros(sum(map(len, part.candidates)), np.bool_))
+        ids.append(np.full(layout.num_sum, self._format.sum_token))
+        is_known.append(np.zeros(layout.num_sum, np.bool_))
+        input_ids, known = np.concatenate(ids), np.concatenate(is_known)
+        device = self.run.model.device
+        past = None
+        states = [part.state.layers for part in parts if part.state is not None]
+        if states:
+            where = [torch.from_numpy(np.flatnonzero(mask)).to(device) for mask in (known, ~known)]
+            past = Past(concatenated(states), *where)
+        recorded: list[LayerKeys] | None = [] if len(parts) == 1 else None
+        logits = token_logits(
+            self.run.model,
+            torch.from_numpy(input_ids[~known]).to(device),
+            layout.to(device),
+            self.run.config.dti,
+            self._format.labels,
+            past=past,
+            recorded=recorded,
+        )
+        return logits, recorded or []
