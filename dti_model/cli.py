@@ -1,17 +1,22 @@
-"""The `dti` command: prepare, train, evaluate."""
+"""The `dti` command: prepare, train, evaluate, score."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 SOURCES = "ml-100k, ml-1m"
+
+
+class _KeepLines(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Descriptions keep their lines: for those that show a file format."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
     parsed = parser.parse_args(arguments)
-    command = {"prepare": _prepare, "train": _train, "evaluate": _evaluate}[parsed.subcommand]
+    command = {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "score": _score}[
+        parsed.subcommand
+    ]
     try:
         command(parser.instantiate(parsed)[parsed.subcommand])
     except (ValueError, OSError, RuntimeError) as error:
@@ -101,7 +108,42 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument("--json", type=Path, help="also write the metrics to this file")
     evaluate.add_argument("--progress", type=bool, default=True, help="show a progress bar")
     commands.add_subcommand("evaluate", evaluate, help="metrics of a trained run beside lines without text")
+    score = _score_parser()
+    commands.add_subcommand("score", score, help="click probabilities of a file of candidates")
+    score.formatter_class = _KeepLines  # add_subcommand sets the parent's
     return parser
+
+
+def _score_parser() -> ArgumentParser:
+    score = ArgumentParser(
+        description="""Score candidates of users, a request per line (JSON lines, or Parquet with the same columns):
+
+  {"user": "5", "candidates": ["50", "172"]}
+  {"history": [["50", 1], ["172", 0]], "candidates": ["181", {"title": "Brazil (1985)", "genres": ["Sci-Fi"]}]}
+
+A user without a history has the one of the prepared data. An item is an id of the prepared data, the fields that its
+item texts are made of, or {"text": "..."}; a label is 1 for a click and 0 for none, oldest interaction first. In
+Parquet, history is a list of structs (item, label).
+
+Output, a record per line and in their order: {"line": 1, "user": "5", "probabilities": [0.71, 0.42]}.
+A command that was killed goes on where it was when it is given again.""",
+    )
+    score.add_argument("--run", type=Path, required=True, help="run folder made by `dti train`")
+    score.add_argument("--input", type=Path, required=True, help="requests, .jsonl or .parquet")
+    score.add_argument("--output", type=Path, required=True, help="file to make, .jsonl or .parquet")
+    score.add_argument(
+        "--data", type=Path, help="prepared folder; default: the one that the run was trained on"
+    )
+    score.add_argument("--device", type=str, help="torch device; default: cuda where there is one")
+    score.add_argument(
+        "--bad-lines",
+        type=Literal["stop", "skip"],
+        default="stop",
+        help="stop at a line that cannot be scored, or write its error in place of probabilities",
+    )
+    score.add_argument("--token-budget", type=int, default=16384, help="tokens of a pass through the model")
+    score.add_argument("--progress", type=bool, default=True, help="show a progress bar")
+    return score
 
 
 def _prepare(options: Namespace) -> None:
@@ -167,6 +209,22 @@ def _evaluate(options: Namespace) -> None:
     print(sentence_about_baselines(result[options.split], result["baselines"][options.split]))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _score(options: Namespace) -> None:
+    from dti_model.score_file import score_file
+    from dti_model.scorer import Scorer
+
+    _quiet_transformers()
+    scorer = Scorer.from_run(options.run, options.data, options.device, options.token_budget)
+    skip_bad_lines = options.bad_lines == "skip"
+    done = score_file(scorer, options.run, options.input, options.output, skip_bad_lines, options.progress)
+    resumed = f", {done.resumed:,} of them before this call" if done.resumed else ""
+    print(f"{options.output}: {done.lines - done.bad:,} of {done.lines:,} lines scored{resumed}")
+    if done.bad:
+        print(f"{done.bad:,} bad lines:", *done.first_bad, sep="\n  ", file=sys.stderr)
+        if done.bad > len(done.first_bad):
+            print("  ... (all of them stand in the output)", file=sys.stderr)
 
 
 if __name__ == "__main__":

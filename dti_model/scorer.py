@@ -9,7 +9,7 @@ sliding-window prompt of its own. `encode` keeps the history for later calls; `a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,12 +66,12 @@ class HistoryState:
         return len(self.interactions)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Some candidates of one request, with its history or that history's state."""
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A checked request in token ids: made by `Scorer.request`."""
 
     history: _Tokens
-    candidates: list[IntArray]
+    candidates: Sequence[IntArray]
     state: HistoryState | None
 
 
@@ -137,16 +137,31 @@ class Scorer:
         Cost: one pass over `history + candidates` tokens; beyond the token budget the history is encoded once and the
         candidates take several passes.
         """
-        return self.score_many([(history, candidates)])[0]
+        return self.score_many([self.request(history, candidates)])[0]
 
-    def score_many(self, requests: Sequence[tuple[History | HistoryState, Sequence[Item]]]) -> list[Scores]:
+    def request(self, history: History | HistoryState, candidates: Sequence[Item]) -> Request:
+        """The arguments of `score`, checked and in token ids, for `score_many`; raises what `score` raises."""
+        if isinstance(candidates, (str, bytes, Mapping)) or not isinstance(candidates, Sequence):
+            raise ItemError(f"candidates must be a list of items, got {candidates!r}")
+        tokens = []
+        for place, item in enumerate(candidates):
+            try:
+                tokens.append(self._items.tokens(item))
+            except ItemError as error:
+                raise ItemError(f"candidates[{place}]: {error}") from None
+        if isinstance(history, HistoryState):
+            self._check_owner(history)
+            return Request(history.interactions, tokens, history)
+        return Request(self._tokens(history), tokens, None)
+
+    def score_many(self, requests: Sequence[Request]) -> list[Scores]:
         """`score` of many users at once, packed into passes of at most the token budget; in the order of the requests."""
-        parts = [part for history, candidates in requests for part in self._parts(history, candidates)]
+        parts = [part for request in requests for part in self._parts(request)]
         num_rows = np.asarray([rows for _, rows in parts], np.int64)
         batches = consecutive_batches(num_rows, self.token_budget)
         scores = [self._scores([parts[i][0] for i in batch]) for batch in batches]
         flat = np.concatenate([np.empty(0), *scores])
-        return np.split(flat, np.cumsum([len(candidates) for _, candidates in requests]))[: len(requests)]
+        return np.split(flat, np.cumsum([len(request.candidates) for request in requests]))[: len(requests)]
 
     def encode(self, history: History) -> HistoryState:
         """Compute a history's last n interactions once, for any number of calls of `score`.
@@ -173,7 +188,7 @@ class Scorer:
         if len(interactions) > self._format.window:
             return self._encoded(self._kept(interactions), "re-encoded")
         appended = np.append(new.item, new.label)
-        _, layers = self._forward([_Part(state.interactions, [appended], state)])
+        _, layers = self._forward([Request(state.interactions, [appended], state)])
         return HistoryState("extended", interactions, tuple(layers), self)
 
     def history_of(self, user: str | int) -> list[tuple[str, int]]:
@@ -192,6 +207,8 @@ class Scorer:
     # Requests to parts: token ids, and no more than fits a pass.
 
     def _tokens(self, history: History) -> _Tokens:
+        if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
+            raise ItemError(f"history must be a list of (item, label) pairs, got {history!r}")
         interactions = []
         for place, entry in self._kept(list(enumerate(history))):
             try:
@@ -212,30 +229,15 @@ class Scorer:
             raise ItemError(f"a label must be 0 or 1, got {label!r}")
         return self._format.labels[int(label)]
 
-    def _parts(
-        self, history: History | HistoryState, candidates: Sequence[Item]
-    ) -> Iterator[tuple[_Part, int]]:
-        """Parts and the rows of each."""
-        if isinstance(candidates, (str, bytes)) or not isinstance(candidates, Sequence):
-            raise ItemError(f"candidates must be a list of items, got {candidates!r}")
-        tokens = []
-        for place, item in enumerate(candidates):
-            try:
-                tokens.append(self._items.tokens(item))
-            except ItemError as error:
-                raise ItemError(f"candidates[{place}]: {error}") from None
-        state = history if isinstance(history, HistoryState) else None
-        if state is not None:
-            self._check_owner(state)
-        interactions = (
-            self._tokens(history) if not isinstance(history, HistoryState) else history.interactions
-        )
-        shared = len(self._format.prefix) + sum(len(one.item) + 1 for one in interactions)
-        num_rows = np.asarray([len(one) + 1 for one in tokens], np.int64)
-        if shared + num_rows.sum() > self.token_budget and len(tokens) > 1:
-            state = state or self._encoded(interactions, "encoded")
+    def _parts(self, request: Request) -> Iterator[tuple[Request, int]]:
+        """The request, cut where it would pass the token budget, and the rows of each part."""
+        shared = len(self._format.prefix) + sum(len(one.item) + 1 for one in request.history)
+        num_rows = np.asarray([len(tokens) + 1 for tokens in request.candidates], np.int64)
+        state = request.state
+        if shared + num_rows.sum() > self.token_budget and len(num_rows) > 1:
+            state = state or self._encoded(request.history, "encoded")
         for some in consecutive_batches(num_rows, self.token_budget - shared):
-            part = _Part(interactions, [tokens[i] for i in some], state)
+            part = Request(request.history, [request.candidates[i] for i in some], state)
             yield part, shared + int(num_rows[some].sum())
 
     def _check_owner(self, state: HistoryState) -> None:
@@ -247,16 +249,16 @@ class Scorer:
     def _encoded(
         self, history: Sequence[_Interaction], origin: Literal["encoded", "re-encoded"]
     ) -> HistoryState:
-        _, layers = self._forward([_Part(tuple(history), [], None)])
+        _, layers = self._forward([Request(tuple(history), [], None)])
         return HistoryState(origin, tuple(history), tuple(layers), self)
 
-    def _scores(self, parts: list[_Part]) -> Scores:
+    def _scores(self, parts: list[Request]) -> Scores:
         logits, _ = self._forward(parts)
         probabilities: Scores = torch.softmax(logits.double(), -1)[:, 1].cpu().numpy()
         return probabilities
 
     @torch.no_grad()
-    def _forward(self, parts: list[_Part]) -> tuple[torch.Tensor, list[LayerKeys]]:
+    def _forward(self, parts: list[Request]) -> tuple[torch.Tensor, list[LayerKeys]]:
         """Logits `(S, 2)` of the candidates of a packed pass; where there is one part only, also the keys of its rows."""
         prefix = np.asarray(self._format.prefix, np.int64)
         layout = candidate_layout(

@@ -110,7 +110,7 @@ def test_stored_users_score_as_in_evaluation(scorer: Scorer) -> None:
     requests = []
     for row, user in zip(rows.tolist(), run.data.users_of(rows).tolist()):
         history = scorer.history_of(run.data.user_ids[user])[: row - run.data.history_offsets[user]]
-        requests.append((history, [run.data.item_ids[run.data.item[row]]]))
+        requests.append(scorer.request(history, [run.data.item_ids[run.data.item[row]]]))
     assert np.abs(np.concatenate(scorer.score_many(requests)) - expected).max() < TOLERANCE
 
 
@@ -124,7 +124,7 @@ def test_neither_order_nor_company_nor_batches_matter(
     state = small.encode(HISTORY)
     shuffled = [CANDIDATES[i] for i in order]
     requests = [(HISTORY, shuffled), ([], []), (state, shuffled[:4]), (HISTORY[:1], ["2"]), (state, [])]
-    results = small.score_many(requests)
+    results = small.score_many([small.request(*request) for request in requests])
     assert list(map(len, results)) == [7, 0, 4, 1, 0]
     assert np.abs(results[0] - expected[order]).max() < TOLERANCE
     assert np.abs(results[2] - expected[order[:4]]).max() < TOLERANCE
@@ -142,7 +142,8 @@ def test_no_pass_is_larger_than_the_budget(small_folder: Path, monkeypatch: pyte
         return logits, recorded
 
     monkeypatch.setattr(small, "_forward", watched)
-    small.score_many([(HISTORY, CANDIDATES * 3), (HISTORY[:2], CANDIDATES), (HISTORY, ["1"])])
+    requests = [(HISTORY, CANDIDATES * 3), (HISTORY[:2], CANDIDATES), (HISTORY, ["1"])]
+    small.score_many([small.request(*request) for request in requests])
     assert max(sizes) <= 120
     assert len(sizes) > 3
 
@@ -194,6 +195,7 @@ def test_a_window_of_nothing(small_folder: Path) -> None:
         ([("1", 1), ("777", 1)], [], r"history\[1\]: no item with id '777'"),
         ([("1", 2)], ["1"], r"history\[0\]: a label must be 0 or 1, got 2"),
         ([("1", "yes")], ["1"], r"history\[0\]: a label must be 0 or 1, got 'yes'"),
+        ("12", ["1"], r"history must be a list of \(item, label\) pairs, got '12'"),
         (["1"], ["1"], r"history\[0\]: must be an \(item, label\) pair, got '1'"),
     ],
 )
