@@ -47,8 +47,9 @@ STAGES = (
         ("-m", "benchmarks.bench_attention", "--device", "cuda", "--out", "{rows}", "--seconds", "125"),
         170,
     ),
-    Stage("tiles", ("-m", "benchmarks.tune_tiles", "--seconds", "75", "--out", "{rows}"), 100),
-    Stage("training", ("-m", "benchmarks.bench_training", "--seconds", "50", "--out", "{rows}"), 80),
+    Stage("tiles", ("-m", "benchmarks.tune_tiles", "--seconds", "40", "--out", "{rows}"), 60),
+    Stage("score", ("-m", "benchmarks.bench_score", "--device", "cuda", "--out", "{rows}"), 60),
+    Stage("training", ("-m", "benchmarks.bench_training", "--seconds", "35", "--out", "{rows}"), 60),
 )
 
 

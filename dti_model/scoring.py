@@ -2,7 +2,8 @@
 
     p = softmax(logit_yes, logit_no)[yes]                                                        (semantics.md, section 6)
 
-One sliding-window prompt (k = 1) per target unless asked otherwise, as the paper does.
+One sliding-window prompt (k = 1) per target unless asked otherwise, as the paper does; targets whose windows all reach the
+user's first interaction share a prompt, which gives them the same scores.
 """
 
 from __future__ import annotations
@@ -35,13 +36,17 @@ def score_targets(
         builder: histories and tokens.
         rows: `(S,)` interaction rows to score, in any order.
         token_budget: rows of a packed batch; a longer prompt gets a batch of its own.
-        k: targets per prompt: 1 for sliding windows, None for whole histories.
+        k: targets per prompt: 1 for (the scores of) sliding windows, None for whole histories.
         progress: label of a progress bar; None: no bar.
 
     Returns:
         `(S,)` probabilities in the order of `rows`.
     """
-    prompts = Prompts.streaming(builder.data, rows, builder.format.window, k)
+    window = builder.format.window
+    if k == 1:
+        prompts = Prompts.sliding_windows(builder.data, rows, window)
+    else:
+        prompts = Prompts.streaming(builder.data, rows, window, k)
     batches = list(consecutive_batches(builder.num_rows(prompts), token_budget))
     device, was_training = model.device, model.training
     model.eval()

@@ -14,6 +14,7 @@ from dti_kernels import StreamLayout
 from dti_model.attention import MODES, DTIConfig, token_logits
 from dti_model.config import ModelConfig, TrainConfig
 from dti_model.items import ItemError
+from dti_model.prompts import Prompts
 from dti_model.run import Run
 from dti_model.scorer import History, Scorer
 from dti_model.scoring import score_targets
@@ -258,3 +259,21 @@ def test_threads_share_a_scorer_and_a_cache(scorer: Scorer) -> None:
     assert len(results) == WINDOW
     assert all(np.abs(scores - expected).max() < TOLERANCE for scores in results.values())
     assert cache.get("shared").num_interactions == WINDOW
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluation_gives_the_scores_of_a_prompt_per_target(small_folder: Path, mode: str) -> None:
+    """Targets near the beginning of a history share a prompt, and the others do not."""
+    run = scorer_of(small_folder, dataclasses.replace(RESET, mode=mode)).run
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(run.data.split >= 0)[:160])
+    prompts = Prompts.streaming(run.data, rows, WINDOW, 1)
+    assert len(Prompts.sliding_windows(run.data, rows, WINDOW)) < len(prompts)
+    batch = run.builder.batch(prompts)
+    with torch.no_grad():
+        logits = token_logits(
+            run.model, batch.input_ids, batch.layout, run.config.dti, run.builder.format.labels
+        )
+    expected = logits.double().softmax(-1)[:, 1].numpy()[np.searchsorted(batch.targets.numpy(), rows)]
+    for token_budget in (100, 1 << 20):
+        scores = score_targets(run.model, run.config.dti, run.builder, rows, token_budget)
+        assert np.abs(scores - expected).max() < TOLERANCE

@@ -1,0 +1,210 @@
+"""Scoring: candidates of one user in one pass, and evaluation of a test split, each beside what one would do without.
+
+    python -m benchmarks.bench_score [--data DIR] [--part candidates evaluation] [--device cuda] [--out ROWS.jsonl]
+
+`candidates`: 1 to 500 candidates of a real user with a history of 20: one pass; an encoded history, with which only candidates are
+computed; and one sliding-window prompt per candidate, packed, with the same model and attention.
+`evaluation`: targets of every 8th user of the test split: `score_targets` beside a plain Hugging Face loop (LlamaForCausalLM with
+the same weights, SDPA, one left-padded prompt per target, batches of 32, logits of the last position only), in mode dti-minus,
+which is what a plain model computes. Weights are random: speed does not depend on them. No row without parity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from benchmarks.measure import RESULTS, append_rows, interleaved_ms
+from dti_model.attention import DTIConfig
+from dti_model.config import ModelConfig, TrainConfig
+from dti_model.data import prepare
+from dti_model.prompts import Prompts
+from dti_model.run import Run, llama_config
+from dti_model.scorer import Scorer
+from dti_model.scoring import score_targets
+
+HISTORY = 20
+# Repeats by number of candidates: enough for a p99 where a call is short.
+REPEATS = {1: 100, 10: 100, 100: 40, 500: 10}
+PARITY = 1e-5
+BATCH = 32
+USER_STEP = 8
+
+
+def new_run(data: Path, model: ModelConfig, dti: DTIConfig, device: str) -> Run:
+    """An untrained run, on a device."""
+    run = Run.start(TrainConfig(data=data, out=Path("unused"), window=HISTORY, model=model, dti=dti))
+    run.model.to(device).eval()
+    return run
+
+
+def made_up_data(folder: Path) -> Path:
+    """A prepared folder without a network: 400 users with 60 ratings of 600 movies, texts of MovieLens' lengths."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghiklmnoprstuvw"), rng.integers(3, 9))) for _ in range(400)]
+    raw = folder / "raw"
+    raw.mkdir(parents=True)
+    titles = [" ".join(rng.choice(words, rng.integers(2, 6))) for _ in range(600)]
+    (raw / "movies.dat").write_text(
+        "".join(f"{i}::{title} (1995)::Drama|Comedy\n" for i, title in enumerate(titles, 1))
+    )
+    lines = [
+        f"{user}::{item}::{rng.integers(1, 6)}::{time}\n"
+        for user in range(1, 401)
+        for time, item in enumerate(rng.permutation(600)[:60] + 1, 1000 * user)
+    ]
+    (raw / "ratings.dat").write_text("".join(lines))
+    prepare("ml-1m", folder / "data", raw, subset=True)
+    return folder / "data"
+
+
+def measure_candidates(run: Run, device: str) -> list[dict[str, Any]]:
+    """Rows of every number of candidates and provider."""
+    scorer = Scorer(run)
+    user = next(u for u in run.data.user_ids if len(scorer.history_of(u)) >= HISTORY)
+    history = scorer.history_of(user)[-HISTORY:]
+    state = scorer.encode(history)
+    items = np.random.default_rng(0).permutation(run.data.item_ids).tolist()
+    rows = []
+    for count, repeats in REPEATS.items():
+        candidates = items[:count]
+
+        def one_prompt_each(candidates: list[str] = candidates) -> np.ndarray:
+            return np.concatenate(scorer.score_many([scorer.request(history, [item]) for item in candidates]))
+
+        providers: dict[str, Callable[[], np.ndarray]] = {
+            "one pass": lambda candidates=candidates: scorer.score(history, candidates),
+            "encoded history": lambda candidates=candidates: scorer.score(state, candidates),
+            "one prompt each": one_prompt_each,
+        }
+        expected = one_prompt_each()
+        for name, call in providers.items():
+            if np.abs(call() - expected).max() > PARITY:
+                raise AssertionError(
+                    f"{name}: scores of {count} candidates differ from those of a prompt each"
+                )
+        times = interleaved_ms(providers, repeats, warmup=2, device=device)
+        base = float(np.median(times["one prompt each"]))
+        for name, ms in times.items():
+            p50, p99 = np.percentile(ms, [50, 99])
+            rows.append(
+                {
+                    "benchmark": "score",
+                    "part": "candidates",
+                    "history": HISTORY,
+                    "candidates": count,
+                    "provider": name,
+                    "p50_ms": round(p50, 2),
+                    "p99_ms": round(p99, 2),
+                    "candidates_per_s": round(1e3 * count / p50, 1),
+                    "speedup": round(base / p50, 2),
+                    "repeats": repeats,
+                }
+            )
+    return rows
+
+
+def padded_scores(
+    model: LlamaForCausalLM, prompts: list[torch.Tensor], labels: tuple[int, int]
+) -> np.ndarray:
+    """The plain loop: probabilities from left-padded batches of prompts, each context tokens and then [SUM]."""
+    scores = []
+    for begin in range(0, len(prompts), BATCH):
+        ids = prompts[begin : begin + BATCH]
+        longest = max(map(len, ids))
+        input_ids = torch.stack([torch.nn.functional.pad(x, (longest - len(x), 0)) for x in ids])
+        lengths = torch.tensor(list(map(len, ids)))
+        mask = torch.arange(longest) >= longest - lengths[:, None]
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        with torch.no_grad():
+            output = model(
+                input_ids.to(model.device),
+                attention_mask=mask.long().to(model.device),
+                position_ids=positions.to(model.device),
+                use_cache=False,
+                logits_to_keep=1,
+            )
+        logits = output.logits[:, -1, list(labels)]
+        scores.append(torch.softmax(logits.double(), -1)[:, 1].cpu().numpy())
+    return np.concatenate(scores)
+
+
+def measure_evaluation(run: Run, device: str, repeats: int) -> list[dict[str, Any]]:
+    """Rows of both ways to score a slice of the test split."""
+    assert run.config.dti.mode == "dti-minus"
+    plain = LlamaForCausalLM(llama_config(run.config.model, run.tokenizer))
+    plain.load_state_dict(run.model.state_dict())
+    plain.set_attn_implementation("sdpa")
+    plain.to(device).eval()
+    rows = np.sort(run.data.targets("test"))
+    rows = rows[run.data.users_of(rows) % USER_STEP == 0]
+    prompts = Prompts.streaming(run.data, rows, run.config.window, 1)
+    ids = [run.builder.batch(prompts[np.array([i])]).input_ids for i in range(len(prompts))]
+    labels = run.builder.format.labels
+    providers: dict[str, Callable[[], np.ndarray]] = {
+        "packed": lambda: score_targets(run.model, run.config.dti, run.builder, rows),
+        "padded Hugging Face": lambda: padded_scores(plain, ids, labels),
+    }
+    if np.abs(providers["packed"]() - providers["padded Hugging Face"]()).max() > PARITY:
+        raise AssertionError("packed and padded scores differ")
+    times = interleaved_ms(providers, repeats, warmup=0, device=device)
+    base = float(np.median(times["padded Hugging Face"]))
+    return [
+        {
+            "benchmark": "score",
+            "part": "evaluation",
+            "data": run.data.stats["source"]["name"],
+            "targets": len(rows),
+            "provider": name,
+            "p50_ms": round(float(np.median(ms)), 1),
+            "targets_per_s": round(1e3 * len(rows) / float(np.median(ms)), 1),
+            "speedup": round(base / float(np.median(ms)), 2),
+            "repeats": repeats,
+        }
+        for name, ms in times.items()
+    ]
+
+
+def main() -> None:
+    """Measure, print and append."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder made by `dti prepare`; default: made-up data of MovieLens' shape"
+    )
+    parser.add_argument("--part", nargs="+", choices=("candidates", "evaluation"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3, help="of the evaluation")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/score-DEVICE.jsonl")
+    options = parser.parse_args()
+    model = ModelConfig(
+        layers=options.layers, width=options.width, mlp_width=8 * options.width // 3, dropout=0.0
+    )
+    if options.data is None:
+        options.data = made_up_data(Path(tempfile.mkdtemp()))
+    rows = []
+    for part in options.part or ("candidates", "evaluation"):
+        if part == "candidates":
+            dti = DTIConfig(alpha_max=0.5)
+            rows += measure_candidates(new_run(options.data, model, dti, options.device), options.device)
+        else:
+            run = new_run(options.data, model, DTIConfig("dti-minus"), options.device)
+            rows += measure_evaluation(run, options.device, options.repeats)
+    for row in rows:
+        row["model"] = f"{options.layers} x {options.width}"
+        print({key: value for key, value in row.items() if key != "benchmark"})
+    append_rows(options.out or RESULTS / f"score-{options.device}.jsonl", rows)
+
+
+if __name__ == "__main__":
+    main()
