@@ -32,7 +32,7 @@ from dti_model.scoring import score_targets
 
 HISTORY = 20
 # Repeats by number of candidates: enough for a p99 where a call is short.
-REPEATS = {1: 100, 10: 100, 100: 40, 500: 10}
+REPEATS = {1: 100, 10: 50, 100: 15, 500: 5}
 PARITY = 1e-5
 BATCH = 32
 USER_STEP = 8

@@ -27,6 +27,7 @@ from dti_model.report import metrics_table, sentence_about_baselines
 README = Path(__file__).parents[1] / "README.md"
 QUICKSTART = RESULTS / "quickstart.json"
 ATTENTION_CPU = RESULTS / "attention-cpu.jsonl"
+SCORE_CPU = RESULTS / "score-cpu.jsonl"
 
 
 def quickstart() -> str:
@@ -57,7 +58,37 @@ def attention_cpu() -> str:
     return "\n".join(lines)
 
 
-PARTS: dict[str, Callable[[], str]] = {"quickstart": quickstart, "attention-cpu": attention_cpu}
+def score_cpu() -> str:
+    """Rows of the last CPU runs of both parts of the scoring benchmark."""
+    rows = [json.loads(line) for line in SCORE_CPU.read_text().splitlines()]
+    made = {row["part"]: (row["date"], row["commit"]) for row in rows}
+    last = [row for row in rows if (row["date"], row["commit"]) == made[row["part"]]]
+    lines = ["| candidates | provider | p50 / p99 ms | candidates/s | |", "|---|---|---|---|---|"]
+    for row in last:
+        if row["part"] == "candidates":
+            lines.append(
+                f"| {row['candidates']} | {row['provider']} | {row['p50_ms']:.0f} / {row['p99_ms']:.0f} | "
+                f"{row['candidates_per_s']:,.0f} | {row['speedup']:.1f} x |"
+            )
+    machine = next(row for row in last if row["part"] == "candidates")
+    lines += [
+        "",
+        f"{machine['machine']}, {machine['model']} model, a history of {machine['history']} interactions.",
+    ]
+    packed, padded = (row for row in last if row["part"] == "evaluation")
+    lines.append(
+        f"Evaluation, one target after the other of {packed['data']}'s test split ({packed['model']}): "
+        f"{packed['targets_per_s']:,.0f} targets/s, against {padded['targets_per_s']:,.0f} with left-padded batches in plain "
+        f"Hugging Face, equal scores ({packed['speedup']:.1f} x)."
+    )
+    return "\n".join(lines)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart,
+    "attention-cpu": attention_cpu,
+    "score-cpu": score_cpu,
+}
 
 
 def render(text: str) -> str:

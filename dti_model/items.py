@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dti_model.data.build import MISSING_TEXT
 from dti_model.data.movielens import movie_text
 from dti_model.data.tokens import plain_backend
 from dti_model.prompts import IntArray, PromptBuilder
@@ -59,7 +60,19 @@ class ItemTokens:
             ItemError: the prepared data has no such item, the fields are not those of its items, or the text is empty.
         """
         if isinstance(item, Mapping):
-            return self._encoded(self.text(item))
+            return self._encoded(self._rendered(item))
+        index = self._index_of(item)
+        offset = int(self._builder.token_offsets[index])
+        ids = self._builder.token_ids[offset : offset + int(self._builder.item_lengths[index])]
+        return ids.astype(np.int64)
+
+    def text(self, item: Item) -> str:
+        """The item text, uncut; raises what `tokens` raises, and lets an empty text pass."""
+        return (
+            self._rendered(item) if isinstance(item, Mapping) else self._data.item_texts[self._index_of(item)]
+        )
+
+    def _index_of(self, item: Item) -> int:
         if isinstance(item, bool) or not isinstance(item, (str, int, np.integer)):
             raise ItemError(
                 f'an item is an id, its fields or {{"text": ...}}, got {item!r} of {type(item).__name__}'
@@ -70,12 +83,9 @@ class ItemTokens:
                 f"no item with id {item!r} in {self._data.path}: an item that is not there is given by its fields, "
                 'or as {"text": ...}'
             )
-        offset = int(self._builder.token_offsets[index])
-        return self._builder.token_ids[offset : offset + int(self._builder.item_lengths[index])].astype(
-            np.int64
-        )
+        return index
 
-    def text(self, fields: Mapping[str, Any]) -> str:
+    def _rendered(self, fields: Mapping[str, Any]) -> str:
         """The item text of fields, as the data set's loader would make it."""
         if fields.keys() == {"text"} and isinstance(fields["text"], str):
             return fields["text"]
@@ -84,7 +94,7 @@ class ItemTokens:
             raise ItemError(
                 f"items of {self._source} can only be given by id or as {{'text': ...}}, got {dict(fields)}"
             )
-        return render(fields)
+        return render(fields) or MISSING_TEXT
 
     def _encoded(self, text: str) -> IntArray:
         ids = self._backend.encode(text, add_special_tokens=False).ids

@@ -204,6 +204,14 @@ class Scorer:
         pairs = zip(data.item[rows].tolist(), data.label[rows].tolist())
         return [(data.item_ids[item], label) for item, label in pairs]
 
+    def text_of(self, item: Item) -> str:
+        """The text of an item, before it is cut to the model's limit.
+
+        Raises:
+            ItemError: the item is unknown.
+        """
+        return self._items.text(item)
+
     # Requests to parts: token ids, and no more than fits a pass.
 
     def _tokens(self, history: History) -> _Tokens:

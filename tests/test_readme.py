@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from benchmarks import report
+from benchmarks.bench_score import made_up_data
 from dti_model.cli import main
+from dti_model.config import ModelConfig, TrainConfig
+from dti_model.run import MODEL_FOLDER, Run
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
@@ -20,12 +24,29 @@ SHELL_LINES = [
 ]
 
 
-def test_python_blocks_run() -> None:
-    assert PYTHON_BLOCKS
+def test_python_blocks_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder with a quickstart run, untrained."""
+    folder = tmp_path / "runs" / "quickstart"
+    config = TrainConfig(
+        data=made_up_data(tmp_path), out=folder, model=ModelConfig(layers=1, width=16, heads=2, kv_heads=1)
+    )
+    folder.mkdir(parents=True)
+    config.save(folder)
+    run = Run.start(config)
+    run.model.save_pretrained(folder / MODEL_FOLDER)
+    run.tokenizer.save_pretrained(folder / MODEL_FOLDER)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
     for block in PYTHON_BLOCKS:
-        names: dict = {}
         exec(block, names)
-        assert names["q"].grad is not None
+    assert names["q"].grad is not None
+    ranked = [line for line in capsys.readouterr().out.splitlines() if line.startswith("0.")]
+    assert len(ranked) == len(names["candidates"])
+    probabilities = [float(line.split()[0]) for line in ranked]
+    assert sorted(probabilities, reverse=True) == probabilities
+    assert any(line.endswith("The Grand Budapest Hotel (2014); Comedy, Drama") for line in ranked)
 
 
 @pytest.mark.parametrize("command", [line for line in SHELL_LINES if line.startswith("make ")])

@@ -67,7 +67,7 @@ def test_prepare_train_evaluate(folder: Path) -> None:
     assert f"{metrics['test']['auc']:.4f}" in evaluated.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["prepare"], ["train"], ["evaluate"]])
+@pytest.mark.parametrize("command", [[], ["prepare"], ["train"], ["evaluate"], ["score"]])
 def test_help_at_every_level(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])
@@ -84,6 +84,7 @@ def test_help_at_every_level(command: list[str], capsys: pytest.CaptureFixture[s
         (["train", "--data=nowhere", "--out=run", "--dti.mode=best"], "mode must be one of dti, dti-minus"),
         (["train", "--out=run"], "data"),
         (["evaluate", "--run=nowhere"], "is not a run folder"),
+        (["score", "--run=nowhere", "--input=in.jsonl", "--output=out.jsonl"], "is not a run folder"),
         (["prepare", "ml-5m", "--out=data"], "ml-5m"),
         (["prepare", "ml-1m", "--raw-dir=nowhere", "--out=data"], "nowhere"),
         (["rank"], "rank"),
