@@ -74,6 +74,17 @@ def baseline_metrics(data: PreparedData, split: str) -> dict[str, dict[str, floa
     return {name: click_metrics(labels, p, users) for name, p in baseline_scores(data, split).items()}
 
 
+def item_user_auc(data: PreparedData, split: str) -> float:
+    """AUC of the item_user_mean line alone, which takes no fit.
+
+    Raises:
+        DataError: as `baseline_metrics`.
+    """
+    rows = data.targets(split)
+    line = _Lines(data).item_user_mean()[rows]
+    return click_metrics(data.label[rows], line, data.users_of(rows))["auc"]
+
+
 class _Lines:
     """The lines over all I interaction rows of a data set; arrays are (I,) unless said otherwise."""
 

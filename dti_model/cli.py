@@ -1,4 +1,4 @@
-"""The `dti` command: prepare, train, evaluate, score."""
+"""The `dti` command: prepare, train, evaluate, score, search."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
     parsed = parser.parse_args(arguments)
-    command = {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "score": _score}[
+    commands = {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "score": _score, "search": _search}
+    command = commands[
         parsed.subcommand
     ]
     try:
@@ -111,6 +112,24 @@ def _parser() -> ArgumentParser:
     score = _score_parser()
     commands.add_subcommand("score", score, help="click probabilities of a file of candidates")
     score.formatter_class = _KeepLines  # add_subcommand sets the parent's
+
+    search = ArgumentParser(
+        description="Train every cell of a grid of settings with several seeds and compare them on validation; the test split is not "
+        "scored. The same command goes on after an interruption."
+    )
+    search.add_argument(
+        "--config", action="config", help="YAML file with any of these settings; flags after it win"
+    )
+    search.add_argument(
+        "--grid",
+        type=dict[str, list[Any]],
+        required=True,
+        enable_path=True,
+        help="YAML file, or text such as '{optim.learning_rate: [0.001, 0.002], dti.alpha_max: [0, 0.5]}'",
+    )
+    search.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="seeds of every cell")
+    search.add_class_arguments(TrainConfig, fail_untyped=True, skip={"seed", "score_test"})
+    commands.add_subcommand("search", search, help="compare settings over seeds, on validation only")
     return parser
 
 
@@ -199,12 +218,27 @@ def _train(options: Namespace) -> None:
     train(TrainConfig(**settings))
 
 
+def _search(options: Namespace) -> None:
+    from dti_model.config import TrainConfig
+    from dti_model.search import search
+
+    _quiet_transformers()
+    settings = dict(vars(options))
+    settings.pop("config", None)
+    grid, seeds = settings.pop("grid"), settings.pop("seeds")
+    search(TrainConfig(**settings), grid, seeds)
+
+
 def _evaluate(options: Namespace) -> None:
     from dti_model.report import metrics_table, sentence_about_baselines
     from dti_model.train import evaluate_run
 
     _quiet_transformers()
     result = evaluate_run(options.run, options.data, options.split, options.device, options.progress)
+    from dti_model.ranks import rank
+
+    if rank():
+        return
     print(metrics_table(result))
     print(sentence_about_baselines(result[options.split], result["baselines"][options.split]))
     if options.json is not None:

@@ -60,6 +60,8 @@ class OptimConfig:
         patience: stop after this many validations without a better AUC; 0: never.
         bf16: compute in bfloat16 under autocast.
         activation_checkpointing: recompute activations in the backward to save memory.
+        fsdp: on several devices, shard weights, gradients and moments over them (FSDP2); otherwise every device has all (DDP).
+        save_steps: also write a checkpoint every this many optimizer steps; 0: only after every epoch.
     """
 
     epochs: int = 8
@@ -72,6 +74,8 @@ class OptimConfig:
     patience: int = 2
     bf16: bool = False
     activation_checkpointing: bool = False
+    fsdp: bool = False
+    save_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "token_budget", "accumulation"):
@@ -80,8 +84,10 @@ class OptimConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup < 1 or self.weight_decay < 0 or self.patience < 0:
-            raise ValueError("0 <= warmup < 1, weight_decay >= 0 and patience >= 0 must hold")
+        if not 0 <= self.warmup < 1 or min(self.weight_decay, self.patience, self.save_steps) < 0:
+            raise ValueError(
+                "0 <= warmup < 1, weight_decay >= 0, patience >= 0 and save_steps >= 0 must hold"
+            )
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,9 @@ class TrainConfig:
         validation_k: targets per prompt when validating between epochs; 1 as in the final scores, more is faster.
         seed: of initial weights, shuffles and everything else that is random.
         compare_steps: after training, measure the speed of this many steps of streaming and of sliding-window prompts; 0: do not.
+        score_test: score the test split at the end, once; false while settings are still being chosen.
+        logging_steps: print a line with loss and speed every this many optimizer steps.
+        report_to: where curves go: tensorboard (the run folder's `tensorboard/`), wandb, both or neither.
         progress: show progress bars.
         dti: which fixes [SUM] rows get.
         model: the network.
@@ -111,6 +120,9 @@ class TrainConfig:
     validation_k: int = 1
     seed: int = 0
     compare_steps: int = 0
+    score_test: bool = True
+    logging_steps: int = 10
+    report_to: tuple[str, ...] = ("tensorboard",)
     progress: bool = True
     dti: DTIConfig = field(default_factory=DTIConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -123,9 +135,14 @@ class TrainConfig:
             ("window", 0),
             ("max_item_tokens", 1),
             ("compare_steps", 0),
+            ("logging_steps", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if not set(self.report_to) <= {"tensorboard", "wandb"}:
+            raise ValueError(f"report_to may name tensorboard and wandb, got {list(self.report_to)}")
+        if self.compare_steps and self.optim.fsdp:
+            raise ValueError("compare_steps measures one whole model: set it to 0 with optim.fsdp")
 
     @property
     def targets_per_prompt(self) -> int | None:
@@ -133,8 +150,11 @@ class TrainConfig:
         return self.k or None
 
     def save(self, folder: Path) -> None:
-        """Write `config.yaml`."""
-        (folder / CONFIG_FILE).write_text(yaml.safe_dump(_plain(asdict(self)), sort_keys=False))
+        """Write `config.yaml` into a folder, which is made where it is missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{CONFIG_FILE}.incomplete"
+        temporary.write_text(yaml.safe_dump(_plain(asdict(self)), sort_keys=False))
+        temporary.replace(folder / CONFIG_FILE)
 
     @staticmethod
     def load(folder: Path) -> TrainConfig:
@@ -151,6 +171,7 @@ class TrainConfig:
         raw = yaml.safe_load(path.read_text())
         raw["dti"]["reset_layers"] = tuple(raw["dti"]["reset_layers"])
         nested = {"dti": DTIConfig(**raw.pop("dti")), "model": ModelConfig(**raw.pop("model"))}
+        raw["report_to"] = tuple(raw["report_to"])
         nested["optim"] = OptimConfig(**raw.pop("optim"))
         return TrainConfig(**{**raw, "data": Path(raw["data"]), "out": Path(raw["out"]), **nested})
 

@@ -3,7 +3,8 @@
     p = softmax(logit_yes, logit_no)[yes]                                                        (semantics.md, section 6)
 
 One sliding-window prompt (k = 1) per target unless asked otherwise, as the paper does; targets whose windows all reach the
-user's first interaction share a prompt, which gives them the same scores.
+user's first interaction share a prompt, which gives them the same scores. The ranks of a run share the batches, and each ends with
+all scores, so that metrics are those of the whole split.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm.auto import tqdm
+import torch.distributed as dist
+from tqdm.auto import trange
 from transformers import PreTrainedModel
 
 from dti_model.attention import DTIConfig, token_logits
 from dti_model.prompts import IntArray, PromptBuilder, Prompts, consecutive_batches
+from dti_model.ranks import rank, world_size
 
 
 @torch.no_grad()
@@ -48,15 +51,24 @@ def score_targets(
     else:
         prompts = Prompts.streaming(builder.data, rows, window, k)
     batches = list(consecutive_batches(builder.num_rows(prompts), token_budget))
+    # A sharded model needs all ranks in every forward pass: the last round is filled up with a batch that is scored anyway.
+    rounds = -(-len(batches) // world_size())
     device, was_training = model.device, model.training
     model.eval()
-    scores, targets = [], []
-    for index in tqdm(batches, desc=progress, disable=progress is None, unit="batch", leave=False):
-        batch = builder.batch(prompts[index]).to(device)
-        logits = token_logits(model, batch.input_ids, batch.layout, config, builder.format.labels)
-        scores.append(torch.softmax(logits.double(), -1)[:, 1].cpu().numpy())
-        targets.append(batch.targets.cpu().numpy())
+    by_row = np.sort(rows)
+    scores = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    for first in trange(
+        rounds, desc=progress, disable=progress is None or rank() > 0, unit="batch", leave=False
+    ):
+        mine = first * world_size() + rank()
+        batch = builder.batch(prompts[batches[min(mine, len(batches) - 1)]])
+        moved = batch.to(device)
+        logits = token_logits(model, moved.input_ids, moved.layout, config, builder.format.labels)
+        if mine < len(batches):
+            places = torch.from_numpy(np.searchsorted(by_row, batch.targets.numpy())).to(device)
+            scores[places] = torch.softmax(logits.double(), -1)[:, 1]
     model.train(was_training)
-    by_row = np.concatenate(targets)  # ascending: prompts follow the rows
-    result: npt.NDArray[np.float64] = np.concatenate(scores)[np.searchsorted(by_row, rows)]
+    if world_size() > 1:
+        dist.all_reduce(scores)  # every target was scored by one rank, and adding zeros is exact
+    result: npt.NDArray[np.float64] = scores.cpu().numpy()[np.searchsorted(by_row, rows)]
     return result

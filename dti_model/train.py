@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from dti_model.baselines import baseline_metrics
+from dti_model.baselines import baseline_metrics, item_user_auc
+from dti_model.checkpoint import last_checkpoint, write_folder
 from dti_model.config import CONFIG_FILE, OptimConfig, TrainConfig
 from dti_model.data import DataError, PreparedData
 from dti_model.metrics import click_metrics
 from dti_model.plots import plot_report
 from dti_model.prompts import PackedPrompts, Prompts
+from dti_model.ranks import first_rank_does, rank, world_size
 from dti_model.report import metrics_table, sentence_about_baselines
+from dti_model.resumable import SaveInTime
 from dti_model.run import CHECKPOINTS_FOLDER, METRICS_FILE, MODEL_FOLDER, Run, write_json
 from dti_model.scoring import score_targets
 from dti_model.throughput import measure_training
@@ -45,29 +51,41 @@ def train(config: TrainConfig) -> dict[str, Any]:
         DataError: the prepared data cannot be read or has no usable targets.
         NonFiniteLossError: training diverged.
     """
-    _check_splits(PreparedData.open(config.data))
-    checkpoint = _find_checkpoint(config)
+    _check_splits(PreparedData.open(config.data), config.score_test)
+    arguments = _arguments(config, config.optim)  # joins the other processes, where there are any
+    checkpoint = first_rank_does(lambda: _find_checkpoint(config))
     set_seed(config.seed)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     run = Run.start(config)
-    trainer = _trainer(run)
-    config.out.mkdir(parents=True, exist_ok=True)
-    config.save(config.out)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.is_world_process_zero():
-        run.model.save_pretrained(config.out / MODEL_FOLDER)
-        run.tokenizer.save_pretrained(config.out / MODEL_FOLDER)
+    trainer = _trainer(run, arguments)
+    if rank():
+        torch.manual_seed(config.seed + rank())  # weights are equal by now; dropout differs from rank to rank
+    first_rank_does(lambda: config.save(config.out))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _save_model(run, trainer)
     return _finish(run, trainer)
 
 
-def _find_checkpoint(config: TrainConfig) -> str | None:
+def _save_model(run: Run, trainer: StreamTrainer) -> None:
+    # A sharded model is gathered by all ranks.
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+
+    def write(folder: Path) -> None:
+        run.model.save_pretrained(folder, state_dict=weights)
+        run.tokenizer.save_pretrained(folder)
+
+    first_rank_does(lambda: write_folder(run.config.out / MODEL_FOLDER, write))
+
+
+def _find_checkpoint(config: TrainConfig) -> Path | None:
     """The checkpoint that an earlier, killed call with the same settings left; None: start anew. Writes nothing."""
     if (config.out / METRICS_FILE).exists():
         raise RunExistsError(f"{config.out} holds a finished run: choose another --out, or delete it")
     if (config.out / CONFIG_FILE).exists():
-        checkpoints = config.out / CHECKPOINTS_FOLDER
-        checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        if checkpoint is not None and TrainConfig.load(config.out) != config:
+        checkpoint = last_checkpoint(config.out / CHECKPOINTS_FOLDER)
+        # The folder may have been moved, and bars change nothing.
+        same = {"out": config.out, "progress": config.progress}
+        if checkpoint is not None and replace(TrainConfig.load(config.out), **same) != config:
             raise RunExistsError(
                 f"{config.out} was started with other settings (see {CONFIG_FILE} there): choose another --out"
             )
@@ -79,9 +97,9 @@ def _find_checkpoint(config: TrainConfig) -> str | None:
     return None
 
 
-def _check_splits(data: PreparedData) -> None:
+def _check_splits(data: PreparedData, score_test: bool) -> None:
     """Before hours of training: both classes in every split that is scored."""
-    for split in ("train", "val", "test"):
+    for split in ("train", "val", "test") if score_test else ("train", "val"):
         labels = data.label[data.targets(split)]
         if len(set(labels.tolist())) < 2:
             raise DataError(
@@ -90,12 +108,11 @@ def _check_splits(data: PreparedData) -> None:
             )
 
 
-def _trainer(run: Run) -> StreamTrainer:
+def _trainer(run: Run, arguments: TrainingArguments) -> StreamTrainer:
     config, optim = run.config, run.config.optim
     prompts = Prompts.streaming(run.data, run.data.targets("train"), config.window, config.targets_per_prompt)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     dataset = PackedPrompts(
-        run.builder, prompts, optim.token_budget, config.seed, batch_multiple=world_size * optim.accumulation
+        run.builder, prompts, optim.token_budget, config.seed, batch_multiple=world_size() * optim.accumulation
     )
     validation = run.data.targets("val")
     labels, users = run.data.label[validation], run.data.users_of(validation)
@@ -107,10 +124,11 @@ def _trainer(run: Run) -> StreamTrainer:
         return click_metrics(labels, scores, users)
 
     callbacks: list[TrainerCallback] = [EarlyStoppingCallback(optim.patience)] if optim.patience else []
-    callbacks.append(RunLog(config.progress))
+    callbacks.append(RunLog(config.progress, item_user_auc(run.data, "val")))
+    callbacks += _curves(config)
     trainer = StreamTrainer(
         model=run.model,
-        args=_arguments(config, optim),
+        args=arguments,
         train_dataset=dataset,
         eval_dataset=dataset,  # Trainer wants one; `validate` knows the validation targets
         callbacks=callbacks,
@@ -118,16 +136,32 @@ def _trainer(run: Run) -> StreamTrainer:
         answers=run.builder.format.labels,
         validate=validate,
     )
+    trainer.add_callback(SaveInTime(trainer, optim.save_steps))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
 
 
+def _curves(config: TrainConfig) -> list[TrainerCallback]:
+    """Trainer's own TensorBoard and W&B callbacks; the curves lie in the run folder."""
+    callbacks: list[TrainerCallback] = []
+    if "tensorboard" in config.report_to:
+        # Where Trainer's callback looks; read when training begins.
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.out / "tensorboard")
+        callbacks.append(TensorBoardCallback())
+    if "wandb" in config.report_to:
+        callbacks.append(WandbCallback())
+    return callbacks
+
+
 def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
     # Named only where wanted: transformers renames the option.
-    checkpointing: dict[str, Any] = (
-        {"activation_checkpointing": True} if optim.activation_checkpointing else {}
-    )
+    special: dict[str, Any] = {}
+    if optim.activation_checkpointing and not optim.fsdp:
+        special["activation_checkpointing"] = True
+    if optim.fsdp:
+        special["fsdp"] = True
+        special["fsdp_config"] = {"version": 2, "activation_checkpointing": optim.activation_checkpointing}
     return TrainingArguments(
         output_dir=str(config.out / CHECKPOINTS_FOLDER),
         num_train_epochs=optim.epochs,
@@ -142,43 +176,52 @@ def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
         bf16=optim.bf16,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
         metric_for_best_model="auc",
         greater_is_better=True,
-        logging_steps=10,
+        logging_steps=config.logging_steps,
         logging_first_step=True,
-        report_to="none",
+        report_to="none",  # see _curves
+        ddp_find_unused_parameters=False,
         disable_tqdm=not config.progress,
         remove_unused_columns=False,
         dataloader_num_workers=0,
         seed=config.seed,
         data_seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
-        **checkpointing,
+        **special,
     )
 
 
 def _finish(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
+    """Score with all ranks; rank 0 writes everything down."""
+    splits = ("test", "val") if run.config.score_test else ("val",)
+    scores = {split: run.score(split, progress=run.config.progress) for split in splits}
+    result: dict[str, Any] = first_rank_does(lambda: _write_results(run, trainer, scores))
+    return result
+
+
+def _write_results(
+    run: Run, trainer: StreamTrainer, scores: dict[str, npt.NDArray[np.float64]]
+) -> dict[str, Any]:
     config, data = run.config, run.data
-    result: dict[str, Any] = {"test": {}, "val": {}, "baselines": {}}
-    scores = {}
-    for split in ("val", "test"):
-        scores[split] = run.score(split, progress=config.progress)
+    result: dict[str, Any] = {split: run.metrics(split, scores[split]) for split in scores}
+    result["baselines"] = {split: baseline_metrics(data, split) for split in scores}
+    for split in scores:
         run.write_predictions(config.out / f"predictions-{split}.parquet", split, scores[split])
-        result[split] = run.metrics(split, scores[split])
-        result["baselines"][split] = baseline_metrics(data, split)
     result["training"] = _training_facts(run, trainer)
+    last = next(iter(scores))  # test, where it is scored
     plot_report(
         config.out / "report.png",
         trainer.state.log_history,
-        data.label[data.targets("test")],
-        scores["test"],
+        data.label[data.targets(last)],
+        scores[last],
         result["baselines"],
     )
     write_json(config.out / METRICS_FILE, result)
     print(metrics_table(result))
-    print(sentence_about_baselines(result["test"], result["baselines"]["test"]))
+    print(sentence_about_baselines(result[last], result["baselines"][last]))
     return result
 
 
@@ -188,10 +231,11 @@ def _training_facts(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
     assert isinstance(dataset, PackedPrompts)
     rows = run.data.targets("train")
     sliding = run.builder.num_rows(Prompts.streaming(run.data, rows, config.window, 1)).sum()
-    epochs = state.global_step / (len(dataset) / config.optim.accumulation)
+    epochs = state.global_step / (len(dataset) / config.optim.accumulation / world_size())
     facts: dict[str, Any] = {
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "targets": len(rows),
+        "processes": world_size(),
         "optimizer_steps": state.global_step,
         "epochs": round(epochs, 4),
         "best_epoch": round(_epoch_of_best(state.log_history), 4),
@@ -214,6 +258,8 @@ def evaluate_run(
     folder: Path, data_folder: Path | None, split: str, device: str | None = None, progress: bool = True
 ) -> dict[str, Any]:
     """Score a split with a trained run; metrics of the model and of the lines on the same targets."""
+    if device is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        device = str(PartialState(cpu=not torch.cuda.is_available()).device)  # joins the other processes
     run = Run.load(folder, data_folder, device)
     scores = run.score(split, progress=progress)
     return {split: run.metrics(split, scores), "baselines": {split: baseline_metrics(run.data, split)}}

@@ -7,7 +7,7 @@ so that every target weighs 1, whatever the batches, the accumulation and the de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from dti_model.attention import DTIConfig, Stream, position_ids
 from dti_model.prompts import PackedPrompts, StreamBatch
+from dti_model.ranks import world_size
+from dti_model.resumable import ResumableTrainer
+from dti_model.speed import Speed, StepCost, peak_flops
 
 
 class NonFiniteLossError(RuntimeError):
@@ -36,7 +39,7 @@ def model_inputs(batch: StreamBatch, config: DTIConfig, answers: Tensor) -> dict
     }
 
 
-class StreamTrainer(Trainer):
+class StreamTrainer(ResumableTrainer):
     """Trains on `PackedPrompts`, one packed batch per device and step."""
 
     def __init__(
@@ -59,6 +62,10 @@ class StreamTrainer(Trainer):
         super().__init__(data_collator=lambda batches: model_inputs(batches[0], dti, answer_tokens), **kwargs)
         self.validate = validate
         self.loss_is_scaled_for_ga = True
+        peak = peak_flops(self.args.device, self.args.bf16)
+        self.speed = Speed(peak and peak * world_size())
+        assert self.model is not None
+        self.step_cost = StepCost.of(self.model)
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
         """The data set shuffles itself, by epoch."""
@@ -75,9 +82,31 @@ class StreamTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
         """The batches of one optimizer step and the number of their targets over all devices."""
+        self.speed.begin()
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(sum(sample["labels"].numel() for sample in samples), device=device)
-        return samples, self.accelerator.gather(count).sum()
+        layouts = [sample["stream"].layout for sample in samples]
+        mine = [
+            sum(layout.num_sum for layout in layouts),
+            sum(layout.num_rows for layout in layouts),
+            sum(self.step_cost.flops(layout) for layout in layouts),
+            int(self.terminate),
+        ]
+        # One exchange a step: float64 holds these integers exactly.
+        counts = self.accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=device)).sum(0)
+        targets, tokens, flops, num_terminated = counts.tolist()
+        self.speed.add(targets, tokens, flops)
+        self.stopping = num_terminated > 0
+        return samples, counts[0].long()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.speed.end()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's, and how fast the steps since the last line were."""
+        if "loss" in logs:
+            logs.update(self.speed.report())
+        super().log(logs, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -127,10 +156,11 @@ class StreamTrainer(Trainer):
 
 
 class RunLog(TrainerCallback):
-    """One line per validation, and a progress bar with the loss where one is wanted."""
+    """One line per `logging_steps` and per validation, and a progress bar where one is wanted."""
 
-    def __init__(self, progress: bool) -> None:
-        self.progress = progress
+    def __init__(self, progress: bool, line_auc: float | None = None) -> None:
+        """`line_auc`: validation AUC of the item + user line, which a model that has learnt the task is above."""
+        self.progress, self.line_auc = progress, line_auc
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -151,14 +181,33 @@ class RunLog(TrainerCallback):
         if not state.is_world_process_zero or logs is None:
             return
         if "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+            tqdm.write(step_line(state.global_step, state.max_steps, logs))
         if "eval_auc" in logs:
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-            last = f"loss {losses[-1]:.4f}, " if losses else ""
-            tqdm.write(
-                f"epoch {state.epoch:g}: {last}validation AUC {logs['eval_auc']:.4f}, "
-                f"log loss {logs['eval_log_loss']:.4f}, GAUC {logs['eval_gauc']:.4f}"
-            )
+            tqdm.write(validation_line(state.epoch, losses, logs, self.line_auc))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
+
+
+def step_line(step: int, num_steps: int, logs: Mapping[str, float]) -> str:
+    """Loss, learning rate and speed in one line."""
+    line = f"step {step}/{num_steps}: loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.2e}"
+    if "targets_per_s" in logs:
+        line += f", {logs['targets_per_s']:,.0f} targets/s, {logs['tokens_per_s']:,.0f} tokens/s"
+    if "mfu" in logs:
+        line += f", MFU {logs['mfu']:.1%}"
+    return line
+
+
+def validation_line(
+    epoch: float, losses: Sequence[float], logs: Mapping[str, float], line_auc: float | None
+) -> str:
+    """Validation beside the item + user line."""
+    auc = logs["eval_auc"]
+    loss = f"loss {losses[-1]:.4f}, " if losses else ""
+    beside = "" if line_auc is None else f" (item + user line {line_auc:.4f})"
+    line = f"epoch {epoch:g}: {loss}validation AUC {auc:.4f}{beside}, log loss {logs['eval_log_loss']:.4f}, GAUC {logs['eval_gauc']:.4f}"
+    if line_auc is not None and auc <= line_auc:
+        line += f"\nWARNING: validation AUC {auc:.4f} is not above the item + user line {line_auc:.4f}, which reads no text"
+    return line

@@ -16,7 +16,7 @@ from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.data import DataError, PreparedData, prepare
 from dti_model.prompts import Prompts
 from dti_model.run import METRICS_FILE, Run
-from dti_model.train import RunExistsError, _trainer, evaluate_run, train
+from dti_model.train import RunExistsError, _arguments, _trainer, evaluate_run, train
 from dti_model.trainer import NonFiniteLossError, StreamTrainer
 from tests.model.movielens_files import some_ratings, write_1m
 
@@ -56,7 +56,7 @@ def test_every_target_weighs_one(config: TrainConfig) -> None:
     run = Run.start(
         dataclasses.replace(config, optim=optim, model=dataclasses.replace(config.model, dropout=0.0))
     )
-    trainer = _trainer(run)
+    trainer = _trainer(run, _arguments(run.config, run.config.optim))
     samples, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, torch.device("cpu"))
     assert int(count) == sum(len(sample["labels"]) for sample in samples)
     total = sum(trainer.compute_loss(run.model, sample, num_items_in_batch=count) for sample in samples)

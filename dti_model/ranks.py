@@ -1,0 +1,50 @@
+"""The processes (ranks) of one run, as torchrun or accelerate started them; a run of one process has rank 0 only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+def rank() -> int:
+    """This process, counted from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes work on this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first_rank_does(work: Callable[[], Result]) -> Result:
+    """Work that only one process may do, such as writing a file: all others wait for its result, or raise its error.
+
+    Args:
+        work: called on rank 0 only; result and errors must be picklable. Every rank has to get here.
+    """
+    if world_size() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Result = outcome[0]
+    return result
+
+
+def gather_from_ranks(value: Result) -> list[Result]:
+    """A picklable value of every rank, in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

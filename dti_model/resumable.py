@@ -1,0 +1,175 @@
+"""Hugging Face's Trainer with checkpoints of our own (`checkpoint.py`) and an orderly end at SIGTERM.
+
+What Trainer's do not give: a half-written checkpoint looks like a whole one, tensors are pickled, a run that early stopping had ended
+trains on when it is resumed, and the loss of the steps since the last log line is forgotten.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from dti_model.checkpoint import (
+    OPTIMIZER_FILE,
+    RUN_FILE,
+    TRAINER_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    load_optimizer,
+    load_weights,
+    optimizer_groups,
+    random_state,
+    read_document,
+    set_random_state,
+    tidy,
+    trained_parameters,
+    whole_optimizer,
+    whole_weights,
+    write_checkpoint,
+)
+from dti_model.ranks import first_rank_does, gather_from_ranks, rank, world_size
+
+# EX_TEMPFAIL of sysexits.h: give the same command again. A process that SIGTERM itself has ended shows another status.
+TERMINATED_STATUS = 75
+
+
+class Terminated(SystemExit):
+    """SIGTERM came and a checkpoint was written; ends the process with status 75 unless it is caught."""
+
+
+class ResumableTrainer(Trainer):
+    """Trainer whose runs can be killed at any moment and go on bit for bit."""
+
+    terminate = False  # SIGTERM has reached this process
+    stopping = False  # SIGTERM has reached some rank: all of them know
+    _stopped_early = False
+    _resumed: dict[str, Any] | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; meanwhile SIGTERM asks for a checkpoint at the end of the step."""
+        if threading.current_thread() is not threading.main_thread():
+            return super().train(*args, **kwargs)
+        previous = signal.signal(signal.SIGTERM, self._note_sigterm)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _note_sigterm(self, *_: Any) -> None:
+        self.terminate = True
+
+    def _folder(self, step: int) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{step}"
+
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        return trained_parameters(self.accelerator.unwrap_model(self.model))
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: Any = self.optimizer
+        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        return inner
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        state, folder = self.state, self._folder(self.state.global_step)
+        best = self._folder(state.best_global_step) if state.best_global_step else folder
+        if state.best_global_step:
+            state.best_model_checkpoint = str(best)
+        parameters = self._parameters()
+        tensors = {
+            WEIGHTS_FILE: whole_weights(parameters),
+            OPTIMIZER_FILE: whole_optimizer(parameters, self._torch_optimizer()),
+        }
+        run = {
+            "groups": optimizer_groups(self._torch_optimizer()),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "random": gather_from_ranks(random_state()),
+            "unlogged_loss": gather_from_ranks(self._tr_loss.item()),
+            "last_logged_step": self._globalstep_last_logged,
+        }
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                state.stateful_callbacks[type(callback).__name__] = callback.state()
+
+        def write() -> None:
+            write_checkpoint(folder, tensors, {RUN_FILE: run, TRAINER_FILE: asdict(state)})
+            tidy(folder.parent, keep={folder, best})
+
+        first_rank_does(write)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self._parameters(), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_weights(self._parameters(), self._folder(self.state.best_global_step))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        assert checkpoint is not None
+        run = self._read_run(Path(checkpoint))
+        load_optimizer(self._parameters(), self._torch_optimizer(), Path(checkpoint), run["groups"])
+        self.lr_scheduler.load_state_dict(run["scheduler"])
+        self._resumed = run
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_state(self._read_run(Path(checkpoint))["random"][rank()])
+
+    def _read_run(self, checkpoint: Path) -> dict[str, Any]:
+        run: dict[str, Any] = read_document(checkpoint / RUN_FILE)
+        if len(run["random"]) != world_size():
+            raise CheckpointError(
+                f"{checkpoint} was written by {len(run['random'])} processes and this run has {world_size()}: an epoch would "
+                "not go on where it was. Start as many, or choose another --out"
+            )
+        return run
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        progress: tuple[int, int] = super()._init_training_state(*args)
+        # Read from the checkpoint, where early stopping may have said so; Trainer forgets it and trains on.
+        self._stopped_early = self.control.should_training_stop
+        if self.state.best_global_step:  # also where the run folder has been moved
+            self.state.best_model_checkpoint = str(self._folder(self.state.best_global_step))
+        return progress
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self._stopped_early:
+            self.control.should_training_stop = True
+            return
+        if self._resumed is not None:
+            self._tr_loss += self._resumed["unlogged_loss"][rank()]
+            self._globalstep_last_logged = self._resumed["last_logged_step"]
+            self._resumed = None
+        super()._run_epoch(**kwargs)
+
+
+class SaveInTime(TrainerCallback):
+    """Checkpoints inside an epoch: every `save_steps`, and at SIGTERM, which then ends the run.
+
+    Never at an epoch's last step: Trainer validates and saves right after it, and a run resumed from in between would go without that
+    validation.
+    """
+
+    def __init__(self, trainer: ResumableTrainer, save_steps: int) -> None:
+        self.trainer, self.save_steps = trainer, save_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step = state.global_step
+        is_due = self.trainer.stopping or bool(self.save_steps and step % self.save_steps == 0)
+        is_epoch_end = step % (state.max_steps // state.num_train_epochs) == 0
+        if is_due and not is_epoch_end:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.stopping:
+            if state.is_world_process_zero:
+                print(
+                    f"SIGTERM: wrote {self.trainer._folder(state.global_step)} and stopped. Give the same command again to go on",
+                    flush=True,
+                )
+            raise Terminated(TERMINATED_STATUS)

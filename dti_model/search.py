@@ -1,0 +1,152 @@
+"""A search over settings and seeds: every cell is one `train` run in its own folder, and validation alone chooses.
+
+search.csv, search.json   per cell of the grid: mean and standard deviation of the validation metrics over the seeds
+NAME=VALUE,.../seed-S/    the run folders; a search that was interrupted goes on, a cell in the middle included
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import ArgumentError, ArgumentParser
+
+from dti_model.config import CONFIG_FILE, TrainConfig
+from dti_model.ranks import first_rank_does
+from dti_model.run import METRICS_FILE, write_json
+from dti_model.train import RunExistsError, train
+
+METRICS = ("auc", "log_loss", "gauc")
+# What a search sets itself.
+RESERVED = ("data", "out", "seed", "score_test")
+
+
+def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> dict[str, Any]:
+    """Train every cell of a grid with every seed; the test split is not scored.
+
+    Args:
+        base: settings of all cells; `out` is the folder of the search.
+        grid: from a setting's name, dotted where it is nested (`optim.learning_rate`), to its values.
+        seeds: of every cell, at least one.
+
+    Returns:
+        {"cells": rows, best first, "best": settings of the first}; the same is written to search.json.
+
+    Raises:
+        ValueError: a setting does not exist, or a value is not one of its.
+        RunExistsError: a cell's folder holds a run with other settings.
+    """
+    if not seeds or len(set(seeds)) < len(seeds) or not all(grid.values()):
+        raise ValueError(
+            f"a search needs at least one seed, each once, and a value of every setting; got {list(seeds)}, {dict(grid)}"
+        )
+    cells = [dict(zip(grid, values)) for values in product(*grid.values())]
+    configs = [cell_config(base, cell, base.seed) for cell in cells]  # all are checked before the first run
+    rows: list[dict[str, Any]] = []
+    for index, (cell, config) in enumerate(zip(cells, configs)):
+        metrics = []
+        for seed in seeds:
+            run = replace(config, seed=seed, out=base.out / cell_name(cell) / f"seed-{seed}")
+            print(f"search: cell {index + 1} of {len(cells)}, {cell_name(cell)}, seed {seed}", flush=True)
+            metrics.append(_finished(run) or train(run)["val"])
+        rows.append({**cell, "seeds": len(seeds), **_summary(metrics)})
+        rows.sort(key=lambda row: -row["val_auc_mean"])
+        table = {"cells": rows, "best": {name: rows[0][name] for name in grid}}
+        first_rank_does(lambda table=table: _write(base.out, table))  # type: ignore[misc]
+    print(search_table(rows, list(grid)))
+    print("best: " + " ".join(f"--{name} {value}" for name, value in table["best"].items()))
+    return table
+
+
+def cell_config(base: TrainConfig, cell: Mapping[str, Any], seed: int) -> TrainConfig:
+    """The base with some settings replaced, checked by their types.
+
+    Raises:
+        ValueError: as `search`.
+    """
+    config = replace(base, seed=seed, score_test=False)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig, fail_untyped=True)
+    known = parser.get_defaults()
+    for name, value in cell.items():
+        if name in RESERVED or name not in known:
+            raise ValueError(f"{name!r} is not a setting that a search can vary: see `dti train --help`")
+        try:
+            parsed = parser.parse_object(
+                {"data": str(base.data), "out": str(base.out), **_nested(name, value)}, defaults=False
+            )
+        except ArgumentError as error:
+            raise ValueError(f"{value!r} is no value of {name}: {error}") from error
+        config = _replaced(config, name.split("."), parsed[name])
+    return config
+
+
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    first, _, rest = name.partition(".")
+    return {first: _nested(rest, value) if rest else value}
+
+
+def _replaced(config: Any, path: list[str], value: Any) -> Any:
+    if len(path) > 1:
+        value = _replaced(getattr(config, path[0]), path[1:], value)
+    return replace(config, **{path[0]: value})
+
+
+def cell_name(cell: Mapping[str, Any]) -> str:
+    """Folder of a cell."""
+    parts = (f"{name.split('.')[-1]}={value}" for name, value in cell.items())
+    return ",".join(parts).replace("/", "_").replace(" ", "") or "base"
+
+
+def _finished(config: TrainConfig) -> dict[str, float] | None:
+    """Validation metrics of a cell that an earlier call has finished."""
+    path = config.out / METRICS_FILE
+    if not path.is_file():
+        return None
+    same = {"out": config.out, "progress": config.progress}
+    if replace(TrainConfig.load(config.out), **same) != config:
+        raise RunExistsError(
+            f"{config.out} holds a run with other settings (see {CONFIG_FILE} there): choose another --out"
+        )
+    metrics: dict[str, float] = json.loads(path.read_text())["val"]
+    return metrics
+
+
+def _summary(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean and sample standard deviation (0 for one seed)."""
+    summary = {}
+    for name in METRICS:
+        values = [m[name] for m in metrics]
+        summary[f"val_{name}_mean"] = float(np.mean(values))
+        summary[f"val_{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return summary
+
+
+def _write(folder: Path, table: dict[str, Any]) -> None:
+    write_json(folder / "search.json", table)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(table["cells"][0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table["cells"])
+    temporary = folder / ".search.csv.incomplete"
+    temporary.write_text(text.getvalue())
+    temporary.replace(folder / "search.csv")
+
+
+def search_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """The rows as text, best validation AUC first."""
+    width = max([len(name) for name in names] + [10]) + 2
+    lines = ["".join(f"{name:>{width}}" for name in names) + f"{'val AUC':>18}{'val log loss':>18}"]
+    for row in rows:
+        figures = "".join(
+            f"{row[f'val_{m}_mean']:>10.4f} ± {row[f'val_{m}_std']:.3f}" for m in ("auc", "log_loss")
+        )
+        lines.append("".join(f"{row[name]!s:>{width}}" for name in names) + figures)
+    return "\n".join(lines)
