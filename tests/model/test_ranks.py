@@ -1,0 +1,106 @@
+"""Two processes train what one does: DDP and FSDP2 over gloo, against one process that accumulates the same batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, SequentialSampler
+
+from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.prompts import PackedPrompts, Prompts
+from dti_model.run import Run
+from dti_model.train import evaluate_run, train
+from tests.conftest import ROOT
+from tests.model.two_ranks import STOP_AT
+
+STEPS = 20
+
+
+def losses(folder: Path) -> list[float]:
+    """Of every optimizer step."""
+    states = sorted((folder / "checkpoints").glob("*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    return [entry["loss"] for entry in json.loads(states[-1].read_text())["log_history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def config(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """One process; without dropout, which draws other numbers on every rank."""
+    return TrainConfig(
+        data=small_folder,
+        out=tmp_path_factory.mktemp("ranks") / "one",
+        k=3,
+        window=3,
+        progress=False,
+        logging_steps=1,
+        report_to=(),
+        model=ModelConfig(layers=2, width=16, heads=2, kv_heads=1, mlp_width=24, dropout=0.0),
+        optim=OptimConfig(epochs=5, token_budget=250, patience=0, accumulation=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(config: TrainConfig) -> dict[str, Any]:
+    """Metrics by the way of training; two processes are interrupted on the way."""
+    metrics = {"one": train(config)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "model" / "two_ranks.py"), str(config.out.parent)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("ddp", "fsdp"):
+        metrics[name] = json.loads((config.out.parent / name / "metrics.json").read_text())
+    return metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_ranks_train_like_one(config: TrainConfig, runs: dict[str, Any], name: str) -> None:
+    """Losses of every step, although SIGTERM stopped both ranks at the same step and they resumed from its checkpoint."""
+    for rank in (0, 1):
+        status, checkpoints = json.loads((config.out.parent / f"stopped-{rank}.json").read_text())[name]
+        assert status == 75
+        assert f"checkpoint-{STOP_AT}" in checkpoints
+    expected = losses(config.out)
+    assert len(expected) >= STEPS
+    np.testing.assert_allclose(losses(config.out.parent / name)[:STEPS], expected[:STEPS], rtol=0, atol=1e-5)
+    assert runs[name]["training"]["processes"] == 2
+    for fact in ("targets", "epochs", "tokens", "best_epoch", "optimizer_steps"):
+        assert runs[name]["training"][fact] == runs["one"]["training"][fact], fact
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_scores_of_two_ranks_are_those_of_one(config: TrainConfig, runs: dict[str, Any], name: str) -> None:
+    """One AUC over all targets, bit for bit: each batch is scored by one rank as one process scores it."""
+    for split in ("val", "test"):
+        alone = evaluate_run(config.out.parent / name, None, split, progress=False)
+        assert alone[split] == runs[name][split]
+
+
+def test_ranks_get_equal_work_and_every_target_once(config: TrainConfig) -> None:
+    """As accelerate shards them: per step, ranks differ by no more than the longest prompt."""
+    run = Run.start(config)
+    rows = run.data.targets("train")
+    prompts = Prompts.streaming(run.data, rows, config.window, 3)
+    for ranks in (2, 3):
+        dataset = PackedPrompts(run.builder, prompts, 300, seed=0, batch_multiple=ranks)
+        dataset.set_epoch(1)
+        sampler = BatchSampler(SequentialSampler(dataset), 1, drop_last=False)
+        mine = [[i for (i,) in BatchSamplerShard(sampler, ranks, rank)] for rank in range(ranks)]
+        seen = np.concatenate([dataset[i].targets.numpy() for indices in mine for i in indices])
+        assert sorted(seen) == sorted(rows), "every target once"
+        sizes = np.array([[dataset[i].layout.num_rows for i in indices] for indices in mine])
+        assert (sizes.max(0) - sizes.min(0)).max() <= dataset.num_rows.max()
