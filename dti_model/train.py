@@ -112,7 +112,11 @@ def _trainer(run: Run, arguments: TrainingArguments) -> StreamTrainer:
     config, optim = run.config, run.config.optim
     prompts = Prompts.streaming(run.data, run.data.targets("train"), config.window, config.targets_per_prompt)
     dataset = PackedPrompts(
-        run.builder, prompts, optim.token_budget, config.seed, batch_multiple=world_size() * optim.accumulation
+        run.builder,
+        prompts,
+        optim.token_budget,
+        config.seed,
+        batch_multiple=world_size() * optim.accumulation,
     )
     validation = run.data.targets("val")
     labels, users = run.data.label[validation], run.data.users_of(validation)

@@ -19,7 +19,8 @@ from typing import Any
 import polars as pl
 import pytest
 
-from dti_model import checkpoint, train as training
+from dti_model import checkpoint
+from dti_model import train as training
 from dti_model.checkpoint import OPTIMIZER_FILE, TRAINER_FILE, WEIGHTS_FILE, CheckpointError, last_checkpoint
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.resumable import TERMINATED_STATUS
@@ -72,7 +73,9 @@ def outcome(config: TrainConfig) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def whole(config: TrainConfig) -> dict[str, Any]:
     result = train(config)
-    assert result["training"]["epochs"] < config.optim.epochs, "early stopping is part of what must be resumed"
+    assert result["training"]["epochs"] < config.optim.epochs, (
+        "early stopping is part of what must be resumed"
+    )
     return outcome(config)
 
 
@@ -163,7 +166,9 @@ def test_sigterm_writes_a_checkpoint_and_says_so(
     command += ["--model.mlp_width=24", f"--optim.epochs={optim.epochs}", "--optim.learning_rate=0.02"]
     command += ["--optim.token_budget=300", "--optim.patience=2", "--optim.accumulation=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    ) as process:
         assert process.stdout is not None
         printed = []
         for line in process.stdout:
@@ -173,7 +178,9 @@ def test_sigterm_writes_a_checkpoint_and_says_so(
                 break
         printed += process.stdout.readlines()
     assert process.returncode == TERMINATED_STATUS, printed
-    match = re.search(r"SIGTERM: wrote \S*checkpoint-(\d+) and stopped\. Give the same command again", printed[-1])
+    match = re.search(
+        r"SIGTERM: wrote \S*checkpoint-(\d+) and stopped\. Give the same command again", printed[-1]
+    )
     assert match, printed
     assert int(match[1]) == int(printed[-2].split()[1].split("/")[0]), "at the next step"
     again = dataclasses.replace(
@@ -206,12 +213,16 @@ def test_a_full_disk_and_a_damaged_checkpoint(
     started(train_with_little_room, broken, send).join(60)
     assert receive.poll(), "the run did not stop"
     message = receive.recv()
-    assert re.search(r"checkpoint-\d+ cannot be written \(.*\)\. Earlier checkpoints are untouched: make room", message)
+    assert re.search(
+        r"checkpoint-\d+ cannot be written \(.*\)\. Earlier checkpoints are untouched: make room", message
+    )
     assert last_checkpoint(checkpoints) == good
     assert {path.name: path.read_bytes() for path in good.iterdir()} == content
     for file in (WEIGHTS_FILE, OPTIMIZER_FILE):
         (good / file).write_bytes(content[file][: len(content[file]) // 2])
-        with pytest.raises(CheckpointError, match=f"{file} is damaged .* Delete .*{good.name} and give the same"):
+        with pytest.raises(
+            CheckpointError, match=f"{file} is damaged .* Delete .*{good.name} and give the same"
+        ):
             train(broken)
         (good / file).write_bytes(content[file])
     (good / WEIGHTS_FILE).write_bytes(b"")

@@ -26,7 +26,9 @@ STEPS = 20
 
 def losses(folder: Path) -> list[float]:
     """Of every optimizer step."""
-    states = sorted((folder / "checkpoints").glob("*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    states = sorted(
+        (folder / "checkpoints").glob("*/trainer_state.json"), key=lambda path: path.stat().st_mtime
+    )
     return [entry["loss"] for entry in json.loads(states[-1].read_text())["log_history"] if "loss" in entry]
 
 

@@ -86,7 +86,9 @@ def test_what_is_no_search_is_refused_before_the_first_run(
     assert not base.out.exists()
 
 
-def test_the_command_reads_a_grid_file(base: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_reads_a_grid_file(
+    base: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "grid.yaml").write_text("optim.learning_rate: [1.0e-3]\ndti.reset_layers: [[0], [-1]]\n")
     arguments = ["search", f"--data={base.data}", f"--out={base.out}", f"--grid={tmp_path / 'grid.yaml'}"]
     arguments += ["--seeds=[0]", "--k=3", "--window=3", "--progress=false", "--report_to=[]"]
