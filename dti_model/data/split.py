@@ -19,13 +19,13 @@ SplitKind = Literal["global", "user"]
 
 
 def assign_split(
-    offsets: npt.NDArray[np.int64], order: npt.NDArray[np.int64], kind: SplitKind, min_context: int
+    offsets: npt.NDArray[np.int64], by_time: npt.NDArray[np.int64], kind: SplitKind, min_context: int
 ) -> npt.NDArray[np.int8]:
     """Split code of every interaction row.
 
     Args:
         offsets: (U + 1,) int64, user u owns rows `offsets[u]:offsets[u + 1]`, in time order.
-        order: (I,) int64, rank of a row in the global (time, user, item) order.
+        by_time: (I,) int64, the rows in the global (time, user, item) order.
         kind: "global" or "user".
         min_context: earlier interactions of the same user that a target needs.
 
@@ -33,18 +33,19 @@ def assign_split(
         (I,) int8 of CONTEXT, TRAIN, VAL, TEST.
     """
     lengths = np.diff(offsets)
-    position = (
-        np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths) - min_context
-    )  # among the user's targets
-    is_target = position >= 0
+    num_targets = np.maximum(lengths - min_context, 0)
     if kind == "global":
-        rank = np.full(order.shape, -1, dtype=np.int64)
-        rows = np.argsort(order)
-        targets = rows[is_target[rows]]
-        rank[targets] = np.arange(targets.size)
-        total = np.full(order.shape, targets.size, dtype=np.int64)
-    else:
-        rank = position
-        total = np.repeat(np.maximum(lengths - min_context, 0), lengths)
-    split = np.where(rank < total * 8 // 10, TRAIN, np.where(rank < total * 9 // 10, VAL, TEST))
-    return np.where(is_target, split, CONTEXT).astype(np.int8)
+        split = _repeated([CONTEXT, TRAIN], [lengths - num_targets, num_targets])
+        targets = by_time[split[by_time] != CONTEXT]
+        split[targets[targets.size * 8 // 10 :]] = VAL
+        split[targets[targets.size * 9 // 10 :]] = TEST
+        return split
+    val, test = num_targets * 8 // 10, num_targets * 9 // 10
+    counts = [lengths - num_targets, val, test - val, num_targets - test]
+    return _repeated([CONTEXT, TRAIN, VAL, TEST], counts)
+
+
+def _repeated(codes: list[int], counts: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int8]:
+    """For user after user, each of `codes` as often as its `counts` says."""
+    of_user = np.tile(np.array(codes, dtype=np.int8), counts[0].size)
+    return np.repeat(of_user, np.stack(counts, axis=1).ravel())

@@ -5,6 +5,7 @@
                           user after user, each in (time, item, rating) order
     users.arrow           user string, history_stop int64: the row after the user's last
     items.arrow           item string, text string
+    rejected.csv          file, line and problem of every row that could not be used, where there are any
     tokenizer/            the BPE trained on the item texts
     tokens/<name>.arrow   token ids of the item texts, one file per tokenizer, made when first asked for
 
@@ -53,7 +54,7 @@ class PreparedData:
         stats: the content of stats.json.
         item: (I,) int32, index into `item_ids` and `item_texts`.
         label: (I,) int8, 1 where the rating is above the threshold.
-        timestamp: (I,) int64, seconds.
+        timestamp: (I,) int64, in the unit that stats["timestamp_unit"] names.
         rating: (I,) float32.
         split: (I,) int8, `CONTEXT`, `TRAIN`, `VAL` or `TEST`.
         order: (I,) int64, rank in the global (time, user, item) order.

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from dti_model.cli import main
+from dti_model.data.command import HELP
 from tests.conftest import ROOT
+from tests.model.log_files import CUSTOM_COLUMNS, ITEM_COLUMNS, custom_rows, item_rows, write_csv
 from tests.model.movielens_files import some_ratings, write_1m
 
 SMALL = [
@@ -27,6 +29,9 @@ SMALL = [
     "--optim.epochs=1",
     "--optim.token_budget=300",
 ]
+
+
+CUSTOM = ["prepare", "custom", "--out=data", "--interactions=nowhere.csv", "--items=nowhere.csv"]
 
 
 def dti(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -67,7 +72,31 @@ def test_prepare_train_evaluate(folder: Path) -> None:
     assert f"{metrics['test']['auc']:.4f}" in evaluated.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["prepare"], ["train"], ["evaluate"], ["score"]])
+def test_prepare_custom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every source's report says what became of each row."""
+    clicks = write_csv(tmp_path / "clicks.tsv", CUSTOM_COLUMNS, custom_rows())
+    clicks.write_text(clicks.read_text() + "1\t2\tsoon\t1\t5\n")
+    items = write_csv(tmp_path / "items.csv", ITEM_COLUMNS, item_rows())
+    command = [
+        "prepare",
+        "custom",
+        f"--interactions={clicks}",
+        f"--items={items}",
+        "--text={title}; {genres}",
+    ]
+    command += ["--rating=stars", "--threshold=4", "--max-rejected=0.02", f"--out={tmp_path / 'out'}"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "a click is stars > 4" in printed
+    assert "of 97 rows 1 was rejected and 0 pruned" in printed
+    assert "clicks.tsv:98: timestamp must be an integer, but is soon" in printed
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["prepare"], *(["prepare", source] for source in HELP), ["train"], ["evaluate"], ["score"], ["search"]],
+    ids=" ".join,
+)
 def test_help_at_every_level(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])
@@ -87,6 +116,12 @@ def test_help_at_every_level(command: list[str], capsys: pytest.CaptureFixture[s
         (["score", "--run=nowhere", "--input=in.jsonl", "--output=out.jsonl"], "is not a run folder"),
         (["prepare", "ml-5m", "--out=data"], "ml-5m"),
         (["prepare", "ml-1m", "--raw-dir=nowhere", "--out=data"], "nowhere"),
+        (["prepare", "ml-1m", "--meta=x", "--out=data"], "meta"),
+        (["prepare", "amazon", "--subset", "--out=data"], "subset"),
+        (["prepare", "amazon-cds", "--raw-dir=nowhere", "--out=data"], "no amazon-cds files here"),
+        ([*CUSTOM, "--text={title", "--label=liked"], "Write column names in braces"),
+        ([*CUSTOM, "--text={title}", "--label=liked", "--threshold=3"], "threshold goes with rating"),
+        ([*CUSTOM, "--text={title}", "--label=liked"], "nowhere.csv: cannot be read"),
         (["rank"], "rank"),
     ],
 )

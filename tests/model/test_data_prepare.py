@@ -241,7 +241,9 @@ def test_missing_files_name_what_was_looked_for(tmp_path: Path) -> None:
 
 def test_impossible_arguments(tmp_path: Path) -> None:
     raw = write_1m(tmp_path / "raw", some_ratings())
-    with pytest.raises(DataError, match="source must be one of ml-100k, ml-1m, but is 'ml-2m'"):
+    with pytest.raises(
+        DataError, match="source must be one of ml-100k, ml-1m, amazon-cds, .*, but is 'ml-2m'"
+    ):
         prepare("ml-2m", tmp_path / "out", raw)
     with pytest.raises(ValueError, match="split must be one of global, user"):
         prepare("ml-1m", tmp_path / "out", raw, split="random")  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from dti_model.baselines import baseline_metrics
-from dti_model.data import DataError, PreparedData, prepare
+from dti_model.data import AmazonFiles, DataError, PreparedData, prepare
 from dti_model.data.movielens import load_1m, load_100k
 
 
@@ -71,7 +72,25 @@ def test_recbole_copy_of_ml_100k_is_the_same(real_data_dir: Path) -> None:
     assert (ours.route, theirs.route) == ("grouplens", "recbole")
     assert ours.items.sort("item").equals(theirs.items.sort("item"))
     keys = ["user", "item", "timestamp", "rating"]
-    assert ours.interactions.sort(keys).equals(theirs.interactions.sort(keys))
+    assert ours.rows().sort(keys).equals(theirs.rows().sort(keys))
+
+
+def test_amazon_gift_cards(real_data_dir: Path, tmp_path: Path) -> None:
+    """The real v2 format: its counts before pruning, nothing rejected, no markup left."""
+    raw = _folder(real_data_dir, "amazon-giftcards-v2")
+    files = AmazonFiles(raw / "Gift_Cards_5.json.gz", raw / "meta_Gift_Cards.json.gz")
+    whole = prepare(files, tmp_path / "whole", min_item_count=1)
+    assert (whole["interactions"], whole["users"], whole["items"]) == (2_972, 458, 148)
+    assert (whole["duplicate_pairs"], whole["duplicate_interactions"]) == (6, 7)
+    assert whole["rows_in_files"] == {"interactions": 2_972, "items": 1_547}
+    assert whole["rejected"] == {"interactions": 0, "items": 0, "first": []}
+    assert whole["base_rate"] == 2_752 / 2_972
+    pruned = prepare(files, tmp_path / "pruned")
+    assert pruned["interactions"] + pruned["interactions_pruned"] == 2_972
+    assert pruned["min_item_count"] == 5
+    texts = PreparedData.open(tmp_path / "whole").item_texts
+    assert "Noodles & Company Gift Card; Gift Cards; Noodles & Company" in texts
+    assert not [text for text in texts if re.search("&[a-z#]|<", text)]
 
 
 # AUC, or AUC and log loss, as published beside the protocol.

@@ -1,0 +1,205 @@
+"""Amazon reviews, version 2 (2018): a review file and a metadata file of one category, JSON lines, gzip or plain.
+
+    reviews   {"reviewerID": "A31...", "asin": "B004...", "overall": 5.0, "unixReviewTime": 1529193600, ...}
+    meta      {"asin": "B004...", "title": "...", "brand": "...", "category": ["Gift Cards", "Gift Cards"], ...}
+
+The text of an item is title, categories, brand. What the real files need: HTML entities and markup go; `category`
+starts with the department, which every item of the file shares, and may repeat itself; the brand of a Kindle book
+is "Visit Amazon's <author> Page"; a title with "getTime" is a script of the page and none. Of an asin listed twice
+the first row with a title is used.
+
+Both files are streamed. msgspec decodes the four or so fields asked for and skips the others: its messages name the
+field, good and bad lines go through the same code, and it survives every line (pyarrow 26's JSON reader ends the
+process on a line `null`; Polars reads a lone surrogate as NUL).
+
+Source: Ni, Li, McAuley (2019), "Justifying recommendations using distantly-labeled reviews and fine-grained aspects".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import polars as pl
+
+from dti_model.data.errors import DataError
+from dti_model.data.rows import MAX_REJECTED, Interactions, Rejected, check_max_rejected, read_lines
+from dti_model.data.source import RawData, file_sha256
+from dti_model.data.texts import MAX_CHARS, Template, clean_text, items_with_text
+
+AMAZON_CATEGORIES = {"amazon-cds": "CDs_and_Vinyl", "amazon-kindles": "Kindle_Store"}
+URL = "https://jmcauley.ucsd.edu/data/amazon_v2/"
+THRESHOLD = 4.0  # only this fits the paper's own log loss and F1
+MIN_ITEM_COUNT = 5
+TEMPLATE = Template("{title}; {category}; {brand}")
+_AUTHOR = re.compile(r"^Visit Amazon's (.*) Page$")
+
+_Id = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class _Review(msgspec.Struct):
+    reviewerID: _Id
+    asin: _Id
+    overall: Annotated[float, msgspec.Meta(ge=1, le=5)]
+    unixReviewTime: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+
+
+class _Product(msgspec.Struct):
+    asin: _Id
+    title: str | None = None
+    brand: str | None = None
+    category: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class AmazonFiles:
+    """One category of Amazon reviews v2.
+
+    Attributes:
+        reviews: `<Category>_5.json.gz`, or `<Category>.json.gz` with all reviews; may be unpacked.
+        meta: `meta_<Category>.json.gz`; may be unpacked.
+        max_rejected: largest share of a file's rows that may be unusable.
+        max_chars: longest title, category list or brand in a text; longer ones are cut at a word.
+        name: what stats.json calls the source.
+    """
+
+    reviews: Path
+    meta: Path
+    max_rejected: float = MAX_REJECTED
+    max_chars: int = MAX_CHARS
+    name: str = "amazon"
+
+    def load(self) -> RawData:
+        """Read both files.
+
+        Raises:
+            DataError: a file cannot be read, or more rows than `max_rejected` are unusable.
+            ValueError: `max_rejected` or `max_chars` is impossible.
+        """
+        check_max_rejected(self.max_rejected)
+        if self.max_chars < 1:
+            raise ValueError(f"max_chars must be at least 1, but is {self.max_chars}")
+        reviews, meta = Path(self.reviews), Path(self.meta)
+        rejected = Rejected(reviews), Rejected(meta)
+        interactions = Interactions()
+        num_rows = 0
+        for found, count in _decoded(reviews, _Review, rejected[0]):
+            num_rows += count
+            interactions.add(
+                [row.reviewerID for row in found],
+                [row.asin for row in found],
+                pl.Series([row.unixReviewTime for row in found], dtype=pl.Int64),
+                pl.Series([row.overall for row in found], dtype=pl.Float64),
+            )
+        rejected[0].check(num_rows, self.max_rejected)
+        products = _Products(interactions.items.names())
+        num_listed = sum(products.add(found, count) for found, count in _decoded(meta, _Product, rejected[1]))
+        rejected[1].check(num_listed, self.max_rejected)
+        items, repeated, cut = products.texts(self.max_chars)
+        return RawData(
+            interactions=interactions.frame(),
+            users=interactions.users.names(),
+            rated=interactions.items.names(),
+            items=items,
+            threshold=THRESHOLD,
+            min_item_count=MIN_ITEM_COUNT,
+            route="files",
+            interactions_path=reviews,
+            items_path=meta,
+            num_rows=num_rows,
+            num_listed=num_listed,
+            rejected=rejected,
+            repeated_items=repeated,
+            texts_cut=cut,
+            checksums={path.name: file_sha256(path) for path in (reviews, meta)},
+        )
+
+
+def amazon_category(name: str, folder: str | Path | None, **options: Any) -> AmazonFiles:
+    """The files of "amazon-cds" or "amazon-kindles" in a folder; `options` are those of `AmazonFiles`.
+
+    Raises:
+        DataError: there is no folder, or a file is not in it.
+    """
+    category = AMAZON_CATEGORIES[name]
+    wanted = f"{category}_5.json.gz and meta_{category}.json.gz (or unpacked, without .gz)"
+    way_out = f"Get them from {URL} (categoryFilesSmall/ and metaFiles2/) and name their folder with raw_dir (--raw-dir)."
+    if folder is None:
+        raise DataError(f"{name} is not fetched by itself: it needs {wanted}. {way_out}")
+    found: list[Path] = []
+    for stem in (f"{category}_5.json", f"meta_{category}.json"):
+        paths = [Path(folder) / f"{stem}{ending}" for ending in (".gz", "")]
+        found += [path for path in paths if path.is_file()][:1]
+    if len(found) != 2:
+        raise DataError(f"{folder}: no {name} files here. The folder must hold {wanted}. {way_out}")
+    return AmazonFiles(found[0], found[1], **options, name=name)
+
+
+def _decoded(path: Path, kind: type, rejected: Rejected) -> Iterator[tuple[list[Any], int]]:
+    """Batches of decoded rows, each with the number of rows read; blank lines are no rows."""
+    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(kind)
+    for first, batch in read_lines(path):
+        num_lines = batch.count(b"\n")
+        try:
+            found = decoder.decode_lines(batch)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            found = []
+        if len(found) == num_lines:
+            yield found, num_lines
+        else:
+            yield _decoded_one_by_one(decoder, first, batch, rejected)
+
+
+def _decoded_one_by_one(
+    decoder: msgspec.json.Decoder[Any], first: int, batch: bytes, rejected: Rejected
+) -> tuple[list[Any], int]:
+    found, count = [], 0
+    for number, line in enumerate(batch.split(b"\n"), first):
+        if not line.strip():
+            continue
+        count += 1
+        try:
+            found.append(decoder.decode(line))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            rejected.add(number, str(error))
+    return found, count
+
+
+class _Products:
+    """Raw values of the products that were reviewed."""
+
+    def __init__(self, rated: pl.Series) -> None:
+        self._rated = set(rated)
+        self._ids: list[str] = []
+        self._values: dict[str, list[str]] = {name: [] for name in TEMPLATE.columns}
+
+    def add(self, products: list[_Product], count: int) -> int:
+        """Keep what is needed of a batch; returns `count`, the rows that it was read from."""
+        for product in products:
+            if product.asin in self._rated:
+                self._ids.append(product.asin)
+                title = product.title or ""
+                self._values["title"].append("" if "getTime" in title else title)
+                self._values["category"].append(_categories(product.category or []))
+                self._values["brand"].append(_AUTHOR.sub(r"\1", clean_text(product.brand or "")))
+        return count
+
+    def texts(self, max_chars: int) -> tuple[pl.DataFrame, int, int]:
+        values = pl.DataFrame(self._values, schema=dict.fromkeys(TEMPLATE.columns, pl.String))
+        return items_with_text(pl.Series(self._ids, dtype=pl.String), values, TEMPLATE, max_chars)
+
+
+def _categories(names: list[str]) -> str:
+    """The categories below the department, each once; entries that are nothing but markup go.
+
+    Example:
+        >>> _categories(["Gift Cards", "Gift Cards", "</span></span>"])
+        'Gift Cards'
+    """
+    cleaned = dict.fromkeys(clean_text(name) for name in names[1:])
+    cleaned.pop("", None)
+    return ", ".join(cleaned)

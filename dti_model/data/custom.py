@@ -1,0 +1,245 @@
+"""Your own log: an interaction file and an item file, CSV, TSV or Parquet.
+
+    interactions   user, item, timestamp, and a label (0 or 1) or a rating with a threshold
+    items          item, and the columns that the text template names
+
+Times may be integers, numbers or ISO date-times (UTC where they name no zone); what the first rows hold decides.
+Numbers are kept in millionths of their unit and date-times in microseconds, so no two times fall together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from dti_model.data.rows import MAX_REJECTED, Interactions, check_max_rejected
+from dti_model.data.source import RawData, file_sha256
+from dti_model.data.tables import LINE, Table, open_table
+from dti_model.data.texts import MAX_CHARS, Template, items_with_text
+
+INTEGERS, NUMBERS, DATES = "the file's", "millionths of the file's", "microseconds"
+_TIME_RULES = {INTEGERS: "an integer", NUMBERS: "a number", DATES: "an ISO date-time"}
+_DATE_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
+_ZONED_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f%:z", "%Y-%m-%dT%H:%M%:z")
+_LABELS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
+MAX_NUMBER = 9e12  # in millionths it still fits 64 bits
+
+
+@dataclass(frozen=True)
+class CustomFiles:
+    """Files of one's own and what their columns mean.
+
+    Attributes:
+        interactions: one row an interaction; the name ends with .csv, .tsv (both also .gz), .parquet or .pq.
+        items: one row an item.
+        text: template of an item's text, column names in braces: "{title}; {genres}". The first is the title.
+        label: column with 0 or 1 (or true and false, yes and no). Either this or `rating`.
+        rating: column with numbers; one above `threshold` is a click.
+        threshold: goes with `rating`.
+        user, item, timestamp: columns of `interactions`.
+        items_key: the column of `items` with the item; None: named as in `interactions`.
+        max_rejected: largest share of a file's rows that may be unusable.
+        max_chars: longest value of a column in a text; longer ones are cut at a word.
+        name: what stats.json calls the source.
+
+    Raises:
+        ValueError: the fields contradict each other, or the template is malformed.
+    """
+
+    interactions: Path
+    items: Path
+    text: str
+    label: str | None = None
+    rating: str | None = None
+    threshold: float | None = None
+    user: str = "user"
+    item: str = "item"
+    timestamp: str = "timestamp"
+    items_key: str | None = None
+    max_rejected: float = MAX_REJECTED
+    max_chars: int = MAX_CHARS
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        if (self.label is None) == (self.rating is None):
+            raise ValueError("name the column of the click: either label (0 or 1) or rating with a threshold")
+        if (self.rating is None) != (self.threshold is None):
+            raise ValueError("threshold goes with rating: a rating above it is a click; a label needs none")
+        columns = self._columns
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"four different columns are needed, but they are {', '.join(columns)}")
+        check_max_rejected(self.max_rejected)
+        if self.max_chars < 1:
+            raise ValueError(f"max_chars must be at least 1, but is {self.max_chars}")
+        Template(self.text)
+
+    @property
+    def _columns(self) -> list[str]:
+        return [self.user, self.item, self.timestamp, self.label or self.rating or ""]
+
+    def load(self) -> RawData:
+        """Read both files.
+
+        Raises:
+            DataError: a file cannot be read, lacks a column, or has more unusable rows than `max_rejected`.
+            ValueError: the template names a column that `items` does not have.
+        """
+        template = Template(self.text)
+        catalogue = open_table(Path(self.items), multiline=True)
+        template.check(catalogue.columns, str(self.items))
+        table = open_table(Path(self.interactions), multiline=False)
+        interactions, unit = self._read_interactions(table)
+        table.rejected.check(table.num_rows, self.max_rejected)
+        ids, values = zip(*self._read_items(catalogue, template))
+        catalogue.rejected.check(catalogue.num_rows, self.max_rejected)
+        items, repeated, cut = items_with_text(pl.concat(ids), pl.concat(values), template, self.max_chars)
+        return RawData(
+            interactions=interactions.frame(),
+            users=interactions.users.names(),
+            rated=interactions.items.names(),
+            items=items,
+            threshold=0.5 if self.threshold is None else self.threshold,
+            min_item_count=1,
+            route="files",
+            interactions_path=table.path,
+            items_path=catalogue.path,
+            num_rows=table.num_rows,
+            num_listed=catalogue.num_rows,
+            click=f"{self.label} = 1" if self.rating is None else f"{self.rating} > {{threshold:g}}",
+            timestamp_unit=unit,
+            rejected=(table.rejected, catalogue.rejected),
+            repeated_items=repeated,
+            texts_cut=cut,
+            checksums={path.name: file_sha256(path) for path in (table.path, catalogue.path)},
+        )
+
+    def _read_interactions(self, table: Table) -> tuple[Interactions, str]:
+        interactions, unit = Interactions(), None
+        user, item, time, value = (f"={name}" for name in self._columns)
+        for batch in table.batches(self._columns):
+            times, unit = parsed_times(batch[time], unit)
+            rows = pl.DataFrame(
+                {
+                    "user": _ids(batch[user]),
+                    "item": _ids(batch[item]),
+                    "time": times,
+                    "value": _numbers(batch[value]) if self.label is None else _labels(batch[value]),
+                }
+            ).with_columns(batch[LINE])
+            value_rule = "a number" if self.label is None else "0 or 1 (or true, false, yes, no)"
+            problem = pl.coalesce(
+                _problem("user", self.user, "must not be empty"),
+                _problem("item", self.item, "must not be empty"),
+                _problem("time", self.timestamp, f"must be {_TIME_RULES[unit]}", batch[time]),
+                _problem("value", self._columns[3], f"must be {value_rule}", batch[value]),
+            )
+            for line, reason in rows.select(LINE, problem.alias("problem")).drop_nulls("problem").iter_rows():
+                table.rejected.add(line, reason)
+            good = rows.drop_nulls()
+            interactions.add(good["user"].to_list(), good["item"].to_list(), good["time"], good["value"])
+        return interactions, unit or INTEGERS
+
+    def _read_items(self, table: Table, template: Template) -> Iterator[tuple[pl.Series, pl.DataFrame]]:
+        """Ids and values of the template's columns, in batches."""
+        key = self.items_key or self.item
+        for batch in table.batches(list(dict.fromkeys([key, *template.columns]))):
+            ids = _ids(batch[f"={key}"])
+            for line in batch[LINE].filter(ids.is_null()):
+                table.rejected.add(line, f"{key} must not be empty")
+            values = pl.DataFrame({name: _as_text(batch[f"={name}"]) for name in template.columns})
+            yield ids.drop_nulls(), values.filter(ids.is_not_null())
+
+
+def parsed_times(values: pl.Series, unit: str | None) -> tuple[pl.Series, str]:
+    """Times as Int64, null where there is none, and their unit; None lets the values decide.
+
+    Example:
+        >>> parsed_times(pl.Series(["1970-01-01T00:00:01Z", "soon"]), None)[0].to_list()
+        [1000000, None]
+    """
+    if values.dtype.is_temporal():
+        return values.cast(pl.Datetime("us")).cast(pl.Int64), unit or DATES
+    if values.dtype == pl.String:
+        values = values.str.strip_chars()
+    numbers = values.cast(pl.Float64, strict=False)
+    in_range = numbers.abs() <= MAX_NUMBER
+    found = {
+        INTEGERS: values.cast(pl.Int64, strict=False)
+        if not values.dtype.is_float()
+        else numbers.clear(len(values)).cast(pl.Int64),
+        NUMBERS: (numbers.set(~in_range.fill_null(False), None) * 1e6).round().cast(pl.Int64),
+        DATES: _dates(values)
+        if values.dtype == pl.String
+        else pl.repeat(None, len(values), dtype=pl.Int64, eager=True),
+    }
+    if unit is None:
+        # The first of integers, numbers, dates that reads the most values.
+        unit = min(found, key=lambda kind: found[kind].null_count())
+    return found[unit], unit
+
+
+def _dates(values: pl.Series) -> pl.Series:
+    """ISO date-times as microseconds since 1970 (UTC), null where there is none."""
+    column = pl.lit(values.set(~values.str.contains(r"^\d{4}-\d\d-\d\d"), None))
+    column = column.str.replace(" ", "T", literal=True).str.replace("Z$", "+00:00")
+    plain = [column.str.to_datetime(form, strict=False, time_unit="us") for form in _DATE_FORMATS]
+    zoned = [
+        column.str.to_datetime(form, strict=False, time_unit="us", time_zone="UTC").dt.replace_time_zone(None)
+        for form in _ZONED_FORMATS
+    ]
+    return pl.select(pl.coalesce(*plain, *zoned).cast(pl.Int64)).to_series()
+
+
+def _problem(column: str, name: str, rule: str, values: pl.Series | None = None) -> pl.Expr:
+    """The problem of the rows where `column` is null; `values` are shown."""
+    text = pl.lit(f"{name} {rule}")
+    if values is not None:
+        text = pl.concat_str(text, pl.lit(", but is "), pl.lit(_as_text(values).fill_null("empty")))
+    return pl.when(pl.col(column).is_null()).then(text)
+
+
+def _as_text(values: pl.Series) -> pl.Series:
+    """A column as text: whole numbers without a decimal point, lists joined by commas, NaN as null."""
+    frame = values.to_frame("value")
+    if isinstance(values.dtype, pl.List):
+        parts = pl.col("value").list.eval(_text(pl.element(), values.dtype.inner))
+        return frame.select(parts.list.drop_nulls().list.join(", ")).to_series()
+    return frame.select(_text(pl.col("value"), values.dtype)).to_series()
+
+
+def _text(values: pl.Expr, dtype: Any) -> pl.Expr:
+    if not dtype.is_float():
+        return values.cast(pl.String)
+    whole = values.cast(pl.Int64, strict=False)
+    return (
+        pl.when(whole == values).then(whole.cast(pl.String)).otherwise(values.fill_nan(None).cast(pl.String))
+    )
+
+
+def _ids(values: pl.Series) -> pl.Series:
+    """Ids as text without blanks around them; null where there is none."""
+    texts = _as_text(values).str.strip_chars()
+    return texts.set(texts == "", None)
+
+
+def _numbers(values: pl.Series) -> pl.Series:
+    """Numbers as Float32, null where there is none or it is too large."""
+    if values.dtype.is_temporal():
+        return pl.repeat(None, len(values), dtype=pl.Float32, eager=True)
+    if values.dtype == pl.String:
+        values = values.str.strip_chars()
+    numbers = values.cast(pl.Float64, strict=False).cast(pl.Float32, strict=False)
+    return numbers.set(~numbers.is_finite().fill_null(False), None)
+
+
+def _labels(values: pl.Series) -> pl.Series:
+    """Labels as Float32 0 and 1, null where there is neither."""
+    numbers = _numbers(values)
+    if values.dtype == pl.String:
+        words = values.str.strip_chars().str.to_lowercase()
+        numbers = numbers.fill_null(words.replace_strict(_LABELS, default=None, return_dtype=pl.Float32))
+    return numbers.set(~numbers.is_in([0.0, 1.0]).fill_null(False), None)

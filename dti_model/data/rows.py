@@ -1,0 +1,157 @@
+"""Rows on their way in: whole lines in batches, ids as numbers, and a list of the rows that were rejected.
+
+A loader reads a file once, batch by batch, so its memory is the finished columns (20 bytes a row), one entry per
+distinct id, and one batch. Every row of a file is kept or rejected, and a rejected row is listed with its line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from dti_model.data.errors import DataError, at_line
+
+BATCH_BYTES = 1 << 24
+MAX_LINE_BYTES = 1 << 26  # a file without line ends must not fill the memory
+GZIP_MAGIC = b"\x1f\x8b"
+NUM_SHOWN = 5
+MAX_LISTED = 1_000_000  # rejected rows that are held in memory
+MAX_REJECTED = 0.01  # default share of a file's rows
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Batches of whole lines of a plain or gzip file, each with the number of its first line, counted from 1.
+
+    Every batch ends with a line feed; one is added where the last line has none. CR LF becomes LF.
+
+    Raises:
+        DataError: the file cannot be read, is empty, is a damaged gzip file, or has an endless line.
+    """
+    line, rest = 1, b""
+    try:
+        with _open(path) as file:
+            while block := file.read(BATCH_BYTES):
+                block = rest + block
+                stop = block.rfind(b"\n") + 1
+                rest = block[stop:]
+                if len(rest) > MAX_LINE_BYTES:
+                    raise at_line(path, line, f"a line of more than {MAX_LINE_BYTES:,} bytes: no text file.")
+                if stop:
+                    yield line, block[:stop].replace(b"\r\n", b"\n")
+                    line += block.count(b"\n", 0, stop)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read after line {line - 1:,} ({reason}).") from error
+    if rest:
+        yield line, rest.removesuffix(b"\r") + b"\n"
+    elif line == 1:
+        raise at_line(path, 1, "the file is empty.")
+
+
+def _open(path: Path) -> BinaryIO:
+    with path.open("rb") as file:
+        zipped = file.read(2) == GZIP_MAGIC
+    return gzip.open(path) if zipped else path.open("rb")  # type: ignore[return-value]
+
+
+class IdTable:
+    """Numbers ids in the order of their first appearance."""
+
+    def __init__(self) -> None:
+        self._codes: dict[str, int] = {}
+
+    def encode(self, ids: list[str]) -> npt.NDArray[np.int32]:
+        """The number of each id, int32; a new id gets the next one."""
+        codes = self._codes
+        return np.array([codes.setdefault(name, len(codes)) for name in ids], dtype=np.int32)
+
+    def names(self) -> pl.Series:
+        """The ids by number."""
+        return pl.Series("id", list(self._codes), dtype=pl.String)
+
+
+class Interactions:
+    """Collects the interactions of a source, batch by batch."""
+
+    def __init__(self) -> None:
+        self.users, self.items = IdTable(), IdTable()
+        self._batches: list[pl.DataFrame] = []
+
+    def add(self, users: list[str], items: list[str], timestamps: pl.Series, ratings: pl.Series) -> None:
+        """Append rows: ids as text, times as integers, ratings as numbers."""
+        columns = {
+            "user": self.users.encode(users),
+            "item": self.items.encode(items),
+            "timestamp": timestamps.cast(pl.Int64),
+            "rating": ratings.cast(pl.Float32),
+        }
+        self._batches.append(pl.DataFrame(columns))
+
+    def frame(self) -> pl.DataFrame:
+        """All rows, one chunk per batch: joining them would hold everything twice."""
+        empty = {"user": pl.Int32, "item": pl.Int32, "timestamp": pl.Int64, "rating": pl.Float32}
+        return pl.concat(self._batches, rechunk=False) if self._batches else pl.DataFrame(schema=empty)
+
+
+class Rejected:
+    """The rows of one raw file that cannot be used, each with its line and the reason."""
+
+    def __init__(self, path: Path, place: str = "line") -> None:
+        """Start an empty list for `path`; `place` is what the numbers count: "line" or "row"."""
+        self.path, self.place = path, place
+        self._lines: list[int] = []
+        self._problems: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def add(self, line: int, problem: str) -> None:
+        """Note one row.
+
+        Raises:
+            DataError: so many rows that this cannot be the right kind of file.
+        """
+        if len(self) == MAX_LISTED:
+            self.check(MAX_LISTED, 0)
+        self._lines.append(line)
+        self._problems.append(problem if len(problem) <= 200 else problem[:197] + "...")
+
+    def frame(self) -> pl.DataFrame:
+        """file, line and problem of every rejected row, in the order of the file."""
+        columns = {"file": [self.path.name] * len(self), "line": self._lines, "problem": self._problems}
+        schema = {"file": pl.String, "line": pl.Int64, "problem": pl.String}
+        return pl.DataFrame(columns, schema=schema).sort("line", maintain_order=True)
+
+    def first(self) -> list[str]:
+        """The first few as text, `file:line: problem`."""
+        head = self.frame().head(NUM_SHOWN)
+        place = ":" if self.place == "line" else f" {self.place} "
+        return [f"{file}{place}{line}: {problem}" for file, line, problem in head.iter_rows()]
+
+    def check(self, num_rows: int, limit: float) -> None:
+        """Stop when more than the share `limit` of the file's `num_rows` rows was rejected.
+
+        Raises:
+            DataError: with the count, the first few rows and the way out.
+        """
+        if len(self) > limit * num_rows:
+            share = len(self) / num_rows
+            shown = "".join(f"\n  {row}" for row in self.first())
+            raise DataError(
+                f"{self.path}: {len(self):,} of {num_rows:,} rows ({share:.2%}) cannot be used, more than "
+                f"max_rejected = {limit:g} allows. The first:{shown}\nMend the file, or allow more with "
+                "max_rejected (--max-rejected)."
+            )
+
+
+def check_max_rejected(limit: float) -> None:
+    """Raise a ValueError unless `limit` is a share from 0 to 1."""
+    if not 0 <= limit <= 1:
+        raise ValueError(f"max_rejected must be a share of the rows from 0 to 1, but is {limit}")

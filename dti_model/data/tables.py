@@ -1,0 +1,221 @@
+"""CSV, TSV and Parquet files as batches of columns, with the line (CSV, TSV) or row (Parquet) of every row.
+
+CSV is RFC 4180 with a header, UTF-8, gzip or plain; blank lines are no rows. In an interaction file a line is a
+row, so a stray quote spoils one line and not all up to the next quote; in an item file quoted values may hold line
+ends. Lines without a quote are split in one vectorised pass, the others by Python's csv module in its strict mode.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dti_model.data.errors import DataError, at_line
+from dti_model.data.rows import Rejected, read_lines
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+PARQUET = (".parquet", ".pq")
+LINE = "line"  # the column that a batch has besides those asked for; they are renamed to "=name"
+
+
+class Table:
+    """A file of columns, read once.
+
+    Attributes:
+        path: the file.
+        columns: its column names.
+        rejected: the rows that could not be split into columns; the reader of the values may add to it.
+        num_rows: rows read so far, rejected ones included.
+    """
+
+    def __init__(self, path: Path, columns: list[str], place: str) -> None:
+        self.path, self.columns = path, columns
+        self.rejected = Rejected(path, place)
+        self.num_rows = 0
+        repeated = sorted({name for name in columns if columns.count(name) > 1})
+        if repeated:
+            raise DataError(f"{path}: two columns have the name {', '.join(repeated)}")
+
+    def batches(self, names: Sequence[str]) -> Iterator[pl.DataFrame]:
+        """The columns `names`, as `=name`, and `line`, in batches.
+
+        Raises:
+            DataError: there is no such column, or the file cannot be read.
+        """
+        missing = [name for name in names if name not in self.columns]
+        if missing:
+            raise DataError(
+                f"{self.path}: there is no column {', '.join(missing)}; there are {', '.join(self.columns)}"
+            )
+        return self._read(names)
+
+    def _read(self, names: Sequence[str]) -> Iterator[pl.DataFrame]:
+        raise NotImplementedError
+
+
+def open_table(path: Path, *, multiline: bool) -> Table:
+    """The reader for a file, by the end of its name; `multiline` allows line ends inside quoted CSV values.
+
+    Raises:
+        DataError: the name ends with nothing known, or the file cannot be read or has no header.
+    """
+    ending = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if ending in SEPARATORS:
+        return _Csv(path, SEPARATORS[ending], multiline)
+    if path.suffix.lower() in PARQUET:
+        return _Parquet(path)
+    known = ", ".join((*SEPARATORS, *PARQUET))
+    raise DataError(f"{path}: the name must end with one of {known}; .csv and .tsv may be followed by .gz")
+
+
+class _Csv(Table):
+    def __init__(self, path: Path, separator: str, multiline: bool) -> None:
+        _, batch = next(read_lines(path))
+        header = batch[: batch.index(b"\n")].removeprefix(b"\xef\xbb\xbf")
+        try:
+            columns = _fields(header.decode(), separator)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise at_line(path, 1, f"the header cannot be read ({error})") from error
+        super().__init__(path, [name.strip() for name in columns], "line")
+        self._separator, self._multiline = separator, multiline
+
+    def _read(self, names: Sequence[str]) -> Iterator[pl.DataFrame]:
+        if self._multiline:
+            # A value may go on in the next batch, so the file is read as a whole.
+            lines = [line for first, batch in read_lines(self.path) for line in self._decoded(first, batch)]
+            yield self._frame(*self._records(lines), names)
+            return
+        for first, batch in read_lines(self.path):
+            texts = pl.Series(self._decoded(first, batch), dtype=pl.String)
+            numbers = pl.int_range(first, first + len(texts), eager=True)
+            is_row = (texts != "") & (numbers > 1)
+            texts, numbers = texts.filter(is_row), numbers.filter(is_row)
+            self.num_rows += len(texts)
+            yield self._split(texts, numbers, names)
+
+    def _decoded(self, first: int, batch: bytes) -> list[str]:
+        """The lines of a batch; one that is not UTF-8 is rejected and becomes a blank one."""
+        try:
+            return batch.decode().split("\n")[:-1]
+        except UnicodeDecodeError:
+            pass
+        lines = []
+        for number, line in enumerate(batch.split(b"\n")[:-1], first):
+            try:
+                lines.append(line.decode())
+            except UnicodeDecodeError as error:
+                self._reject(number, f"not valid UTF-8 ({error.reason})")
+                lines.append("")
+        return lines
+
+    def _split(self, lines: pl.Series, numbers: pl.Series, names: Sequence[str]) -> pl.DataFrame:
+        last = len(self.columns) - 1
+        plain = lines.str.count_matches(self._separator, literal=True) == last
+        plain &= ~lines.str.contains('"', literal=True)
+        fields = lines.filter(plain).str.split_exact(self._separator, last).struct.rename_fields(self.columns)
+        frame = fields.struct.unnest().select(pl.col(name).alias(f"={name}") for name in names)
+        frame = frame.with_columns(numbers.filter(plain).alias(LINE))
+        if plain.all():
+            return frame
+        rows, row_numbers = [], []
+        for number, line in zip(numbers.filter(~plain), lines.filter(~plain)):
+            try:
+                found = _fields(line, self._separator)
+            except csv.Error as error:
+                self.rejected.add(number, _shown(error))
+                continue
+            if self._has_right_length(number, found):
+                rows.append(found)
+                row_numbers.append(number)
+        return pl.concat([frame, self._frame(rows, row_numbers, names)])
+
+    def _records(self, lines: list[str]) -> tuple[list[list[str]], list[int]]:
+        """Records that may span lines, and their first lines; after a bad line it starts again at the next."""
+        rows, numbers = [], []
+        start = 1  # below the header
+        while start < len(lines):
+            rest = (lines[i] + "\n" for i in range(start, len(lines)))
+            reader = csv.reader(rest, delimiter=self._separator, strict=True)
+            used = 0
+            try:
+                for found in reader:
+                    number, used = start + used + 1, reader.line_num
+                    if not found:
+                        continue
+                    self.num_rows += 1
+                    if self._has_right_length(number, found):
+                        rows.append(found)
+                        numbers.append(number)
+                break
+            except csv.Error as error:
+                self._reject(start + used + 1, _shown(error))
+                start += used + 1
+        return rows, numbers
+
+    def _reject(self, number: int, problem: str) -> None:
+        self.num_rows += 1
+        self.rejected.add(number, problem)
+
+    def _has_right_length(self, number: int, fields: list[str]) -> bool:
+        good = len(fields) == len(self.columns)
+        if not good:
+            self.rejected.add(number, f"a row must have {len(self.columns)} values, but has {len(fields)}")
+        return good
+
+    def _frame(self, rows: list[list[str]], numbers: list[int], names: Sequence[str]) -> pl.DataFrame:
+        at = {name: self.columns.index(name) for name in names}
+        columns = {f"={name}": pl.Series([row[i] for row in rows], dtype=pl.String) for name, i in at.items()}
+        return pl.DataFrame({**columns, LINE: pl.Series(numbers, dtype=pl.Int64)})
+
+
+def _fields(line: str, separator: str) -> list[str]:
+    return next(csv.reader([line], delimiter=separator, strict=True), [])
+
+
+def _shown(error: csv.Error) -> str:
+    text = str(error)
+    return "a quoted value does not end" if text == "unexpected end of data" else text
+
+
+class _Parquet(Table):
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = pq.ParquetFile(path)
+            columns = list(self._file.schema_arrow.names)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{path}: not a complete Parquet file ({error})") from error
+        super().__init__(path, columns, "row")
+
+    def _read(self, names: Sequence[str]) -> Iterator[pl.DataFrame]:
+        for name in names:
+            kind = self._file.schema_arrow.field(name).type
+            if not _is_known(kind):
+                raise DataError(f"{self.path}: column {name} has the type {kind}, which has no plain text")
+        try:
+            for batch in self._file.iter_batches(columns=list(names)):
+                batch.validate(full=True)  # among others, that text is UTF-8
+                numbers = pa.array(range(self.num_rows + 1, self.num_rows + batch.num_rows + 1), pa.int64())
+                self.num_rows += batch.num_rows
+                columns = {f"={name}": batch.column(name) for name in names}
+                frame = pl.from_arrow(pa.table({**columns, LINE: numbers}))
+                assert isinstance(frame, pl.DataFrame)
+                yield frame
+        except (pa.ArrowException, OSError, ValueError, pl.exceptions.PolarsError) as error:
+            raise DataError(f"{self.path}: cannot be read after row {self.num_rows:,} ({error})") from error
+        if self.num_rows != self._file.metadata.num_rows:
+            promised = self._file.metadata.num_rows
+            raise DataError(
+                f"{self.path}: holds {self.num_rows:,} rows, but its footer promises {promised:,}"
+            )
+
+
+def _is_known(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
+        return _is_known(kind.value_type)
+    tests = ("string", "large_string", "string_view", "integer", "floating", "boolean", "date", "timestamp")
+    return any(getattr(pa.types, f"is_{test}")(kind) for test in tests)
