@@ -86,7 +86,6 @@ class CustomFiles:
 
         Raises:
             DataError: a file cannot be read, lacks a column, or has more unusable rows than `max_rejected`.
-            ValueError: the template names a column that `items` does not have.
         """
         template = Template(self.text)
         catalogue = open_table(Path(self.items), multiline=True)

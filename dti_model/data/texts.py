@@ -16,6 +16,8 @@ from collections.abc import Collection
 
 import polars as pl
 
+from dti_model.data.errors import DataError
+
 MISSING_TITLE = "Unknown title"
 MAX_CHARS = 200  # default length of one value: a window holds 20 items, and some titles are whole pages
 _TAG = re.compile(r"</?[a-zA-Z!][^<>]*>")
@@ -75,10 +77,10 @@ class Template:
             raise ValueError(f"text template {template!r} names no column. {way_out}")
 
     def check(self, available: Collection[str], where: str) -> None:
-        """Raise a ValueError when a column is not among the `available` ones of `where`."""
+        """Raise a DataError when a column is not among the `available` ones of `where`."""
         missing = [name for name in self.columns if name not in available]
         if missing:
-            raise ValueError(
+            raise DataError(
                 f"text template {self.template!r} names {', '.join(missing)}, but {where} has the columns "
                 f"{', '.join(available)}"
             )
