@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from dti_model.data.command import prepare_parser, run_prepare
+from dti_model.prepare_cli import add_prepare, run_prepare
 
 
 class _KeepLines(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -53,7 +53,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subcommands(required=True, dest="subcommand")
 
-    commands.add_subcommand("prepare", prepare_parser(), help="make a prepared folder from raw files")
+    add_prepare(commands)
 
     train = ArgumentParser(
         description="Train a click model with streaming prompts; the same command goes on after an interruption."

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dti_model.cli import main
-from dti_model.data.command import HELP
+from dti_model.prepare_cli import HELP
 from tests.conftest import ROOT
 from tests.model.log_files import CUSTOM_COLUMNS, ITEM_COLUMNS, custom_rows, item_rows, write_csv
 from tests.model.movielens_files import some_ratings, write_1m

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -18,16 +18,16 @@ HELP = {
 }
 
 
-def prepare_parser() -> ArgumentParser:
-    """The parser of `dti prepare`, one subcommand a source, each with the options that apply to it."""
+def add_prepare(commands: Any) -> None:
+    """Add `prepare` to the subcommands of `dti`, with one subcommand a source that has the options applying to it."""
     parser = ArgumentParser(
         description="Turn a raw data set into a prepared folder: checked, split, tokenised, memory-mapped. "
         "`dti prepare SOURCE --help` lists the options of a source."
     )
+    commands.add_subcommand("prepare", parser, help="make a prepared folder from raw files")
     sources = parser.add_subcommands(required=True, dest="source", metavar="SOURCE")
     for name, text in HELP.items():
         sources.add_subcommand(name, _source_parser(name), help=text)
-    return parser
 
 
 def _source_parser(name: str) -> ArgumentParser:
@@ -101,8 +101,7 @@ def _add_custom(parser: ArgumentParser) -> None:
 def _add_protocol(parser: ArgumentParser, min_item_count: int) -> None:
     parser.add_argument(
         "--split",
-        type=str,
-        choices=["global", "user"],
+        type=Literal["global", "user"],
         default="global",
         help="8:1:1 over global time, or within each user",
     )
@@ -126,7 +125,9 @@ def run_prepare(options: Namespace) -> None:
     from dti_model.data.amazon import amazon_category
 
     name = options.source
-    settings = dict(vars(options[name]))
+    settings = options[
+        name
+    ].as_dict()  # vars() would show `items` under another name: Namespace has a method of it
     protocol = {key: settings.pop(key) for key in ("split", "min_context", "min_item_count", "vocab_size")}
     out = settings.pop("out")
     if name == "custom":
