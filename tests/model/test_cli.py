@@ -94,7 +94,15 @@ def test_prepare_custom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["prepare"], *(["prepare", source] for source in HELP), ["train"], ["evaluate"], ["score"], ["search"]],
+    [
+        [],
+        ["prepare"],
+        *(["prepare", source] for source in HELP),
+        ["train"],
+        ["evaluate"],
+        ["score"],
+        ["search"],
+    ],
     ids=" ".join,
 )
 def test_help_at_every_level(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
