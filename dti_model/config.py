@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,10 @@ class TrainConfig:
     def targets_per_prompt(self) -> int | None:
         """`k`, with None for whole histories."""
         return self.k or None
+
+    def same_run(self, other: TrainConfig) -> bool:
+        """Whether a run with these settings can go on with the other ones: the folder may have been moved, and bars change nothing."""
+        return replace(self, out=other.out, progress=other.progress) == other
 
     def save(self, folder: Path) -> None:
         """Write `config.yaml` into a folder, which is made where it is missing."""

@@ -9,14 +9,15 @@ Texts are cut to the model's `max_item_tokens`, as in training. An id and a text
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from dti_model.data.build import MISSING_TEXT
+from dti_model.data import DataError
 from dti_model.data.movielens import movie_text
+from dti_model.data.texts import MISSING_TITLE, Template, template_text
 from dti_model.data.tokens import plain_backend
 from dti_model.prompts import IntArray, PromptBuilder
 
@@ -37,16 +38,12 @@ def _movie(fields: Mapping[str, Any]) -> str:
     return movie_text(title, [str(genre) for genre in genres])
 
 
-# How a data set's loader puts fields into text, by the data set's name.
-RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {"ml-100k": _movie, "ml-1m": _movie}
-
-
 class ItemTokens:
     """Token ids of items, by id or by fields."""
 
     def __init__(self, builder: PromptBuilder, tokenizer: Any) -> None:
         self._builder, self._data = builder, builder.data
-        self._source = str(self._data.stats["source"]["name"])
+        self._source = self._data.stats["source"]
         self._backend = plain_backend(tokenizer)
 
     @cached_property
@@ -89,12 +86,12 @@ class ItemTokens:
         """The item text of fields, as the data set's loader would make it."""
         if fields.keys() == {"text"} and isinstance(fields["text"], str):
             return fields["text"]
-        render = RENDERERS.get(self._source)
-        if render is None:
-            raise ItemError(
-                f"items of {self._source} can only be given by id or as {{'text': ...}}, got {dict(fields)}"
-            )
-        return render(fields) or MISSING_TEXT
+        if "text" not in self._source:
+            return _movie(fields) or MISSING_TITLE
+        try:
+            return template_text(Template(self._source["text"]), fields, self._source["max_chars"])
+        except DataError as error:
+            raise ItemError(str(error)) from error
 
     def _encoded(self, text: str) -> IntArray:
         ids = self._backend.encode(text, add_special_tokens=False).ids

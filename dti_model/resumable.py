@@ -66,7 +66,7 @@ class ResumableTrainer(Trainer):
         self.terminate = True
 
     def _folder(self, step: int) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{step}"
+        return Path(str(self.args.output_dir)) / f"checkpoint-{step}"
 
     def _parameters(self) -> dict[str, torch.nn.Parameter]:
         return trained_parameters(self.accelerator.unwrap_model(self.model))
@@ -75,6 +75,10 @@ class ResumableTrainer(Trainer):
         optimizer: Any = self.optimizer
         inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         return inner
+
+    def _scheduler(self) -> Any:
+        assert self.lr_scheduler is not None
+        return self.lr_scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         state, folder = self.state, self._folder(self.state.global_step)
@@ -88,14 +92,15 @@ class ResumableTrainer(Trainer):
         }
         run = {
             "groups": optimizer_groups(self._torch_optimizer()),
-            "scheduler": self.lr_scheduler.state_dict(),
+            "scheduler": self._scheduler().state_dict(),
             "random": gather_from_ranks(random_state()),
             "unlogged_loss": gather_from_ranks(self._tr_loss.item()),
             "last_logged_step": self._globalstep_last_logged,
         }
+        callbacks: Any = state.stateful_callbacks  # a dictionary by the time that training runs
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                state.stateful_callbacks[type(callback).__name__] = callback.state()
+                callbacks[type(callback).__name__] = callback.state()
 
         def write() -> None:
             write_checkpoint(folder, tensors, {RUN_FILE: run, TRAINER_FILE: asdict(state)})
@@ -107,13 +112,14 @@ class ResumableTrainer(Trainer):
         load_weights(self._parameters(), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
+        assert self.state.best_global_step is not None
         load_weights(self._parameters(), self._folder(self.state.best_global_step))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         assert checkpoint is not None
         run = self._read_run(Path(checkpoint))
         load_optimizer(self._parameters(), self._torch_optimizer(), Path(checkpoint), run["groups"])
-        self.lr_scheduler.load_state_dict(run["scheduler"])
+        self._scheduler().load_state_dict(run["scheduler"])
         self._resumed = run
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -137,7 +143,7 @@ class ResumableTrainer(Trainer):
             self.state.best_model_checkpoint = str(self._folder(self.state.best_global_step))
         return progress
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # Trainer names every argument
         if self._stopped_early:
             self.control.should_training_stop = True
             return

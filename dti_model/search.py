@@ -58,10 +58,11 @@ def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence
             metrics.append(_finished(run) or train(run)["val"])
         rows.append({**cell, "seeds": len(seeds), **_summary(metrics)})
         rows.sort(key=lambda row: -row["val_auc_mean"])
-        table = {"cells": rows, "best": {name: rows[0][name] for name in grid}}
+        best = {name: rows[0][name] for name in grid}
+        table = {"cells": rows, "best": best}
         first_rank_does(lambda table=table: _write(base.out, table))  # type: ignore[misc]
     print(search_table(rows, list(grid)))
-    print("best: " + " ".join(f"--{name} {value}" for name, value in table["best"].items()))
+    print("best: " + " ".join(f"--{name} {value}" for name, value in best.items()))
     return table
 
 
@@ -110,8 +111,7 @@ def _finished(config: TrainConfig) -> dict[str, float] | None:
     path = config.out / METRICS_FILE
     if not path.is_file():
         return None
-    same = {"out": config.out, "progress": config.progress}
-    if replace(TrainConfig.load(config.out), **same) != config:
+    if not TrainConfig.load(config.out).same_run(config):
         raise RunExistsError(
             f"{config.out} holds a run with other settings (see {CONFIG_FILE} there): choose another --out"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dti_model.baselines import baseline_metrics, item_user_auc
@@ -83,9 +83,7 @@ def _find_checkpoint(config: TrainConfig) -> Path | None:
         raise RunExistsError(f"{config.out} holds a finished run: choose another --out, or delete it")
     if (config.out / CONFIG_FILE).exists():
         checkpoint = last_checkpoint(config.out / CHECKPOINTS_FOLDER)
-        # The folder may have been moved, and bars change nothing.
-        same = {"out": config.out, "progress": config.progress}
-        if checkpoint is not None and replace(TrainConfig.load(config.out), **same) != config:
+        if checkpoint is not None and not TrainConfig.load(config.out).same_run(config):
             raise RunExistsError(
                 f"{config.out} was started with other settings (see {CONFIG_FILE} there): choose another --out"
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from dti_model.attention import DTIConfig, Stream, position_ids
 from dti_model.prompts import PackedPrompts, StreamBatch
@@ -64,7 +64,7 @@ class StreamTrainer(ResumableTrainer):
         self.loss_is_scaled_for_ga = True
         peak = peak_flops(self.args.device, self.args.bf16)
         self.speed = Speed(peak and peak * world_size())
-        assert self.model is not None
+        assert isinstance(self.model, PreTrainedModel)
         self.step_cost = StepCost.of(self.model)
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:

@@ -115,6 +115,7 @@ class AmazonFiles:
             rejected=rejected,
             repeated_items=repeated,
             texts_cut=cut,
+            text_rule={"text": TEMPLATE.template, "max_chars": self.max_chars},
             checksums={path.name: file_sha256(path) for path in (reviews, meta)},
         )
 

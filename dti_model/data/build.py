@@ -231,6 +231,7 @@ def _provenance(source: str | Source, raw: RawData, subset: bool) -> dict[str, A
         "name": source if isinstance(source, str) else source.name,
         "route": raw.route,
         "subset": subset,
+        **raw.text_rule,
         "sha256": dict(raw.checksums),
         # Says of two formats of one published set that they agree; other sources have the checksums of their files.
         "digest": None if raw.facts is None else raw.digest(),

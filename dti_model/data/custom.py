@@ -113,6 +113,7 @@ class CustomFiles:
             rejected=(table.rejected, catalogue.rejected),
             repeated_items=repeated,
             texts_cut=cut,
+            text_rule={"text": self.text, "max_chars": self.max_chars},
             checksums={path.name: file_sha256(path) for path in (table.path, catalogue.path)},
         )
 

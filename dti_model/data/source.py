@@ -64,6 +64,7 @@ class RawData:
         rejected: rows that could not be used, of the interaction file and of the item file.
         repeated_items: rows of the item file that repeat an item.
         texts_cut: values of item texts that were cut because of their length.
+        text_rule: `text` (template) and `max_chars`, where item texts are made by `items_with_text`; empty: MovieLens' own.
     """
 
     interactions: pl.DataFrame
@@ -83,6 +84,7 @@ class RawData:
     repeated_items: int = 0
     texts_cut: int = 0
     facts: Facts | None = None
+    text_rule: Mapping[str, Any] = field(default_factory=dict)
     checksums: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

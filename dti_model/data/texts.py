@@ -12,7 +12,8 @@ from __future__ import annotations
 import html
 import re
 import string
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import polars as pl
 
@@ -119,6 +120,33 @@ class Template:
         return pl.when(~pl.all_horizontal(empty)).then(
             pl.when(pl.any_horizontal(empty)).then(tidy).otherwise(value)
         )
+
+
+def template_text(template: Template, fields: Mapping[str, Any], max_chars: int) -> str:
+    """The text of one item, as `items_with_text` makes it; lists are joined by commas.
+
+    Raises:
+        DataError: a field that the template does not name, or no value at all.
+    """
+    unknown = sorted(fields.keys() - set(template.columns))
+    if unknown or not any(fields.values()):
+        raise DataError(
+            f"an item here has the fields {', '.join(template.columns)} (text template {template.template!r}), or the one field "
+            f"text; got {dict(fields)}"
+        )
+    values = {}
+    for name in template.columns:
+        value = fields.get(name)
+        shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        values[name] = [None if shown is None else str(shown)]
+    frame, _, _ = items_with_text(
+        pl.Series(["item"]),
+        pl.DataFrame(values, schema=dict.fromkeys(values, pl.String)),
+        template,
+        max_chars,
+    )
+    text: str = frame["text"][0]
+    return text
 
 
 def items_with_text(

@@ -13,7 +13,7 @@ import pytest
 
 from dti_model.data import AmazonFiles, CustomFiles, DataError, PreparedData, prepare, rows
 from dti_model.data.custom import parsed_times
-from dti_model.data.texts import Template, clean_text, shorten
+from dti_model.data.texts import Template, clean_text, shorten, template_text
 from tests.model.log_files import (
     CUSTOM_COLUMNS,
     ITEM_COLUMNS,
@@ -348,3 +348,19 @@ def test_stats_say_where_every_row_went(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "stats.json").read_text()) == stats
     kept = stats["interactions"] + stats["interactions_pruned"] + stats["rejected"]["interactions"]
     assert kept == stats["rows_in_files"]["interactions"]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_text_of_an_item_given_by_its_fields(tmp_path: Path, ending: str) -> None:
+    """What scoring makes of fields is what `prepare` made of the same item's row."""
+    files = custom(tmp_path, ending)
+    stats = prepare(files, tmp_path / "out")
+    template, data = Template(stats["source"]["text"]), PreparedData.open(tmp_path / "out")
+    for row in item_rows():
+        if row["item"] not in data.item_ids:
+            continue
+        fields = {name: row[name] for name in template.columns}
+        text = template_text(template, fields, stats["source"]["max_chars"])
+        assert text == data.item_texts[data.item_ids.index(row["item"])]
+    with pytest.raises(DataError, match="has the fields title"):
+        template_text(template, {"titel": "x"}, 10)
