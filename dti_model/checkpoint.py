@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers.trainer_utils import get_last_checkpoint
@@ -40,7 +41,11 @@ class CheckpointError(RuntimeError):
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What training changes, by the name that it has in an unwrapped model."""
+    """What training changes, by the name that it has in an unwrapped model; sharded where it is trained sharded."""
+    for module in model.modules():
+        # After a forward pass without a backward, as validation is, FSDP leaves whole copies of its last group in place.
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return {
         name.replace("_checkpoint_wrapped_module.", ""): parameter
         for name, parameter in model.named_parameters()

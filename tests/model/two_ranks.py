@@ -42,8 +42,8 @@ def main(folder: Path) -> None:
     training_step = StreamTrainer.training_step
 
     def terminated(self: StreamTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # One rank hears of it; the other has to stop at the same step.
-        if rank() == 1 and self.state.global_step == STOP_AT - 1:
+        # One rank hears of it in the step before, and tells the other at the start of the next: both stop after that one.
+        if rank() == 1 and self.state.global_step == STOP_AT - 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return training_step(self, *args, **kwargs)
 
