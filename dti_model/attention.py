@@ -129,9 +129,9 @@ class StreamAttention(nn.Module):
             if hasattr(attention, name):
                 setattr(self, name, getattr(attention, name))
         if config.position_fix:
-            weight = attention.q_proj.weight
-            slopes = default_alibi_slopes(weight.shape[0] // self.head_dim) * config.slope_scale
-            slopes = slopes.to(weight.device)
+            q_proj = attention.q_proj  # plain, quantised (its weight is packed) or wrapped by peft
+            slopes = default_alibi_slopes(q_proj.out_features // self.head_dim) * config.slope_scale
+            slopes = slopes.to(q_proj.weight.device)
             if config.train_slopes:
                 self.alibi_slopes = nn.Parameter(slopes)
             else:
@@ -253,7 +253,7 @@ def apply_dti(model: PreTrainedModel, config: DTIConfig, dropout: float = 0.0) -
     """Make a Hugging Face causal LM read packed streaming prompts; in place.
 
     Args:
-        model: a causal LM with decoder layers of `SUPPORTED_LAYERS`, on any device.
+        model: a causal LM with decoder layers of `SUPPORTED_LAYERS`, on any device, perhaps wrapped by peft.
         config: which fixes [SUM] rows get.
         dropout: on the token embeddings and on what every attention and MLP adds, while training.
 
@@ -299,7 +299,7 @@ def position_ids(layout: StreamLayout, config: DTIConfig) -> Tensor:
 
 
 def token_logits(
-    model: PreTrainedModel,
+    model: nn.Module,
     input_ids: Tensor,
     layout: StreamLayout,
     config: DTIConfig,

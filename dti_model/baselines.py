@@ -63,15 +63,21 @@ def baseline_scores(data: PreparedData, split: str) -> dict[str, Floats]:
     }
 
 
-def baseline_metrics(data: PreparedData, split: str) -> dict[str, dict[str, float]]:
-    """`click_metrics` of every line on one split.
+def baseline_metrics(data: PreparedData, split: str, rows: Rows | None = None) -> dict[str, dict[str, float]]:
+    """`click_metrics` of every line on one split, or on some of its targets.
+
+    Args:
+        data: prepared data.
+        split: as for `baseline_scores`; lines are chosen on all of validation whatever the rows.
+        rows: targets of the split to measure on; None: all.
 
     Raises:
-        DataError: as `baseline_scores`, or the split has only one class.
+        DataError: as `baseline_scores`, or the targets have only one class.
     """
-    rows = data.targets(split)
-    labels, users = data.label[rows], data.users_of(rows)
-    return {name: click_metrics(labels, p, users) for name, p in baseline_scores(data, split).items()}
+    targets = data.targets(split)
+    kept = np.ones(len(targets), bool) if rows is None else np.isin(targets, rows)
+    labels, users = data.label[targets[kept]], data.users_of(targets[kept])
+    return {name: click_metrics(labels, p[kept], users) for name, p in baseline_scores(data, split).items()}
 
 
 def item_user_auc(data: PreparedData, split: str) -> float:

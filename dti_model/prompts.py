@@ -25,13 +25,18 @@ from dti_model.data.tokens import NO, SUM, YES
 
 IntArray = npt.NDArray[np.int64]
 
+# Negative and positive label text. The first pair of which both are single tokens is taken: as words of running text after an item
+# text, then as this project's own tokenizers and those of SentencePiece (Llama 2) write them, then with capitals.
+LABEL_TEXTS = ((f" {NO}", f" {YES}"), (NO, YES), (" No", " Yes"), ("No", "Yes"))
+
 
 @dataclass(frozen=True)
 class PromptFormat:
     """Token ids around the item texts.
 
     Attributes:
-        prefix: tokens before the first interaction (a BOS token: a place for attention to rest).
+        prefix: tokens before the first interaction (a BOS token, where the tokenizer has one: a place for attention to rest;
+            then an instruction).
         sum_token: the [SUM] token.
         labels: the token of a negative and of a positive label: label text in the history, answer at the [SUM].
         window: n, preceding interactions that a target may use.
@@ -45,8 +50,10 @@ class PromptFormat:
     max_item_tokens: int = 128
 
     @staticmethod
-    def of(tokenizer: PreTrainedTokenizerBase, window: int, max_item_tokens: int = 128) -> PromptFormat:
-        """The format of a tokenizer that has [SUM], yes and no as single tokens.
+    def of(
+        tokenizer: PreTrainedTokenizerBase, window: int, max_item_tokens: int = 128, instruction: str = ""
+    ) -> PromptFormat:
+        """The format of a tokenizer that has [SUM] and a pair of `LABEL_TEXTS` as single tokens.
 
         Raises:
             ValueError: one of the words is not a single token, or a count is out of range.
@@ -55,14 +62,19 @@ class PromptFormat:
             raise ValueError(
                 f"window must be >= 0 and max_item_tokens >= 1, got {window} and {max_item_tokens}"
             )
-        single = []
-        for word in (SUM, NO, YES):
-            ids = tokenizer.encode(word, add_special_tokens=False)
-            if len(ids) != 1:
-                raise ValueError(f"{word!r} must be one token of the tokenizer, but is {len(ids)}")
-            single.append(ids[0])
-        prefix = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-        return PromptFormat(prefix, single[0], (single[1], single[2]), window, max_item_tokens)
+        sums = tokenizer.encode(SUM, add_special_tokens=False)
+        if len(sums) != 1:
+            raise ValueError(f"{SUM!r} must be one token of the tokenizer, but is {len(sums)}")
+        prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        if instruction:
+            prefix += tokenizer.encode(instruction, add_special_tokens=False)
+        for pair in LABEL_TEXTS:
+            no, yes = (tokenizer.encode(text, add_special_tokens=False) for text in pair)
+            if len(no) == len(yes) == 1:
+                return PromptFormat(tuple(prefix), sums[0], (no[0], yes[0]), window, max_item_tokens)
+        raise ValueError(
+            f"the tokenizer has no label words: of the pairs {', '.join(map(repr, LABEL_TEXTS))} none is two single tokens"
+        )
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ def metrics_table(result: Mapping[str, Any]) -> str:
 
 def training_lines(facts: Mapping[str, Any]) -> str:
     """Tokens and speed of a run in words."""
+    frozen = facts.get("frozen_parameters", 0)
+    beside = f" beside {frozen:,} frozen ones" if frozen else ""
     lines = [
-        f"trained {facts['parameters']:,} parameters on {facts['targets']:,} targets for {facts['epochs']:g} epochs "
+        f"trained {facts['parameters']:,} parameters{beside} on {facts['targets']:,} targets for {facts['epochs']:g} epochs "
         f"(best: {facts['best_epoch']:g})",
         f"  {facts['tokens']:,} tokens; sliding-window prompts would have needed {facts['tokens_sliding_window']:,} "
         f"({facts['tokens_sliding_window'] / facts['tokens']:.1f} x)",

@@ -167,7 +167,8 @@ class SaveInTime(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step = state.global_step
         is_due = self.trainer.stopping or bool(self.save_steps and step % self.save_steps == 0)
-        is_epoch_end = step % (state.max_steps // state.num_train_epochs) == 0
+        steps_per_epoch = len(self.trainer.train_dataset) // (args.gradient_accumulation_steps * world_size())  # type: ignore[arg-type]
+        is_epoch_end = step % steps_per_epoch == 0 or step == state.max_steps
         if is_due and not is_epoch_end:
             control.should_save = True
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from tqdm.auto import trange
 from transformers import PreTrainedModel
 
@@ -23,7 +24,7 @@ from dti_model.ranks import rank, world_size
 
 @torch.no_grad()
 def score_targets(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     config: DTIConfig,
     builder: PromptBuilder,
     rows: IntArray,
@@ -34,7 +35,7 @@ def score_targets(
     """Click probabilities of targets.
 
     Args:
-        model: the result of `apply_dti`; its training mode is kept.
+        model: the result of `apply_dti`, perhaps inside peft's wrapper; its training mode is kept.
         config: the one the model was made with.
         builder: histories and tokens.
         rows: `(S,)` interaction rows to score, in any order.

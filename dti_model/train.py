@@ -25,7 +25,7 @@ from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import first_rank_does, rank, world_size
 from dti_model.report import metrics_table, sentence_about_baselines
 from dti_model.resumable import SaveInTime
-from dti_model.run import CHECKPOINTS_FOLDER, METRICS_FILE, MODEL_FOLDER, Run, write_json
+from dti_model.run import CHECKPOINTS_FOLDER, METRICS_FILE, MODEL_FOLDER, Run, eval_targets, write_json
 from dti_model.scoring import score_targets
 from dti_model.throughput import measure_training
 from dti_model.trainer import RunLog, StreamTrainer
@@ -51,13 +51,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         DataError: the prepared data cannot be read or has no usable targets.
         NonFiniteLossError: training diverged.
     """
-    _check_splits(PreparedData.open(config.data), config.score_test)
+    _check_splits(PreparedData.open(config.data), config)
     arguments = _arguments(config, config.optim)  # joins the other processes, where there are any
     checkpoint = first_rank_does(lambda: _find_checkpoint(config))
     set_seed(config.seed)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     run = Run.start(config)
     trainer = _trainer(run, arguments)
+    # A pretrained model has a level before training. Not again after an interruption: it would count for early stopping.
+    trainer.args.eval_on_start = config.model.pretrained is not None and checkpoint is None
     if rank():
         torch.manual_seed(config.seed + rank())  # weights are equal by now; dropout differs from rank to rank
     first_rank_does(lambda: config.save(config.out))
@@ -71,8 +73,7 @@ def _save_model(run: Run, trainer: StreamTrainer) -> None:
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
 
     def write(folder: Path) -> None:
-        run.model.save_pretrained(folder, state_dict=weights)
-        run.tokenizer.save_pretrained(folder)
+        run.save_model(folder, weights)
 
     first_rank_does(lambda: write_folder(run.config.out / MODEL_FOLDER, write))
 
@@ -95,10 +96,10 @@ def _find_checkpoint(config: TrainConfig) -> Path | None:
     return None
 
 
-def _check_splits(data: PreparedData, score_test: bool) -> None:
+def _check_splits(data: PreparedData, config: TrainConfig) -> None:
     """Before hours of training: both classes in every split that is scored."""
-    for split in ("train", "val", "test") if score_test else ("train", "val"):
-        labels = data.label[data.targets(split)]
+    for split in ("train", "val", "test") if config.score_test else ("train", "val"):
+        labels = data.label[data.targets(split) if split == "train" else eval_targets(data, split, config)]
         if len(set(labels.tolist())) < 2:
             raise DataError(
                 f"{data.path}: the {len(labels):,} {split} targets do not have both classes, so there is no AUC. "
@@ -116,7 +117,7 @@ def _trainer(run: Run, arguments: TrainingArguments) -> StreamTrainer:
         config.seed,
         batch_multiple=world_size() * optim.accumulation,
     )
-    validation = run.data.targets("val")
+    validation = run.targets("val")
     labels, users = run.data.label[validation], run.data.users_of(validation)
 
     def validate() -> dict[str, float]:
@@ -158,6 +159,7 @@ def _curves(config: TrainConfig) -> list[TrainerCallback]:
 
 def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
     # Named only where wanted: transformers renames the option.
+    often = "steps" if optim.validate_every else "epoch"
     special: dict[str, Any] = {}
     if optim.activation_checkpointing and not optim.fsdp:
         special["activation_checkpointing"] = True
@@ -167,6 +169,7 @@ def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(config.out / CHECKPOINTS_FOLDER),
         num_train_epochs=optim.epochs,
+        max_steps=optim.max_steps or -1,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=optim.accumulation,
         learning_rate=optim.learning_rate,
@@ -176,8 +179,10 @@ def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
         warmup_steps=optim.warmup,
         max_grad_norm=optim.clip,
         bf16=optim.bf16,
-        eval_strategy="epoch",
-        save_strategy="epoch",
+        eval_strategy=often,
+        save_strategy=often,
+        eval_steps=optim.validate_every or None,
+        save_steps=optim.validate_every or 500,  # not read by epochs
         restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
         metric_for_best_model="auc",
@@ -209,7 +214,7 @@ def _write_results(
 ) -> dict[str, Any]:
     config, data = run.config, run.data
     result: dict[str, Any] = {split: run.metrics(split, scores[split]) for split in scores}
-    result["baselines"] = {split: baseline_metrics(data, split) for split in scores}
+    result["baselines"] = {split: baseline_metrics(data, split, run.targets(split)) for split in scores}
     for split in scores:
         run.write_predictions(config.out / f"predictions-{split}.parquet", split, scores[split])
     result["training"] = _training_facts(run, trainer)
@@ -217,7 +222,7 @@ def _write_results(
     plot_report(
         config.out / "report.png",
         trainer.state.log_history,
-        data.label[data.targets(last)],
+        data.label[run.targets(last)],
         scores[last],
         result["baselines"],
     )
@@ -234,8 +239,10 @@ def _training_facts(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
     rows = run.data.targets("train")
     sliding = run.builder.num_rows(Prompts.streaming(run.data, rows, config.window, 1)).sum()
     epochs = state.global_step / (len(dataset) / config.optim.accumulation / world_size())
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     facts: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "parameters": trained,
+        "frozen_parameters": sum(p.numel() for p in run.model.parameters()) - trained,
         "targets": len(rows),
         "processes": world_size(),
         "optimizer_steps": state.global_step,
@@ -252,7 +259,7 @@ def _training_facts(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
 
 
 def _epoch_of_best(log_history: list[dict[str, float]]) -> float:
-    validations = [entry for entry in log_history if "eval_auc" in entry]
+    validations = [entry for entry in log_history if "eval_auc" in entry and entry["step"]]
     return max(validations, key=lambda entry: entry["eval_auc"])["epoch"] if validations else 0.0
 
 
@@ -264,4 +271,5 @@ def evaluate_run(
         device = str(PartialState(cpu=not torch.cuda.is_available()).device)  # joins the other processes
     run = Run.load(folder, data_folder, device)
     scores = run.score(split, progress=progress)
-    return {split: run.metrics(split, scores), "baselines": {split: baseline_metrics(run.data, split)}}
+    baselines = baseline_metrics(run.data, split, run.targets(split))
+    return {split: run.metrics(split, scores), "baselines": {split: baselines}}

