@@ -80,13 +80,12 @@ def baseline_metrics(data: PreparedData, split: str, rows: Rows | None = None) -
     return {name: click_metrics(labels, p[kept], users) for name, p in baseline_scores(data, split).items()}
 
 
-def item_user_auc(data: PreparedData, split: str) -> float:
-    """AUC of the item_user_mean line alone, which takes no fit.
+def item_user_auc(data: PreparedData, rows: Rows) -> float:
+    """AUC of the item_user_mean line alone, which takes no fit, on some targets.
 
     Raises:
         DataError: as `baseline_metrics`.
     """
-    rows = data.targets(split)
     line = _Lines(data).item_user_mean()[rows]
     return click_metrics(data.label[rows], line, data.users_of(rows))["auc"]
 

@@ -127,7 +127,7 @@ def _trainer(run: Run, arguments: TrainingArguments) -> StreamTrainer:
         return click_metrics(labels, scores, users)
 
     callbacks: list[TrainerCallback] = [EarlyStoppingCallback(optim.patience)] if optim.patience else []
-    callbacks.append(RunLog(config.progress, item_user_auc(run.data, "val")))
+    callbacks.append(RunLog(config.progress, item_user_auc(run.data, validation)))
     callbacks += _curves(config)
     trainer = StreamTrainer(
         model=run.model,
