@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from dti_kernels import StreamLayout
@@ -56,7 +57,7 @@ class StepCost:
     per_pair: int
 
     @staticmethod
-    def of(model: PreTrainedModel) -> StepCost:
+    def of(model: PreTrainedModel | PeftModel) -> StepCost:
         """Counted from the model's weights, whole: before they are sharded."""
         config = model.config
         last = config.num_hidden_layers - 1

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
@@ -64,7 +65,7 @@ class StreamTrainer(ResumableTrainer):
         self.loss_is_scaled_for_ga = True
         peak = peak_flops(self.args.device, self.args.bf16)
         self.speed = Speed(peak and peak * world_size())
-        assert isinstance(self.model, PreTrainedModel)
+        assert isinstance(self.model, (PreTrainedModel, PeftModel))
         self.step_cost = StepCost.of(self.model)
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
