@@ -1,0 +1,216 @@
+"""Is it still as good? The paper's tables and figures as training runs, resumable run by run.
+
+    python -m benchmarks.bench_quality --plan table1 figure3 --size small --data DIR --out DIR [--record]
+    python -m benchmarks.bench_quality --plan whole sweep --size smoke --data DIR --out DIR
+    python -m benchmarks.bench_quality --plan table1 --size full        prints the commands of the paper's runs
+
+`small` trains a model of 2 layers x 64 on some users of a prepared data set (made for ML-100K: `dti prepare ml-100k --out DIR`).
+Killed and started again, it goes on; runs that plans share are trained once. Every run is chosen on validation; plans that are
+final tables score the test split once, when all their runs are there. Compared are AUCs on the same targets, with 95 % bootstrap
+intervals over users and seeds. `--out` gets the runs and `quality-PLAN.jsonl`; `--record` also writes the rows to results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from benchmarks.measure import RESULTS, provenance
+from benchmarks.quality_full import commands
+from benchmarks.quality_plans import PLANS, SIZES, Arm, Plan, Size
+from benchmarks.quality_runs import (
+    Cell,
+    restrict_targets,
+    run_cell,
+    score_cell,
+    scores_of,
+)
+from benchmarks.quality_stats import auc_difference
+from dti_model.attention import DTIConfig
+from dti_model.data import PreparedData
+
+METRICS = ("auc", "log_loss", "f1", "gauc")
+
+
+class Bench:
+    """Runs of one size over one data set, in one folder."""
+
+    def __init__(self, size: str, data: Path, out: Path) -> None:
+        self.size_name, self.size, self.source = size, SIZES[size], data
+        self.out = out / size
+        self.digest = PreparedData.open(data).stats["source"]["digest"]
+        path = self.out / "data.json"
+        if path.exists() and json.loads(path.read_text()) != self.digest:
+            raise ValueError(f"{self.out} holds runs over other data than {data}: choose another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.digest))
+
+    def data_of(self, cell: Cell) -> Path:
+        """The prepared folder with the targets that a cell trains on and is scored on."""
+        folder = self.out / f"data-{cell.train_targets or 'all'}"
+        restrict_targets(self.source, folder, cell.train_targets, self.size.val_share, self.size.test_share)
+        return folder
+
+    def folder_of(self, cell: Cell) -> Path:
+        """The run folder of a cell."""
+        return self.out / "runs" / cell.name
+
+    def run(self, name: str, plan: Plan) -> list[dict[str, Any]]:
+        """Train and score what is missing; rows of the plan's runs and comparisons."""
+        cells = sorted((cell.seed, i, cell) for i, arm in enumerate(plan.arms) for cell in arm.cells)
+        for done, (_, i, cell) in enumerate(cells, 1):
+            result = run_cell(cell, self.data_of(cell), self.folder_of(cell))
+            if plan.score_other:
+                self._score_other(cell)
+            print(
+                f"{name} {done}/{len(cells)}: {plan.arms[i].name}, seed {cell.seed}: "
+                f"validation AUC {result['scores']['val']['auc']:.4f}, {result['steps']} steps, {result['seconds']:.0f} s",
+                flush=True,
+            )
+        split = "test" if plan.test else "val"
+        if plan.test:
+            for _, _, cell in cells:
+                score_cell(self.folder_of(cell), "test", "test")
+        rows = [self._row(name, arm, cell, plan) for arm in plan.arms for cell in arm.cells]
+        return rows + self._differences(name, plan, split)
+
+    def _score_other(self, cell: Cell) -> None:
+        """Validation scores from streaming prompts as in training, and with the reset switched on or off."""
+        folder = self.folder_of(cell)
+        score_cell(folder, "val-streaming", "val", k=cell.k or None)
+        if not cell.dti.train_slopes:
+            score_cell(folder, "val-switched", "val", dti=_switched(cell.dti))
+
+    def _row(self, name: str, arm: Arm, cell: Cell, plan: Plan) -> dict[str, Any]:
+        result = json.loads((self.folder_of(cell) / "cell.json").read_text())
+        settings = asdict(cell)
+        row: dict[str, Any] = {
+            "benchmark": "quality",
+            "plan": name,
+            "size": self.size_name,
+            "arm": arm.name,
+            "run": cell.name,
+            **{
+                key: settings[key]
+                for key in ("k", "seed", "targets_per_step", "mixed", "epochs", "learning_rate")
+            },
+            "mode": cell.dti.mode,
+            "reset": f"{cell.dti.alpha_min:g} .. {cell.dti.alpha_max:g}" if cell.dti.reset else None,
+            "model": f"{cell.model.layers} x {cell.model.width}",
+        }
+        row |= {key: result[key] for key in ("train_targets", "rows_per_target", "steps", "seconds")}
+        for split in result["scores"]:
+            row |= {f"{split}_{metric}": result["scores"][split][metric] for metric in METRICS}
+        return row
+
+    def _differences(self, name: str, plan: Plan, split: str) -> list[dict[str, Any]]:
+        base = next(arm for arm in plan.arms if arm.name == plan.against)
+        data = PreparedData.open(self.data_of(base.cell))
+        targets = data.targets(split)
+        labels, users = np.asarray(data.label[targets], np.int64), data.users_of(targets)
+        b = [scores_of(self.folder_of(cell), split) for cell in base.cells]
+        rows = []
+        for arm in plan.arms:
+            if arm is base:
+                continue
+            a = [scores_of(self.folder_of(cell), split) for cell in arm.cells]
+            found = auc_difference(labels, users, a, b)
+            rows.append(
+                {
+                    "benchmark": "quality-difference",
+                    "plan": name,
+                    "size": self.size_name,
+                    "arm": arm.name,
+                    "against": base.name,
+                    "split": split,
+                    "seeds": [len(a), len(b)],
+                    "targets": len(labels),
+                    "users": len(np.unique(users)),
+                    "auc_difference": round(found.value, 5),
+                    "low": round(found.low, 5),
+                    "high": round(found.high, 5),
+                }
+            )
+        return rows
+
+
+def _switched(dti: DTIConfig) -> DTIConfig:
+    """The reset off where it was on, and on where it was off."""
+    if dti.reset and dti.alpha_max > 0:
+        return replace(dti, alpha_min=0.0, alpha_max=0.0, alpha_own=0.0)
+    return replace(dti, mode="dti", alpha_max=0.5)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Arms with mean metrics over seeds, and their differences."""
+    differences = {row["arm"]: row for row in rows if row["benchmark"] == "quality-difference"}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["benchmark"] == "quality":
+            runs.setdefault(row["arm"], []).append(row)
+    lines = [
+        f"{'':44}{'seeds':>6}{'steps':>7}{'val AUC':>9}{'test AUC':>9}{'log loss':>9}  difference of AUC"
+    ]
+    for arm, seeds in runs.items():
+        shown = [
+            f"{np.mean([s[key] for s in seeds]):9.4f}" if key in seeds[0] else f"{'-':>9}"
+            for key in ("val_auc", "test_auc", "test_log_loss")
+        ]
+        line = f"{arm:44}{len(seeds):6}{seeds[0]['steps']:7}" + "".join(shown)
+        if arm in differences:
+            d = differences[arm]
+            line += f"  {d['auc_difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] ({d['split']})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows of a plan, in place of older ones."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({**provenance(), **row}) + "\n" for row in rows))
+
+
+def run(plans: list[str], size: str, data: Path, out: Path, record: bool) -> None:
+    """Run plans and write their rows."""
+    bench = Bench(size, data, out)
+    for name in plans:
+        plan = PLANS[name](SIZES[size])
+        print(f"{name}: {plan.question}", flush=True)
+        rows = bench.run(name, plan)
+        print(table(rows), flush=True)
+        write_rows(out / f"quality-{name}.jsonl", rows)
+        if record:
+            write_rows(RESULTS / f"quality-{name}.jsonl", rows)
+
+
+def main() -> int:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--plan", nargs="+", choices=PLANS, required=True)
+    parser.add_argument("--size", choices=[*SIZES, "full"], default="small")
+    parser.add_argument("--data", type=Path, help="folder made by `dti prepare`")
+    parser.add_argument("--out", type=Path, help="folder of the runs")
+    parser.add_argument("--record", action="store_true", help="also write the rows to benchmarks/results")
+    options = parser.parse_args()
+    if options.size == "full":
+        print("\n".join(commands(options.plan)))
+        return 0
+    if options.data is None or options.out is None:
+        parser.error("--data and --out are needed for this size")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    run(options.plan, options.size, options.data, options.out, options.record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Which runs answer which question: the paper's tables and figures, the sweep that chose the defaults, and whole histories.
+
+A plan is a list of arms; an arm is one setting trained from several seeds, and a name that tables show. Arms of different plans
+with equal settings are one run. Plans with `test` are the final tables; the others decide on validation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from benchmarks.quality_runs import Cell
+from dti_model.attention import DTIConfig
+from dti_model.config import ModelConfig
+
+SW, SW_DTI, MINUS, DTI = "SW", "SW with both fixes", "DTI-minus", "DTI"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the runs of a plan are.
+
+    Attributes:
+        base: settings that every arm starts from.
+        seeds: of the arms that decide.
+        seeds_of_curves: of the other arms.
+        ks: targets per prompt of the curves; 0: whole histories.
+        val_share: share of the validation targets that is scored.
+        test_share: likewise for test.
+        whole_targets: training targets of the plan `whole`, which needs many optimizer steps; 0: all.
+        whole_epochs: of the plan `whole`.
+    """
+
+    base: Cell
+    seeds: int = 3
+    seeds_of_curves: int = 2
+    ks: tuple[int, ...] = (5, 10, 50)
+    val_share: float = 1.0
+    test_share: float = 1.0
+    whole_targets: int = 0
+    whole_epochs: int = 2
+
+
+SIZES = {
+    "smoke": Size(
+        Cell(
+            k=1,
+            train_targets=60,
+            targets_per_step=16,
+            epochs=1,
+            model=ModelConfig(layers=2, width=16, heads=2, kv_heads=1, mlp_width=24, dropout=0.0),
+        ),
+        seeds=2,
+        seeds_of_curves=1,
+        ks=(2,),
+        whole_targets=60,
+        whole_epochs=1,
+    ),
+    "small": Size(
+        Cell(
+            k=1,
+            train_targets=36_000,
+            targets_per_step=64,
+            epochs=1,
+            learning_rate=1e-3,
+            model=ModelConfig(layers=2, width=64, heads=4, kv_heads=2, mlp_width=172, dropout=0.0),
+        ),
+        val_share=0.34,
+        test_share=0.5,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting, trained from some seeds.
+
+    Attributes:
+        name: what tables call it.
+        cell: its settings, seed 0.
+        seeds: how many.
+    """
+
+    name: str
+    cell: Cell
+    seeds: int
+
+    @property
+    def cells(self) -> list[Cell]:
+        """One per seed."""
+        return [replace(self.cell, seed=seed) for seed in range(self.seeds)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Arms, and which of them are compared.
+
+    Attributes:
+        question: in words.
+        arms: what is trained.
+        against: name of the arm that all others are compared with.
+        test: score the test split: a final table.
+        score_other: also score validation with streaming prompts of the training k, and with the reset switched.
+    """
+
+    question: str
+    arms: list[Arm]
+    against: str
+    test: bool = False
+    score_other: bool = False
+
+
+def _arm(name: str, size: Size, seeds: int | None = None, mode: str = "dti", **changes: object) -> Arm:
+    dti = changes.pop("dti", DTIConfig(mode))
+    cell = replace(size.base, dti=dti, **changes)  # type: ignore[arg-type]
+    return Arm(name, cell, size.seeds if seeds is None else seeds)
+
+
+def _k(k: int) -> str:
+    return f"k = {k}" if k else "whole histories"
+
+
+def _curves(size: Size, modes: dict[str, str], ks: tuple[int, ...]) -> list[Arm]:
+    largest = max(size.ks)
+    return [
+        _arm(f"{name}, {_k(k)}", size, size.seeds if k == largest else size.seeds_of_curves, mode, k=k)
+        for k in ks
+        for name, mode in modes.items()
+    ]
+
+
+def _sliding(size: Size) -> list[Arm]:
+    return [_arm(SW, size, mode="dti-minus"), _arm(SW_DTI, size, size.seeds_of_curves)]
+
+
+def table1(size: Size) -> Plan:
+    """SW, DTI-minus and DTI over k."""
+    arms = _sliding(size) + _curves(size, {MINUS: "dti-minus", DTI: "dti"}, size.ks)
+    return Plan("Is DTI as good as sliding windows, and what do its fixes do?", arms, SW, test=True)
+
+
+def figure3(size: Size) -> Plan:
+    """Each fix alone at the largest k."""
+    modes = {
+        MINUS: "dti-minus",
+        "position fix alone": "dti-position",
+        "reset alone": "dti-reset",
+        DTI: "dti",
+    }
+    arms = _sliding(size)[:1] + _curves(size, modes, (max(size.ks),))
+    return Plan("Which fix is worth more?", arms, f"{MINUS}, {_k(max(size.ks))}", test=True)
+
+
+def table3(size: Size) -> Plan:
+    """Rows and seconds to the best epoch over k."""
+    arms = _sliding(size)[:1] + _curves(size, {DTI: "dti"}, size.ks)
+    return Plan("How much less work is it?", arms, SW, test=True)
+
+
+SWEEP = {
+    "no reset": DTIConfig(alpha_max=0.0),
+    "a_max .25": DTIConfig(alpha_max=0.25),
+    "a_max .5": DTIConfig(alpha_max=0.5),
+    "a_max 1": DTIConfig(alpha_max=1.0),
+    "a .5 .. .5": DTIConfig(alpha_min=0.5, alpha_max=0.5),
+    "a .25 .. .75": DTIConfig(alpha_min=0.25, alpha_max=0.75),
+    "a 1 .. 1": DTIConfig(alpha_min=1.0, alpha_max=1.0),
+    "a 1 .. 1, own 1": DTIConfig(alpha_min=1.0, alpha_max=1.0, alpha_own=1.0),
+    "a_max .5, steepness .25": DTIConfig(alpha_max=0.5, steepness=0.25),
+    "a_max .5, steepness 4": DTIConfig(alpha_max=0.5, steepness=4.0),
+    "no reset, slopes x .25": DTIConfig(alpha_max=0.0, slope_scale=0.25),
+    "no reset, slopes trained": DTIConfig(alpha_max=0.0, train_slopes=True),
+}
+
+
+def sweep(size: Size) -> Plan:
+    """The reset's ratios, steepness and layers, and the slopes, at the largest k."""
+    arms = [_arm(name, size, size.seeds_of_curves, dti=dti, k=max(size.ks)) for name, dti in SWEEP.items()]
+    return Plan("Which reset, which slopes?", arms, "no reset", score_other=True)
+
+
+def whole(size: Size) -> Plan:
+    """Whole histories beside k = 50, cause by cause."""
+    k, seeds = max(size.ks), 1
+    size = replace(size, base=replace(size.base, train_targets=size.whole_targets, epochs=size.whole_epochs))
+    few = size.base.targets_per_step
+    many = 10 * few
+    full = DTIConfig(alpha_min=1.0, alpha_max=1.0, alpha_own=1.0)
+    arms = [
+        _arm(f"{_k(k)}, {few} targets a step", size, seeds, k=k),
+        _arm("whole histories", size, seeds, k=0),
+        _arm(f"{_k(k)}, {many} targets a step", size, seeds, k=k, targets_per_step=many),
+        _arm(
+            f"{_k(k)}, {many} targets a step, few users a batch",
+            size,
+            seeds,
+            k=k,
+            targets_per_step=many,
+            mixed=False,
+        ),
+        _arm(f"{_k(4 * k)}, smallest step", size, seeds, k=4 * k),
+        _arm(f"{_k(k)}, {4 * few} targets a step", size, seeds, k=k, targets_per_step=4 * few),
+        _arm("whole histories, full reset", size, seeds, k=0, dti=full),
+        _arm(
+            "whole histories, learning rate x 2", size, seeds, k=0, learning_rate=2 * size.base.learning_rate
+        ),
+        _arm("whole histories, epochs x 3", size, seeds, k=0, epochs=3 * size.base.epochs),
+    ]
+    return Plan("Why are whole histories worse at equal epochs?", arms, arms[0].name, score_other=True)
+
+
+PLANS: dict[str, Callable[[Size], Plan]] = {
+    "table1": table1,
+    "table3": table3,
+    "figure2": table1,
+    "figure3": figure3,
+    "sweep": sweep,
+    "whole": whole,
+}
