@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from benchmarks.measure import RESULTS, provenance
 from benchmarks.quality_full import commands
-from benchmarks.quality_plans import PLANS, SIZES, Arm, Plan, Size
+from benchmarks.quality_plans import PLANS, SIZES, Arm, Plan
 from benchmarks.quality_runs import (
     Cell,
     restrict_targets,
@@ -45,7 +45,8 @@ class Bench:
     def __init__(self, size: str, data: Path, out: Path) -> None:
         self.size_name, self.size, self.source = size, SIZES[size], data
         self.out = out / size
-        self.digest = PreparedData.open(data).stats["source"]["digest"]
+        source = PreparedData.open(data).stats["source"]
+        self.data_name, self.digest = source["name"], source["digest"]
         path = self.out / "data.json"
         if path.exists() and json.loads(path.read_text()) != self.digest:
             raise ValueError(f"{self.out} holds runs over other data than {data}: choose another --out")
@@ -96,6 +97,7 @@ class Bench:
             "plan": name,
             "size": self.size_name,
             "arm": arm.name,
+            "data": self.data_name,
             "run": cell.name,
             **{
                 key: settings[key]
@@ -107,6 +109,8 @@ class Bench:
         }
         row |= {key: result[key] for key in ("train_targets", "rows_per_target", "steps", "seconds")}
         for split in result["scores"]:
+            if split == "test" and not plan.test:
+                continue  # scored for a final table that shares the run; nothing is chosen on it
             row |= {f"{split}_{metric}": result["scores"][split][metric] for metric in METRICS}
         return row
 

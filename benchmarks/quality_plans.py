@@ -13,7 +13,7 @@ from benchmarks.quality_runs import Cell
 from dti_model.attention import DTIConfig
 from dti_model.config import ModelConfig
 
-SW, SW_DTI, MINUS, DTI = "SW", "SW with both fixes", "DTI-minus", "DTI"
+SW, SW_ALIBI, MINUS, DTI = "SW", "SW, position fix", "DTI-minus", "DTI"
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,17 @@ class Plan:
 
 
 def _arm(name: str, size: Size, seeds: int | None = None, mode: str = "dti", **changes: object) -> Arm:
-    dti = changes.pop("dti", DTIConfig(mode))
+    dti = _without_idle_settings(changes.pop("dti", DTIConfig(mode)))
     cell = replace(size.base, dti=dti, **changes)  # type: ignore[arg-type]
     return Arm(name, cell, size.seeds if seeds is None else seeds)
+
+
+def _without_idle_settings(dti: DTIConfig) -> DTIConfig:
+    """Equal models have equal settings: without a reset, its ratios are 0 and the mode is not named after it."""
+    if dti.reset and dti.alpha_max > 0:
+        return dti
+    mode = "dti-position" if dti.position_fix else "dti-minus"
+    return DTIConfig(mode, 0.0, 0.0, slope_scale=dti.slope_scale, train_slopes=dti.train_slopes)
 
 
 def _k(k: int) -> str:
@@ -130,7 +138,7 @@ def _curves(size: Size, modes: dict[str, str], ks: tuple[int, ...]) -> list[Arm]
 
 
 def _sliding(size: Size) -> list[Arm]:
-    return [_arm(SW, size, mode="dti-minus"), _arm(SW_DTI, size, size.seeds_of_curves)]
+    return [_arm(SW, size, mode="dti-minus"), _arm(SW_ALIBI, size, size.seeds_of_curves, "dti-position")]
 
 
 def table1(size: Size) -> Plan:
@@ -140,15 +148,17 @@ def table1(size: Size) -> Plan:
 
 
 def figure3(size: Size) -> Plan:
-    """Each fix alone at the largest k."""
-    modes = {
-        MINUS: "dti-minus",
-        "position fix alone": "dti-position",
-        "reset alone": "dti-reset",
-        DTI: "dti",
+    """Each fix alone at the largest k, with one reset whatever the default is."""
+    k = max(size.ks)
+    ratios = {"alpha_min": 0.0, "alpha_max": 0.5}
+    fixes = {
+        MINUS: DTIConfig("dti-minus"),
+        "position fix alone": DTIConfig("dti-position"),
+        "reset alone (0 .. 0.5)": DTIConfig("dti-reset", **ratios),
+        "both fixes": DTIConfig("dti", **ratios),
     }
-    arms = _sliding(size)[:1] + _curves(size, modes, (max(size.ks),))
-    return Plan("Which fix is worth more?", arms, f"{MINUS}, {_k(max(size.ks))}", test=True)
+    arms = [_arm(f"{name}, {_k(k)}", size, dti=dti, k=k) for name, dti in fixes.items()]
+    return Plan("Which fix is worth more?", arms, arms[0].name, test=True)
 
 
 def table3(size: Size) -> Plan:
@@ -176,7 +186,13 @@ SWEEP = {
 def sweep(size: Size) -> Plan:
     """The reset's ratios, steepness and layers, and the slopes, at the largest k."""
     arms = [_arm(name, size, size.seeds_of_curves, dti=dti, k=max(size.ks)) for name, dti in SWEEP.items()]
-    return Plan("Which reset, which slopes?", arms, "no reset", score_other=True)
+    rate = size.base.learning_rate
+    for name, dti in (("no reset", DTIConfig(alpha_max=0.0)), (MINUS, DTIConfig("dti-minus"))):
+        for factor in (0.5, 1, 2):
+            if name == MINUS or factor != 1:
+                changes = {"dti": dti, "k": max(size.ks), "learning_rate": factor * rate}
+                arms.append(_arm(f"{name}, learning rate x {factor:g}", size, 1, **changes))
+    return Plan("Which reset, which slopes, which learning rate?", arms, "no reset", score_other=True)
 
 
 def whole(size: Size) -> Plan:

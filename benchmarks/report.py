@@ -20,6 +20,8 @@ from typing import Any
 
 from benchmarks.bench_attention import ratios
 from benchmarks.measure import RESULTS, provenance
+from benchmarks.report_plots import attention_over_rows, auc_over_k, last_run, leak_by_layers, time_over_k
+from benchmarks.report_quality import LEAK, leak, quality, quality_rows, read_rows
 from dti_kernels import StreamLayout
 from dti_model.plots import plot_mask
 from dti_model.report import metrics_table, sentence_about_baselines
@@ -28,6 +30,7 @@ README = Path(__file__).parents[1] / "README.md"
 QUICKSTART = RESULTS / "quickstart.json"
 ATTENTION_CPU = RESULTS / "attention-cpu.jsonl"
 SCORE_CPU = RESULTS / "score-cpu.jsonl"
+TRAIN_CPU = RESULTS / "train-cpu.jsonl"
 
 
 def quickstart() -> str:
@@ -41,8 +44,7 @@ def quickstart() -> str:
 
 def attention_cpu() -> str:
     """Rows of the last CPU run of the attention benchmark, and the ratios inside that run."""
-    rows = [json.loads(line) for line in ATTENTION_CPU.read_text().splitlines()]
-    last = [row for row in rows if (row["date"], row["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]
+    last = last_run(read_rows(ATTENTION_CPU))
     lines = ["| workload | provider | mode | p20 / p50 / p80 ms | useful GFLOP/s |", "|---|---|---|---|---|"]
     for row in last:
         times = " / ".join(f"{row[f'p{p}_ms']:.0f}" for p in (20, 50, 80))
@@ -88,6 +90,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "attention-cpu": attention_cpu,
     "score-cpu": score_cpu,
+    "quality": quality,
+    "leak": leak,
 }
 
 
@@ -120,6 +124,19 @@ def draw_mask(path: Path = RESULTS / "mask.png") -> None:
     plot_mask(layout, path)
 
 
+def draw_plots() -> None:
+    """Every picture whose rows are recorded."""
+    draw_mask()
+    attention_over_rows(last_run(read_rows(ATTENTION_CPU)), RESULTS / "attention-cpu.png")
+    if rows := quality_rows("table1"):
+        auc_over_k(rows, RESULTS / "auc-over-k.png")
+    if rows := read_rows(LEAK):
+        random_weights = [row for row in last_run(rows) if row["weights"] == "random weights"]
+        leak_by_layers(random_weights, RESULTS / "leak.png")
+    if rows := read_rows(TRAIN_CPU):
+        time_over_k(last_run(rows), RESULTS / "train-cpu.png")
+
+
 def record_run(run: Path) -> None:
     """Keep a run's metrics and plot under results/."""
     RESULTS.mkdir(exist_ok=True)
@@ -149,7 +166,7 @@ def main() -> int:
             )
             return 1
         return 0
-    draw_mask()
+    draw_plots()
     README.write_text(made)
     return 0
 
