@@ -5,7 +5,7 @@
     python -m benchmarks.bench_quality --plan table1 --size full        prints the commands of the paper's runs
 
 `small` trains a model of 2 layers x 64 on some users of a prepared data set (made for ML-100K: `dti prepare ml-100k --out DIR`).
-Killed and started again, it goes on; runs that plans share are trained once. Every run is chosen on validation; plans that are
+Killed and started again, it goes on (`--finished-only` shows what is there); runs that plans share are trained once. Every run is chosen on validation; plans that are
 final tables score the test split once, when all their runs are there. Compared are AUCs on the same targets, with 95 % bootstrap
 intervals over users and seeds. `--out` gets the runs and `quality-PLAN.jsonl`; `--record` also writes the rows to results/.
 """
@@ -26,6 +26,7 @@ from benchmarks.measure import RESULTS, provenance
 from benchmarks.quality_full import commands
 from benchmarks.quality_plans import PLANS, SIZES, Arm, Plan
 from benchmarks.quality_runs import (
+    CELL_FILE,
     Cell,
     restrict_targets,
     run_cell,
@@ -42,7 +43,8 @@ METRICS = ("auc", "log_loss", "f1", "gauc")
 class Bench:
     """Runs of one size over one data set, in one folder."""
 
-    def __init__(self, size: str, data: Path, out: Path) -> None:
+    def __init__(self, size: str, data: Path, out: Path, finished_only: bool = False) -> None:
+        self.finished_only = finished_only
         self.size_name, self.size, self.source = size, SIZES[size], data
         self.out = out / size
         source = PreparedData.open(data).stats["source"]
@@ -65,6 +67,7 @@ class Bench:
 
     def run(self, name: str, plan: Plan) -> list[dict[str, Any]]:
         """Train and score what is missing; rows of the plan's runs and comparisons."""
+        plan = self._finished(plan) if self.finished_only else plan
         cells = sorted((cell.seed, i, cell) for i, arm in enumerate(plan.arms) for cell in arm.cells)
         for done, (_, i, cell) in enumerate(cells, 1):
             result = run_cell(cell, self.data_of(cell), self.folder_of(cell))
@@ -82,6 +85,17 @@ class Bench:
         rows = [self._row(name, arm, cell, plan) for arm in plan.arms for cell in arm.cells]
         return rows + self._differences(name, plan, split)
 
+    def _finished(self, plan: Plan) -> Plan:
+        """The plan without the runs that are missing: arms keep the seeds that are there, from 0 on."""
+        arms = []
+        for arm in plan.arms:
+            there = [(self.folder_of(cell) / CELL_FILE).exists() for cell in arm.cells]
+            seeds = (*there, False).index(False)
+            arms += [replace(arm, seeds=seeds)] if seeds else []
+        if plan.against not in [arm.name for arm in arms]:
+            raise ValueError(f"no run of {plan.against!r} is finished, with which the others are compared")
+        return replace(plan, arms=arms)
+
     def _score_other(self, cell: Cell) -> None:
         """Validation scores from streaming prompts as in training, and with the reset switched on or off."""
         folder = self.folder_of(cell)
@@ -90,7 +104,7 @@ class Bench:
             score_cell(folder, "val-switched", "val", dti=_switched(cell.dti))
 
     def _row(self, name: str, arm: Arm, cell: Cell, plan: Plan) -> dict[str, Any]:
-        result = json.loads((self.folder_of(cell) / "cell.json").read_text())
+        result = json.loads((self.folder_of(cell) / CELL_FILE).read_text())
         settings = asdict(cell)
         row: dict[str, Any] = {
             "benchmark": "quality",
@@ -181,9 +195,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps({**provenance(), **row}) + "\n" for row in rows))
 
 
-def run(plans: list[str], size: str, data: Path, out: Path, record: bool) -> None:
+def run(
+    plans: list[str], size: str, data: Path, out: Path, record: bool, finished_only: bool = False
+) -> None:
     """Run plans and write their rows."""
-    bench = Bench(size, data, out)
+    bench = Bench(size, data, out, finished_only)
     for name in plans:
         plan = PLANS[name](SIZES[size])
         print(f"{name}: {plan.question}", flush=True)
@@ -203,6 +219,9 @@ def main() -> int:
     parser.add_argument("--size", choices=[*SIZES, "full"], default="small")
     parser.add_argument("--data", type=Path, help="folder made by `dti prepare`")
     parser.add_argument("--out", type=Path, help="folder of the runs")
+    parser.add_argument(
+        "--finished-only", action="store_true", help="train nothing: rows of the runs that are finished"
+    )
     parser.add_argument("--record", action="store_true", help="also write the rows to benchmarks/results")
     options = parser.parse_args()
     if options.size == "full":
@@ -212,7 +231,7 @@ def main() -> int:
         parser.error("--data and --out are needed for this size")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    run(options.plan, options.size, options.data, options.out, options.record)
+    run(options.plan, options.size, options.data, options.out, options.record, options.finished_only)
     return 0
 
 

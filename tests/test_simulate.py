@@ -64,6 +64,6 @@ def test_a_billion_interactions_fit_where_they_are_planned() -> None:
     rows = simulate.billion()
     assert [row["gpus"] for row in rows[:4]] == [8, 32, 128, 512]
     for row in rows:
-        assert row["days_whole"] < row["days_k50"] < row["days_sw"] / 8
+        assert row["hours_whole"] < row["hours_k50"] < row["hours_sw"] / 8
         if "lora" in row["model"] or row["gpus"] >= 8:
             assert row["gib"] < GPUS["h100"].memory_gib
