@@ -83,7 +83,9 @@ class Bench:
             for _, _, cell in cells:
                 score_cell(self.folder_of(cell), "test", "test")
         rows = [self._row(name, arm, cell, plan) for arm in plan.arms for cell in arm.cells]
-        return rows + self._differences(name, plan, split)
+        names = [name for name in (plan.against, plan.control) if name]
+        bases = [arm for base in names for arm in plan.arms if arm.name == base]
+        return rows + [row for base in bases for row in self._differences(name, plan, split, base)]
 
     def _finished(self, plan: Plan) -> Plan:
         """The plan without the runs that are missing: arms keep the seeds that are there, from 0 on."""
@@ -121,15 +123,14 @@ class Bench:
             "reset": f"{cell.dti.alpha_min:g} .. {cell.dti.alpha_max:g}" if cell.dti.reset else None,
             "model": f"{cell.model.layers} x {cell.model.width}",
         }
-        row |= {key: result[key] for key in ("train_targets", "rows_per_target", "steps", "seconds")}
+        row |= {key: result[key] for key in ("train_targets", "rows_per_target", "steps")}
         for split in result["scores"]:
             if split == "test" and not plan.test:
                 continue  # scored for a final table that shares the run; nothing is chosen on it
             row |= {f"{split}_{metric}": result["scores"][split][metric] for metric in METRICS}
         return row
 
-    def _differences(self, name: str, plan: Plan, split: str) -> list[dict[str, Any]]:
-        base = next(arm for arm in plan.arms if arm.name == plan.against)
+    def _differences(self, name: str, plan: Plan, split: str, base: Arm) -> list[dict[str, Any]]:
         data = PreparedData.open(self.data_of(base.cell))
         targets = data.targets(split)
         labels, users = np.asarray(data.label[targets], np.int64), data.users_of(targets)
@@ -168,7 +169,8 @@ def _switched(dti: DTIConfig) -> DTIConfig:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Arms with mean metrics over seeds, and their differences."""
-    differences = {row["arm"]: row for row in rows if row["benchmark"] == "quality-difference"}
+    compared = [row for row in rows if row["benchmark"] == "quality-difference"]
+    differences = {row["arm"]: row for row in compared if row["against"] == compared[0]["against"]}
     runs: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["benchmark"] == "quality":

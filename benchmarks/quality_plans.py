@@ -99,6 +99,7 @@ class Plan:
         question: in words.
         arms: what is trained.
         against: name of the arm that all others are compared with.
+        control: name of a second arm that all others are compared with.
         test: score the test split: a final table.
         score_other: also score validation with streaming prompts of the training k, and with the reset switched.
     """
@@ -106,6 +107,7 @@ class Plan:
     question: str
     arms: list[Arm]
     against: str
+    control: str | None = None
     test: bool = False
     score_other: bool = False
 
@@ -144,7 +146,7 @@ def _sliding(size: Size) -> list[Arm]:
 def table1(size: Size) -> Plan:
     """SW, DTI-minus and DTI over k."""
     arms = _sliding(size) + _curves(size, {MINUS: "dti-minus", DTI: "dti"}, size.ks)
-    return Plan("Is DTI as good as sliding windows, and what do its fixes do?", arms, SW, test=True)
+    return Plan("Is DTI as good as sliding windows, and what do its fixes do?", arms, SW, SW_ALIBI, test=True)
 
 
 def figure3(size: Size) -> Plan:

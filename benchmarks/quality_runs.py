@@ -30,7 +30,7 @@ from dti_model.metrics import click_metrics
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.run import MODEL_FOLDER, Run, write_json
 from dti_model.scoring import score_targets
-from dti_model.train import _trainer
+from dti_model.train import _arguments, _trainer
 
 CELL_FILE = "cell.json"
 SCORING_BUDGET = 8192
@@ -150,6 +150,7 @@ def train_config(cell: Cell, data: Path, out: Path) -> TrainConfig:
         validation_k=1,
         seed=cell.seed,
         progress=False,
+        report_to=(),
         dti=cell.dti,
         model=cell.model,
         optim=OptimConfig(
@@ -173,7 +174,7 @@ def run_cell(cell: Cell, data: Path, folder: Path) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True)
     set_seed(cell.seed)
     run = Run.start(config)
-    trainer = _trainer(run)
+    trainer = _trainer(run, _arguments(config, config.optim))
     dataset = trainer.train_dataset
     assert isinstance(dataset, PackedPrompts)
     if not cell.mixed:
