@@ -72,9 +72,15 @@ def setting_text(plan: str) -> str:
     rows = quality_rows(plan)
     run = next(row for row in rows if row["benchmark"] == "quality")
     compared = next(row for row in rows if row["benchmark"] == "quality-difference")
+    sizes = {row["targets_per_step"] for row in rows if row["benchmark"] == "quality"}
+    per_step = (
+        f", about {run['targets_per_step']} targets per optimizer step at every k" if len(sizes) == 1 else ""
+    )
+    if any(row.get("k") == 0 for row in rows):
+        per_step = ""  # a whole history is the least a step can hold
     return (
         f"{run['model']} Llama from scratch, {run['train_targets']:,} training targets of {run['data']}, "
-        f"{run['epochs']} epoch{'s' if run['epochs'] != 1 else ''}, about {run['targets_per_step']} targets per optimizer step at every k; "
+        f"{run['epochs']} epoch{'s' if run['epochs'] != 1 else ''}{per_step}; "
         f"{compared['targets']:,} {'test' if compared['split'] == 'test' else 'validation'} targets of {compared['users']} users, one sliding-window "
         f"prompt each. Intervals resample users and seeds. (Commit {run['commit']}, {run['machine']}.)"
     )
