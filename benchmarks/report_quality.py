@@ -62,7 +62,7 @@ def control_text() -> str:
     rows = [row for row in quality_rows("table1") if row.get("against") == "SW, position fix"]
     row = [row for row in rows if row["arm"].startswith("DTI, ")][-1]
     return (
-        f"Rotated [SUM]s (SW, DTI-minus) learn more slowly at this size, so the comparison that says what streaming itself costs is "
+        f"SW and DTI-minus rotate their [SUM]s, DTI does not. With equal [SUM]s, what streaming itself costs is "
         f"{row['arm']} less {row['against']}: {difference_text(row)}, with {row['seeds'][0]} and {row['seeds'][1]} seeds."
     )
 
