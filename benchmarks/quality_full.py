@@ -11,7 +11,7 @@ INSTRUCTION = (
     "Given the interaction history of a user, predict whether the user will like the next item: yes or no."
 )
 DATA = {
-    "ml-1m": "dti prepare ml-1m --out data/ml-1m --min-context 20 --min-item-count 5",
+    "ml-1m": "dti prepare ml-1m --out data/ml-1m --min-context 20",
     "cds": "dti prepare amazon-cds --raw-dir raw/amazon --out data/cds --min-context 20",
     "kindles": "dti prepare amazon-kindles --raw-dir raw/amazon --out data/kindles --min-context 20",
 }
