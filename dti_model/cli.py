@@ -93,7 +93,7 @@ def _parser() -> ArgumentParser:
         "--grid",
         type=dict[str, list[Any]],
         required=True,
-        enable_path=True,
+        sub_configs=True,
         help="YAML file, or text such as '{optim.learning_rate: [0.001, 0.002], dti.alpha_max: [0, 0.5]}'",
     )
     search.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="seeds of every cell")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,14 +24,18 @@ def parsed(path: Path) -> TrainConfig:
     return TrainConfig(**settings)
 
 
+def assert_holds(settings: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        if isinstance(value, dict):
+            assert_holds(settings[name], value)
+        else:
+            assert settings[name] == value, name
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_settings_parse_to_what_the_file_says(path: Path, tmp_path: Path) -> None:
     config = parsed(path)
-    for name, value in yaml.safe_load(path.read_text()).items():
-        pairs = value.items() if isinstance(value, dict) else [(None, value)]
-        for inner, wanted in pairs:
-            section = getattr(config, name)
-            assert (section if inner is None else getattr(section, inner)) == wanted, (name, inner)
+    assert_holds(asdict(config), yaml.safe_load(path.read_text()))
     config.save(tmp_path)
     assert TrainConfig.load(tmp_path) == config
 
@@ -41,5 +47,6 @@ def test_the_devices_are_those_of_the_names() -> None:
     llama = by_name["8-gpus-fsdp2-llama-3.1-8b"]
     assert llama.optim.fsdp
     assert not one.optim.fsdp
+    assert llama.model.pretrained == "meta-llama/Llama-3.1-8B-Instruct"
     # The paper's.
     assert (llama.k, llama.window, llama.optim.epochs, llama.optim.patience) == (50, 20, 10, 2)
