@@ -9,8 +9,8 @@ is "Visit Amazon's <author> Page"; a title with "getTime" is a script of the pag
 the first row with a title is used.
 
 Both files are streamed. msgspec decodes the four or so fields asked for and skips the others: its messages name the
-field, good and bad lines go through the same code, and it survives every line (pyarrow 26's JSON reader ends the
-process on a line `null`; Polars reads a lone surrogate as NUL).
+field, good and bad lines go through the same code, and it survives every line of the fuzz tests (Polars reads a lone
+surrogate as NUL).
 
 Source: Ni, Li, McAuley (2019), "Justifying recommendations using distantly-labeled reviews and fine-grained aspects".
 """
