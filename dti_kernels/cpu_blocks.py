@@ -1,0 +1,217 @@
+"""Blocks of neighbouring rows and the keys that they see: how the CPU implementation walks a layout, and its visibility as bias.
+
+Without a prefix of its own beside the span, a row sees the columns from `low` to `high` of its block's keys, and a few vectorised
+operators write that as a bias. Rows with such a prefix (instructions before the history) are compared key by key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, START, STOP
+
+# Bias of a key that a row does not see, per key that it lies outside.
+HIDDEN = 2.0**100
+
+
+class Ends(NamedTuple):
+    """First and last visible column of rows, `(rows x R, 1)`, counted in the keys of their block, and the columns. All are times
+    HIDDEN: how far a column lies outside is the bias that hides it, and differences of multiples of a power of two are exact."""
+
+    low: Tensor
+    high: Tensor
+    columns: Tensor
+
+    @staticmethod
+    def of(
+        start: Tensor, stop: Tensor, block: int, per_group: int, num_keys: int, dtype: torch.dtype
+    ) -> Ends:
+        base = start[::block].repeat_interleave(block)[: len(start)]
+
+        def scaled(x: Tensor) -> Tensor:
+            return x.to(dtype).mul_(HIDDEN)
+
+        low, high = (scaled(x - base).repeat_interleave(per_group)[:, None] for x in (start, stop - 1))
+        return Ends(low, high, scaled(torch.arange(num_keys)))
+
+    def of_blocks(self, first: int, num_blocks: int, size: int) -> Ends:
+        """Those of `num_blocks` blocks of `size` rows times R from row times R `first` on, `(B, M R, 1)`."""
+        rows = slice(first, first + num_blocks * size)
+        return Ends(
+            self.low[rows].view(num_blocks, size, 1), self.high[rows].view(num_blocks, size, 1), self.columns
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`B` blocks of `M` neighbouring rows from row `first` on, block b against its `N` keys.
+
+    Keys of a block: the prefix of its first row's prompt where that lies apart, then the span from the first row's start to the
+    last row's stop. The prefix of any later prompt in the block lies inside that span.
+    """
+
+    first: int
+    num_blocks: int
+    block: int
+    spans: list[tuple[int, int, int, int]]  # per block: prefix first and stop, span first and stop
+    num_prefix: int  # keys of the prefix part
+    num_keys: int  # N
+    ends: Ends | None  # None where rows may see a prefix beside their span
+    all_first: int  # without a prefix, columns [all_first, all_stop) are visible to every row of their block
+    all_stop: int
+    num_context: int
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """`(B, N)`: prefix and span of every block, each part filled up with C, which nobody sees."""
+        prefix_first, prefix_stop, key_first, key_stop = torch.tensor(self.spans, dtype=torch.int32).T[
+            ..., None
+        ]
+        prefix_keys = prefix_first + torch.arange(self.num_prefix, dtype=torch.int32)
+        span_keys = key_first + torch.arange(self.num_keys - self.num_prefix, dtype=torch.int32)
+        prefix_keys.masked_fill_(prefix_keys >= prefix_stop, self.num_context)
+        span_keys.masked_fill_(span_keys >= key_stop, self.num_context)
+        return torch.cat([prefix_keys, span_keys], 1)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.num_blocks * self.block)
+
+    def query_rows(self, num_skipped: int) -> slice:
+        """Where the rows are in tensors that leave out the first `num_skipped` rows."""
+        return slice(self.rows.start - num_skipped, self.rows.stop - num_skipped)
+
+    def row_field(self, rows: Tensor, field: int) -> Tensor:
+        """`(B, M, 1)` of a row field."""
+        return rows[field, self.rows].view(self.num_blocks, self.block, 1)
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """`(G, B M, R, D)` to `(G B, M R, D)`."""
+        return x.reshape(x.shape[0] * self.num_blocks, self.block * x.shape[2], x.shape[3])
+
+    def by_block(self, x: Tensor) -> Tensor:
+        """Rows of the chunk, `(G, B M, R, D)`, to `(B, G, M R, D)`; a view where R = 1."""
+        split: Tensor = x.unflatten(1, (self.num_blocks, self.block))
+        return split.transpose(0, 1).flatten(2, 3)
+
+    def from_block(self, x: Tensor, per_group: int) -> Tensor:
+        """`(B, G, M R, D)` back to `(G, B M, R, D)`."""
+        split: Tensor = x.unflatten(2, (self.block, per_group))
+        return split.transpose(0, 1).flatten(1, 2)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`(G, T or C, D)` to the keys of every block, `(B, G, N, D)`; a view of one block's slice."""
+        if self.num_blocks == 1 and not self.num_prefix:
+            return x[None, :, self.spans[0][2] : self.spans[0][3]]
+        ids = self.keys.clamp_max(self.num_context - 1).view(-1)
+        rows = F.embedding(ids, x.transpose(0, 1).flatten(1)).view(*self.keys.shape, x.shape[0], x.shape[2])
+        return rows.transpose(1, 2)
+
+    def gather_by_group(self, x: Tensor) -> Tensor:
+        """The same as `(G B, N, D)`."""
+        return self.gather(x).transpose(0, 1).flatten(0, 1)
+
+    def scatter_add(self, x: Tensor, values: Tensor) -> None:
+        """Add `(B, G, N, D)` to the keys in `x (G, T or C, D)`, block after block."""
+        for (prefix_first, prefix_stop, first, stop), block in zip(self.spans, values):
+            if prefix_first < prefix_stop:
+                x[:, prefix_first:prefix_stop] += block[:, : prefix_stop - prefix_first]
+            x[:, first:stop] += block[:, self.num_prefix : self.num_prefix + stop - first]
+
+    def scatter_add_by_group(self, x: Tensor, values: Tensor) -> None:
+        """The same from `(G B, N, D)`."""
+        self.scatter_add(x, values.unflatten(0, (-1, self.num_blocks)).transpose(0, 1))
+
+    def bias(self, rows: Tensor, per_group: int, buffer: list[Tensor]) -> Tensor:
+        """`(B, 1, M R, N)`: 0 where a row sees a key, at most -HIDDEN where it does not. Memory is the buffer's: a fresh megabyte
+        per chunk costs its page faults."""
+        shape = (self.num_blocks, self.block * per_group, self.num_keys)
+        if math.prod(shape) > buffer[0].numel():
+            buffer[0] = buffer[0].new_empty(math.prod(shape))
+        bias = buffer[0][: math.prod(shape)].view(shape)
+        if self.ends is None:
+            return self._bias_with_prefix(bias, rows)[:, None]
+        low, high, columns = self.ends
+        left, right = self.all_first, self.all_stop
+        if left <= right:  # columns between them hide from nobody
+            torch.sub(columns[:left], low, out=bias[..., :left]).clamp_max_(0)
+            bias[..., left:right].zero_()
+            torch.sub(high, columns[right : self.num_keys], out=bias[..., right:]).clamp_max_(0)
+        else:
+            columns = columns[: self.num_keys]
+            torch.minimum(torch.sub(columns, low, out=bias), high - columns, out=bias).clamp_max_(0)
+        return bias[:, None]
+
+    def _bias_with_prefix(self, bias: Tensor, rows: Tensor) -> Tensor:
+        first, prefix_stop, start, stop = (
+            self.row_field(rows, field) for field in (PROMPT_FIRST, PREFIX_STOP, START, STOP)
+        )
+        keys = self.keys[:, None]
+        in_prefix = (keys >= first) & (keys < prefix_stop)
+        hidden = ((keys < start) | (keys >= stop)) & ~in_prefix
+        by_head = bias.zero_().view(self.num_blocks, self.block, -1, self.num_keys)
+        by_head.masked_fill_(hidden[:, :, None], -HIDDEN)
+        return bias
+
+    def _per_group(self, x: Tensor) -> int:
+        return x.shape[1] // self.block
+
+    def times_block(self, x: Tensor, per_pair: Tensor) -> Tensor:
+        """`(G B, M R, N)` times `(B, M, N)`."""
+        by_head = x.view(-1, self.num_blocks, self.block, self._per_group(x), x.shape[2])
+        return (by_head * per_pair[:, :, None]).view_as(x)
+
+
+def chunks(
+    rows: Tensor,
+    first: int,
+    stop: int,
+    block: int,
+    per_group: int,
+    max_pairs: int,
+    num_context: int,
+    dtype: torch.dtype,
+) -> Iterator[Chunk]:
+    """Chunks of the rows `[first, stop)`, whose starts and stops never decrease; a short last block is a chunk of its own."""
+    if first == stop:
+        return
+    heads = range(first, stop, block)
+    tails = [min(row + block, stop) - 1 for row in heads]
+    head, tail = rows[:, list(heads)].tolist(), rows[:, tails].tolist()
+    spans = list(zip(head[PROMPT_FIRST], head[PREFIX_STOP], head[START], tail[STOP]))
+    of_rows, ends = rows[:, first:stop], None
+    if not (of_rows[PROMPT_FIRST] < of_rows[PREFIX_STOP]).any():
+        longest = max(span[3] - span[2] for span in spans)
+        ends = Ends.of(of_rows[START], of_rows[STOP], block, per_group, longest, dtype)
+    begin = 0
+    while begin < len(spans):
+        end, num_prefix, num_span = begin, 0, 0
+        while end < len(spans):
+            prefix_first, prefix_stop, key_first, key_stop = spans[end]
+            wider = max(num_prefix, prefix_stop - prefix_first), max(num_span, key_stop - key_first)
+            is_short = tails[end] - heads[end] + 1 < block
+            if end > begin and ((end + 1 - begin) * block * sum(wider) > max_pairs or is_short):
+                break
+            end, (num_prefix, num_span) = end + 1, wider
+        size = tails[begin] - heads[begin] + 1
+        yield Chunk(
+            first=heads[begin],
+            num_blocks=end - begin,
+            block=size,
+            spans=spans[begin:end],
+            num_prefix=num_prefix,
+            num_keys=num_prefix + num_span,
+            ends=ends and ends.of_blocks((heads[begin] - first) * per_group, end - begin, size * per_group),
+            all_first=max(seen - span[2] for seen, span in zip(tail[START][begin:end], spans[begin:end])),
+            all_stop=min(seen - span[2] for seen, span in zip(head[STOP][begin:end], spans[begin:end])),
+            num_context=num_context,
+        )
+        begin = end
