@@ -188,7 +188,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/score-DEVICE.jsonl")
     options = parser.parse_args()
     model = ModelConfig(
-        layers=options.layers, width=options.width, mlp_width=8 * options.width // 3, dropout=0.0
+        layers=options.layers,
+        width=options.width,
+        mlp_width=-(-options.width // 3) * 8,  # as the ready-made configurations: a multiple of 8
+        dropout=0.0,
     )
     if options.data is None:
         options.data = made_up_data(Path(tempfile.mkdtemp()))

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dti_kernels.cpu_blocks import Chunk, chunks
+from dti_kernels.cpu_blocks import Chunk, causal_prompts, chunks
 from dti_kernels.layout import PREFIX_STOP, RESET_ID, START, STOP
 
 # Rows of a block times query heads of a key head: few enough that most of a block's keys are visible to most of its rows. PyTorch's
@@ -29,6 +30,8 @@ CONTEXT_BLOCK = 192
 CONTEXT_CHUNK_SCORES = 2**20
 SUM_BLOCK = 32
 SUM_CHUNK_SCORES = 2**18
+# A prompt that every row sees from its beginning and that has as many rows is one causal call without a bias.
+CAUSAL_ROWS = 32
 # PyTorch's blocked CPU attention, forward and backward as two operators: what scaled_dot_product_attention calls.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -94,17 +97,42 @@ class _Inputs:
         """[SUM] rows differ from context rows in nothing but their own key."""
         return self.slopes is None and self.ratios is None
 
+    @cached_property
+    def causal_prompts(self) -> list[slice]:
+        """Context rows of the prompts that are one causal call each."""
+        return [] if self.num_skipped else causal_prompts(self.rows, self.num_context, CAUSAL_ROWS)
+
     def context_chunks(self) -> Iterator[Chunk]:
-        return self._chunks(self.num_skipped, self.num_context, CONTEXT_BLOCK, CONTEXT_CHUNK_SCORES)
+        """Chunks of the context rows between the causal prompts."""
+        block, first = max(1, CONTEXT_BLOCK // self.q.shape[2]), self.num_skipped
+        for prompt in [*self.causal_prompts, slice(self.num_context, self.num_context)]:
+            yield from self._chunks(first, prompt.start, block, CONTEXT_CHUNK_SCORES)
+            first = prompt.stop
 
     def sum_chunks(self) -> Iterator[Chunk]:
-        return self._chunks(self.num_context, self.rows.shape[1], SUM_BLOCK, SUM_CHUNK_SCORES)
+        """Chunks of the [SUM] rows. Where they lie far apart, as with one target per prompt, blocks are a few rows: the keys
+        of a block are about twice those of one row at most."""
+        first, stop = self.num_context, self.rows.shape[1]
+        if first == stop:
+            return
+        begin, end = self.rows[START, first:].tolist(), self.rows[STOP, first:].tolist()
+        span, apart = sum(end) - sum(begin), end[-1] - end[0]
+        block = min(SUM_BLOCK // self.q.shape[2], span // max(apart, 1))
+        yield from self._chunks(first, stop, max(1, block), SUM_CHUNK_SCORES)
 
-    def _chunks(self, first: int, stop: int, block_rows: int, chunk_scores: int) -> Iterator[Chunk]:
+    def _chunks(self, first: int, stop: int, block: int, chunk_scores: int) -> Iterator[Chunk]:
         num_groups, _, per_group, _ = self.q.shape
-        block = max(1, block_rows // per_group)
         max_pairs = chunk_scores // (num_groups * per_group)
         return chunks(self.rows, first, stop, block, per_group, max_pairs, self.num_context, self.q.dtype)
+
+    def causal(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a prompt, `(G, R, L, D)`; keys and values are repeated without being copied."""
+        repeat = (-1, self.q.shape[2], -1, -1)
+        return (
+            self.q[:, rows].transpose(1, 2),
+            self.k[:, rows][:, None].expand(repeat),
+            self.v[:, rows][:, None].expand(repeat),
+        )
 
 
 # Heads come first as views of (T, heads, D) memory: matmuls read strided rows as fast, and copies of whole inputs cost page
@@ -144,6 +172,12 @@ def _plain_forward(x: _Inputs, chunk: Chunk, keys: Tensor, out: Tensor, lse: Ten
     out_rows, lse_rows = _flash(q, k, v, 0.0, False, attn_mask=bias, scale=x.scale)
     out[:, query_rows] = chunk.from_block(out_rows, x.q.shape[2])
     lse[:, query_rows] = chunk.from_block(lse_rows[..., None], x.q.shape[2])
+
+
+def _causal_forward(x: _Inputs, rows: slice, out: Tensor, lse: Tensor) -> None:
+    out_rows, lse_rows = _flash(*x.causal(rows), 0.0, True, scale=x.scale)
+    out[:, rows] = out_rows.transpose(1, 2)
+    lse[:, rows] = lse_rows[..., None].transpose(1, 2)
 
 
 def _own_key_scores(x: _Inputs) -> tuple[slice, Tensor, Tensor, Tensor]:
@@ -206,6 +240,8 @@ def forward(
     """`out`, shape and dtype of q, and the natural log-sum-exp `(H, T or S)` in the accumulation dtype."""
     x = _Inputs.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale)
     out, lse = torch.empty_like(x.q), torch.empty_like(x.q[..., :1])
+    for prompt in x.causal_prompts:
+        _causal_forward(x, prompt, out, lse)
     for chunk in x.context_chunks():
         _plain_forward(x, chunk, x.k, out, lse)
     if x.sums_are_plain:
@@ -286,6 +322,8 @@ def backward(
     d_out = _grouped(grad_out, k.shape[1], x.q.dtype)
     out_heads = _grouped(out, k.shape[1], x.q.dtype)
     lse_heads = lse.unflatten(0, (k.shape[1], -1)).mT[..., None]
+    for prompt in x.causal_prompts:
+        _causal_backward(x, grads, prompt, d_out, out_heads, lse_heads)
     for chunk in x.context_chunks():
         _plain_backward(x, grads, chunk, x.k, grads.k, (d_out, out_heads, lse_heads))
     if x.sums_are_plain:
@@ -330,6 +368,16 @@ def _plain_backward(
     grads.q[:, query_rows] = chunk.from_block(dq, x.q.shape[2])
     chunk.scatter_add(d_keys, dk)
     chunk.scatter_add(grads.v, dv)
+
+
+def _causal_backward(
+    x: _Inputs, grads: _Gradients, rows: slice, d_out: Tensor, out: Tensor, lse: Tensor
+) -> None:
+    d_out, out, lse = (of[:, rows].transpose(1, 2) for of in (d_out, out, lse))
+    dq, dk, dv = _flash_backward(d_out, *x.causal(rows), out, lse.squeeze(-1), 0.0, True, scale=x.scale)
+    grads.q[:, rows] = dq.transpose(1, 2)
+    grads.k[:, rows] += dk.sum(1)
+    grads.v[:, rows] += dv.sum(1)
 
 
 def _own_key_backward(x: _Inputs, grads: _Gradients, d_out: Tensor, out: Tensor, lse: Tensor) -> None:

@@ -170,6 +170,13 @@ class Chunk:
         return (by_head * per_pair[:, :, None]).view_as(x)
 
 
+def causal_prompts(rows: Tensor, num_context: int, min_rows: int) -> list[slice]:
+    """Context rows of the prompts of at least `min_rows` rows whose last row, and so every row, sees its prompt from the beginning."""
+    first, counts = torch.unique_consecutive(rows[PROMPT_FIRST, :num_context], return_counts=True)
+    whole = (rows[START, first + counts - 1] == first) & (counts >= min_rows)
+    return [slice(a, a + n) for a, n in zip(first[whole].tolist(), counts[whole].tolist())]
+
+
 def chunks(
     rows: Tensor,
     first: int,

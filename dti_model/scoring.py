@@ -21,6 +21,9 @@ from dti_model.attention import DTIConfig, token_logits
 from dti_model.prompts import IntArray, PromptBuilder, Prompts, consecutive_batches
 from dti_model.ranks import rank, world_size
 
+# Rows of a packed batch: what a CPU's caches like (benchmarks/LOG.md), and what keeps a GPU busy.
+TOKEN_BUDGETS = {"cpu": 4096, "gpu": 16384}
+
 
 @torch.no_grad()
 def score_targets(
@@ -28,7 +31,7 @@ def score_targets(
     config: DTIConfig,
     builder: PromptBuilder,
     rows: IntArray,
-    token_budget: int = 16384,
+    token_budget: int | None = None,
     k: int | None = 1,
     progress: str | None = None,
 ) -> npt.NDArray[np.float64]:
@@ -39,7 +42,7 @@ def score_targets(
         config: the one the model was made with.
         builder: histories and tokens.
         rows: `(S,)` interaction rows to score, in any order.
-        token_budget: rows of a packed batch; a longer prompt gets a batch of its own.
+        token_budget: rows of a packed batch; a longer prompt gets a batch of its own. None: `TOKEN_BUDGETS` of the device.
         k: targets per prompt: 1 for (the scores of) sliding windows, None for whole histories.
         progress: label of a progress bar; None: no bar.
 
@@ -51,10 +54,11 @@ def score_targets(
         prompts = Prompts.sliding_windows(builder.data, rows, window)
     else:
         prompts = Prompts.streaming(builder.data, rows, window, k)
+    device, was_training = model.device, model.training
+    token_budget = token_budget or TOKEN_BUDGETS["cpu" if device.type == "cpu" else "gpu"]
     batches = list(consecutive_batches(builder.num_rows(prompts), token_budget))
     # A sharded model needs all ranks in every forward pass: the last round is filled up with a batch that is scored anyway.
     rounds = -(-len(batches) // world_size())
-    device, was_training = model.device, model.training
     model.eval()
     by_row = np.sort(rows)
     scores = torch.zeros(len(rows), dtype=torch.float64, device=device)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dti_kernels import cpu, windowed_attn
+from dti_kernels.cpu_blocks import causal_prompts
 from tests.cases import CASES, Case
 from tests.numerics import check_parity
 
@@ -18,13 +19,14 @@ def test_parity(case: Case, dtype: torch.dtype) -> None:
     check_parity(case, dtype, windowed_attn)
 
 
-@pytest.mark.parametrize(("context_block", "sum_block"), [(1, 1), (5, 3), (16, 64)])
+@pytest.mark.parametrize(("context_block", "sum_block", "causal_rows"), [(1, 1, 64), (5, 3, 1), (16, 64, 8)])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_parity_at_other_block_sizes(
-    case: Case, context_block: int, sum_block: int, monkeypatch: pytest.MonkeyPatch
+    case: Case, context_block: int, sum_block: int, causal_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "CONTEXT_BLOCK", context_block)
     monkeypatch.setattr(cpu, "SUM_BLOCK", sum_block)
+    monkeypatch.setattr(cpu, "CAUSAL_ROWS", causal_rows)
     check_parity(case, torch.float64, windowed_attn)
 
 
@@ -51,12 +53,32 @@ def random_cases(draw: st.DrawFn) -> Case:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(random_cases(), st.sampled_from([(3, 2), (128, 32)]))
-def test_parity_on_random_prompts(case: Case, blocks: tuple[int, int]) -> None:
+@given(random_cases(), st.sampled_from([(3, 2, 1), (128, 32, 8), (128, 32, 64)]))
+def test_parity_on_random_prompts(case: Case, sizes: tuple[int, int, int]) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(cpu, "CONTEXT_BLOCK", blocks[0])
-        monkeypatch.setattr(cpu, "SUM_BLOCK", blocks[1])
+        for name, size in zip(("CONTEXT_BLOCK", "SUM_BLOCK", "CAUSAL_ROWS"), sizes):
+            monkeypatch.setattr(cpu, name, size)
         check_parity(case, torch.float64, windowed_attn)
+
+
+def test_parity_of_causal_prompts() -> None:
+    """One target per prompt, as sliding windows are scored: every prompt is one causal call, whether or not its rows fill tiles."""
+    lengths = [[9] * 4, [7] * 30, [5], [40, 2, 3], [3] * 70]
+    for alibi in (False, True):
+        case = Case(
+            "sliding windows",
+            lengths,
+            [[1] * len(x) for x in lengths],
+            [1] * 5,
+            window=70,
+            num_heads=4,
+            num_groups=2,
+            alibi=alibi,
+        )
+        layout = case.inputs(torch.float64).layout
+        assert len(causal_prompts(layout.rows, layout.num_context, cpu.CAUSAL_ROWS)) == 4
+        for dtype in (torch.float64, torch.float32):
+            check_parity(case, dtype, windowed_attn)
 
 
 def test_gradcheck() -> None:
