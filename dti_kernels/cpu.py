@@ -13,28 +13,32 @@ Half precision is computed in float32, because CPUs without AVX512-BF16 have no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from dti_kernels.cpu_blocks import Chunk, causal_prompts, chunks
+from dti_kernels.cpu_blocks import Chunk, Plan, Sizes
 from dti_kernels.layout import PREFIX_STOP, RESET_ID, START, STOP
 
 # Rows of a block times query heads of a key head: few enough that most of a block's keys are visible to most of its rows. PyTorch's
 # attention takes tiles of 64 rows from 192 rows on, of 32 below. [SUM] rows lie one interaction apart, so their blocks are narrower.
-# Scores per chunk: what context rows never store may be larger than what [SUM] rows do, about 1 MiB, a core's cache (benchmarks/LOG.md).
+# Scores per chunk: what context rows never store may be larger than what [SUM] rows do, half of a core's cache (benchmarks/LOG.md).
 CONTEXT_BLOCK = 192
 CONTEXT_CHUNK_SCORES = 2**20
 SUM_BLOCK = 32
-SUM_CHUNK_SCORES = 2**18
+SUM_CHUNK_SCORES = 2**17
 # A prompt that every row sees from its beginning and that has as many rows is one causal call without a bias.
 CAUSAL_ROWS = 32
 # PyTorch's blocked CPU attention, forward and backward as two operators: what scaled_dot_product_attention calls.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Row fields of a layout to its plans. A layout is read-only; a change in place would change the version.
+_PLANS: Any = WeakIdKeyDictionary()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -98,32 +102,23 @@ class _Inputs:
         return self.slopes is None and self.ratios is None
 
     @cached_property
-    def causal_prompts(self) -> list[slice]:
-        """Context rows of the prompts that are one causal call each."""
-        return [] if self.num_skipped else causal_prompts(self.rows, self.num_context, CAUSAL_ROWS)
-
-    def context_chunks(self) -> Iterator[Chunk]:
-        """Chunks of the context rows between the causal prompts."""
-        block, first = max(1, CONTEXT_BLOCK // self.q.shape[2]), self.num_skipped
-        for prompt in [*self.causal_prompts, slice(self.num_context, self.num_context)]:
-            yield from self._chunks(first, prompt.start, block, CONTEXT_CHUNK_SCORES)
-            first = prompt.stop
-
-    def sum_chunks(self) -> Iterator[Chunk]:
-        """Chunks of the [SUM] rows. Where they lie far apart, as with one target per prompt, blocks are a few rows: the keys
-        of a block are about twice those of one row at most."""
-        first, stop = self.num_context, self.rows.shape[1]
-        if first == stop:
-            return
-        begin, end = self.rows[START, first:].tolist(), self.rows[STOP, first:].tolist()
-        span, apart = sum(end) - sum(begin), end[-1] - end[0]
-        block = min(SUM_BLOCK // self.q.shape[2], span // max(apart, 1))
-        yield from self._chunks(first, stop, max(1, block), SUM_CHUNK_SCORES)
-
-    def _chunks(self, first: int, stop: int, block: int, chunk_scores: int) -> Iterator[Chunk]:
+    def plan(self) -> Plan:
+        """How the rows are walked: the same for all layers and passes over a layout, so it is kept as long as the layout's rows."""
         num_groups, _, per_group, _ = self.q.shape
-        max_pairs = chunk_scores // (num_groups * per_group)
-        return chunks(self.rows, first, stop, block, per_group, max_pairs, self.num_context, self.q.dtype)
+        sizes = Sizes(
+            max(1, CONTEXT_BLOCK // per_group),
+            CONTEXT_CHUNK_SCORES // (num_groups * per_group),
+            max(1, SUM_BLOCK // per_group),
+            SUM_CHUNK_SCORES // (num_groups * per_group),
+            CAUSAL_ROWS,
+        )
+        key = (self.rows._version, self.num_skipped, per_group, self.q.dtype, sizes)
+        plans: dict[Any, Plan] = _PLANS.setdefault(self.rows, {})
+        if key not in plans:
+            plans[key] = Plan.of(
+                self.rows, self.num_context, self.num_skipped, per_group, sizes, self.q.dtype
+            )
+        return plans[key]
 
     def causal(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a prompt, `(G, R, L, D)`; keys and values are repeated without being copied."""
@@ -200,7 +195,7 @@ def _sum_terms(x: _Inputs, chunk: Chunk) -> _SumTerms:
     scores = torch.bmm(q, chunk.gather_by_group(x.k_sum).mT)
     ratio = distance = None
     if x.ratios is not None and x.k_initial is not None:
-        key_ids = x.rows[RESET_ID][chunk.keys.clamp_max(x.num_context - 1)]
+        key_ids = x.rows[RESET_ID][chunk.read_keys]
         steps = chunk.row_field(x.rows, RESET_ID) - key_ids[:, None]
         ratio = x.ratios[steps.clamp_(0, len(x.ratios) - 1)]
         initial = torch.bmm(q, chunk.gather_by_group(x.k_initial).mT)
@@ -240,16 +235,16 @@ def forward(
     """`out`, shape and dtype of q, and the natural log-sum-exp `(H, T or S)` in the accumulation dtype."""
     x = _Inputs.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale)
     out, lse = torch.empty_like(x.q), torch.empty_like(x.q[..., :1])
-    for prompt in x.causal_prompts:
+    for prompt in x.plan.causal:
         _causal_forward(x, prompt, out, lse)
-    for chunk in x.context_chunks():
+    for chunk in x.plan.context:
         _plain_forward(x, chunk, x.k, out, lse)
     if x.sums_are_plain:
-        for chunk in x.sum_chunks():
+        for chunk in x.plan.sums:
             _plain_forward(x, chunk, x.k_sum, out, lse)
         _add_own_key(x, out, lse)
         return _results(q, out, lse)
-    for chunk in x.sum_chunks():
+    for chunk in x.plan.sums:
         terms, query_rows = _sum_terms(x, chunk), chunk.query_rows(x.num_skipped)
         p, lse_rows = _softmax(terms.scores)
         read = _read_values(x, chunk, p[..., :-1], terms.ratio) + p[..., -1:] * terms.v_self
@@ -322,15 +317,15 @@ def backward(
     d_out = _grouped(grad_out, k.shape[1], x.q.dtype)
     out_heads = _grouped(out, k.shape[1], x.q.dtype)
     lse_heads = lse.unflatten(0, (k.shape[1], -1)).mT[..., None]
-    for prompt in x.causal_prompts:
+    for prompt in x.plan.causal:
         _causal_backward(x, grads, prompt, d_out, out_heads, lse_heads)
-    for chunk in x.context_chunks():
+    for chunk in x.plan.context:
         _plain_backward(x, grads, chunk, x.k, grads.k, (d_out, out_heads, lse_heads))
     if x.sums_are_plain:
-        for chunk in x.sum_chunks():
+        for chunk in x.plan.sums:
             _plain_backward(x, grads, chunk, x.k_sum, grads.k_sum, (d_out, out_heads, lse_heads))
         _own_key_backward(x, grads, d_out, out_heads, lse_heads)
-    for chunk in () if x.sums_are_plain else x.sum_chunks():
+    for chunk in () if x.sums_are_plain else x.plan.sums:
         query_rows = chunk.query_rows(x.num_skipped)
         _sum_backward(x, grads, chunk, *(chunk.blocks(of[:, query_rows]) for of in (d_out, out_heads)))
 

@@ -81,6 +81,11 @@ class Chunk:
         span_keys.masked_fill_(span_keys >= key_stop, self.num_context)
         return torch.cat([prefix_keys, span_keys], 1)
 
+    @cached_property
+    def read_keys(self) -> Tensor:
+        """`(B, N)`: keys, with some row in the place of those that nobody sees."""
+        return self.keys.clamp_max(self.num_context - 1)
+
     @property
     def rows(self) -> slice:
         return slice(self.first, self.first + self.num_blocks * self.block)
@@ -111,8 +116,9 @@ class Chunk:
         """`(G, T or C, D)` to the keys of every block, `(B, G, N, D)`; a view of one block's slice."""
         if self.num_blocks == 1 and not self.num_prefix:
             return x[None, :, self.spans[0][2] : self.spans[0][3]]
-        ids = self.keys.clamp_max(self.num_context - 1).view(-1)
-        rows = F.embedding(ids, x.transpose(0, 1).flatten(1)).view(*self.keys.shape, x.shape[0], x.shape[2])
+        rows = F.embedding(self.read_keys.view(-1), x.transpose(0, 1).flatten(1)).view(
+            *self.keys.shape, x.shape[0], x.shape[2]
+        )
         return rows.transpose(1, 2)
 
     def gather_by_group(self, x: Tensor) -> Tensor:
@@ -222,3 +228,54 @@ def chunks(
             num_context=num_context,
         )
         begin = end
+
+
+class Sizes(NamedTuple):
+    """Of blocks in rows, of chunks in (row, key) pairs, and the rows from which a prompt is a causal call."""
+
+    context_block: int
+    context_pairs: int
+    sum_block: int
+    sum_pairs: int
+    causal_rows: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How all rows of a layout are walked: causal prompts, chunks of the context rows between them, and chunks of the [SUM] rows."""
+
+    causal: list[slice]
+    context: list[Chunk]
+    sums: list[Chunk]
+
+    @staticmethod
+    def of(
+        rows: Tensor, num_context: int, num_skipped: int, per_group: int, sizes: Sizes, dtype: torch.dtype
+    ) -> Plan:
+        """The plan of queries that leave out the first `num_skipped` rows: none, or all context rows."""
+        causal = [] if num_skipped else causal_prompts(rows, num_context, sizes.causal_rows)
+        context: list[Chunk] = []
+        first = num_skipped
+        for prompt in [*causal, slice(num_context, num_context)]:
+            context += chunks(
+                rows,
+                first,
+                prompt.start,
+                sizes.context_block,
+                per_group,
+                sizes.context_pairs,
+                num_context,
+                dtype,
+            )
+            first = prompt.stop
+        block = min(sizes.sum_block, _sum_block(rows[:, num_context:]))
+        sums = chunks(rows, num_context, rows.shape[1], block, per_group, sizes.sum_pairs, num_context, dtype)
+        return Plan(causal, context, list(sums))
+
+
+def _sum_block(sums: Tensor) -> int:
+    """[SUM] rows that see about as many keys apart as together: few where they lie far apart, as with one target per prompt."""
+    if not sums.shape[1]:
+        return 1
+    seen, apart = int((sums[STOP].long() - sums[START]).sum()), int(sums[STOP, -1] - sums[STOP, 0])
+    return max(1, seen // max(apart, 1))
