@@ -50,6 +50,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         RunExistsError: the folder belongs to a run with other settings, or to a finished one.
         DataError: the prepared data cannot be read or has no usable targets.
         NonFiniteLossError: training diverged.
+        ValueError: FSDP2 cannot shard this model.
     """
     _check_splits(PreparedData.open(config.data), config)
     arguments = _arguments(config, config.optim)  # joins the other processes, where there are any
@@ -57,6 +58,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     set_seed(config.seed)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     run = Run.start(config)
+    _check_sharding(run)
     trainer = _trainer(run, arguments)
     # A pretrained model has a level before training. Not again after an interruption: it would count for early stopping.
     trainer.args.eval_on_start = config.model.pretrained is not None and checkpoint is None
@@ -66,6 +68,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _save_model(run, trainer)
     return _finish(run, trainer)
+
+
+def _check_sharding(run: Run) -> None:
+    # accelerate does not see through peft's wrapper that embedding and head are one weight, and shards it twice.
+    config = run.config
+    if config.optim.fsdp and config.model.uses_lora and run.model.config.tie_word_embeddings:
+        raise ValueError(
+            f"{config.model.pretrained} has one weight for embedding and head, which FSDP2 cannot shard together with "
+            "LoRA: leave optim.fsdp out (DDP), or use model.finetune full"
+        )
 
 
 def _save_model(run: Run, trainer: StreamTrainer) -> None:

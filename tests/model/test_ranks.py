@@ -14,11 +14,12 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.config import LoraSettings, ModelConfig, OptimConfig, TrainConfig
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.run import Run
 from dti_model.train import evaluate_run, train
 from tests.conftest import ROOT
+from tests.model.pretrained_files import pretrained_folder
 from tests.model.two_ranks import STOP_AT
 
 STEPS = 20
@@ -32,9 +33,17 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in json.loads(states[-1].read_text())["log_history"] if "loss" in entry]
 
 
-@pytest.fixture(scope="module")
-def config(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+@pytest.fixture(scope="module", params=["scratch", "lora"])
+def config(
+    request: pytest.FixtureRequest, small_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TrainConfig:
     """One process; without dropout, which draws other numbers on every rank."""
+    model = ModelConfig(layers=2, width=16, heads=2, kv_heads=1, mlp_width=24, dropout=0.0)
+    if request.param == "lora":
+        base = pretrained_folder(
+            tmp_path_factory.mktemp("base"), "llama2"
+        )  # FSDP2 with LoRA needs untied embeddings
+        model = ModelConfig(pretrained=str(base), lora=LoraSettings(rank=4, alpha=8, dropout=0.0))
     return TrainConfig(
         data=small_folder,
         out=tmp_path_factory.mktemp("ranks") / "one",
@@ -43,7 +52,7 @@ def config(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Trai
         progress=False,
         logging_steps=1,
         report_to=(),
-        model=ModelConfig(layers=2, width=16, heads=2, kv_heads=1, mlp_width=24, dropout=0.0),
+        model=model,
         optim=OptimConfig(epochs=5, token_budget=250, patience=0, accumulation=2),
     )
 
@@ -90,6 +99,20 @@ def test_scores_of_two_ranks_are_those_of_one(config: TrainConfig, runs: dict[st
     for split in ("val", "test"):
         alone = evaluate_run(config.out.parent / name, None, split, progress=False)
         assert alone[split] == runs[name][split]
+
+
+def test_lora_of_a_tied_model_is_not_sharded(
+    small_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Before anything is written."""
+    base = pretrained_folder(tmp_path_factory.mktemp("tied"), "smollm2")
+    out = tmp_path_factory.mktemp("run") / "tied"
+    config = TrainConfig(
+        data=small_folder, out=out, model=ModelConfig(pretrained=str(base)), optim=OptimConfig(fsdp=True)
+    )
+    with pytest.raises(ValueError, match=r"one weight for embedding and head.*leave optim.fsdp out"):
+        train(config)
+    assert not out.exists()
 
 
 def test_ranks_get_equal_work_and_every_target_once(config: TrainConfig) -> None:
