@@ -4,9 +4,10 @@
 
 `candidates`: 1 to 500 candidates of a real user with a history of 20: one pass; an encoded history, with which only candidates are
 computed; and one sliding-window prompt per candidate, packed, with the same model and attention.
-`evaluation`: targets of every 8th user of the test split: `score_targets` beside a plain Hugging Face loop (LlamaForCausalLM with
-the same weights, SDPA, one left-padded prompt per target, batches of 32, logits of the last position only), in mode dti-minus,
-which is what a plain model computes. Weights are random: speed does not depend on them. No row without parity.
+`evaluation`: targets of the test split (of every `--user-step`-th user): `score_targets` beside two Hugging Face loops
+(LlamaForCausalLM with the same weights, SDPA, one left-padded prompt per target, batches of 32), in mode dti-minus, which is what a
+plain model computes: one that takes the logits that the model returns, and a careful one that asks for those of the last position
+only. Weights are random: speed does not depend on them. No row without parity.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ HISTORY = 20
 REPEATS = {1: 100, 10: 50, 100: 15, 500: 5}
 PARITY = 1e-5
 BATCH = 32
-USER_STEP = 8
 
 
 def new_run(data: Path, model: ModelConfig, dti: DTIConfig, device: str) -> Run:
@@ -112,9 +112,9 @@ def measure_candidates(run: Run, device: str) -> list[dict[str, Any]]:
 
 
 def padded_scores(
-    model: LlamaForCausalLM, prompts: list[torch.Tensor], labels: tuple[int, int]
+    model: LlamaForCausalLM, prompts: list[torch.Tensor], labels: tuple[int, int], logits_to_keep: int
 ) -> np.ndarray:
-    """The plain loop: probabilities from left-padded batches of prompts, each context tokens and then [SUM]."""
+    """The plain loop: probabilities from left-padded batches of prompts, each context tokens and then [SUM]; 0 keeps all logits."""
     scores = []
     for begin in range(0, len(prompts), BATCH):
         ids = prompts[begin : begin + BATCH]
@@ -129,31 +129,34 @@ def padded_scores(
                 attention_mask=mask.long().to(model.device),
                 position_ids=positions.to(model.device),
                 use_cache=False,
-                logits_to_keep=1,
+                logits_to_keep=logits_to_keep,
             )
         logits = output.logits[:, -1, list(labels)]
         scores.append(torch.softmax(logits.double(), -1)[:, 1].cpu().numpy())
     return np.concatenate(scores)
 
 
-def measure_evaluation(run: Run, device: str, repeats: int) -> list[dict[str, Any]]:
-    """Rows of both ways to score a slice of the test split."""
+def measure_evaluation(run: Run, device: str, repeats: int, user_step: int) -> list[dict[str, Any]]:
+    """Rows of all ways to score the test split, or a slice of it; `speedup` is over the plain loop."""
     assert run.config.dti.mode == "dti-minus"
     plain = LlamaForCausalLM(llama_config(run.config.model, run.tokenizer))
     plain.load_state_dict(run.model.state_dict())
     plain.set_attn_implementation("sdpa")
     plain.to(device).eval()
     rows = np.sort(run.data.targets("test"))
-    rows = rows[run.data.users_of(rows) % USER_STEP == 0]
+    rows = rows[run.data.users_of(rows) % user_step == 0]
     prompts = Prompts.streaming(run.data, rows, run.config.window, 1)
     ids = [run.builder.batch(prompts[np.array([i])]).input_ids for i in range(len(prompts))]
     labels = run.builder.format.labels
     providers: dict[str, Callable[[], np.ndarray]] = {
         "packed": lambda: score_targets(run.model, run.config.dti, run.builder, rows),
-        "padded Hugging Face": lambda: padded_scores(plain, ids, labels),
+        "padded Hugging Face, last logits only": lambda: padded_scores(plain, ids, labels, 1),
+        "padded Hugging Face": lambda: padded_scores(plain, ids, labels, 0),
     }
-    if np.abs(providers["packed"]() - providers["padded Hugging Face"]()).max() > PARITY:
-        raise AssertionError("packed and padded scores differ")
+    expected = providers["packed"]()
+    for name, provider in providers.items():
+        if np.abs(provider() - expected).max() > PARITY:
+            raise AssertionError(f"packed scores and those of {name} differ")
     times = interleaved_ms(providers, repeats, warmup=0, device=device)
     base = float(np.median(times["padded Hugging Face"]))
     return [
@@ -185,6 +188,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3, help="of the evaluation")
+    parser.add_argument("--user-step", type=int, default=1, help="evaluate targets of every n-th user")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/score-DEVICE.jsonl")
     options = parser.parse_args()
     model = ModelConfig(
@@ -202,7 +206,7 @@ def main() -> None:
             rows += measure_candidates(new_run(options.data, model, dti, options.device), options.device)
         else:
             run = new_run(options.data, model, DTIConfig("dti-minus"), options.device)
-            rows += measure_evaluation(run, options.device, options.repeats)
+            rows += measure_evaluation(run, options.device, options.repeats, options.user_step)
     for row in rows:
         row["model"] = f"{options.layers} x {options.width}"
         print({key: value for key, value in row.items() if key != "benchmark"})

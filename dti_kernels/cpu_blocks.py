@@ -1,7 +1,8 @@
 """Blocks of neighbouring rows and the keys that they see: how the CPU implementation walks a layout, and its visibility as bias.
 
-Without a prefix of its own beside the span, a row sees the columns from `low` to `high` of its block's keys, and a few vectorised
-operators write that as a bias. Rows with such a prefix (instructions before the history) are compared key by key.
+A row sees the columns from `low` to `high` of its block's keys, and a few vectorised operators write that as a bias; beside them
+perhaps all columns of a prefix that the whole block sees (instructions, or the history of candidates). Blocks of which some rows
+see a prefix beside their span and others do not are compared key by key.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -64,8 +66,8 @@ class Chunk:
     spans: list[tuple[int, int, int, int]]  # per block: prefix first and stop, span first and stop
     num_prefix: int  # keys of the prefix part
     num_keys: int  # N
-    ends: Ends | None  # None where rows may see a prefix beside their span
-    all_first: int  # without a prefix, columns [all_first, all_stop) are visible to every row of their block
+    ends: Ends | None  # None where some rows, but not all, see a prefix beside their span
+    all_first: int  # of the span's columns, [all_first, all_stop) are visible to every row of their block
     all_stop: int
     num_context: int
 
@@ -144,19 +146,20 @@ class Chunk:
             buffer[0] = buffer[0].new_empty(math.prod(shape))
         bias = buffer[0][: math.prod(shape)].view(shape)
         if self.ends is None:
-            return self._bias_with_prefix(bias, rows)[:, None]
+            return self._bias_by_key(bias, rows)[:, None]
         low, high, columns = self.ends
-        left, right = self.all_first, self.all_stop
+        bias[..., : self.num_prefix].zero_()
+        of_span, left, right = bias[..., self.num_prefix :], self.all_first, self.all_stop
+        columns = columns[: of_span.shape[2]]
         if left <= right:  # columns between them hide from nobody
-            torch.sub(columns[:left], low, out=bias[..., :left]).clamp_max_(0)
-            bias[..., left:right].zero_()
-            torch.sub(high, columns[right : self.num_keys], out=bias[..., right:]).clamp_max_(0)
+            torch.sub(columns[:left], low, out=of_span[..., :left]).clamp_max_(0)
+            of_span[..., left:right].zero_()
+            torch.sub(high, columns[right:], out=of_span[..., right:]).clamp_max_(0)
         else:
-            columns = columns[: self.num_keys]
-            torch.minimum(torch.sub(columns, low, out=bias), high - columns, out=bias).clamp_max_(0)
+            torch.minimum(torch.sub(columns, low, out=of_span), high - columns, out=of_span).clamp_max_(0)
         return bias[:, None]
 
-    def _bias_with_prefix(self, bias: Tensor, rows: Tensor) -> Tensor:
+    def _bias_by_key(self, bias: Tensor, rows: Tensor) -> Tensor:
         first, prefix_stop, start, stop = (
             self.row_field(rows, field) for field in (PROMPT_FIRST, PREFIX_STOP, START, STOP)
         )
@@ -193,25 +196,26 @@ def chunks(
     num_context: int,
     dtype: torch.dtype,
 ) -> Iterator[Chunk]:
-    """Chunks of the rows `[first, stop)`, whose starts and stops never decrease; a short last block is a chunk of its own."""
+    """Chunks of the rows `[first, stop)`, whose starts and stops never decrease. The blocks of a chunk have as many rows and prefixes
+    that are treated alike: a short last block is a chunk of its own."""
     if first == stop:
         return
     heads = range(first, stop, block)
     tails = [min(row + block, stop) - 1 for row in heads]
     head, tail = rows[:, list(heads)].tolist(), rows[:, tails].tolist()
     spans = list(zip(head[PROMPT_FIRST], head[PREFIX_STOP], head[START], tail[STOP]))
-    of_rows, ends = rows[:, first:stop], None
-    if not (of_rows[PROMPT_FIRST] < of_rows[PREFIX_STOP]).any():
-        longest = max(span[3] - span[2] for span in spans)
-        ends = Ends.of(of_rows[START], of_rows[STOP], block, per_group, longest, dtype)
+    of_rows = rows[:, first:stop]
+    longest = max(span[3] - span[2] for span in spans)
+    ends = Ends.of(of_rows[START], of_rows[STOP], block, per_group, longest, dtype)
+    prefixes = _prefixes(of_rows, [row - first for row in heads], [row - first for row in tails])
     begin = 0
     while begin < len(spans):
         end, num_prefix, num_span = begin, 0, 0
         while end < len(spans):
             prefix_first, prefix_stop, key_first, key_stop = spans[end]
             wider = max(num_prefix, prefix_stop - prefix_first), max(num_span, key_stop - key_first)
-            is_short = tails[end] - heads[end] + 1 < block
-            if end > begin and ((end + 1 - begin) * block * sum(wider) > max_pairs or is_short):
+            differs = tails[end] - heads[end] + 1 < block or prefixes[end] != prefixes[begin]
+            if end > begin and ((end + 1 - begin) * block * sum(wider) > max_pairs or differs):
                 break
             end, (num_prefix, num_span) = end + 1, wider
         size = tails[begin] - heads[begin] + 1
@@ -222,12 +226,23 @@ def chunks(
             spans=spans[begin:end],
             num_prefix=num_prefix,
             num_keys=num_prefix + num_span,
-            ends=ends and ends.of_blocks((heads[begin] - first) * per_group, end - begin, size * per_group),
+            ends=None
+            if prefixes[begin] is None
+            else ends.of_blocks((heads[begin] - first) * per_group, end - begin, size * per_group),
             all_first=max(seen - span[2] for seen, span in zip(tail[START][begin:end], spans[begin:end])),
             all_stop=min(seen - span[2] for seen, span in zip(head[STOP][begin:end], spans[begin:end])),
             num_context=num_context,
         )
         begin = end
+
+
+def _prefixes(rows: Tensor, heads: list[int], tails: list[int]) -> list[int | None]:
+    """Per block, the tokens of the prefix that all of its rows see beside their spans, 0 included; None where only some rows do."""
+    apart = (rows[PREFIX_STOP] - rows[PROMPT_FIRST]).numpy()
+    shortest, longest = np.minimum.reduceat(apart, heads), np.maximum.reduceat(apart, heads)
+    prompt = rows[PROMPT_FIRST].numpy()
+    alike = (longest == 0) | ((shortest == longest) & (prompt[heads] == prompt[tails]))
+    return [int(length) if same else None for length, same in zip(longest, alike)]
 
 
 class Sizes(NamedTuple):
@@ -277,5 +292,6 @@ def _sum_block(sums: Tensor) -> int:
     """[SUM] rows that see about as many keys apart as together: few where they lie far apart, as with one target per prompt."""
     if not sums.shape[1]:
         return 1
-    seen, apart = int((sums[STOP].long() - sums[START]).sum()), int(sums[STOP, -1] - sums[STOP, 0])
+    spans, prefixes = sums[STOP].long() - sums[START], sums[PREFIX_STOP].long() - sums[PROMPT_FIRST]
+    seen, apart = int((spans + prefixes).sum()), int(sums[STOP, -1] - sums[STOP, 0])
     return max(1, seen // max(apart, 1))
