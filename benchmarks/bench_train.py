@@ -3,27 +3,36 @@
     python -m benchmarks.bench_train --data DIR [--k 1 5 10 20 50 200 all] [--layers 4 --width 128] [--out ROWS.jsonl]
 
 All k run in one process by turns, with the same model, packing, attention and optimizer; k = 1 is the sliding-window baseline.
-Each row holds the ratio of targets/s to k = 1 beside the ratio of rows per target (context tokens and [SUM]s) and the paper's
-equation 3, k N / (N + K) with n and k interactions for N and K.
+Each row holds the ratio of targets/s to k = 1 beside three predictions: the ratio of rows per target (context tokens and [SUM]s), the
+ratio of FLOPs per target, counted from the lengths of the first batches, and the paper's equation 3, k N / (N + K) with n and k
+interactions for N and K. One more step per k runs under PyTorch's profiler: its share of attention, and on a CPU the most memory
+that it allocates beside weights and moments (on a GPU: in all).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import RESULTS, append_rows
 from dti_model.attention import DTIConfig
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.run import Run
-from dti_model.throughput import measure_training
+from dti_model.speed import StepCost
+from dti_model.throughput import measure_training, packed_epoch, timed_step
 
 
 def measure(config: TrainConfig, ks: list[int | None], num_steps: int) -> list[dict[str, Any]]:
     """One row per k."""
     run = Run.start(config)
     measured = measure_training(run, ks, num_steps)
+    profiles = {k: profiled_step(run, k) for k in ks}
+    flops = {k: flops_per_target(run, k) for k in ks}
     base = measured.get(1)
     window = config.window
     rows = []
@@ -38,16 +47,48 @@ def measure(config: TrainConfig, ks: list[int | None], num_steps: int) -> list[d
             "targets_per_s": round(value.targets_per_s, 1),
             "tokens_per_s": round(value.rows_per_s),
             "rows_per_target": round(value.rows_per_target, 2),
-            "peak_mib": value.peak_mib,
+            "peak_mib": profiles[k][1] if value.peak_mib is None else value.peak_mib,
+            "attention_share": profiles[k][0],
+            "mflops_per_target": round(flops[k] / 1e6, 2),
             "equation_3": None if k is None else round(k * window / (window + k), 2),
             "steps": num_steps,
         }
         if base is not None:
             row["speedup"] = round(value.targets_per_s / base.targets_per_s, 2)
             row["rows_ratio"] = round(base.rows_per_target / value.rows_per_target, 2)
+            row["flops_ratio"] = round(flops[1] / flops[k], 2)
             row["speedup_over_rows_ratio"] = round(row["speedup"] / row["rows_ratio"], 2)
         rows.append(row)
     return rows
+
+
+def profiled_step(run: Run, k: int | None) -> tuple[float, float]:
+    """Share of a step's time that is spent in `windowed_attn`, forward and backward, and peak MiB that the step allocated."""
+    model = copy.deepcopy(run.model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    dataset = packed_epoch(run, k)
+    timed_step(run, model, optimizer, dataset, 0)
+    on_gpu = model.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, profile_memory=True) as profiler:
+        timed_step(run, model, optimizer, dataset, 1)
+    averages = profiler.key_averages()
+    time = "device_time_total" if on_gpu else "cpu_time_total"
+    attention = sum(getattr(event, time) for event in averages if event.key.startswith("dti::windowed_attn"))
+    whole = sum(getattr(event, f"self_{time}") for event in averages)
+    allocated, peak = 0, 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    return round(attention / whole, 3), round(peak / 2**20, 1)
+
+
+def flops_per_target(run: Run, k: int | None, num_batches: int = 8) -> float:
+    """Forward and backward, counted over the first batches of an epoch (`dti_model.speed`)."""
+    cost, dataset = StepCost.of(run.model), packed_epoch(run, k)
+    batches = [dataset[i] for i in range(min(num_batches, len(dataset)))]
+    return sum(cost.flops(batch.layout) for batch in batches) / sum(batch.layout.num_sum for batch in batches)
 
 
 def main() -> None:
@@ -74,7 +115,7 @@ def main() -> None:
             width=options.width,
             heads=options.heads,
             kv_heads=max(1, options.heads // 2),
-            mlp_width=8 * options.width // 3,
+            mlp_width=-(-options.width // 3) * 8,  # a multiple of 8
             dropout=0.0,
         ),
         optim=OptimConfig(token_budget=options.token_budget),
@@ -84,7 +125,8 @@ def main() -> None:
     for row in rows:
         print(
             f"k {row['k']!s:>4}  {row['targets_per_s']:9.1f} targets/s  {row['tokens_per_s']:8,} tokens/s  "
-            f"{row.get('speedup', 1):6.2f} x (rows {row.get('rows_ratio', 1):.2f} x, equation 3 {row['equation_3']})"
+            f"{row.get('speedup', 1):6.2f} x (rows {row.get('rows_ratio', 1):.2f} x, FLOPs {row.get('flops_ratio', 1):.2f} x, equation 3 {row['equation_3']}; "
+            f"attention {row['attention_share']:.0%}, {row['peak_mib']:.0f} MiB)"
         )
     append_rows(options.out, rows)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse.typing import NonNegativeInt
 
 from dti_model.prepare_cli import add_prepare, run_prepare
 
@@ -67,13 +68,20 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("train", train, help="train a model into a run folder")
 
     evaluate = ArgumentParser(
-        description="Score the targets of a split with a trained run, one sliding-window prompt each."
+        description="Score the targets of a split with a trained run, one sliding-window prompt each unless --k says otherwise."
     )
     evaluate.add_argument("--run", type=Path, required=True, help="run folder made by `dti train`")
     evaluate.add_argument(
         "--data", type=Path, help="prepared folder; default: the one that the run was trained on"
     )
     evaluate.add_argument("--split", type=str, choices=["val", "test"], default="test", help="which targets")
+    evaluate.add_argument(
+        "--k",
+        type=NonNegativeInt,
+        default=1,
+        help="targets per prompt; 0: whole histories. Streaming prompts are many times faster, and a model of several layers "
+        "that was trained with them may score better with them",
+    )
     evaluate.add_argument("--device", type=str, help="torch device; default: cuda where there is one")
     evaluate.add_argument("--json", type=Path, help="also write the metrics to this file")
     evaluate.add_argument("--progress", type=bool, default=True, help="show a progress bar")
@@ -186,7 +194,9 @@ def _evaluate(options: Namespace) -> None:
     from dti_model.train import evaluate_run
 
     _quiet_transformers()
-    result = evaluate_run(options.run, options.data, options.split, options.device, options.progress)
+    result = evaluate_run(
+        options.run, options.data, options.split, options.device, options.progress, options.k or None
+    )
     from dti_model.ranks import rank
 
     if rank():

@@ -49,12 +49,12 @@ def measure_training(run: Run, ks: Sequence[int | None], num_steps: int) -> dict
     """
     model = copy.deepcopy(run.model).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    datasets = {k: _packed(run, k) for k in ks}
+    datasets = {k: packed_epoch(run, k) for k in ks}
     speeds: dict[int | None, list[tuple[float, float]]] = {k: [] for k in ks}
     peak: dict[int | None, float] = {}
     for step in range(num_steps + 1):
         for k, dataset in datasets.items():
-            rows, targets, seconds, peak[k] = _step(run, model, optimizer, dataset, step)
+            rows, targets, seconds, peak[k] = timed_step(run, model, optimizer, dataset, step)
             if step:
                 speeds[k].append((targets / seconds, rows / seconds))
     cuda = model.device.type == "cuda"
@@ -69,14 +69,14 @@ def measure_training(run: Run, ks: Sequence[int | None], num_steps: int) -> dict
     }
 
 
-def _packed(run: Run, k: int | None) -> PackedPrompts:
+def packed_epoch(run: Run, k: int | None) -> PackedPrompts:
     """All training prompts at this k; a budget below the longest prompt is raised to it."""
     prompts = Prompts.streaming(run.data, run.data.targets("train"), run.config.window, k)
     budget = max(run.config.optim.token_budget, int(run.builder.num_rows(prompts).max()))
     return PackedPrompts(run.builder, prompts, budget, run.config.seed)
 
 
-def _step(
+def timed_step(
     run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, dataset: PackedPrompts, step: int
 ) -> tuple[int, int, float, float]:
     """One timed step: rows, targets, seconds and peak MiB."""

@@ -276,12 +276,18 @@ def _epoch_of_best(log_history: list[dict[str, float]]) -> float:
 
 
 def evaluate_run(
-    folder: Path, data_folder: Path | None, split: str, device: str | None = None, progress: bool = True
+    folder: Path,
+    data_folder: Path | None,
+    split: str,
+    device: str | None = None,
+    progress: bool = True,
+    k: int | None = 1,
 ) -> dict[str, Any]:
-    """Score a split with a trained run; metrics of the model and of the lines on the same targets."""
+    """Score a split with a trained run, `k` targets per prompt (None: whole histories); metrics of the model and of the lines on the
+    same targets."""
     if device is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = str(PartialState(cpu=not torch.cuda.is_available()).device)  # joins the other processes
     run = Run.load(folder, data_folder, device)
-    scores = run.score(split, progress=progress)
+    scores = run.score(split, k, progress=progress)
     baselines = baseline_metrics(run.data, split, run.targets(split))
     return {split: run.metrics(split, scores), "baselines": {split: baselines}}

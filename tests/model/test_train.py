@@ -121,6 +121,11 @@ def test_a_finished_run_holds_what_is_promised(config: TrainConfig) -> None:
     assert (config.out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert not list((config.out / "model").glob("*.bin")), "a pickle in the model folder"
     assert evaluate_run(config.out, None, "test", progress=False)["test"] == result["test"]
+    with_streaming_prompts = evaluate_run(config.out, None, "test", progress=False, k=3)["test"]
+    assert with_streaming_prompts["auc"] == pytest.approx(result["test"]["auc"], abs=0.05)
+    assert with_streaming_prompts["log_loss"] != result["test"]["log_loss"], (
+        "two layers see beyond the window"
+    )
     with pytest.raises(RunExistsError, match="holds a finished run"):
         train(dataclasses.replace(config, compare_steps=1))
 
