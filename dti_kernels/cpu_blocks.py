@@ -1,8 +1,7 @@
 """Blocks of neighbouring rows and the keys that they see: how the CPU implementation walks a layout, and its visibility as bias.
 
-A row sees the columns from `low` to `high` of its block's keys, and a few vectorised operators write that as a bias; beside them
-perhaps all columns of a prefix that the whole block sees (instructions, or the history of candidates). Blocks of which some rows
-see a prefix beside their span and others do not are compared key by key.
+A row sees the columns from `low` to `high` of its block's keys, and a few vectorised operators write that as a bias. Where it sees a
+prefix beside its span (instructions, or the history of candidates), only the columns of prefixes are compared key by key.
 """
 
 from __future__ import annotations
@@ -66,7 +65,11 @@ class Chunk:
     spans: list[tuple[int, int, int, int]]  # per block: prefix first and stop, span first and stop
     num_prefix: int  # keys of the prefix part
     num_keys: int  # N
-    ends: Ends | None  # None where some rows, but not all, see a prefix beside their span
+    all_prefix: bool  # every row sees all keys of the prefix part
+    inner_prefixes: list[
+        tuple[int, int, int]
+    ]  # block, columns of its span that hold prefixes which rows see beside theirs
+    ends: Ends
     all_first: int  # of the span's columns, [all_first, all_stop) are visible to every row of their block
     all_stop: int
     num_context: int
@@ -145,11 +148,14 @@ class Chunk:
         if math.prod(shape) > buffer[0].numel():
             buffer[0] = buffer[0].new_empty(math.prod(shape))
         bias = buffer[0][: math.prod(shape)].view(shape)
-        if self.ends is None:
-            return self._bias_by_key(bias, rows)[:, None]
         low, high, columns = self.ends
-        bias[..., : self.num_prefix].zero_()
-        of_span, left, right = bias[..., self.num_prefix :], self.all_first, self.all_stop
+        of_prefix, of_span = bias[..., : self.num_prefix], bias[..., self.num_prefix :]
+        if self.all_prefix:
+            of_prefix.zero_()
+        else:
+            seen = self._sees_prefix(rows, self.keys[:, None, : self.num_prefix], slice(None))
+            of_prefix.unflatten(1, (self.block, per_group)).copy_(~seen[:, :, None]).mul_(-HIDDEN)
+        left, right = self.all_first, self.all_stop
         columns = columns[: of_span.shape[2]]
         if left <= right:  # columns between them hide from nobody
             torch.sub(columns[:left], low, out=of_span[..., :left]).clamp_max_(0)
@@ -157,18 +163,18 @@ class Chunk:
             torch.sub(high, columns[right:], out=of_span[..., right:]).clamp_max_(0)
         else:
             torch.minimum(torch.sub(columns, low, out=of_span), high - columns, out=of_span).clamp_max_(0)
+        for block, first, stop in self.inner_prefixes:
+            begin = self.spans[block][2]
+            keys = torch.arange(begin + first, begin + stop, dtype=torch.int32)
+            seen = self._sees_prefix(rows, keys, slice(block, block + 1))
+            inner = of_span[block, :, first:stop].unflatten(0, (self.block, per_group))
+            inner.masked_fill_(seen[0, :, None], 0)
         return bias[:, None]
 
-    def _bias_by_key(self, bias: Tensor, rows: Tensor) -> Tensor:
-        first, prefix_stop, start, stop = (
-            self.row_field(rows, field) for field in (PROMPT_FIRST, PREFIX_STOP, START, STOP)
-        )
-        keys = self.keys[:, None]
-        in_prefix = (keys >= first) & (keys < prefix_stop)
-        hidden = ((keys < start) | (keys >= stop)) & ~in_prefix
-        by_head = bias.zero_().view(self.num_blocks, self.block, -1, self.num_keys)
-        by_head.masked_fill_(hidden[:, :, None], -HIDDEN)
-        return bias
+    def _sees_prefix(self, rows: Tensor, keys: Tensor, blocks: slice) -> Tensor:
+        """`(B, M, n)`: which rows of some blocks see which keys as a prefix beside their span."""
+        first, stop = (self.row_field(rows, field)[blocks] for field in (PROMPT_FIRST, PREFIX_STOP))
+        return (keys >= first) & (keys < stop)
 
     def _per_group(self, x: Tensor) -> int:
         return x.shape[1] // self.block
@@ -196,8 +202,7 @@ def chunks(
     num_context: int,
     dtype: torch.dtype,
 ) -> Iterator[Chunk]:
-    """Chunks of the rows `[first, stop)`, whose starts and stops never decrease. The blocks of a chunk have as many rows and prefixes
-    that are treated alike: a short last block is a chunk of its own."""
+    """Chunks of the rows `[first, stop)`, whose starts and stops never decrease; a short last block is a chunk of its own."""
     if first == stop:
         return
     heads = range(first, stop, block)
@@ -207,15 +212,15 @@ def chunks(
     of_rows = rows[:, first:stop]
     longest = max(span[3] - span[2] for span in spans)
     ends = Ends.of(of_rows[START], of_rows[STOP], block, per_group, longest, dtype)
-    prefixes = _prefixes(of_rows, [row - first for row in heads], [row - first for row in tails])
+    prefixes = _Prefixes.of(of_rows, [row - first for row in heads], [row - first for row in tails])
     begin = 0
     while begin < len(spans):
         end, num_prefix, num_span = begin, 0, 0
         while end < len(spans):
             prefix_first, prefix_stop, key_first, key_stop = spans[end]
             wider = max(num_prefix, prefix_stop - prefix_first), max(num_span, key_stop - key_first)
-            differs = tails[end] - heads[end] + 1 < block or prefixes[end] != prefixes[begin]
-            if end > begin and ((end + 1 - begin) * block * sum(wider) > max_pairs or differs):
+            is_short = tails[end] - heads[end] + 1 < block
+            if end > begin and ((end + 1 - begin) * block * sum(wider) > max_pairs or is_short):
                 break
             end, (num_prefix, num_span) = end + 1, wider
         size = tails[begin] - heads[begin] + 1
@@ -226,9 +231,13 @@ def chunks(
             spans=spans[begin:end],
             num_prefix=num_prefix,
             num_keys=num_prefix + num_span,
-            ends=None
-            if prefixes[begin] is None
-            else ends.of_blocks((heads[begin] - first) * per_group, end - begin, size * per_group),
+            all_prefix=all(seen == num_prefix for seen in prefixes.seen_by_all[begin:end]),
+            inner_prefixes=[
+                (block - begin, *prefixes.inner[block])
+                for block in range(begin, end)
+                if block in prefixes.inner
+            ],
+            ends=ends.of_blocks((heads[begin] - first) * per_group, end - begin, size * per_group),
             all_first=max(seen - span[2] for seen, span in zip(tail[START][begin:end], spans[begin:end])),
             all_stop=min(seen - span[2] for seen, span in zip(head[STOP][begin:end], spans[begin:end])),
             num_context=num_context,
@@ -236,13 +245,32 @@ def chunks(
         begin = end
 
 
-def _prefixes(rows: Tensor, heads: list[int], tails: list[int]) -> list[int | None]:
-    """Per block, the tokens of the prefix that all of its rows see beside their spans, 0 included; None where only some rows do."""
-    apart = (rows[PREFIX_STOP] - rows[PROMPT_FIRST]).numpy()
-    shortest, longest = np.minimum.reduceat(apart, heads), np.maximum.reduceat(apart, heads)
-    prompt = rows[PROMPT_FIRST].numpy()
-    alike = (longest == 0) | ((shortest == longest) & (prompt[heads] == prompt[tails]))
-    return [int(length) if same else None for length, same in zip(longest, alike)]
+class _Prefixes(NamedTuple):
+    """What blocks see of prefixes beside the spans of their rows.
+
+    Attributes:
+        seen_by_all: per block, tokens of the one prefix that all of its rows see, 0 where no row sees any, -1 otherwise.
+        inner: of blocks whose span holds prefixes that rows see beside theirs, the columns that they lie in.
+    """
+
+    seen_by_all: list[int]
+    inner: dict[int, tuple[int, int]]
+
+    @staticmethod
+    def of(rows: Tensor, heads: list[int], tails: list[int]) -> _Prefixes:
+        """Of blocks that begin and end with the given rows."""
+        first, stop, start = (rows[field].numpy() for field in (PROMPT_FIRST, PREFIX_STOP, START))
+        tokens = stop - first
+        if not tokens.any():
+            return _Prefixes([0] * len(heads), {})
+        fewest, most = np.minimum.reduceat(tokens, heads), np.maximum.reduceat(tokens, heads)
+        alike = (most == 0) | ((fewest == most) & (first[heads] == first[tails]))
+        base = np.repeat(start[heads], np.diff([*heads, len(tokens)]))
+        inside = (tokens > 0) & (first >= base)
+        begins = np.minimum.reduceat(np.where(inside, first - base, len(tokens) + 2**30), heads)
+        ends = np.maximum.reduceat(np.where(inside, stop - base, 0), heads)
+        inner = {int(b): (int(begins[b]), int(ends[b])) for b in np.flatnonzero(ends)}
+        return _Prefixes(np.where(alike, most, -1).tolist(), inner)
 
 
 class Sizes(NamedTuple):
