@@ -135,7 +135,9 @@ def draw_plots() -> None:
         random_weights = [row for row in last_run(rows) if row["weights"] == "random weights"]
         leak_by_layers(random_weights, RESULTS / "leak.png")
     if rows := read_rows(TRAIN_CPU):
-        time_over_k(last_run(rows), RESULTS / "train-cpu.png")
+        time_over_k(
+            [row for row in last_run(rows) if row["model"] == rows[-1]["model"]], RESULTS / "train-cpu.png"
+        )
 
 
 def record_run(run: Path) -> None:
