@@ -37,7 +37,7 @@ CAUSAL_ROWS = 32
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Row fields of a layout to its plans. A layout is read-only; a change in place would change the version.
+# Row fields of a layout, which are read-only, to its plans.
 _PLANS: Any = WeakIdKeyDictionary()
 
 
@@ -112,7 +112,7 @@ class _Inputs:
             SUM_CHUNK_SCORES // (num_groups * per_group),
             CAUSAL_ROWS,
         )
-        key = (self.rows._version, self.num_skipped, per_group, self.q.dtype, sizes)
+        key = (self.num_skipped, per_group, self.q.dtype, sizes)
         plans: dict[Any, Plan] = _PLANS.setdefault(self.rows, {})
         if key not in plans:
             plans[key] = Plan.of(
@@ -153,7 +153,7 @@ class _SumTerms:
     """What a chunk of [SUM] rows needs besides its keys."""
 
     q: Tensor  # (G B, M R, D)
-    scores: Tensor  # (G B, M R, N + 1), -inf where invisible; the last column is the row's own key
+    scores: Tensor  # (G B, M R, N + 1), at most -HIDDEN where invisible; the last column is the row's own key
     k_self: Tensor  # (G B, M R, D)
     v_self: Tensor  # (G B, M R, D)
     distance: Tensor | None  # (B, M, N) ALiBi distance in tokens, where there are slopes

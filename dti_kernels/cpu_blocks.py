@@ -68,7 +68,7 @@ class Chunk:
     all_prefix: bool  # every row sees all keys of the prefix part
     inner_prefixes: list[
         tuple[int, int, int]
-    ]  # block, columns of its span that hold prefixes which rows see beside theirs
+    ]  # block, and columns of its span with prefixes seen beside spans
     ends: Ends
     all_first: int  # of the span's columns, [all_first, all_stop) are visible to every row of their block
     all_stop: int
@@ -267,7 +267,7 @@ class _Prefixes(NamedTuple):
         alike = (most == 0) | ((fewest == most) & (first[heads] == first[tails]))
         base = np.repeat(start[heads], np.diff([*heads, len(tokens)]))
         inside = (tokens > 0) & (first >= base)
-        begins = np.minimum.reduceat(np.where(inside, first - base, len(tokens) + 2**30), heads)
+        begins = np.minimum.reduceat(np.where(inside, first - base, 2**30), heads)
         ends = np.maximum.reduceat(np.where(inside, stop - base, 0), heads)
         inner = {int(b): (int(begins[b]), int(ends[b])) for b in np.flatnonzero(ends)}
         return _Prefixes(np.where(alike, most, -1).tolist(), inner)

@@ -81,6 +81,14 @@ def test_parity_of_causal_prompts() -> None:
             check_parity(case, dtype, windowed_attn)
 
 
+def test_layouts_made_in_inference_mode() -> None:
+    """Such tensors have no version counter and no gradient; they are walked like any others."""
+    case = Case("inference", [[9] * 6], [[1] * 6], [3], window=2, num_heads=4, num_groups=2)
+    expected = case.inputs(torch.float64).call(windowed_attn)
+    with torch.inference_mode():
+        assert torch.equal(case.inputs(torch.float64).call(windowed_attn), expected)
+
+
 def test_gradcheck() -> None:
     inputs = Case(
         "small", [[2, 1, 3], [1, 2]], [[1, 1, 0], [0, 1]], [2, 1], window=1, prefix_lengths=[2, 0], head_dim=3
