@@ -22,10 +22,22 @@ KS = {
     "figure2": (5, 10, 20, 30, 40, 50),
     "figure3": (50,),
 }
-KS |= {"sweep": (50,), "whole": (50, 200, 0)}
+KS |= {"sweep": (50,), "depth": (50,), "whole": (50, 200, 0)}
 MODES = {"table1": ("dti-minus", "dti"), "figure2": ("dti-minus", "dti"), "table3": ("dti",)}
-MODES |= {"figure3": ("dti-minus", "dti-position", "dti-reset", "dti"), "sweep": ("dti",), "whole": ("dti",)}
-ALPHAS = (0.0, 0.25, 0.5, 1.0)
+MODES |= {"figure3": ("dti-minus", "dti-position", "dti-reset", "dti")}
+MODES |= dict.fromkeys(("sweep", "depth", "whole"), ("dti",))
+EVERY_LAYER = f"--dti.reset_layers '{list(range(32))}'".replace(", ", ",")
+# Of plans on ML-1M alone, which decide on validation: settings by the name of their run.
+VARIANTS = {
+    "sweep": {f"-alpha_max-{alpha}": f" --dti.alpha_max {alpha}" for alpha in (0.0, 0.25, 0.5, 1.0)},
+    "depth": {
+        "-alpha_max-0.0": " --dti.alpha_max 0.0",
+        "": "",
+        "-every-layer": f" {EVERY_LAYER}",
+        "-full-reset": f" --dti.alpha_min 1 --dti.alpha_max 1 --dti.alpha_own 1 {EVERY_LAYER}",
+    },
+    "whole": {"": ""},
+}
 
 
 def commands(plans: list[str]) -> list[str]:
@@ -33,22 +45,23 @@ def commands(plans: list[str]) -> list[str]:
     lines = [*DATA.values()]
     for plan in plans:
         lines.append(f"# {plan}")
-        for data in DATA if plan not in ("sweep", "whole") else ("ml-1m",):
-            runs = [("dti-minus", 1, "")]
-            alphas = [f" --dti.alpha_max {alpha}" for alpha in ALPHAS] if plan == "sweep" else [""]
-            runs += [(mode, k, alpha) for k in KS[plan] for mode in MODES[plan] for alpha in alphas]
+        for data in ("ml-1m",) if plan in VARIANTS else DATA:
+            runs = [("dti-minus", 1, ("", ""))]
+            variants = VARIANTS.get(plan, {"": ""}).items()
+            runs += [(mode, k, variant) for k in KS[plan] for mode in MODES[plan] for variant in variants]
             lines += [_train(data, *run) for run in runs]
     return list(dict.fromkeys(lines))
 
 
-def _train(data: str, mode: str, k: int, more: str) -> str:
+def _train(data: str, mode: str, k: int, variant: tuple[str, str]) -> str:
     # Rows of a target at this k; a whole history is cut off from nothing, so its prompts decide the budget themselves.
     per_target = TOKENS_PER_INTERACTION * (21 if k == 1 else (20 + k) / k if k else 1.2)
     per_gpu = TARGETS_PER_STEP * per_target / GPUS
     accumulation = max(1, round(per_gpu / 16384)) if k else 1
     budget = round(per_gpu / accumulation) if k else 65536
     budget = max(budget, TOKENS_PER_INTERACTION * (20 + k) * 3 // 2)  # the longest prompt has to fit
-    name = f"{data}-{mode}-k{k or 'all'}" + more.replace(" --dti.", "-").replace(" ", "")
+    suffix, more = variant
+    name = f"{data}-{mode}-k{k or 'all'}{suffix}"
     return (
         f"torchrun --nproc-per-node {GPUS} -m dti_model.cli train --data data/{data} --out runs/{name} --k {k} "
         f"--dti.mode {mode}{more} --validation_k 1 --model.pretrained {MODEL} --model.instruction '{INSTRUCTION}' "

@@ -1,4 +1,4 @@
-"""Which runs answer which question: the paper's tables and figures, the sweep that chose the defaults, and whole histories.
+"""Which runs answer which question: the paper's tables and figures, the sweeps that chose the defaults, and whole histories.
 
 A plan is a list of arms; an arm is one setting trained from several seeds, and a name that tables show. Arms of different plans
 with equal settings are one run. Plans with `test` are the final tables; the others decide on validation.
@@ -24,6 +24,7 @@ class Size:
         base: settings that every arm starts from.
         seeds: of the arms that decide.
         seeds_of_curves: of the other arms.
+        seeds_of_causes: of the plans that look for causes and defaults: `sweep`, `depth` and `whole`.
         ks: targets per prompt of the curves; 0: whole histories.
         val_share: share of the validation targets that is scored.
         test_share: likewise for test.
@@ -34,6 +35,7 @@ class Size:
     base: Cell
     seeds: int = 2
     seeds_of_curves: int = 1
+    seeds_of_causes: int = 1
     ks: tuple[int, ...] = (5, 10, 50)
     val_share: float = 1.0
     test_share: float = 1.0
@@ -65,6 +67,9 @@ SIZES = {
             learning_rate=1e-3,
             model=ModelConfig(layers=2, width=64, heads=4, kv_heads=2, mlp_width=172, dropout=0.0),
         ),
+        seeds=3,
+        seeds_of_causes=2,
+        ks=(5, 10, 20, 30, 50),
         val_share=0.34,
         test_share=0.5,
     ),
@@ -140,7 +145,7 @@ def _curves(size: Size, modes: dict[str, str], ks: tuple[int, ...]) -> list[Arm]
 
 
 def _sliding(size: Size) -> list[Arm]:
-    return [_arm(SW, size, mode="dti-minus"), _arm(SW_ALIBI, size, size.seeds_of_curves, "dti-position")]
+    return [_arm(SW, size, mode="dti-minus"), _arm(SW_ALIBI, size, mode="dti-position")]
 
 
 def table1(size: Size) -> Plan:
@@ -187,16 +192,33 @@ SWEEP_ONCE = {
 def sweep(size: Size) -> Plan:
     """The reset's ratios, steepness and layers, and the slopes, at the largest k."""
     k = max(size.ks)
-    arms = [_arm(name, size, dti=dti, k=k) for name, dti in SWEEP.items()]
+    arms = [_arm(name, size, size.seeds_of_causes, dti=dti, k=k) for name, dti in SWEEP.items()]
     arms += [_arm(name, size, 1, dti=dti, k=k) for name, dti in SWEEP_ONCE.items()]
     half = {"dti": DTIConfig(alpha_max=0.0), "learning_rate": size.base.learning_rate / 2}
     arms.append(_arm("no reset, half the learning rate", size, 1, k=k, **half))
     return Plan("Which reset, which slopes, which learning rate?", arms, "no reset", score_other=True)
 
 
+def depth(size: Size) -> Plan:
+    """Which layers of a deeper model reset: what leaks through depth, and whether scoring by sliding windows misses it."""
+    model = replace(size.base.model, layers=2 * size.base.model.layers)
+    base = replace(size.base, train_targets=size.whole_targets, epochs=size.whole_epochs, model=model)
+    size, k, every_layer = replace(size, base=base), max(size.ks), tuple(range(model.layers))
+    resets = {
+        "no reset": DTIConfig(alpha_max=0.0),
+        "0 .. 0.5, last layer": DTIConfig(alpha_max=0.5),
+        "0 .. 0.5, every layer": DTIConfig(alpha_max=0.5, reset_layers=every_layer),
+        "full reset, every layer": DTIConfig(
+            alpha_min=1.0, alpha_max=1.0, alpha_own=1.0, reset_layers=every_layer
+        ),
+    }
+    arms = [_arm(name, size, size.seeds_of_causes, dti=dti, k=k) for name, dti in resets.items()]
+    return Plan("Which layers of a deeper model reset?", arms, "no reset", score_other=True)
+
+
 def whole(size: Size) -> Plan:
     """Whole histories beside k = 50, cause by cause."""
-    k, seeds = max(size.ks), 1
+    k, seeds = max(size.ks), size.seeds_of_causes
     size = replace(size, base=replace(size.base, train_targets=size.whole_targets, epochs=size.whole_epochs))
     few = size.base.targets_per_step
     many = 10 * few
@@ -213,6 +235,7 @@ def whole(size: Size) -> Plan:
             targets_per_step=many,
             mixed=False,
         ),
+        _arm(f"{_k(2 * k)}, smallest step", size, seeds, k=2 * k),
         _arm(f"{_k(4 * k)}, smallest step", size, seeds, k=4 * k),
         _arm("whole histories, full reset", size, seeds, k=0, dti=full),
         _arm(
@@ -228,5 +251,6 @@ PLANS: dict[str, Callable[[Size], Plan]] = {
     "figure2": table1,
     "figure3": figure3,
     "sweep": sweep,
+    "depth": depth,
     "whole": whole,
 }

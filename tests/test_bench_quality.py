@@ -73,11 +73,11 @@ def test_a_killed_benchmark_goes_on_and_plans_share_runs(
     with pytest.raises(KeyboardInterrupt):
         bench_quality.run(["table1"], "smoke", folder, tmp_path, record=False)
     assert not (tmp_path / "quality-table1.jsonl").exists()
-    bench_quality.run(["table1", "figure3", "whole"], "smoke", folder, tmp_path, record=False)
+    bench_quality.run(["table1", "figure3", "depth", "whole"], "smoke", folder, tmp_path, record=False)
     assert len(trained) == len(set(trained)) + 1  # the killed one twice, no other
     rows = {
         plan: [json.loads(line) for line in (tmp_path / f"quality-{plan}.jsonl").read_text().splitlines()]
-        for plan in ("table1", "figure3", "whole")
+        for plan in ("table1", "figure3", "depth", "whole")
     }
     of_arm = {
         plan: {(row["arm"], row["seed"]): row for row in plan_rows if row["benchmark"] == "quality"}
@@ -93,6 +93,8 @@ def test_a_killed_benchmark_goes_on_and_plans_share_runs(
     assert sliding["steps"] == stream["steps"]  # equal targets per optimizer step
     assert sliding["rows_per_target"] > 1.3 * stream["rows_per_target"]
     assert not any("test_auc" in row for row in of_arm["whole"].values())  # decides on validation
+    assert {row["model"] for row in of_arm["depth"].values()} == {"4 x 16"}
+    assert all(0 <= row["val-streaming_auc"] <= 1 for row in of_arm["depth"].values())
     differences = [row for row in rows["table1"] if row["benchmark"] == "quality-difference"]
     assert {row["against"] for row in differences} == {"SW", "SW, position fix"}
     assert all(row["low"] <= row["auc_difference"] <= row["high"] for row in differences)
@@ -133,7 +135,7 @@ def test_paired_differences_find_what_is_there() -> None:
 
 
 def test_commands_of_the_full_size_are_distinct(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = quality_full.commands(["table1", "table3", "figure3", "sweep", "whole"])
+    lines = quality_full.commands(["table1", "table3", "figure3", "sweep", "depth", "whole"])
     training = [line for line in lines if " train " in line]
     outs = [line.split("--out ")[1].split()[0] for line in training]
     assert len(set(outs)) == len(outs)
