@@ -2,8 +2,8 @@
 
 A block of neighbouring rows meets the keys that any of its rows sees: one slice, and the prefix where it lies apart. Several
 blocks are one call (a chunk, `cpu_blocks.py`), so that operators work on megabytes and not on kilobytes. Context rows run PyTorch's
-own blocked CPU attention on (block, slice) with the visibility as bias. So do [SUM] rows without ALiBi and reset, whose own key
-joins afterwards through the log-sum-exp; with ALiBi or two streams, which it cannot express, they are batched matmuls. Time is
+own blocked CPU attention on (block, slice) with the visibility as bias. So do [SUM] rows, with ALiBi in the bias; two streams and
+the gradient of slopes, which it cannot express, are batched matmuls. Their own key joins through the log-sum-exp. Time is
 O(T x (window + block)), memory O(T) beside one chunk. Slices are accumulated in order: deterministic. Autograd over the same
 blocks would allocate a full-size gradient per slice and turn quadratic.
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dti_kernels.cpu_blocks import Chunk, Plan, Sizes
+from dti_kernels.cpu_blocks import Chunk, Plan, Prompt, RowTable, Sizes
 from dti_kernels.layout import PREFIX_STOP, RESET_ID, START, STOP
 
 # Rows of a block times query heads of a key head: few enough that most of a block's keys are visible to most of its rows. PyTorch's
@@ -30,9 +30,9 @@ from dti_kernels.layout import PREFIX_STOP, RESET_ID, START, STOP
 CONTEXT_BLOCK = 192
 CONTEXT_CHUNK_SCORES = 2**20
 SUM_BLOCK = 32
-SUM_CHUNK_SCORES = 2**17
-# A prompt that every row sees from its beginning and that has as many rows is one causal call without a bias.
-CAUSAL_ROWS = 32
+SUM_CHUNK_SCORES = 2**18
+# A prompt of as many rows is one causal call, where blocks would not meet fewer keys.
+PROMPT_ROWS = 32
 # PyTorch's blocked CPU attention, forward and backward as two operators: what scaled_dot_product_attention calls.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -57,7 +57,7 @@ class _Inputs:
     k_initial: Tensor | None
     v_initial: Tensor | None
     ratios: Tensor | None
-    slopes: Tensor | None  # (G, 1, 1, R, 1)
+    slopes: Tensor | None  # (G, 1, R, 1)
     rows: Tensor
     scale: float
     bias_buffer: list[Tensor]
@@ -87,8 +87,8 @@ class _Inputs:
             k_sum=k_heads if k_sum is None else _heads_first(k_sum, dtype),
             k_initial=None if k_initial is None else _heads_first(k_initial, dtype),
             v_initial=None if v_initial is None else _heads_first(v_initial, dtype),
-            ratios=ratios,
-            slopes=None if slopes is None else slopes.to(dtype).view(num_groups, 1, 1, -1, 1),
+            ratios=None if ratios is None else ratios.to(dtype),
+            slopes=None if slopes is None else slopes.to(dtype).view(num_groups, 1, -1, 1),
             rows=rows,
             scale=scale,
             bias_buffer=[q.new_empty(0, dtype=dtype)],
@@ -96,10 +96,19 @@ class _Inputs:
             num_skipped=rows.shape[1] - q.shape[0],
         )
 
-    @property
-    def sums_are_plain(self) -> bool:
-        """[SUM] rows differ from context rows in nothing but their own key."""
-        return self.slopes is None and self.ratios is None
+    def bias(self, chunk: Chunk) -> Tensor:
+        """`(B, 1, M R, N)` visibility of context rows."""
+        return chunk.bias(self.rows, self.q.shape[2], self.bias_buffer)
+
+    def sum_bias(self, chunk: Chunk) -> Tensor:
+        """`(B, 1 or G, M R, N)` visibility of [SUM] rows, with ALiBi where there are slopes."""
+        bias = self.bias(chunk)
+        if self.slopes is None:
+            return bias
+        distance = _alibi_distance(self.rows, chunk).to(bias.dtype)
+        per_head = (chunk.block, self.q.shape[2])
+        by_head: Tensor = bias.unflatten(2, per_head)
+        return by_head.addcmul(self.slopes, distance[:, None, :, None], value=-1).flatten(2, 3)
 
     @cached_property
     def plan(self) -> Plan:
@@ -110,23 +119,33 @@ class _Inputs:
             CONTEXT_CHUNK_SCORES // (num_groups * per_group),
             max(1, SUM_BLOCK // per_group),
             SUM_CHUNK_SCORES // (num_groups * per_group),
-            CAUSAL_ROWS,
+            PROMPT_ROWS,
         )
         key = (self.num_skipped, per_group, self.q.dtype, sizes)
         plans: dict[Any, Plan] = _PLANS.setdefault(self.rows, {})
         if key not in plans:
-            plans[key] = Plan.of(
-                self.rows, self.num_context, self.num_skipped, per_group, sizes, self.q.dtype
-            )
+            table = RowTable(self.rows, self.num_context, per_group, self.q.dtype)
+            plans[key] = Plan.of(table, self.num_skipped, sizes)
         return plans[key]
 
-    def causal(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of a prompt, `(G, R, L, D)`; keys and values are repeated without being copied."""
+    @property
+    def sum_rows(self) -> slice:
+        """[SUM] rows among all rows."""
+        return slice(self.num_context, self.rows.shape[1])
+
+    @property
+    def sum_queries(self) -> slice:
+        """[SUM] rows among the queries."""
+        return slice(self.num_context - self.num_skipped, self.q.shape[1])
+
+    def of_prompt(self, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values of a prompt, `(G, R, L, D)`, keys and values repeated without being copied, and its bias."""
         repeat = (-1, self.q.shape[2], -1, -1)
         return (
-            self.q[:, rows].transpose(1, 2),
-            self.k[:, rows][:, None].expand(repeat),
-            self.v[:, rows][:, None].expand(repeat),
+            self.q[:, prompt.rows].transpose(1, 2),
+            self.k[:, prompt.rows][:, None].expand(repeat),
+            self.v[:, prompt.rows][:, None].expand(repeat),
+            None if prompt.cut is None else prompt.cut.bias(self.rows, 1, self.bias_buffer),
         )
 
 
@@ -148,68 +167,47 @@ def _ungrouped(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.transpose(0, 1).flatten(1, 2).to(dtype).contiguous()
 
 
-@dataclass
-class _SumTerms:
-    """What a chunk of [SUM] rows needs besides its keys."""
-
-    q: Tensor  # (G B, M R, D)
-    scores: Tensor  # (G B, M R, N + 1), at most -HIDDEN where invisible; the last column is the row's own key
-    k_self: Tensor  # (G B, M R, D)
-    v_self: Tensor  # (G B, M R, D)
-    distance: Tensor | None  # (B, M, N) ALiBi distance in tokens, where there are slopes
-    ratio: Tensor | None  # (B, M, N) reset ratio a(d), where there is a reset
-
-
-def _plain_forward(x: _Inputs, chunk: Chunk, keys: Tensor, out: Tensor, lse: Tensor) -> None:
+def _plain_forward(x: _Inputs, chunk: Chunk, bias: Tensor, keys: Tensor, out: Tensor, lse: Tensor) -> None:
     """Rows that attend to context keys as any attention does."""
-    bias, query_rows = chunk.bias(x.rows, x.q.shape[2], x.bias_buffer), chunk.query_rows(x.num_skipped)
+    query_rows = chunk.query_rows(x.num_skipped)
     q, k, v = chunk.by_block(x.q[:, query_rows]), chunk.gather(keys), chunk.gather(x.v)
     out_rows, lse_rows = _flash(q, k, v, 0.0, False, attn_mask=bias, scale=x.scale)
     out[:, query_rows] = chunk.from_block(out_rows, x.q.shape[2])
     lse[:, query_rows] = chunk.from_block(lse_rows[..., None], x.q.shape[2])
 
 
-def _causal_forward(x: _Inputs, rows: slice, out: Tensor, lse: Tensor) -> None:
-    out_rows, lse_rows = _flash(*x.causal(rows), 0.0, True, scale=x.scale)
-    out[:, rows] = out_rows.transpose(1, 2)
-    lse[:, rows] = lse_rows[..., None].transpose(1, 2)
+def _prompt_forward(x: _Inputs, prompt: Prompt, out: Tensor, lse: Tensor) -> None:
+    q, k, v, bias = x.of_prompt(prompt)
+    out_rows, lse_rows = _flash(q, k, v, 0.0, bias is None, attn_mask=bias, scale=x.scale)
+    out[:, prompt.rows] = out_rows.transpose(1, 2)
+    lse[:, prompt.rows] = lse_rows[..., None].transpose(1, 2)
 
 
-def _own_key_scores(x: _Inputs) -> tuple[slice, Tensor, Tensor, Tensor]:
-    """Where the [SUM] rows are among the queries, their scores with their own keys `(G, S, R, 1)`, and those keys and values."""
-    sums = slice(x.num_context - x.num_skipped, None)
-    k_self, v_self = x.k_sum[:, x.num_context :, None], x.v[:, x.num_context :, None]
-    return sums, (x.q[:, sums] * k_self).sum(-1, keepdim=True) * x.scale, k_self, v_self
+def _own_key_scores(x: _Inputs, rows: slice) -> Tensor:
+    """Scores of [SUM] rows with their own keys, `(G, rows, R, 1)`."""
+    queries = slice(rows.start - x.num_skipped, rows.stop - x.num_skipped)
+    return (x.q[:, queries] * x.k_sum[:, rows, None]).sum(-1, keepdim=True) * x.scale
 
 
 def _add_own_key(x: _Inputs, out: Tensor, lse: Tensor) -> None:
     """Let [SUM] rows, that have read their context keys, read themselves: softmax over both, from the log-sum-exp of the first."""
-    sums, scores, _, v_self = _own_key_scores(x)
+    scores, sums = _own_key_scores(x, x.sum_rows), x.sum_queries
     p_self = torch.sigmoid(scores - lse[:, sums])
-    out[:, sums] += p_self * (v_self - out[:, sums])
+    out[:, sums] += p_self * (x.v[:, x.sum_rows, None] - out[:, sums])
     lse[:, sums] = torch.logaddexp(lse[:, sums], scores)
 
 
-def _sum_terms(x: _Inputs, chunk: Chunk) -> _SumTerms:
+def _blended_scores(x: _Inputs, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Queries times scale `(G B, M R, D)`, their scores with both key streams `(G B, M R, N)`, at most -HIDDEN where invisible, and
+    the reset ratio `(B, M, N)`, None where there is one stream."""
     q = chunk.blocks(x.q[:, chunk.query_rows(x.num_skipped)]) * x.scale
-    scores = torch.bmm(q, chunk.gather_by_group(x.k_sum).mT)
-    ratio = distance = None
+    scores, ratio = torch.bmm(q, chunk.gather_by_group(x.k_sum).mT), None
     if x.ratios is not None and x.k_initial is not None:
-        key_ids = x.rows[RESET_ID][chunk.read_keys]
-        steps = chunk.row_field(x.rows, RESET_ID) - key_ids[:, None]
+        steps = chunk.row_field(x.rows, RESET_ID) - x.rows[RESET_ID][chunk.read_keys][:, None]
         ratio = x.ratios[steps.clamp_(0, len(x.ratios) - 1)]
-        initial = torch.bmm(q, chunk.gather_by_group(x.k_initial).mT)
-        scores = chunk.times_block(scores, 1 - ratio) + chunk.times_block(initial, ratio)
-    if x.slopes is not None:
-        distance = _alibi_distance(x.rows, chunk).to(scores.dtype)
-        shape = (x.q.shape[0], chunk.num_blocks, chunk.block, -1, distance.shape[2])
-        scores.view(shape).sub_(x.slopes * distance[:, :, None])
-    by_group = scores.view(-1, chunk.num_blocks, *scores.shape[1:])
-    by_group.add_(chunk.bias(x.rows, x.q.shape[2], x.bias_buffer).squeeze(1))
-    per_group = (-1, -1, x.q.shape[2], -1)
-    k_self, v_self = (chunk.blocks(of[:, chunk.rows, None].expand(per_group)) for of in (x.k_sum, x.v))
-    scores = torch.cat([scores, (q * k_self).sum(-1, keepdim=True)], -1)
-    return _SumTerms(q, scores, k_self, v_self, distance, ratio)
+        chunk.blend_(scores, torch.bmm(q, chunk.gather_by_group(x.k_initial).mT), ratio)
+    scores.view(-1, chunk.num_blocks, *scores.shape[1:]).add_(x.sum_bias(chunk).transpose(0, 1))
+    return q, scores, ratio
 
 
 def _alibi_distance(rows: Tensor, chunk: Chunk) -> Tensor:
@@ -235,26 +233,24 @@ def forward(
     """`out`, shape and dtype of q, and the natural log-sum-exp `(H, T or S)` in the accumulation dtype."""
     x = _Inputs.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale)
     out, lse = torch.empty_like(x.q), torch.empty_like(x.q[..., :1])
-    for prompt in x.plan.causal:
-        _causal_forward(x, prompt, out, lse)
+    for prompt in x.plan.prompts:
+        _prompt_forward(x, prompt, out, lse)
     for chunk in x.plan.context:
-        _plain_forward(x, chunk, x.k, out, lse)
-    if x.sums_are_plain:
-        for chunk in x.plan.sums:
-            _plain_forward(x, chunk, x.k_sum, out, lse)
-        _add_own_key(x, out, lse)
-        return _results(q, out, lse)
+        _plain_forward(x, chunk, x.bias(chunk), x.k, out, lse)
     for chunk in x.plan.sums:
-        terms, query_rows = _sum_terms(x, chunk), chunk.query_rows(x.num_skipped)
-        p, lse_rows = _softmax(terms.scores)
-        read = _read_values(x, chunk, p[..., :-1], terms.ratio) + p[..., -1:] * terms.v_self
-        out[:, query_rows] = read.view_as(out[:, query_rows])
-        lse[:, query_rows] = lse_rows.view_as(lse[:, query_rows])
-    return _results(q, out, lse)
-
-
-def _results(q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        if x.ratios is None:
+            _plain_forward(x, chunk, x.sum_bias(chunk), x.k_sum, out, lse)
+        else:
+            _blended_forward(x, chunk, out, lse)
+    _add_own_key(x, out, lse)
     return _ungrouped(out, q.dtype), _ungrouped(lse, lse.dtype).squeeze(-1).T.contiguous()
+
+
+def _blended_forward(x: _Inputs, chunk: Chunk, out: Tensor, lse: Tensor) -> None:
+    _, scores, ratio = _blended_scores(x, chunk)
+    (p, lse_rows), query_rows = _softmax(scores), chunk.query_rows(x.num_skipped)
+    out[:, query_rows] = _read_values(x, chunk, p, ratio).view_as(out[:, query_rows])
+    lse[:, query_rows] = lse_rows.view_as(lse[:, query_rows])
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,13 +281,15 @@ class _Gradients:
     slopes: Tensor | None
 
     @staticmethod
-    def zeros(x: _Inputs) -> _Gradients:
+    def zeros(x: _Inputs, slopes_grad: bool) -> _Gradients:
         def zeros(of: Tensor | None) -> Tensor | None:
             return None if of is None else torch.zeros_like(of)
 
         k, v = torch.zeros_like(x.k), torch.zeros_like(x.v)
         k_sum = k if x.k_sum is x.k else torch.zeros_like(x.k_sum)
-        slopes = None if x.slopes is None else torch.zeros_like(x.slopes, dtype=torch.float64)
+        slopes = (
+            torch.zeros_like(x.slopes, dtype=torch.float64) if x.slopes is not None and slopes_grad else None
+        )
         return _Gradients(torch.empty_like(x.q), k, v, k_sum, zeros(x.k_initial), zeros(x.v_initial), slopes)
 
 
@@ -310,24 +308,25 @@ def backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
+    slopes_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, k_sum, k_initial, v_initial and slopes; empty where the input was None."""
+    """Gradients of q, k, v, k_sum, k_initial, v_initial and slopes; empty where the input was None, or slopes need none."""
     x = _Inputs.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale)
-    grads = _Gradients.zeros(x)
+    grads = _Gradients.zeros(x, slopes_grad)
     d_out = _grouped(grad_out, k.shape[1], x.q.dtype)
     out_heads = _grouped(out, k.shape[1], x.q.dtype)
     lse_heads = lse.unflatten(0, (k.shape[1], -1)).mT[..., None]
-    for prompt in x.plan.causal:
-        _causal_backward(x, grads, prompt, d_out, out_heads, lse_heads)
+    of_rows = (d_out, out_heads, lse_heads)
+    for prompt in x.plan.prompts:
+        _prompt_backward(x, grads, prompt, *of_rows)
     for chunk in x.plan.context:
-        _plain_backward(x, grads, chunk, x.k, grads.k, (d_out, out_heads, lse_heads))
-    if x.sums_are_plain:
-        for chunk in x.plan.sums:
-            _plain_backward(x, grads, chunk, x.k_sum, grads.k_sum, (d_out, out_heads, lse_heads))
-        _own_key_backward(x, grads, d_out, out_heads, lse_heads)
-    for chunk in () if x.sums_are_plain else x.plan.sums:
-        query_rows = chunk.query_rows(x.num_skipped)
-        _sum_backward(x, grads, chunk, *(chunk.blocks(of[:, query_rows]) for of in (d_out, out_heads)))
+        _plain_backward(x, grads, chunk, x.bias(chunk), x.k, grads.k, of_rows)
+    for chunk in x.plan.sums:
+        if x.ratios is None and grads.slopes is None:
+            _plain_backward(x, grads, chunk, x.sum_bias(chunk), x.k_sum, grads.k_sum, of_rows)
+        else:
+            _blended_backward(x, grads, chunk, of_rows)
+    _own_key_backward(x, grads, *of_rows)
 
     def rows_first(grad: Tensor | None, like: Tensor | None) -> Tensor:
         if grad is None or like is None:
@@ -349,70 +348,76 @@ def _plain_backward(
     x: _Inputs,
     grads: _Gradients,
     chunk: Chunk,
+    bias: Tensor,
     keys: Tensor,
     d_keys: Tensor,
-    rows: tuple[Tensor, Tensor, Tensor],
+    of_rows: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """`rows`: gradient of the output, output and log-sum-exp; where they count an own key too, gradients are those of the rest."""
-    bias, query_rows = chunk.bias(x.rows, x.q.shape[2], x.bias_buffer), chunk.query_rows(x.num_skipped)
+    """`of_rows`: gradient of the output, output and log-sum-exp; where they count an own key, gradients are those of the rest."""
+    query_rows = chunk.query_rows(x.num_skipped)
     q, k, v = chunk.by_block(x.q[:, query_rows]), chunk.gather(keys), chunk.gather(x.v)
-    d_out, out, lse = (chunk.by_block(of[:, query_rows]) for of in rows)
+    d_out, out, lse = (chunk.by_block(of[:, query_rows]) for of in of_rows)
     dq, dk, dv = _flash_backward(
         d_out, q, k, v, out, lse.squeeze(-1), 0.0, False, attn_mask=bias, scale=x.scale
     )
     grads.q[:, query_rows] = chunk.from_block(dq, x.q.shape[2])
-    chunk.scatter_add(d_keys, dk)
-    chunk.scatter_add(grads.v, dv)
+    chunk.add_to_keys(d_keys, dk)
+    chunk.add_to_keys(grads.v, dv)
 
 
-def _causal_backward(
-    x: _Inputs, grads: _Gradients, rows: slice, d_out: Tensor, out: Tensor, lse: Tensor
+def _prompt_backward(
+    x: _Inputs, grads: _Gradients, prompt: Prompt, d_out: Tensor, out: Tensor, lse: Tensor
 ) -> None:
+    (q, k, v, bias), rows = x.of_prompt(prompt), prompt.rows
     d_out, out, lse = (of[:, rows].transpose(1, 2) for of in (d_out, out, lse))
-    dq, dk, dv = _flash_backward(d_out, *x.causal(rows), out, lse.squeeze(-1), 0.0, True, scale=x.scale)
+    dq, dk, dv = _flash_backward(
+        d_out, q, k, v, out, lse.squeeze(-1), 0.0, bias is None, attn_mask=bias, scale=x.scale
+    )
     grads.q[:, rows] = dq.transpose(1, 2)
     grads.k[:, rows] += dk.sum(1)
     grads.v[:, rows] += dv.sum(1)
 
 
 def _own_key_backward(x: _Inputs, grads: _Gradients, d_out: Tensor, out: Tensor, lse: Tensor) -> None:
-    sums, scores, k_self, v_self = _own_key_scores(x)
+    scores, rows, sums = _own_key_scores(x, x.sum_rows), x.sum_rows, x.sum_queries
     d_out, p_self = d_out[:, sums], torch.exp(scores - lse[:, sums])
-    ds = p_self * (d_out * (v_self - out[:, sums])).sum(-1, keepdim=True) * x.scale
-    grads.q[:, sums] += ds * k_self
-    grads.k_sum[:, x.num_context :] = (ds * x.q[:, sums]).sum(2)
-    grads.v[:, x.num_context :] = (p_self * d_out).sum(2)
+    ds = p_self * (d_out * (x.v[:, rows, None] - out[:, sums])).sum(-1, keepdim=True) * x.scale
+    grads.q[:, sums] += ds * x.k_sum[:, rows, None]
+    grads.k_sum[:, rows] = (ds * x.q[:, sums]).sum(2)
+    grads.v[:, rows] = (p_self * d_out).sum(2)
 
 
-def _sum_backward(x: _Inputs, grads: _Gradients, chunk: Chunk, d_out: Tensor, out: Tensor) -> None:
-    delta = (d_out * out).sum(-1, keepdim=True)
-    terms, query_rows = _sum_terms(x, chunk), chunk.query_rows(x.num_skipped)
-    p_all = torch.softmax(terms.scores, -1)
-    p, p_self = p_all[..., :-1], p_all[..., -1:]
-    dp = torch.bmm(d_out, chunk.gather_by_group(x.v).mT)
-    p_final = p
-    if terms.ratio is not None and x.v_initial is not None and grads.v_initial is not None:
-        dp_initial = torch.bmm(d_out, chunk.gather_by_group(x.v_initial).mT)
-        dp = chunk.times_block(dp, 1 - terms.ratio) + chunk.times_block(dp_initial, terms.ratio)
-        p_final = chunk.times_block(p, 1 - terms.ratio)
-        chunk.scatter_add_by_group(grads.v_initial, torch.bmm(chunk.times_block(p, terms.ratio).mT, d_out))
-    chunk.scatter_add_by_group(grads.v, torch.bmm(p_final.mT, d_out))
+def _blended_backward(
+    x: _Inputs, grads: _Gradients, chunk: Chunk, of_rows: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """[SUM] rows that read two streams, or whose slopes need a gradient."""
+    query_rows = chunk.query_rows(x.num_skipped)
+    # Softmax over the context keys alone is more exact than exp(score - lse); the rest is the own key's, and no gradient of theirs.
+    share = 1 - torch.exp(_own_key_scores(x, chunk.rows) - of_rows[2][:, query_rows])
+    d_out, out = chunk.blocks(of_rows[0][:, query_rows] * share), chunk.blocks(of_rows[1][:, query_rows])
+    q, scores, ratio = _blended_scores(x, chunk)
+    p = torch.softmax(scores, -1)
+    dp, p_final = torch.bmm(d_out, chunk.gather_by_group(x.v).mT), p
+    if ratio is not None and x.v_initial is not None and grads.v_initial is not None:
+        chunk.blend_(dp, torch.bmm(d_out, chunk.gather_by_group(x.v_initial).mT), ratio)
+        p_initial = chunk.times_block(p, ratio)
+        p_final = p - p_initial
+        chunk.add_to_keys_by_group(grads.v_initial, torch.bmm(p_initial.mT, d_out))
+    chunk.add_to_keys_by_group(grads.v, torch.bmm(p_final.mT, d_out))
 
-    ds = dp.sub_(delta).mul_(p)
-    ds_self = p_self * ((d_out * terms.v_self).sum(-1, keepdim=True) - delta)
-    if terms.distance is not None and grads.slopes is not None:
-        by_head = chunk.times_block(ds, terms.distance).view(x.q.shape[0], -1, x.q.shape[2], ds.shape[2])
+    ds = dp.sub_((d_out * out).sum(-1, keepdim=True)).mul_(p)
+    if grads.slopes is not None:
+        by_head = chunk.times_block(ds, _alibi_distance(x.rows, chunk))
+        by_head = by_head.view(x.q.shape[0], -1, x.q.shape[2], ds.shape[2])
         # Terms of both signs that nearly cancel.
         grads.slopes -= by_head.sum((1, 3), dtype=torch.float64).view_as(grads.slopes)
-    d_q = ds_self * terms.k_self
-    ds_final = ds
-    if terms.ratio is not None and x.k_initial is not None and grads.k_initial is not None:
-        ds_final, ds_initial = chunk.times_block(ds, 1 - terms.ratio), chunk.times_block(ds, terms.ratio)
-        d_q += torch.bmm(ds_initial, chunk.gather_by_group(x.k_initial))
-        chunk.scatter_add_by_group(grads.k_initial, torch.bmm(ds_initial.mT, terms.q))
-    d_q += torch.bmm(ds_final, chunk.gather_by_group(x.k_sum))
+    ds_final, d_q = ds, None
+    if ratio is not None and x.k_initial is not None and grads.k_initial is not None:
+        ds_initial = chunk.times_block(ds, ratio)
+        ds_final = ds - ds_initial
+        d_q = torch.bmm(ds_initial, chunk.gather_by_group(x.k_initial))
+        chunk.add_to_keys_by_group(grads.k_initial, torch.bmm(ds_initial.mT, q))
+    d_q_final = torch.bmm(ds_final, chunk.gather_by_group(x.k_sum))
+    d_q = d_q_final if d_q is None else d_q.add_(d_q_final)
     grads.q[:, query_rows] = d_q.mul_(x.scale).view_as(grads.q[:, query_rows])
-    chunk.scatter_add_by_group(grads.k_sum, torch.bmm(ds_final.mT, terms.q))
-    for into, own in ((grads.v, p_self * d_out), (grads.k_sum, ds_self * terms.q)):
-        by_row = own.view(*grads.q[:, query_rows].shape).sum(2)
-        into[:, chunk.rows] = by_row
+    chunk.add_to_keys_by_group(grads.k_sum, torch.bmm(ds_final.mT, q))

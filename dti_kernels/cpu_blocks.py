@@ -119,7 +119,7 @@ class Chunk:
 
     def gather(self, x: Tensor) -> Tensor:
         """`(G, T or C, D)` to the keys of every block, `(B, G, N, D)`; a view of one block's slice."""
-        if self.num_blocks == 1 and not self.num_prefix:
+        if self._is_slice:
             return x[None, :, self.spans[0][2] : self.spans[0][3]]
         rows = F.embedding(self.read_keys.view(-1), x.transpose(0, 1).flatten(1)).view(
             *self.keys.shape, x.shape[0], x.shape[2]
@@ -130,16 +130,34 @@ class Chunk:
         """The same as `(G B, N, D)`."""
         return self.gather(x).transpose(0, 1).flatten(0, 1)
 
-    def scatter_add(self, x: Tensor, values: Tensor) -> None:
-        """Add `(B, G, N, D)` to the keys in `x (G, T or C, D)`, block after block."""
-        for (prefix_first, prefix_stop, first, stop), block in zip(self.spans, values):
-            if prefix_first < prefix_stop:
-                x[:, prefix_first:prefix_stop] += block[:, : prefix_stop - prefix_first]
-            x[:, first:stop] += block[:, self.num_prefix : self.num_prefix + stop - first]
+    @cached_property
+    def _places(self) -> tuple[slice, Tensor, Tensor]:
+        """The rows that hold the keys of all blocks, and per row the places in `keys` where it stands: their positions, row after
+        row, and where each row's begin."""
+        keys = self.keys.view(-1).long()
+        positions = torch.argsort(keys, stable=True)[: int((keys < self.num_context).sum())]
+        first = int(keys[positions[0]])
+        counts = torch.bincount(keys[positions] - first)
+        return slice(first, first + len(counts)), positions, counts.cumsum(0) - counts
 
-    def scatter_add_by_group(self, x: Tensor, values: Tensor) -> None:
+    def add_to_keys(self, x: Tensor, values: Tensor) -> None:
+        """Add `(B, G, N, D)` to the keys in `x (G, T or C, D)`, a key's blocks in order."""
+        if self._is_slice:
+            x[:, self.spans[0][2] : self.spans[0][3]] += values[0]
+            return
+        rows, positions, offsets = self._places
+        flat = values.transpose(1, 2).reshape(self.keys.numel(), -1)
+        # Unlike index_add_, a sum per row: in a fixed order and on all threads.
+        added = torch.embedding_bag(flat, positions, offsets, mode=0)[0]
+        x[:, rows] += added.view(-1, x.shape[0], x.shape[2]).transpose(0, 1)
+
+    def add_to_keys_by_group(self, x: Tensor, values: Tensor) -> None:
         """The same from `(G B, N, D)`."""
-        self.scatter_add(x, values.unflatten(0, (-1, self.num_blocks)).transpose(0, 1))
+        self.add_to_keys(x, values.unflatten(0, (-1, self.num_blocks)).transpose(0, 1))
+
+    @property
+    def _is_slice(self) -> bool:
+        return self.num_blocks == 1 and not self.num_prefix
 
     def bias(self, rows: Tensor, per_group: int, buffer: list[Tensor]) -> Tensor:
         """`(B, 1, M R, N)`: 0 where a row sees a key, at most -HIDDEN where it does not. Memory is the buffer's: a fresh megabyte
@@ -176,42 +194,78 @@ class Chunk:
         first, stop = (self.row_field(rows, field)[blocks] for field in (PROMPT_FIRST, PREFIX_STOP))
         return (keys >= first) & (keys < stop)
 
-    def _per_group(self, x: Tensor) -> int:
-        return x.shape[1] // self.block
+    def blend_(self, x: Tensor, other: Tensor, ratio: Tensor) -> None:
+        """Turn `x (G B, M R, N)` into `(1 - ratio) x + ratio other`, `ratio (B, M, N)`."""
+        self._by_head(x).lerp_(self._by_head(other), ratio[:, :, None])
 
     def times_block(self, x: Tensor, per_pair: Tensor) -> Tensor:
         """`(G B, M R, N)` times `(B, M, N)`."""
-        by_head = x.view(-1, self.num_blocks, self.block, self._per_group(x), x.shape[2])
-        return (by_head * per_pair[:, :, None]).view_as(x)
+        return (self._by_head(x) * per_pair[:, :, None]).view_as(x)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """`(G B, M R, N)` as `(G, B, M, R, N)`."""
+        return x.view(-1, self.num_blocks, self.block, x.shape[1] // self.block, x.shape[2])
 
 
-def causal_prompts(rows: Tensor, num_context: int, min_rows: int) -> list[slice]:
-    """Context rows of the prompts of at least `min_rows` rows whose last row, and so every row, sees its prompt from the beginning."""
-    first, counts = torch.unique_consecutive(rows[PROMPT_FIRST, :num_context], return_counts=True)
-    whole = (rows[START, first + counts - 1] == first) & (counts >= min_rows)
-    return [slice(a, a + n) for a, n in zip(first[whole].tolist(), counts[whole].tolist())]
+class RowTable(NamedTuple):
+    """Rows of a layout, and what of the inputs decides how they are walked.
+
+    Attributes:
+        fields: row fields of the layout.
+        num_context: rows that are context tokens.
+        per_group: query heads of a key head, R.
+        dtype: that scores are computed in.
+    """
+
+    fields: Tensor
+    num_context: int
+    per_group: int
+    dtype: torch.dtype
+
+    def chunks(self, first: int, stop: int, block: int, max_pairs: int) -> list[Chunk]:
+        """Chunks of the rows `[first, stop)`, in blocks of `block` rows."""
+        return list(_chunks(self, first, stop, block, max_pairs))
 
 
-def chunks(
-    rows: Tensor,
-    first: int,
-    stop: int,
-    block: int,
-    per_group: int,
-    max_pairs: int,
-    num_context: int,
-    dtype: torch.dtype,
-) -> Iterator[Chunk]:
-    """Chunks of the rows `[first, stop)`, whose starts and stops never decrease; a short last block is a chunk of its own."""
+class Prompt(NamedTuple):
+    """Context rows of one prompt that are one causal call against all of its keys.
+
+    Attributes:
+        rows: where they are.
+        cut: None where every row sees the prompt from its beginning; else the prompt as one block of its rows, one head each.
+    """
+
+    rows: slice
+    cut: Chunk | None
+
+
+def whole_prompts(table: RowTable, min_rows: int, block: int) -> list[Prompt]:
+    """Prompts of at least `min_rows` rows whose rows see most of the prompt: blocks of `block` rows would meet as many keys."""
+    fields = table.fields[:, : table.num_context].numpy()
+    _, first, counts = np.unique(fields[PROMPT_FIRST], return_index=True, return_counts=True)
+    if not len(first):
+        return []
+    longest = np.maximum.reduceat(fields[STOP] - fields[START], first)
+    uncut = fields[START, first + counts - 1] == first
+    by_head = table._replace(per_group=1)
+    return [
+        Prompt(slice(a, a + n), None if whole else by_head.chunks(a, a + n, n, n * n)[0])
+        for a, n, whole in zip(first.tolist(), counts.tolist(), uncut.tolist())
+        if n >= min_rows and n <= longest[np.searchsorted(first, a)] + block
+    ]
+
+
+def _chunks(table: RowTable, first: int, stop: int, block: int, max_pairs: int) -> Iterator[Chunk]:
+    """Starts and stops of rows never decrease; a short last block is a chunk of its own."""
     if first == stop:
         return
     heads = range(first, stop, block)
     tails = [min(row + block, stop) - 1 for row in heads]
-    head, tail = rows[:, list(heads)].tolist(), rows[:, tails].tolist()
+    head, tail = table.fields[:, list(heads)].tolist(), table.fields[:, tails].tolist()
     spans = list(zip(head[PROMPT_FIRST], head[PREFIX_STOP], head[START], tail[STOP]))
-    of_rows = rows[:, first:stop]
+    of_rows, per_group = table.fields[:, first:stop], table.per_group
     longest = max(span[3] - span[2] for span in spans)
-    ends = Ends.of(of_rows[START], of_rows[STOP], block, per_group, longest, dtype)
+    ends = Ends.of(of_rows[START], of_rows[STOP], block, per_group, longest, table.dtype)
     prefixes = _Prefixes.of(of_rows, [row - first for row in heads], [row - first for row in tails])
     begin = 0
     while begin < len(spans):
@@ -240,7 +294,7 @@ def chunks(
             ends=ends.of_blocks((heads[begin] - first) * per_group, end - begin, size * per_group),
             all_first=max(seen - span[2] for seen, span in zip(tail[START][begin:end], spans[begin:end])),
             all_stop=min(seen - span[2] for seen, span in zip(head[STOP][begin:end], spans[begin:end])),
-            num_context=num_context,
+            num_context=table.num_context,
         )
         begin = end
 
@@ -274,46 +328,35 @@ class _Prefixes(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of blocks in rows, of chunks in (row, key) pairs, and the rows from which a prompt is a causal call."""
+    """Of blocks in rows, of chunks in (row, key) pairs, and the rows from which a prompt can be one call."""
 
     context_block: int
     context_pairs: int
     sum_block: int
     sum_pairs: int
-    causal_rows: int
+    prompt_rows: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How all rows of a layout are walked: causal prompts, chunks of the context rows between them, and chunks of the [SUM] rows."""
+    """How all rows of a layout are walked: prompts that are one call, chunks of the context rows between them, and chunks of the
+    [SUM] rows."""
 
-    causal: list[slice]
+    prompts: list[Prompt]
     context: list[Chunk]
     sums: list[Chunk]
 
     @staticmethod
-    def of(
-        rows: Tensor, num_context: int, num_skipped: int, per_group: int, sizes: Sizes, dtype: torch.dtype
-    ) -> Plan:
+    def of(table: RowTable, num_skipped: int, sizes: Sizes) -> Plan:
         """The plan of queries that leave out the first `num_skipped` rows: none, or all context rows."""
-        causal = [] if num_skipped else causal_prompts(rows, num_context, sizes.causal_rows)
+        prompts = [] if num_skipped else whole_prompts(table, sizes.prompt_rows, sizes.context_block)
         context: list[Chunk] = []
-        first = num_skipped
-        for prompt in [*causal, slice(num_context, num_context)]:
-            context += chunks(
-                rows,
-                first,
-                prompt.start,
-                sizes.context_block,
-                per_group,
-                sizes.context_pairs,
-                num_context,
-                dtype,
-            )
-            first = prompt.stop
-        block = min(sizes.sum_block, _sum_block(rows[:, num_context:]))
-        sums = chunks(rows, num_context, rows.shape[1], block, per_group, sizes.sum_pairs, num_context, dtype)
-        return Plan(causal, context, list(sums))
+        first, stop = num_skipped, table.num_context
+        for rows in [*(prompt.rows for prompt in prompts), slice(stop, stop)]:
+            context += table.chunks(first, rows.start, sizes.context_block, sizes.context_pairs)
+            first = rows.stop
+        block = min(sizes.sum_block, _sum_block(table.fields[:, stop:]))
+        return Plan(prompts, context, table.chunks(stop, table.fields.shape[1], block, sizes.sum_pairs))
 
 
 def _sum_block(sums: Tensor) -> int:

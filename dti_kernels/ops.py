@@ -25,7 +25,7 @@ _INPUTS = (
 _LIBRARY = torch.library.Library("dti", "DEF")
 _LIBRARY.define(f"windowed_attn_fwd({_INPUTS}, float scale, SymInt mean_span) -> (Tensor out, Tensor lse)")
 _LIBRARY.define(
-    f"windowed_attn_bwd(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, float scale, SymInt mean_span) -> "
+    f"windowed_attn_bwd(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, float scale, SymInt mean_span, bool slopes_grad) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dk_sum, Tensor dk_initial, Tensor dv_initial, Tensor dslopes)"
 )
 
@@ -57,11 +57,11 @@ def _fwd_triton(q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor | None, *args: An
 def _bwd_triton(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    keys = k if k_sum is None else k_sum
-    dq, dk, dv, dk_sum, *others = _triton_modules()[1].backward(grad_out, q, k, v, keys, *args)
+    keys, slopes_grad = k if k_sum is None else k_sum, args[-1]
+    dq, dk, dv, dk_sum, *others, dslopes = _triton_modules()[1].backward(grad_out, q, k, v, keys, *args[:-1])
     if k_sum is None:
         dk, dk_sum = dk + dk_sum, q.new_empty(0)
-    return dq, dk, dv, dk_sum, *others
+    return dq, dk, dv, dk_sum, *others, dslopes if slopes_grad else q.new_empty(0)
 
 
 def _widened(args: tuple[Any, ...]) -> list[Any]:
@@ -84,7 +84,7 @@ def _bwd_cpu(*args: Any) -> tuple[Tensor, ...]:
         grads = _bwd_triton(*_widened(args))
         return tuple(grad.to(grad_out.dtype if x is None else x.dtype) for grad, x in zip(grads, inputs))
     with torch.autocast("cpu", enabled=False):
-        return cpu.backward(*args[:-1])
+        return cpu.backward(*args[:-2], *args[-1:])  # all but mean_span
 
 
 _LIBRARY.impl("windowed_attn_fwd", _fwd_cpu, "CPU")
@@ -128,8 +128,17 @@ def _bwd_fake(
     lse: Tensor,
     scale: float,
     mean_span: int,
+    slopes_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(x: Tensor | None) -> Tensor:
         return q.new_empty(0) if x is None else x.new_empty(x.shape)
 
-    return like(q), like(k), like(v), like(k_sum), like(k_initial), like(v_initial), like(slopes)
+    return (
+        like(q),
+        like(k),
+        like(v),
+        like(k_sum),
+        like(k_initial),
+        like(v_initial),
+        like(slopes if slopes_grad else None),
+    )

@@ -103,6 +103,10 @@ def _autocast(
     return cast(q), cast(k), cast(v), cast(k_sum), reset
 
 
+# Place of the slopes among the operator's inputs. Their gradient is left out where nobody asks: on CPUs it costs a second path.
+_SLOPES = 7
+
+
 class _WindowedAttn(torch.autograd.Function):
     """Ties the forward and backward operators together."""
 
@@ -117,7 +121,8 @@ class _WindowedAttn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second unpacking
-        grads = _WindowedAttnGrad.apply(grad_out, *saved, ctx.scale, ctx.mean_span)
+        slopes_grad = ctx.needs_input_grad[_SLOPES]
+        grads = _WindowedAttnGrad.apply(grad_out, *saved, ctx.scale, ctx.mean_span, slopes_grad)
         # ratios, rows, keys and the numbers take no gradient.
         dq, dk, dv, dk_sum, dk_initial, dv_initial, dslopes = grads
         inputs = (dq, dk, dv, dk_sum, dk_initial, dv_initial, None, dslopes)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dti_kernels import cpu, windowed_attn
-from dti_kernels.cpu_blocks import causal_prompts
+from dti_kernels.cpu_blocks import RowTable, whole_prompts
 from tests.cases import CASES, Case
 from tests.numerics import check_parity
 
@@ -26,7 +26,7 @@ def test_parity_at_other_block_sizes(
 ) -> None:
     monkeypatch.setattr(cpu, "CONTEXT_BLOCK", context_block)
     monkeypatch.setattr(cpu, "SUM_BLOCK", sum_block)
-    monkeypatch.setattr(cpu, "CAUSAL_ROWS", causal_rows)
+    monkeypatch.setattr(cpu, "PROMPT_ROWS", causal_rows)
     check_parity(case, torch.float64, windowed_attn)
 
 
@@ -56,27 +56,33 @@ def random_cases(draw: st.DrawFn) -> Case:
 @given(random_cases(), st.sampled_from([(3, 2, 1), (128, 32, 8), (128, 32, 64)]))
 def test_parity_on_random_prompts(case: Case, sizes: tuple[int, int, int]) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, size in zip(("CONTEXT_BLOCK", "SUM_BLOCK", "CAUSAL_ROWS"), sizes):
+        for name, size in zip(("CONTEXT_BLOCK", "SUM_BLOCK", "PROMPT_ROWS"), sizes):
             monkeypatch.setattr(cpu, name, size)
         check_parity(case, torch.float64, windowed_attn)
 
 
-def test_parity_of_causal_prompts() -> None:
-    """One target per prompt, as sliding windows are scored: every prompt is one causal call, whether or not its rows fill tiles."""
-    lengths = [[9] * 4, [7] * 30, [5], [40, 2, 3], [3] * 70]
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize(("window", "cut"), [(70, 0), (20, 2), (3, 1)])
+def test_parity_of_whole_prompts(window: int, cut: int, prefix: int) -> None:
+    """Short prompts are one causal call each, cut or not by a window, with long ones in blocks between them."""
+    lengths = [[9] * 4, [7] * 30, [5], [40, 2, 3], [3] * 24]
     for alibi in (False, True):
         case = Case(
-            "sliding windows",
+            "short prompts",
             lengths,
             [[1] * len(x) for x in lengths],
-            [1] * 5,
-            window=70,
+            [1, 9, 1, 1, 24],
+            window=window,
+            prefix_lengths=[prefix] * 5,
             num_heads=4,
             num_groups=2,
             alibi=alibi,
         )
         layout = case.inputs(torch.float64).layout
-        assert len(causal_prompts(layout.rows, layout.num_context, cpu.CAUSAL_ROWS)) == 4
+        table = RowTable(layout.rows, layout.num_context, 2, torch.float64)
+        prompts = whole_prompts(table, cpu.PROMPT_ROWS, cpu.CONTEXT_BLOCK // 2)
+        assert [prompt.cut is not None for prompt in prompts].count(True) == cut
+        assert len(prompts) == (4 if window > 3 else 3)
         for dtype in (torch.float64, torch.float32):
             check_parity(case, dtype, windowed_attn)
 
@@ -136,6 +142,6 @@ def test_memory_is_linear_in_rows() -> None:
     args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
     with Largest() as largest:
         out, lse = cpu.forward(*args)
-        cpu.backward(torch.ones_like(out), *args[:-1], out, lse, args[-1])
+        cpu.backward(torch.ones_like(out), *args[:-1], out, lse, args[-1], slopes_grad=True)
     # A bias of a chunk is shared by its heads.
     assert largest.numel <= max(2 * layout.num_rows * 8, cpu.CONTEXT_CHUNK_SCORES // 2)

@@ -53,8 +53,9 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.dti.windowed_attn_fwd.default, arguments, test_utils=checks)
     out, lse = torch.ops.dti.windowed_attn_fwd(*arguments)
-    backward = (x.grad_out, *arguments[:10], out, lse, *arguments[10:])
-    torch.library.opcheck(torch.ops.dti.windowed_attn_bwd.default, backward, test_utils=checks)
+    for slopes_grad in (True, False):
+        backward = (x.grad_out, *arguments[:10], out, lse, *arguments[10:], slopes_grad)
+        torch.library.opcheck(torch.ops.dti.windowed_attn_bwd.default, backward, test_utils=checks)
 
 
 class Layer(torch.nn.Module):
