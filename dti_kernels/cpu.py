@@ -33,6 +33,8 @@ SUM_BLOCK = 32
 SUM_CHUNK_SCORES = 2**18
 # A prompt of as many rows is one causal call, where blocks would not meet fewer keys.
 PROMPT_ROWS = 32
+# Numbers of biases that a layout keeps between layers and passes: 16 MiB in float32, whatever its length.
+KEPT_SCORES = 2**22
 # PyTorch's blocked CPU attention, forward and backward as two operators: what scaled_dot_product_attention calls.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -98,7 +100,7 @@ class _Inputs:
 
     def bias(self, chunk: Chunk) -> Tensor:
         """`(B, 1, M R, N)` visibility of context rows."""
-        return chunk.bias(self.rows, self.q.shape[2], self.bias_buffer)
+        return self.plan.bias(chunk, self.rows, self.q.shape[2], self.bias_buffer)
 
     def sum_bias(self, chunk: Chunk) -> Tensor:
         """`(B, 1 or G, M R, N)` visibility of [SUM] rows, with ALiBi where there are slopes."""
@@ -120,6 +122,7 @@ class _Inputs:
             max(1, SUM_BLOCK // per_group),
             SUM_CHUNK_SCORES // (num_groups * per_group),
             PROMPT_ROWS,
+            KEPT_SCORES,
         )
         key = (self.num_skipped, per_group, self.q.dtype, sizes)
         plans: dict[Any, Plan] = _PLANS.setdefault(self.rows, {})
@@ -145,7 +148,7 @@ class _Inputs:
             self.q[:, prompt.rows].transpose(1, 2),
             self.k[:, prompt.rows][:, None].expand(repeat),
             self.v[:, prompt.rows][:, None].expand(repeat),
-            None if prompt.cut is None else prompt.cut.bias(self.rows, 1, self.bias_buffer),
+            None if prompt.cut is None else self.plan.bias(prompt.cut, self.rows, 1, self.bias_buffer),
         )
 
 

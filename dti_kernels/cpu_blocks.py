@@ -6,7 +6,6 @@ prefix beside its span (instructions, or the history of candidates), only the co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,7 +50,7 @@ class Ends(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """`B` blocks of `M` neighbouring rows from row `first` on, block b against its `N` keys.
 
@@ -159,13 +158,13 @@ class Chunk:
     def _is_slice(self) -> bool:
         return self.num_blocks == 1 and not self.num_prefix
 
-    def bias(self, rows: Tensor, per_group: int, buffer: list[Tensor]) -> Tensor:
-        """`(B, 1, M R, N)`: 0 where a row sees a key, at most -HIDDEN where it does not. Memory is the buffer's: a fresh megabyte
-        per chunk costs its page faults."""
-        shape = (self.num_blocks, self.block * per_group, self.num_keys)
-        if math.prod(shape) > buffer[0].numel():
-            buffer[0] = buffer[0].new_empty(math.prod(shape))
-        bias = buffer[0][: math.prod(shape)].view(shape)
+    def num_scores(self, per_group: int) -> int:
+        """Of one key head."""
+        return self.num_blocks * self.block * per_group * self.num_keys
+
+    def bias(self, rows: Tensor, per_group: int, memory: Tensor) -> Tensor:
+        """`(B, 1, M R, N)`: 0 where a row sees a key, at most -HIDDEN where it does not; a view of `memory`."""
+        bias = memory[: self.num_scores(per_group)].view(self.num_blocks, -1, self.num_keys)
         low, high, columns = self.ends
         of_prefix, of_span = bias[..., : self.num_prefix], bias[..., self.num_prefix :]
         if self.all_prefix:
@@ -328,23 +327,26 @@ class _Prefixes(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of blocks in rows, of chunks in (row, key) pairs, and the rows from which a prompt can be one call."""
+    """Of blocks in rows, of chunks in (row, key) pairs, the rows from which a prompt can be one call, and what is kept of biases."""
 
     context_block: int
     context_pairs: int
     sum_block: int
     sum_pairs: int
     prompt_rows: int
+    kept_scores: int
 
 
 @dataclass(frozen=True)
 class Plan:
     """How all rows of a layout are walked: prompts that are one call, chunks of the context rows between them, and chunks of the
-    [SUM] rows."""
+    [SUM] rows. The first biases are kept for the next layer or pass: at most `kept_scores` numbers in all."""
 
     prompts: list[Prompt]
     context: list[Chunk]
     sums: list[Chunk]
+    kept_scores: int
+    kept: dict[Chunk, Tensor]
 
     @staticmethod
     def of(table: RowTable, num_skipped: int, sizes: Sizes) -> Plan:
@@ -356,7 +358,20 @@ class Plan:
             context += table.chunks(first, rows.start, sizes.context_block, sizes.context_pairs)
             first = rows.stop
         block = min(sizes.sum_block, _sum_block(table.fields[:, stop:]))
-        return Plan(prompts, context, table.chunks(stop, table.fields.shape[1], block, sizes.sum_pairs))
+        sums = table.chunks(stop, table.fields.shape[1], block, sizes.sum_pairs)
+        return Plan(prompts, context, sums, sizes.kept_scores, {})
+
+    def bias(self, chunk: Chunk, rows: Tensor, per_group: int, buffer: list[Tensor]) -> Tensor:
+        """The bias of one of the chunks; one that is not kept lies in the buffer, since fresh megabytes cost their page faults."""
+        if chunk in self.kept:
+            return self.kept[chunk]
+        needed = chunk.num_scores(per_group)
+        if needed + sum(bias.numel() for bias in self.kept.values()) <= self.kept_scores:
+            self.kept[chunk] = chunk.bias(rows, per_group, buffer[0].new_empty(needed))
+            return self.kept[chunk]
+        if needed > buffer[0].numel():
+            buffer[0] = buffer[0].new_empty(needed)
+        return chunk.bias(rows, per_group, buffer[0])
 
 
 def _sum_block(sums: Tensor) -> int:
