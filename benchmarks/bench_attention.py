@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_attention [--device cuda] [--out benchmarks/results/attention-cpu.jsonl]
 
-Every provider runs the same workload in one process, by turns. Before a row is written, the output and all gradients of
+All providers and lengths run in one process, by turns. Before a row is written, the output and all gradients of
 `windowed_attn` are held to the dense reference on that workload (or on its first tokens, where dense does not fit).
 """
 
@@ -70,28 +70,30 @@ def _as_float64(low: AttentionInputs, exact: AttentionInputs) -> AttentionInputs
     return dataclasses.replace(exact, reset=reset, **{name: cast(getattr(low, name)) for name in names})
 
 
-def measure(workload: Workload, repeats: int) -> list[dict[str, Any]]:
-    """Rows of one workload: every provider that fits, forward and forward + backward."""
-    gate(workload)
-    x = AttentionInputs.of(workload)
-    providers: dict[str, Callable[[AttentionInputs], Tensor]] = {
-        "windowed_attn": run_windowed,
-        "windowed_attn_dti": windowed(x),
-    }
-    if workload.num_tokens <= DENSE_LIMIT:
-        providers["sdpa_dense_mask"] = sdpa_dense_mask(x)
+def measure(workloads: list[Workload], repeats: int) -> list[dict[str, Any]]:
+    """Rows of all workloads: every provider that fits, forward and forward + backward. Workloads take turns like providers do:
+    ratios between lengths are claims too."""
+    inputs, providers = {}, {}
+    for workload in workloads:
+        gate(workload)
+        x = inputs[workload] = AttentionInputs.of(workload)
+        providers[workload, "windowed_attn"] = run_windowed
+        providers[workload, "windowed_attn_dti"] = windowed(x)
+        if workload.num_tokens <= DENSE_LIMIT:
+            providers[workload, "sdpa_dense_mask"] = sdpa_dense_mask(x)
     rows = []
     for mode in ("forward", "forward+backward"):
-        calls = {name: _call(provider, x, mode) for name, provider in providers.items()}
-        for name, times in interleaved_ms(calls, repeats).items():
-            flops = useful_flops(x.layout, workload.num_heads, workload.head_dim, mode != "forward")
+        calls = {key: _call(provider, inputs[key[0]], mode) for key, provider in providers.items()}
+        for (workload, name), times in interleaved_ms(calls, repeats).items():
+            layout = inputs[workload].layout
+            flops = useful_flops(layout, workload.num_heads, workload.head_dim, mode != "forward")
             timing = percentiles_ms(times)
             rows.append(
                 {
                     "benchmark": "attention",
                     "workload": workload.name,
-                    "rows": x.layout.num_rows,
-                    "visible_pairs": x.layout.num_visible_pairs(),
+                    "rows": layout.num_rows,
+                    "visible_pairs": layout.num_visible_pairs(),
                     "provider": name,
                     "mode": mode,
                     **timing,
@@ -139,7 +141,7 @@ def main() -> None:
 
         attention_gpu.run(options.out, options.seconds)
         return
-    rows = [row for workload in CPU_WORKLOADS for row in measure(workload, options.repeats)]
+    rows = measure(CPU_WORKLOADS, options.repeats)
     for row in rows:
         print(
             f"{row['workload']:12} {row['provider']:16} {row['mode']:17} p50 {row['p50_ms']:9.1f} ms  "

@@ -10,17 +10,18 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+Name = TypeVar("Name")
 RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved_ms(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1, device: str = "cpu"
-) -> dict[str, np.ndarray]:
+    functions: Mapping[Name, Callable[[], Any]], repeats: int, warmup: int = 1, device: str = "cpu"
+) -> dict[Name, np.ndarray]:
     """Milliseconds of every function, run by turns so that a slow moment of the machine hits all of them.
 
     Args:
@@ -33,7 +34,7 @@ def interleaved_ms(
         `(repeats,)` float64 per name.
     """
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Name, list[float]] = {name: [] for name in functions}
     for round_ in range(warmup + repeats):
         for name, function in functions.items():
             wait()

@@ -24,7 +24,7 @@ class Size:
         base: settings that every arm starts from.
         seeds: of the arms that decide.
         seeds_of_curves: of the other arms.
-        seeds_of_causes: of the plans that look for causes and defaults: `sweep`, `depth` and `whole`.
+        seeds_of_sweep: of the sweep's main arms.
         ks: targets per prompt of the curves; 0: whole histories.
         val_share: share of the validation targets that is scored.
         test_share: likewise for test.
@@ -35,7 +35,7 @@ class Size:
     base: Cell
     seeds: int = 2
     seeds_of_curves: int = 1
-    seeds_of_causes: int = 1
+    seeds_of_sweep: int = 1
     ks: tuple[int, ...] = (5, 10, 50)
     val_share: float = 1.0
     test_share: float = 1.0
@@ -68,7 +68,7 @@ SIZES = {
             model=ModelConfig(layers=2, width=64, heads=4, kv_heads=2, mlp_width=172, dropout=0.0),
         ),
         seeds=3,
-        seeds_of_causes=2,
+        seeds_of_sweep=2,
         ks=(5, 10, 20, 30, 50),
         val_share=0.34,
         test_share=0.5,
@@ -192,7 +192,7 @@ SWEEP_ONCE = {
 def sweep(size: Size) -> Plan:
     """The reset's ratios, steepness and layers, and the slopes, at the largest k."""
     k = max(size.ks)
-    arms = [_arm(name, size, size.seeds_of_causes, dti=dti, k=k) for name, dti in SWEEP.items()]
+    arms = [_arm(name, size, size.seeds_of_sweep, dti=dti, k=k) for name, dti in SWEEP.items()]
     arms += [_arm(name, size, 1, dti=dti, k=k) for name, dti in SWEEP_ONCE.items()]
     half = {"dti": DTIConfig(alpha_max=0.0), "learning_rate": size.base.learning_rate / 2}
     arms.append(_arm("no reset, half the learning rate", size, 1, k=k, **half))
@@ -212,13 +212,13 @@ def depth(size: Size) -> Plan:
             alpha_min=1.0, alpha_max=1.0, alpha_own=1.0, reset_layers=every_layer
         ),
     }
-    arms = [_arm(name, size, size.seeds_of_causes, dti=dti, k=k) for name, dti in resets.items()]
+    arms = [_arm(name, size, size.seeds_of_curves, dti=dti, k=k) for name, dti in resets.items()]
     return Plan("Which layers of a deeper model reset?", arms, "no reset", score_other=True)
 
 
 def whole(size: Size) -> Plan:
     """Whole histories beside k = 50, cause by cause."""
-    k, seeds = max(size.ks), size.seeds_of_causes
+    k, seeds = max(size.ks), size.seeds_of_curves
     size = replace(size, base=replace(size.base, train_targets=size.whole_targets, epochs=size.whole_epochs))
     few = size.base.targets_per_step
     many = 10 * few

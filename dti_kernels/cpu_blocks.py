@@ -20,6 +20,8 @@ from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, START, STOP
 
 # Bias of a key that a row does not see, per key that it lies outside.
 HIDDEN = 2.0**100
+# Several blocks in a chunk copy their keys; a block of more keys is a chunk of its own, whose keys are a slice.
+COPIED_KEYS = 1024
 
 
 class Ends(NamedTuple):
@@ -273,7 +275,8 @@ def _chunks(table: RowTable, first: int, stop: int, block: int, max_pairs: int) 
             prefix_first, prefix_stop, key_first, key_stop = spans[end]
             wider = max(num_prefix, prefix_stop - prefix_first), max(num_span, key_stop - key_first)
             is_short = tails[end] - heads[end] + 1 < block
-            if end > begin and ((end + 1 - begin) * block * sum(wider) > max_pairs or is_short):
+            is_large = (end + 1 - begin) * block * sum(wider) > max_pairs or sum(wider) > COPIED_KEYS
+            if end > begin and (is_large or is_short):
                 break
             end, (num_prefix, num_span) = end + 1, wider
         size = tails[begin] - heads[begin] + 1
