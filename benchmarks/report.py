@@ -2,7 +2,8 @@
 
     python -m benchmarks.report                      rewrite the generated parts of README.md
     python -m benchmarks.report --check              fail if they differ from the recorded results
-    python -m benchmarks.report --record-run RUN     record a finished run (its metrics and plot) as the quickstart's
+    python -m benchmarks.report --record-run RUN [--name quickstart] [--command "make quickstart"]
+                                                     record a finished run: its metrics, its plot, and the command that made it
 
 A generated part of README.md stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
 """
@@ -87,8 +88,28 @@ def score_cpu() -> str:
     return "\n".join(lines)
 
 
+def train_cpu() -> str:
+    """Training speed over k of every model in the last CPU run, beside what counting predicts."""
+    last = last_run(read_rows(TRAIN_CPU))
+    lines = [
+        "| model | k | targets/s | times k = 1 | by rows | by FLOPs | by equation 3 | attention's share | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in last:
+        equation = "" if row["equation_3"] is None else f"{row['equation_3']:.1f}"
+        lines.append(
+            f"| {row['model']} | {row['k']} | {row['targets_per_s']:,.0f} | {row['speedup']:.1f} | {row['rows_ratio']:.1f} | "
+            f"{row['flops_ratio']:.1f} | {equation} | {row['attention_share']:.0%} | {row['peak_mib']:,.0f} |"
+        )
+    made = last[-1]
+    return "\n".join(
+        [*lines, "", f"({made['machine']}, {made['data']}, mode {made['mode']}, commit {made['commit']}.)"]
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
+    "train-cpu": train_cpu,
     "attention-cpu": attention_cpu,
     "score-cpu": score_cpu,
     "quality": quality,
@@ -135,18 +156,20 @@ def draw_plots() -> None:
         random_weights = [row for row in last_run(rows) if row["weights"] == "random weights"]
         leak_by_layers(random_weights, RESULTS / "leak.png")
     if rows := read_rows(TRAIN_CPU):
-        time_over_k(
-            [row for row in last_run(rows) if row["model"] == rows[-1]["model"]], RESULTS / "train-cpu.png"
-        )
+        time_over_k(last_run(rows), RESULTS / "train-cpu.png")
 
 
-def record_run(run: Path) -> None:
-    """Keep a run's metrics and plot under results/."""
-    RESULTS.mkdir(exist_ok=True)
+def record_run(run: Path, name: str, command: str) -> None:
+    """Keep a run's metrics and plot as `NAME.json` and `NAME.png` under results/, with the command that made it.
+
+    Raises:
+        FileNotFoundError: the run is not finished.
+    """
     metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())
-    recorded = {"provenance": provenance(), "command": "make quickstart", "metrics": metrics}
-    QUICKSTART.write_text(json.dumps(recorded, indent=2) + "\n")
-    shutil.copyfile(run / "report.png", RESULTS / "quickstart.png")
+    recorded = {"provenance": provenance(), "command": command, "metrics": metrics}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(recorded, indent=2) + "\n")
+    shutil.copyfile(run / "report.png", RESULTS / f"{name}.png")
 
 
 def main() -> int:
@@ -155,10 +178,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--record-run", type=Path)
+    parser.add_argument("--record-run", type=Path, help="run folder of `dti train`")
+    parser.add_argument("--name", default=QUICKSTART.stem, help="of the recorded run")
+    parser.add_argument("--command", default="make quickstart", help="that made the recorded run")
     options = parser.parse_args()
     if options.record_run is not None:
-        record_run(options.record_run)
+        record_run(options.record_run, options.name, options.command)
     text = README.read_text()
     made = render(text)
     if options.check:

@@ -70,13 +70,9 @@ def time_over_k(rows: Rows, path: Path) -> None:
         chosen = [row for row in rows if row["model"] == model]
         x = [2 * largest if row["k"] == "all" else row["k"] for row in chosen]
         axes.plot(x, [row["speedup"] for row in chosen], color=color, marker="o", label=f"measured, {model}")
-        axes.plot(
-            x,
-            [row["rows_ratio"] for row in chosen],
-            color=color,
-            linestyle="--",
-            label="ratio of rows" if color == COLORS[0] else None,
-        )
+    counted = {row["k"]: row["rows_ratio"] for row in rows}  # of the prompts, whatever the model
+    x = sorted((2 * largest if k == "all" else k, ratio) for k, ratio in counted.items())
+    axes.plot(*zip(*x), color=COLORS[3], linestyle="--", label="ratio of rows")
     ks = sorted({row["k"]: row["equation_3"] for row in rows if row["k"] != "all"}.items())
     axes.plot(*zip(*ks), color=COLORS[4], linestyle=":", label="equation 3")
     axes.set_xscale("log")
