@@ -22,10 +22,10 @@ KS = {
     "figure2": (5, 10, 20, 30, 40, 50),
     "figure3": (50,),
 }
-KS |= {"sweep": (50,), "depth": (50,), "whole": (50, 200, 0)}
+KS |= {"sweep": (50,), "depth": (50,), "whole": (50, 200, 0), "users": (50,)}
 MODES = {"table1": ("dti-minus", "dti"), "figure2": ("dti-minus", "dti"), "table3": ("dti",)}
 MODES |= {"figure3": ("dti-minus", "dti-position", "dti-reset", "dti")}
-MODES |= dict.fromkeys(("sweep", "depth", "whole"), ("dti",))
+MODES |= dict.fromkeys(("sweep", "depth", "whole", "users"), ("dti",))
 EVERY_LAYER = f"--dti.reset_layers '{list(range(32))}'".replace(", ", ",")
 # Of plans on ML-1M alone, which decide on validation: settings by the name of their run.
 VARIANTS = {
@@ -37,6 +37,7 @@ VARIANTS = {
         "-full-reset": f" --dti.alpha_min 1 --dti.alpha_max 1 --dti.alpha_own 1 {EVERY_LAYER}",
     },
     "whole": {"": ""},
+    "users": {"": ""},
 }
 
 

@@ -24,7 +24,7 @@ class Size:
         base: settings that every arm starts from.
         seeds: of the arms that decide.
         seeds_of_curves: of the other arms.
-        seeds_of_sweep: of the sweep's main arms.
+        seeds_of_sweep: of the sweep's main arms, and of the plan `users`.
         ks: targets per prompt of the curves; 0: whole histories.
         val_share: share of the validation targets that is scored.
         test_share: likewise for test.
@@ -245,6 +245,15 @@ def whole(size: Size) -> Plan:
     return Plan("Why are whole histories worse at equal epochs?", arms, arms[0].name, score_other=True)
 
 
+def users(size: Size) -> Plan:
+    """Streaming beside sliding windows when an optimizer step holds four times the targets, so several users at every k."""
+    base = replace(size.base, targets_per_step=4 * size.base.targets_per_step, epochs=3 * size.base.epochs)
+    size, k = replace(size, base=base), max(size.ks)
+    arms = _sliding(size)[1:] + [_arm(f"{DTI}, {_k(k)}", size, k=k)]
+    arms = [replace(arm, seeds=size.seeds_of_sweep) for arm in arms]
+    return Plan("Does streaming cost accuracy where a step holds several users?", arms, SW_ALIBI)
+
+
 PLANS: dict[str, Callable[[Size], Plan]] = {
     "table1": table1,
     "table3": table3,
@@ -253,4 +262,5 @@ PLANS: dict[str, Callable[[Size], Plan]] = {
     "sweep": sweep,
     "depth": depth,
     "whole": whole,
+    "users": users,
 }

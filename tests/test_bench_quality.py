@@ -135,7 +135,7 @@ def test_paired_differences_find_what_is_there() -> None:
 
 
 def test_commands_of_the_full_size_are_distinct(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = quality_full.commands(["table1", "table3", "figure3", "sweep", "depth", "whole"])
+    lines = quality_full.commands(["table1", "table3", "figure3", "sweep", "depth", "whole", "users"])
     training = [line for line in lines if " train " in line]
     outs = [line.split("--out ")[1].split()[0] for line in training]
     assert len(set(outs)) == len(outs)
