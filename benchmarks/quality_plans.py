@@ -249,7 +249,7 @@ def users(size: Size) -> Plan:
     """Streaming beside sliding windows when an optimizer step holds four times the targets, so several users at every k."""
     base = replace(size.base, targets_per_step=4 * size.base.targets_per_step, epochs=3 * size.base.epochs)
     size, k = replace(size, base=base), max(size.ks)
-    arms = _sliding(size)[1:] + [_arm(f"{DTI}, {_k(k)}", size, k=k)]
+    arms = [*_sliding(size)[1:], _arm(f"{DTI}, {_k(k)}", size, k=k)]
     arms = [replace(arm, seeds=size.seeds_of_sweep) for arm in arms]
     return Plan("Does streaming cost accuracy where a step holds several users?", arms, SW_ALIBI)
 
