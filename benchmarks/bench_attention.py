@@ -1,6 +1,6 @@
 """Attention alone: `windowed_attn` beside the strongest alternatives, forward and forward + backward.
 
-    python -m benchmarks.bench_attention [--device cuda] [--out benchmarks/results/attention-cpu.jsonl]
+    python -m benchmarks.bench_attention [--device cuda] [--out benchmarks/results/attention-cpu.jsonl] [--size smoke]
 
 All providers and lengths run in one process, by turns. Before a row is written, the output and all gradients of
 `windowed_attn` are held to the dense reference on that workload (or on its first tokens, where dense does not fit).
@@ -17,17 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import RESULTS, append_rows, interleaved_ms, percentiles_ms
+from benchmarks.measure import RESULTS, append_rows, interleaved_ms, parse_sized, percentiles_ms
 from benchmarks.providers import sdpa_dense_mask, windowed
 from benchmarks.workloads import AttentionInputs, Workload, useful_flops
 from dti_kernels import windowed_attn, windowed_attn_reference
 from tests.numerics import assert_within_budget
 
 # 4 heads of 64 and a window of 700 tokens (20 interactions of 35): the sizes that the project's CPU claim is stated for.
-CPU_WORKLOADS = [
-    Workload(f"cpu_T{num_tokens}", num_tokens, None, num_heads=4, num_groups=4, head_dim=64)
-    for num_tokens in (4096, 16384)
-]
+CPU_LENGTHS, SMOKE_LENGTHS = (4096, 16384), (256, 1024)
 DENSE_LIMIT = 8192  # context tokens; beyond it a dense mask and its scores no longer fit comfortably
 
 
@@ -116,12 +113,12 @@ def _call(provider: Callable[[AttentionInputs], Tensor], x: AttentionInputs, mod
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The two CPU claims, from rows of one run: speed over SDPA at T = 4096, and growth of time from T = 4096 to 16384."""
+    """The two CPU claims, from rows of one run: speed over SDPA at the short length, and growth of time to the long one."""
     p50 = {(r["workload"], r["provider"]): r["p50_ms"] for r in rows if r["mode"] == "forward+backward"}
-    short, long = (workload.name for workload in CPU_WORKLOADS)
+    short, long = dict.fromkeys(row["workload"] for row in rows)
     return {
-        "speedup_over_sdpa_dense_mask_T4096": p50[short, "sdpa_dense_mask"] / p50[short, "windowed_attn"],
-        "growth_T4096_to_T16384": p50[long, "windowed_attn"] / p50[short, "windowed_attn"],
+        "speedup_over_sdpa_dense_mask": p50[short, "sdpa_dense_mask"] / p50[short, "windowed_attn"],
+        "growth": p50[long, "windowed_attn"] / p50[short, "windowed_attn"],
     }
 
 
@@ -133,15 +130,20 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/attention-DEVICE.jsonl")
     parser.add_argument("--repeats", type=int, default=9, help="on a CPU")
+    parser.add_argument("--lengths", type=int, nargs=2, default=CPU_LENGTHS, help="rows T on a CPU")
     parser.add_argument("--seconds", type=float, default=200.0, help="on a GPU: start no workload after this")
-    options = parser.parse_args()
+    options = parse_sized(parser, {"lengths": SMOKE_LENGTHS, "repeats": 1})
     options.out = options.out or RESULTS / f"attention-{options.device}.jsonl"
     if options.device == "cuda":
         from benchmarks import attention_gpu
 
         attention_gpu.run(options.out, options.seconds)
         return
-    rows = measure(CPU_WORKLOADS, options.repeats)
+    workloads = [
+        Workload(f"cpu_T{length}", length, None, num_heads=4, num_groups=4, head_dim=64)
+        for length in options.lengths
+    ]
+    rows = measure(workloads, options.repeats)
     for row in rows:
         print(
             f"{row['workload']:12} {row['provider']:16} {row['mode']:17} p50 {row['p50_ms']:9.1f} ms  "

@@ -1,6 +1,6 @@
 """Scoring: candidates of one user in one pass, and evaluation of a test split, each beside what one would do without.
 
-    python -m benchmarks.bench_score [--data DIR] [--part candidates evaluation] [--device cuda] [--out ROWS.jsonl]
+    python -m benchmarks.bench_score [--data DIR] [--part candidates evaluation] [--device cuda] [--out ROWS.jsonl] [--size smoke]
 
 `candidates`: 1 to 500 candidates of a real user with a history of 20: one pass; an encoded history, with which only candidates are
 computed; and one sliding-window prompt per candidate, packed, with the same model and attention.
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.measure import RESULTS, append_rows, interleaved_ms
+from benchmarks.made_up import made_up_data
+from benchmarks.measure import RESULTS, append_rows, interleaved_ms, parse_sized
 from dti_model.attention import DTIConfig
 from dti_model.config import ModelConfig, TrainConfig
-from dti_model.data import prepare
 from dti_model.prompts import Prompts
 from dti_model.run import Run, llama_config
 from dti_model.scorer import Scorer
@@ -33,7 +33,7 @@ from dti_model.scoring import score_targets
 
 HISTORY = 20
 # Repeats by number of candidates: enough for a p99 where a call is short.
-REPEATS = {1: 100, 10: 50, 100: 15, 500: 5}
+REPEATS, SMOKE_REPEATS = {1: 100, 10: 50, 100: 15, 500: 5}, {1: 1, 10: 1}
 PARITY = 1e-5
 BATCH = 32
 
@@ -45,27 +45,7 @@ def new_run(data: Path, model: ModelConfig, dti: DTIConfig, device: str) -> Run:
     return run
 
 
-def made_up_data(folder: Path) -> Path:
-    """A prepared folder without a network: 400 users with 60 ratings of 600 movies, texts of MovieLens' lengths."""
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdefghiklmnoprstuvw"), rng.integers(3, 9))) for _ in range(400)]
-    raw = folder / "raw"
-    raw.mkdir(parents=True)
-    titles = [" ".join(rng.choice(words, rng.integers(2, 6))) for _ in range(600)]
-    (raw / "movies.dat").write_text(
-        "".join(f"{i}::{title} (1995)::Drama|Comedy\n" for i, title in enumerate(titles, 1))
-    )
-    lines = [
-        f"{user}::{item}::{rng.integers(1, 6)}::{time}\n"
-        for user in range(1, 401)
-        for time, item in enumerate(rng.permutation(600)[:60] + 1, 1000 * user)
-    ]
-    (raw / "ratings.dat").write_text("".join(lines))
-    prepare("ml-1m", folder / "data", raw, subset=True)
-    return folder / "data"
-
-
-def measure_candidates(run: Run, device: str) -> list[dict[str, Any]]:
+def measure_candidates(run: Run, device: str, repeats_of: dict[int, int]) -> list[dict[str, Any]]:
     """Rows of every number of candidates and provider."""
     scorer = Scorer(run)
     user = next(u for u in run.data.user_ids if len(scorer.history_of(u)) >= HISTORY)
@@ -73,7 +53,7 @@ def measure_candidates(run: Run, device: str) -> list[dict[str, Any]]:
     state = scorer.encode(history)
     items = np.random.default_rng(0).permutation(run.data.item_ids).tolist()
     rows = []
-    for count, repeats in REPEATS.items():
+    for count, repeats in repeats_of.items():
         candidates = items[:count]
 
         def one_prompt_each(candidates: list[str] = candidates) -> np.ndarray:
@@ -190,7 +170,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of the evaluation")
     parser.add_argument("--user-step", type=int, default=1, help="evaluate targets of every n-th user")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/score-DEVICE.jsonl")
-    options = parser.parse_args()
+    smoke = {"layers": 1, "width": 16, "repeats": 1, "user_step": 40}
+    options = parse_sized(parser, smoke)
     model = ModelConfig(
         layers=options.layers,
         width=options.width,
@@ -203,7 +184,9 @@ def main() -> None:
     for part in options.part or ("candidates", "evaluation"):
         if part == "candidates":
             dti = DTIConfig(alpha_max=0.5)
-            rows += measure_candidates(new_run(options.data, model, dti, options.device), options.device)
+            run = new_run(options.data, model, dti, options.device)
+            repeats_of = SMOKE_REPEATS if options.size == "smoke" else REPEATS
+            rows += measure_candidates(run, options.device, repeats_of)
         else:
             run = new_run(options.data, model, DTIConfig("dti-minus"), options.device)
             rows += measure_evaluation(run, options.device, options.repeats, options.user_step)

@@ -1,6 +1,6 @@
 """Training steps on real prompts: targets per second over k, beside what the rows alone would give.
 
-    python -m benchmarks.bench_train --data DIR [--k 1 5 10 20 50 200 all] [--layers 4 --width 128] [--out ROWS.jsonl]
+    python -m benchmarks.bench_train --data DIR [--k 1 5 10 20 50 200 all] [--layers 4 --width 128] [--out ROWS.jsonl] [--size smoke]
 
 All k run in one process by turns, with the same model, packing, attention and optimizer; k = 1 is the sliding-window baseline.
 Each row holds the ratio of targets/s to k = 1 beside three predictions: the ratio of rows per target (context tokens and [SUM]s), the
@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import RESULTS, append_rows
+from benchmarks.made_up import made_up_data
+from benchmarks.measure import RESULTS, append_rows, parse_sized
 from dti_model.attention import DTIConfig
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.run import Run
@@ -96,7 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder made by `dti prepare`")
+    parser.add_argument(
+        "--data", type=Path, help="folder made by `dti prepare`; default: made-up data of MovieLens' shape"
+    )
     parser.add_argument("--k", nargs="+", default=["1", "5", "10", "20", "30", "50", "100", "200", "all"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
@@ -105,7 +109,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--mode", default="dti")
     parser.add_argument("--out", type=Path, default=RESULTS / "train-cpu.jsonl")
-    options = parser.parse_args()
+    smoke = {"k": ["1", "4", "all"], "layers": 1, "width": 16, "heads": 2, "token_budget": 1024, "steps": 1}
+    options = parse_sized(parser, smoke)
+    if options.data is None:
+        options.data = made_up_data(Path(tempfile.mkdtemp()))
     config = TrainConfig(
         data=options.data,
         out=Path("unused"),

@@ -129,7 +129,7 @@ def _launches(head_dim: int, dtype: torch.dtype, group: int) -> dict[str, Any]:
     lse = torch.zeros(q.shape[1], num_rows)
     launches = triton_fwd.forward_launches(batch, out, lse)
     launches += triton_bwd.backward_launches(batch, triton_bwd.Gradients.of(batch), out, out, lse)
-    return {launch.kernel.fn.__name__[1:].removesuffix("_kernel"): launch for launch in launches}
+    return {launch.kernel.fn.__name__.removesuffix("_kernel"): launch for launch in launches}
 
 
 def _source(launch: Any) -> Any:

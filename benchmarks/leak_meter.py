@@ -2,7 +2,7 @@
 
     leak = |gradient of its logit margin on token embeddings outside the window| / |gradient on all of the prompt's embeddings|
 
-    python -m benchmarks.leak_meter [--layers 1 2 3 4 6 8] [--out FILE]        random weights, by layers and reset
+    python -m benchmarks.leak_meter [--layers 1 2 3 4 6 8] [--size smoke]      random weights, by layers and reset
     python -m benchmarks.leak_meter --run RUN [--out FILE]                     a trained run, on its validation histories
 
 Exactly 0 with one layer, and with full reset in every layer. A context token of layer L has mixed in up to L windows, so from the
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.measure import RESULTS, append_rows
+from benchmarks.measure import RESULTS, append_rows, parse_sized
 from dti_kernels import StreamLayout
 from dti_model.attention import DTIConfig, Stream, apply_dti, position_ids
 from dti_model.prompts import Prompts
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--run", type=Path, help="run folder of `dti train`")
     parser.add_argument("--out", type=Path, default=RESULTS / "leak.jsonl")
-    options = parser.parse_args()
+    options = parse_sized(parser, {"layers": [1, 2], "prompts": 2})
     if options.run is not None:
         rows = measure_run(options.run, options.prompts)
     else:

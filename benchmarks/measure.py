@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
@@ -17,6 +18,22 @@ import torch
 
 Name = TypeVar("Name")
 RESULTS = Path(__file__).parent / "results"
+
+
+def parse_sized(parser: argparse.ArgumentParser, smoke: Mapping[str, Any]) -> argparse.Namespace:
+    """Arguments of a benchmark that has `--size full` and `--size smoke`.
+
+    Args:
+        parser: of everything else.
+        smoke: defaults of the smoke size: seconds instead of minutes. It shows that everything runs, and no speed, so its rows go under
+            runs/smoke/ unless `--out` says otherwise.
+    """
+    parser.add_argument(
+        "--size", choices=("full", "smoke"), default="full", help="smoke: does it run? No timing claim"
+    )
+    if parser.parse_known_args()[0].size == "smoke":
+        parser.set_defaults(out=Path("runs/smoke") / f"{Path(parser.prog).stem}.jsonl", **smoke)
+    return parser.parse_args()
 
 
 def interleaved_ms(

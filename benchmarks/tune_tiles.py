@@ -65,7 +65,7 @@ def launches(x: AttentionInputs) -> dict[str, Launch]:
     all_launches = triton_fwd.forward_launches(batch, out, lse)
     grads = triton_bwd.Gradients.of(batch)
     all_launches += triton_bwd.backward_launches(batch, grads, x.grad_out, out, lse)
-    return {launch.kernel.fn.__name__[1:].removesuffix("_kernel"): launch for launch in all_launches}
+    return {launch.kernel.fn.__name__.removesuffix("_kernel"): launch for launch in all_launches}
 
 
 def candidates(kernel: str, x: AttentionInputs) -> Iterator[Tile]:

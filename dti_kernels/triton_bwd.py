@@ -16,391 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from dti_kernels.tiles import Tile
-from dti_kernels.triton_tile import (
-    PER_BATCH,
-    RESET_ID,
-    ROW_STOP,
-    SUM_START,
-    SUM_STOP,
-    Batch,
-    Launch,
-    addressable,
-    alibi_distance,
-    blend,
-    exponential,
-    inner,
-    key_ranges,
-    lane_offsets,
-    load_field,
-    load_keys,
-    load_tile,
-    masked_tile,
-    offsets,
-    packed_offsets,
-    reset_ratio,
-    row_spans,
-    run_all,
-    store_tile,
-    strides,
-    tile_rows,
-    to_exponent,
-    visible,
-    visible_keys,
-)
-
-
-@triton.jit
-def tile_of_loop(i, num_tiles, GROUP: tl.constexpr, PACK: tl.constexpr):
-    """The row tile and the first head in the group of iteration `i`: all tiles of one pack of heads, then the next pack."""
-    if PACK == GROUP:
-        return i, 0
-    else:
-        return i % num_tiles, i // num_tiles * PACK
-
+from dti_kernels.triton_bwd_context import ctx_dkv_kernel, ctx_dq_kernel
+from dti_kernels.triton_bwd_sum import sum_dkv_kernel, sum_dq_kernel, sum_self_kernel
+from dti_kernels.triton_tile import Batch, Launch, addressable, run_all, strides
 
 # The own keys of [SUM] rows are a matrix-free sum over the heads of a group: memory bound, any small tile serves.
 _SELF_TILE = Tile(16, 16, 4, 1)
-
-
-@triton.jit(do_not_specialize=PER_BATCH)
-def _ctx_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, lse_tile_ptr, dq_ptr, rows_ptr, num_rows, num_context, scale,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dot, stride_doh,
-    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dq and delta of BLOCK_M // PACK context rows of PACK heads.
-
-    Grid: (tiles of context rows, query heads / PACK). Reads q, do, out once and k, v over the tile's span; writes dq (laid
-    out as out) and delta once.
-    """
-    first = tl.program_id(0) * (BLOCK_M // PACK)
-    last = tl.minimum(first + BLOCK_M // PACK, num_context) - 1
-    row, lane = tile_rows(first, num_context, PACK, BLOCK_M)
-    head = tl.program_id(1) * PACK + lane
-    valid = row < num_context
-    q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
-    do = load_tile(do_ptr, offsets(row, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
-    out = load_tile(out_ptr, offsets(row, head, stride_ot, stride_oh), valid, HEAD_DIM, BLOCK_D, True)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0)
-    lse = to_exponent(lse, NATURAL)
-    group = tl.program_id(1) * PACK // GROUP
-    offs_tile = packed_offsets(row, group, head - group * GROUP, first, num_rows, GROUP, PACK)
-    tl.store(delta_ptr + offs_tile, delta, mask=valid)
-    tl.store(lse_tile_ptr + offs_tile, lse, mask=valid)
-    ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
-    key_first, num_left, num_full, num_masked = ranges[2], ranges[5], ranges[6], ranges[7]
-    k_ptr += tl.cast(group, tl.int64) * stride_kh
-    v_ptr += tl.cast(group, tl.int64) * stride_vh
-    offs_n = tl.arange(0, BLOCK_N)
-    exponent_scale = to_exponent(scale, NATURAL)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-    for i in range(0, num_full):
-        key_0 = key_first + (num_left + i) * BLOCK_N
-        k = load_keys(k_ptr, key_0, stride_kt, offs_n, HEAD_DIM, BLOCK_D, False)  # [N, D]
-        v = load_keys(v_ptr, key_0, stride_vt, offs_n, HEAD_DIM, BLOCK_D, False)
-        s = inner(q, k)  # [M, N]
-        dp = inner(do, v)
-        p = exponential(s * exponent_scale - lse[:, None], NATURAL)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-
-    spans = row_spans(rows_ptr, num_rows, row, valid)  # loaded here: no registers held above
-    for i in range(0, num_masked):
-        key_0, key_bound = masked_tile(i, *ranges[:7], BLOCK_N)
-        key = key_0 + offs_n
-        inside = key < key_bound
-        k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)
-        v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
-        s = inner(q, k)
-        dp = inner(do, v)
-        p = exponential(s * exponent_scale - lse[:, None], NATURAL)
-        p = tl.where(visible_keys(spans, key, inside), p, 0.0)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-
-    store_tile(dq_ptr, offsets(row, head, stride_ot, stride_oh), valid, dq * scale, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=PER_BATCH)
-def _ctx_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dv_ptr, dv_sum_ptr, keys_ptr,
-    num_rows, num_context, scale,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
-    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of BLOCK_N context keys of one key head; dv starts from what [SUM] rows contributed in float32.
-
-    Grid: (tiles of keys, key heads). Reads k, v (and dv_sum) once and q, do, lse, delta of the context rows that see the
-    tile, for every head of the group; writes dk and dv once.
-    """
-    key_0 = tl.program_id(0) * BLOCK_N
-    key = key_0 + tl.arange(0, BLOCK_N)
-    inside = key < num_context
-    group = tl.program_id(1)
-    k = load_tile(k_ptr, offsets(key, group, stride_kt, stride_kh), inside, HEAD_DIM, BLOCK_D, True)
-    v = load_tile(v_ptr, offsets(key, group, stride_vt, stride_vh), inside, HEAD_DIM, BLOCK_D, True)
-    row_stop = load_field(keys_ptr, ROW_STOP, num_context, key, inside)
-    offs_dk = offsets(key, group, stride_dkt, stride_dkh)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if dv_sum_ptr is not None:
-        dv = load_tile(dv_sum_ptr, offs_dk, inside, HEAD_DIM, BLOCK_D, True)
-    else:
-        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    exponent_scale = to_exponent(scale, NATURAL)
-    num_tiles = tl.cdiv(tl.max(row_stop, 0) - key_0, BLOCK_M // PACK)
-    offs_q = lane_offsets(stride_qt, stride_qh, PACK, BLOCK_M)
-    offs_do = lane_offsets(stride_dot, stride_doh, PACK, BLOCK_M)
-
-    for i in range(0, num_tiles * (GROUP // PACK)):
-        tile, head_0 = tile_of_loop(i, num_tiles, GROUP, PACK)
-        first = key_0 + tile * (BLOCK_M // PACK)
-        row, lane = tile_rows(first, num_context, PACK, BLOCK_M)
-        valid = row < num_context
-        base_q = offsets(first, group * GROUP + head_0, stride_qt, stride_qh)
-        base_do = offsets(first, group * GROUP + head_0, stride_dot, stride_doh)
-        q = load_tile(q_ptr + base_q, offs_q, valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
-        do = load_tile(do_ptr + base_do, offs_do, valid, HEAD_DIM, BLOCK_D, True)
-        offs_tile = packed_offsets(row, group, head_0 + lane, first, num_rows, GROUP, PACK)
-        lse = tl.load(lse_tile_ptr + offs_tile, mask=valid, other=0.0)
-        delta = tl.load(delta_ptr + offs_tile, mask=valid, other=0.0)
-        s = inner(k, q)  # [N, M]
-        p = exponential(s * exponent_scale - lse[None, :], NATURAL)
-        p = tl.where(visible(row[None, :], key[:, None], row_stop[:, None]), p, 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        dp = inner(v, do)
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-
-    store_tile(dk_ptr, offs_dk, inside, dk * scale, HEAD_DIM, BLOCK_D)
-    store_tile(dv_ptr, offs_dk, inside, dv, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=PER_BATCH)
-def _sum_dq_kernel(
-    q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr,
-    out_ptr, do_ptr, lse_ptr, delta_ptr, lse_tile_ptr, dq_ptr, dslopes_ptr, rows_ptr,
-    num_rows, num_queries, num_context, num_ratios, scale,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_ot, stride_oh, stride_dot, stride_doh,
-    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dq, delta and the slope gradient's summands of BLOCK_M // PACK [SUM] rows of PACK heads.
-
-    Grid: (tiles of [SUM] rows, query heads / PACK). Reads q, do, out and the rows' own k, v once, and k, v (with a reset
-    also the initial ones) over the tile's span; writes dq, delta and `dslopes (H, S)` once.
-    """
-    first = num_context + tl.program_id(0) * (BLOCK_M // PACK)
-    last = tl.minimum(first + BLOCK_M // PACK, num_rows) - 1
-    row, lane = tile_rows(first, num_rows, PACK, BLOCK_M)
-    head = tl.program_id(1) * PACK + lane
-    valid = row < num_rows
-    query = row - (num_rows - num_queries)
-    spans = row_spans(rows_ptr, num_rows, row, valid)
-    q = load_tile(q_ptr, offsets(query, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
-    do = load_tile(do_ptr, offsets(query, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
-    out = load_tile(out_ptr, offsets(query, head, stride_ot, stride_oh), valid, HEAD_DIM, BLOCK_D, True)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + offsets(query, head, 1, num_queries), mask=valid, other=0.0)
-    group = tl.program_id(1) * PACK // GROUP
-    first_query = first - (num_rows - num_queries)
-    offs_tile = packed_offsets(query, group, head - group * GROUP, first_query, num_queries, GROUP, PACK)
-    tl.store(delta_ptr + offs_tile, delta, mask=valid)
-    tl.store(lse_tile_ptr + offs_tile, lse, mask=valid)
-    ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
-    num_tiles = ranges[4] + tl.cdiv(ranges[3] - ranges[2], BLOCK_N)
-    k_ptr += tl.cast(group, tl.int64) * stride_kh
-    v_ptr += tl.cast(group, tl.int64) * stride_vh
-    offs_n = tl.arange(0, BLOCK_N)
-    k_self = load_tile(k_ptr, offsets(row, 0, stride_kt, 0), valid, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    v_self = load_tile(v_ptr, offsets(row, 0, stride_vt, 0), valid, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    p_self = exponential(tl.sum(q.to(tl.float32) * k_self, 1) * scale - lse, True)
-    ds_self = p_self * (tl.sum(do.to(tl.float32) * v_self, 1) - delta)
-    dq = ds_self[:, None] * k_self
-    dslope = tl.zeros([BLOCK_M], tl.float32)
-    mean_distance = tl.zeros([BLOCK_M], tl.float32)
-    ds_total = ds_self
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + head).to(tl.float32)
-    if ratios_ptr is not None:
-        k_initial_ptr += tl.cast(group, tl.int64) * stride_k0h
-        v_initial_ptr += tl.cast(group, tl.int64) * stride_v0h
-        reset_id = load_field(rows_ptr, RESET_ID, num_rows, row, valid)
-
-    for i in range(0, num_tiles):
-        key_0, key_bound = masked_tile(i, *ranges[:5], 0, 0, BLOCK_N)
-        key = key_0 + offs_n
-        inside = key < key_bound
-        k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)  # [N, D]
-        v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
-        s = inner(q, k)  # [M, N]
-        if ratios_ptr is not None:
-            key_reset_id = load_field(rows_ptr, RESET_ID, num_rows, key, inside)
-            ratio = reset_ratio(ratios_ptr, num_ratios, reset_id[:, None], key_reset_id[None, :])
-            k_initial = load_keys(k_initial_ptr, key_0, stride_k0t, inside, HEAD_DIM, BLOCK_D, True)
-            v_initial = load_keys(v_initial_ptr, key_0, stride_v0t, inside, HEAD_DIM, BLOCK_D, True)
-            s = blend(s, inner(q, k_initial), ratio)
-        dp = inner(do, v)
-        if ratios_ptr is not None:
-            dp = blend(dp, inner(do, v_initial), ratio)
-        s = s * scale
-        if slopes_ptr is not None:
-            distance = alibi_distance(key[None, :], spans[1][:, None], spans[2][:, None], spans[3][:, None])
-            s -= slope[:, None] * distance
-        p = tl.where(visible_keys(spans, key, inside), exponential(s - lse[:, None], True), 0.0)
-        ds = p * (dp - delta[:, None])
-        if slopes_ptr is not None:
-            dslope -= tl.sum(ds * distance, 1)
-            mean_distance += tl.sum(p * distance, 1)
-            ds_total += tl.sum(ds, 1)
-        if ratios_ptr is not None:
-            dq = tl.dot((ratio * ds).to(k.dtype), k_initial, dq, input_precision="ieee")
-            ds *= 1.0 - ratio
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-
-    store_tile(dq_ptr, offsets(query, head, stride_ot, stride_oh), valid, dq * scale, HEAD_DIM, BLOCK_D)
-    if slopes_ptr is not None:
-        offs_dslopes = offsets(row - num_context, head, 1, num_rows - num_context)
-        # ds would add up to zero if delta were exact, but it comes from the rounded output: distances of hundreds of tokens
-        # would multiply that error.
-        tl.store(dslopes_ptr + offs_dslopes, dslope + ds_total * mean_distance, mask=valid)
-
-
-@triton.jit(do_not_specialize=PER_BATCH)
-def _sum_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr,
-    do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dv_sum_ptr, dk_initial_ptr, dv_initial_ptr, rows_ptr, keys_ptr,
-    num_rows, num_queries, num_context, num_ratios, scale,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_dot, stride_doh, stride_dkt, stride_dkh,
-    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """What [SUM] rows contribute to BLOCK_N context keys of one key head: dk of their key stream, dv in float32, and with a
-    reset dk_initial and dv_initial.
-
-    Grid: (tiles of keys, key heads). Reads the key streams once and q, do, lse, delta of the [SUM] rows that see the tile,
-    for every head of the group; writes each gradient once.
-    """
-    key_0 = tl.program_id(0) * BLOCK_N
-    key = key_0 + tl.arange(0, BLOCK_N)
-    inside = key < num_context
-    group = tl.program_id(1)
-    k = load_tile(k_ptr, offsets(key, group, stride_kt, stride_kh), inside, HEAD_DIM, BLOCK_D, True)
-    v = load_tile(v_ptr, offsets(key, group, stride_vt, stride_vh), inside, HEAD_DIM, BLOCK_D, True)
-    sum_start = load_field(keys_ptr, SUM_START, num_context, key, inside)
-    sum_stop = load_field(keys_ptr, SUM_STOP, num_context, key, inside)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if ratios_ptr is not None:
-        k_initial = load_tile(
-            k_initial_ptr, offsets(key, group, stride_k0t, stride_k0h), inside, HEAD_DIM, BLOCK_D, True
-        )
-        v_initial = load_tile(
-            v_initial_ptr, offsets(key, group, stride_v0t, stride_v0h), inside, HEAD_DIM, BLOCK_D, True
-        )
-        key_reset_id = load_field(rows_ptr, RESET_ID, num_rows, key, inside)
-        dk_initial = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dv_initial = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    first_sum = tl.min(tl.where(inside, sum_start, num_rows), 0)
-    num_tiles = tl.maximum(tl.cdiv(tl.max(sum_stop, 0) - first_sum, BLOCK_M // PACK), 0)
-
-    offs_q = lane_offsets(stride_qt, stride_qh, PACK, BLOCK_M)
-    offs_do = lane_offsets(stride_dot, stride_doh, PACK, BLOCK_M)
-
-    for i in range(0, num_tiles * (GROUP // PACK)):
-        tile, head_0 = tile_of_loop(i, num_tiles, GROUP, PACK)
-        first = num_context + first_sum + tile * (BLOCK_M // PACK)
-        row, lane = tile_rows(first, num_rows, PACK, BLOCK_M)
-        valid = row < num_rows
-        skipped = num_rows - num_queries
-        base_q = offsets(first - skipped, group * GROUP + head_0, stride_qt, stride_qh)
-        base_do = offsets(first - skipped, group * GROUP + head_0, stride_dot, stride_doh)
-        q = load_tile(q_ptr + base_q, offs_q, valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
-        do = load_tile(do_ptr + base_do, offs_do, valid, HEAD_DIM, BLOCK_D, True)
-        offs_tile = packed_offsets(
-            row - skipped, group, head_0 + lane, first - skipped, num_queries, GROUP, PACK
-        )
-        lse = tl.load(lse_tile_ptr + offs_tile, mask=valid, other=0.0)
-        delta = tl.load(delta_ptr + offs_tile, mask=valid, other=0.0)
-        s = inner(k, q)  # [N, M]
-        if ratios_ptr is not None:
-            reset_id = load_field(rows_ptr, RESET_ID, num_rows, row, valid)
-            ratio = reset_ratio(ratios_ptr, num_ratios, reset_id[None, :], key_reset_id[:, None])
-            s = blend(s, inner(k_initial, q), ratio)
-        dp = inner(v, do)
-        if ratios_ptr is not None:
-            dp = blend(dp, inner(v_initial, do), ratio)
-        s = s * scale
-        if slopes_ptr is not None:
-            spans = row_spans(rows_ptr, num_rows, row, valid)
-            slope = tl.load(slopes_ptr + group * GROUP + head_0 + lane).to(tl.float32)
-            distance = alibi_distance(key[:, None], spans[1][None, :], spans[2][None, :], spans[3][None, :])
-            s -= slope[None, :] * distance
-        seen = visible((row - num_context)[None, :], sum_start[:, None], sum_stop[:, None])
-        p = tl.where(seen, exponential(s - lse[None, :], True), 0.0)
-        ds = p * (dp - delta[None, :])
-        if ratios_ptr is not None:
-            dv_initial = tl.dot((ratio * p).to(do.dtype), do, dv_initial, input_precision="ieee")
-            dk_initial = tl.dot((ratio * ds).to(q.dtype), q, dk_initial, input_precision="ieee")
-            p *= 1.0 - ratio
-            ds *= 1.0 - ratio
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-
-    offs_dk = offsets(key, group, stride_dkt, stride_dkh)
-    store_tile(dk_ptr, offs_dk, inside, dk * scale, HEAD_DIM, BLOCK_D)
-    store_tile(dv_sum_ptr, offs_dk, inside, dv, HEAD_DIM, BLOCK_D)
-    if ratios_ptr is not None:
-        store_tile(dk_initial_ptr, offs_dk, inside, dk_initial * scale, HEAD_DIM, BLOCK_D)
-        store_tile(dv_initial_ptr, offs_dk, inside, dv_initial, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=PER_BATCH)
-def _sum_self_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dk_sum_ptr, dv_ptr,
-    num_rows, num_queries, num_context, scale,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the own keys and values of BLOCK_M [SUM] rows of one key head, and zeros for the keys nobody reads.
-
-    Grid: (tiles of [SUM] rows, key heads). Reads q, do, lse, delta of every head of the group and k, v once; writes the
-    [SUM] rows of dk_sum, dv and dk once.
-    """
-    row = num_context + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = row < num_rows
-    query = row - (num_rows - num_queries)
-    group = tl.program_id(1)
-    k = load_tile(k_ptr, offsets(row, group, stride_kt, stride_kh), valid, HEAD_DIM, BLOCK_D, True)
-    v = load_tile(v_ptr, offsets(row, group, stride_vt, stride_vh), valid, HEAD_DIM, BLOCK_D, True)
-    k, v = k.to(tl.float32), v.to(tl.float32)
-    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for i in range(0, GROUP):
-        head = group * GROUP + i
-        q = load_tile(q_ptr, offsets(query, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
-        do = load_tile(do_ptr, offsets(query, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
-        q, do = q.to(tl.float32), do.to(tl.float32)
-        offs_tile = packed_offsets(query, group, i, 0, num_queries, GROUP, 0)
-        lse = tl.load(lse_tile_ptr + offs_tile, mask=valid, other=0.0)
-        delta = tl.load(delta_ptr + offs_tile, mask=valid, other=0.0)
-        p = exponential(tl.sum(q * k, 1) * scale - lse, True)
-        dv += p[:, None] * do
-        dk += (p * (tl.sum(do * v, 1) - delta))[:, None] * q
-    offs_dk = offsets(row, group, stride_dkt, stride_dkh)
-    store_tile(dk_sum_ptr, offs_dk, valid, dk * scale, HEAD_DIM, BLOCK_D)
-    store_tile(dv_ptr, offs_dk, valid, dv, HEAD_DIM, BLOCK_D)
-    store_tile(dk_ptr, offs_dk, valid, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), HEAD_DIM, BLOCK_D)
 
 
 @dataclass(frozen=True)
@@ -469,7 +93,7 @@ def backward_launches(
     if batch.has_context_queries:
         tile = batch.tile("ctx_dq")
         arguments = {**of_rows, **batch.context_inputs(), **batch.sizes(tile)}
-        launches.append(Launch(_ctx_dq_kernel, batch.row_grid(batch.num_context, tile), arguments, tile))
+        launches.append(Launch(ctx_dq_kernel, batch.row_grid(batch.num_context, tile), arguments, tile))
     if batch.num_sum:
         launches += _sum_launches(batch, grads, of_rows, of_keys)
     if batch.has_context_queries:
@@ -483,7 +107,7 @@ def backward_launches(
             **batch.sizes(tile),
         }
         del arguments["rows_ptr"]
-        launches.append(Launch(_ctx_dkv_kernel, batch.key_grid(tile), arguments, tile))
+        launches.append(Launch(ctx_dkv_kernel, batch.key_grid(tile), arguments, tile))
     return launches
 
 
@@ -493,7 +117,7 @@ def _sum_launches(
     inputs = batch.sum_inputs()
     tile = batch.tile("sum_dq")
     arguments = {**of_rows, **inputs, "dslopes_ptr": grads.dslopes, **batch.sizes(tile)}
-    launches = [Launch(_sum_dq_kernel, batch.row_grid(batch.num_sum, tile), arguments, tile)]
+    launches = [Launch(sum_dq_kernel, batch.row_grid(batch.num_sum, tile), arguments, tile)]
 
     outputs = {
         "dk_ptr": grads.dk,
@@ -511,7 +135,7 @@ def _sum_launches(
     for unused in ("rows_ptr", "PACK", "BLOCK_N"):
         del arguments[unused]
     grid = (-(-batch.num_sum // _SELF_TILE.block_m), batch.k.shape[1])
-    launches.append(Launch(_sum_self_kernel, grid, arguments, _SELF_TILE))
+    launches.append(Launch(sum_self_kernel, grid, arguments, _SELF_TILE))
 
     tile = batch.tile("sum_dkv")
     outputs = {
@@ -521,7 +145,7 @@ def _sum_launches(
         "dv_initial_ptr": grads.dv_initial,
     }
     arguments = {**of_keys, **outputs, "keys_ptr": batch.keys, **inputs, **batch.sizes(tile)}
-    launches.append(Launch(_sum_dkv_kernel, batch.key_grid(tile), arguments, tile))
+    launches.append(Launch(sum_dkv_kernel, batch.key_grid(tile), arguments, tile))
     return launches
 
 

@@ -50,7 +50,7 @@ from dti_kernels.triton_tile import (
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
-def _ctx_fwd_kernel(
+def ctx_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, num_rows, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
@@ -116,7 +116,7 @@ def _ctx_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
-def _sum_fwd_kernel(
+def sum_fwd_kernel(
     q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr, out_ptr, lse_ptr, rows_ptr,
     num_rows, num_queries, num_context, num_ratios, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
@@ -198,11 +198,11 @@ def forward_launches(batch: Batch, out: Tensor, lse: Tensor) -> list[Launch]:
     if batch.has_context_queries:
         tile = batch.tile("ctx_fwd")
         arguments = {**outputs, **batch.context_inputs(), **batch.sizes(tile)}
-        launches.append(Launch(_ctx_fwd_kernel, batch.row_grid(batch.num_context, tile), arguments, tile))
+        launches.append(Launch(ctx_fwd_kernel, batch.row_grid(batch.num_context, tile), arguments, tile))
     if batch.num_sum:
         tile = batch.tile("sum_fwd")
         arguments = {**outputs, **batch.sum_inputs(), **batch.sizes(tile)}
-        launches.append(Launch(_sum_fwd_kernel, batch.row_grid(batch.num_sum, tile), arguments, tile))
+        launches.append(Launch(sum_fwd_kernel, batch.row_grid(batch.num_sum, tile), arguments, tile))
     return launches
 
 

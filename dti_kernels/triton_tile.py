@@ -243,6 +243,15 @@ def reset_ratio(ratios_ptr, num_ratios, row_reset_id, key_reset_id):
     return tl.load(ratios_ptr + distance)
 
 
+@triton.jit
+def tile_of_loop(i, num_tiles, GROUP: tl.constexpr, PACK: tl.constexpr):
+    """The row tile and the first head in the group of iteration `i`: all tiles of one pack of heads, then the next pack."""
+    if PACK == GROUP:
+        return i, 0
+    else:
+        return i % num_tiles, i // num_tiles * PACK
+
+
 def heads_per_tile(group: int, tile: Tile) -> int:
     """How many heads of a group of `group` share a tile: the largest divisor of the group within the tile's limit."""
     limit = min(group, tile.pack, tile.block_m)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.bench_score import made_up_data
+from benchmarks.made_up import made_up_data
 from dti_model.cli import main
 from dti_model.config import ModelConfig, TrainConfig
 from dti_model.run import MODEL_FOLDER, Run

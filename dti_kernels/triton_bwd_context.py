@@ -1,0 +1,147 @@
+"""Backward kernels of context rows: dQ over tiles of rows, dK/dV over tiles of keys (the maths: `triton_bwd.py`)."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dti_kernels.triton_tile import (
+    PER_BATCH,
+    ROW_STOP,
+    exponential,
+    inner,
+    key_ranges,
+    lane_offsets,
+    load_field,
+    load_keys,
+    load_tile,
+    masked_tile,
+    offsets,
+    packed_offsets,
+    row_spans,
+    store_tile,
+    tile_of_loop,
+    tile_rows,
+    to_exponent,
+    visible,
+    visible_keys,
+)
+
+
+@triton.jit(do_not_specialize=PER_BATCH)
+def ctx_dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, lse_tile_ptr, dq_ptr, rows_ptr, num_rows, num_context, scale,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dot, stride_doh,
+    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq and delta of BLOCK_M // PACK context rows of PACK heads.
+
+    Grid: (tiles of context rows, query heads / PACK). Reads q, do, out once and k, v over the tile's span; writes dq (laid
+    out as out) and delta once.
+    """
+    first = tl.program_id(0) * (BLOCK_M // PACK)
+    last = tl.minimum(first + BLOCK_M // PACK, num_context) - 1
+    row, lane = tile_rows(first, num_context, PACK, BLOCK_M)
+    head = tl.program_id(1) * PACK + lane
+    valid = row < num_context
+    q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
+    do = load_tile(do_ptr, offsets(row, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
+    out = load_tile(out_ptr, offsets(row, head, stride_ot, stride_oh), valid, HEAD_DIM, BLOCK_D, True)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0)
+    lse = to_exponent(lse, NATURAL)
+    group = tl.program_id(1) * PACK // GROUP
+    offs_tile = packed_offsets(row, group, head - group * GROUP, first, num_rows, GROUP, PACK)
+    tl.store(delta_ptr + offs_tile, delta, mask=valid)
+    tl.store(lse_tile_ptr + offs_tile, lse, mask=valid)
+    ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
+    key_first, num_left, num_full, num_masked = ranges[2], ranges[5], ranges[6], ranges[7]
+    k_ptr += tl.cast(group, tl.int64) * stride_kh
+    v_ptr += tl.cast(group, tl.int64) * stride_vh
+    offs_n = tl.arange(0, BLOCK_N)
+    exponent_scale = to_exponent(scale, NATURAL)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    for i in range(0, num_full):
+        key_0 = key_first + (num_left + i) * BLOCK_N
+        k = load_keys(k_ptr, key_0, stride_kt, offs_n, HEAD_DIM, BLOCK_D, False)  # [N, D]
+        v = load_keys(v_ptr, key_0, stride_vt, offs_n, HEAD_DIM, BLOCK_D, False)
+        s = inner(q, k)  # [M, N]
+        dp = inner(do, v)
+        p = exponential(s * exponent_scale - lse[:, None], NATURAL)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+    spans = row_spans(rows_ptr, num_rows, row, valid)  # loaded here: no registers held above
+    for i in range(0, num_masked):
+        key_0, key_bound = masked_tile(i, *ranges[:7], BLOCK_N)
+        key = key_0 + offs_n
+        inside = key < key_bound
+        k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)
+        v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
+        s = inner(q, k)
+        dp = inner(do, v)
+        p = exponential(s * exponent_scale - lse[:, None], NATURAL)
+        p = tl.where(visible_keys(spans, key, inside), p, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+    store_tile(dq_ptr, offsets(row, head, stride_ot, stride_oh), valid, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=PER_BATCH)
+def ctx_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dv_ptr, dv_sum_ptr, keys_ptr,
+    num_rows, num_context, scale,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
+    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_N context keys of one key head; dv starts from what [SUM] rows contributed in float32.
+
+    Grid: (tiles of keys, key heads). Reads k, v (and dv_sum) once and q, do, lse, delta of the context rows that see the
+    tile, for every head of the group; writes dk and dv once.
+    """
+    key_0 = tl.program_id(0) * BLOCK_N
+    key = key_0 + tl.arange(0, BLOCK_N)
+    inside = key < num_context
+    group = tl.program_id(1)
+    k = load_tile(k_ptr, offsets(key, group, stride_kt, stride_kh), inside, HEAD_DIM, BLOCK_D, True)
+    v = load_tile(v_ptr, offsets(key, group, stride_vt, stride_vh), inside, HEAD_DIM, BLOCK_D, True)
+    row_stop = load_field(keys_ptr, ROW_STOP, num_context, key, inside)
+    offs_dk = offsets(key, group, stride_dkt, stride_dkh)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if dv_sum_ptr is not None:
+        dv = load_tile(dv_sum_ptr, offs_dk, inside, HEAD_DIM, BLOCK_D, True)
+    else:
+        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    exponent_scale = to_exponent(scale, NATURAL)
+    num_tiles = tl.cdiv(tl.max(row_stop, 0) - key_0, BLOCK_M // PACK)
+    offs_q = lane_offsets(stride_qt, stride_qh, PACK, BLOCK_M)
+    offs_do = lane_offsets(stride_dot, stride_doh, PACK, BLOCK_M)
+
+    for i in range(0, num_tiles * (GROUP // PACK)):
+        tile, head_0 = tile_of_loop(i, num_tiles, GROUP, PACK)
+        first = key_0 + tile * (BLOCK_M // PACK)
+        row, lane = tile_rows(first, num_context, PACK, BLOCK_M)
+        valid = row < num_context
+        base_q = offsets(first, group * GROUP + head_0, stride_qt, stride_qh)
+        base_do = offsets(first, group * GROUP + head_0, stride_dot, stride_doh)
+        q = load_tile(q_ptr + base_q, offs_q, valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
+        do = load_tile(do_ptr + base_do, offs_do, valid, HEAD_DIM, BLOCK_D, True)
+        offs_tile = packed_offsets(row, group, head_0 + lane, first, num_rows, GROUP, PACK)
+        lse = tl.load(lse_tile_ptr + offs_tile, mask=valid, other=0.0)
+        delta = tl.load(delta_ptr + offs_tile, mask=valid, other=0.0)
+        s = inner(k, q)  # [N, M]
+        p = exponential(s * exponent_scale - lse[None, :], NATURAL)
+        p = tl.where(visible(row[None, :], key[:, None], row_stop[:, None]), p, 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dp = inner(v, do)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+
+    store_tile(dk_ptr, offs_dk, inside, dk * scale, HEAD_DIM, BLOCK_D)
+    store_tile(dv_ptr, offs_dk, inside, dv, HEAD_DIM, BLOCK_D)
