@@ -24,7 +24,7 @@ class Size:
         base: settings that every arm starts from.
         seeds: of the arms that decide.
         seeds_of_curves: of the other arms.
-        seeds_of_sweep: of the sweep's main arms, and of the plan `users`.
+        seeds_of_sweep: of the sweep's main arms, the plan `users`, and the k of `whole` that are candidates for a default.
         ks: targets per prompt of the curves; 0: whole histories.
         val_share: share of the validation targets that is scored.
         test_share: likewise for test.
@@ -224,7 +224,7 @@ def whole(size: Size) -> Plan:
     many = 10 * few
     full = DTIConfig(alpha_min=1.0, alpha_max=1.0, alpha_own=1.0)
     arms = [
-        _arm(f"{_k(k)}, {few} targets a step", size, seeds, k=k),
+        _arm(f"{_k(k)}, {few} targets a step", size, size.seeds_of_sweep, k=k),
         _arm("whole histories", size, seeds, k=0),
         _arm(f"{_k(k)}, {many} targets a step", size, seeds, k=k, targets_per_step=many),
         _arm(
@@ -235,8 +235,8 @@ def whole(size: Size) -> Plan:
             targets_per_step=many,
             mixed=False,
         ),
-        _arm(f"{_k(2 * k)}, smallest step", size, seeds, k=2 * k),
-        _arm(f"{_k(4 * k)}, smallest step", size, seeds, k=4 * k),
+        _arm(f"{_k(2 * k)}, smallest step", size, size.seeds_of_sweep, k=2 * k),
+        _arm(f"{_k(4 * k)}, smallest step", size, size.seeds_of_sweep, k=4 * k),
         _arm("whole histories, full reset", size, seeds, k=0, dti=full),
         _arm(
             "whole histories, learning rate x 2", size, seeds, k=0, learning_rate=2 * size.base.learning_rate
