@@ -4,8 +4,8 @@ A block of neighbouring rows meets the keys that any of its rows sees: one slice
 blocks are one call (a chunk, `cpu_blocks.py`), so that operators work on megabytes and not on kilobytes. Context rows run PyTorch's
 own blocked CPU attention on (block, slice) with the visibility as bias. So do [SUM] rows, with ALiBi in the bias; two streams and
 the gradient of slopes, which it cannot express, are batched matmuls. Their own key joins through the log-sum-exp. Time is
-O(T x (window + block)), memory O(T) beside one chunk. Slices are accumulated in order: deterministic. Autograd over the same
-blocks would allocate a full-size gradient per slice and turn quadratic.
+O(T x (window + block)), memory O(T) beside one chunk and the 16 MiB of biases that a layout keeps. Gradients of a key are summed
+block after block: deterministic. Autograd over the same blocks would allocate a full-size gradient per slice and turn quadratic.
 
 Heads are packed into rows: M rows of the R = H / G query heads of one key head are one `(M R, D)` matrix.
 Half precision is computed in float32, because CPUs without AVX512-BF16 have no fast 16-bit matmul.

@@ -20,8 +20,9 @@ from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, START, STOP
 
 # Bias of a key that a row does not see, per key that it lies outside.
 HIDDEN = 2.0**100
-# Several blocks in a chunk copy their keys; a block of more keys is a chunk of its own, whose keys are a slice.
-COPIED_KEYS = 1024
+# Several blocks in a chunk copy their keys; a block of more keys is a chunk of its own, whose keys are a slice. A cut prompt of more
+# rows is walked in blocks: as one call, its bias is a square.
+WIDE = 1024
 
 
 class Ends(NamedTuple):
@@ -248,11 +249,11 @@ def whole_prompts(table: RowTable, min_rows: int, block: int) -> list[Prompt]:
         return []
     longest = np.maximum.reduceat(fields[STOP] - fields[START], first)
     uncut = fields[START, first + counts - 1] == first
+    chosen = (counts >= min_rows) & (uncut | ((counts <= longest + block) & (counts <= WIDE)))
     by_head = table._replace(per_group=1)
     return [
         Prompt(slice(a, a + n), None if whole else by_head.chunks(a, a + n, n, n * n)[0])
-        for a, n, whole in zip(first.tolist(), counts.tolist(), uncut.tolist())
-        if n >= min_rows and n <= longest[np.searchsorted(first, a)] + block
+        for a, n, whole in zip(first[chosen].tolist(), counts[chosen].tolist(), uncut[chosen].tolist())
     ]
 
 
@@ -275,7 +276,7 @@ def _chunks(table: RowTable, first: int, stop: int, block: int, max_pairs: int) 
             prefix_first, prefix_stop, key_first, key_stop = spans[end]
             wider = max(num_prefix, prefix_stop - prefix_first), max(num_span, key_stop - key_first)
             is_short = tails[end] - heads[end] + 1 < block
-            is_large = (end + 1 - begin) * block * sum(wider) > max_pairs or sum(wider) > COPIED_KEYS
+            is_large = (end + 1 - begin) * block * sum(wider) > max_pairs or sum(wider) > WIDE
             if end > begin and (is_large or is_short):
                 break
             end, (num_prefix, num_span) = end + 1, wider

@@ -25,6 +25,7 @@ class Case:
     head_dim: int = 16
     separate_k_sum: bool = True
     alibi: bool = True
+    fixed_slopes: bool = False  # no gradient of the slopes is asked for, as when they are not trained
     reset: tuple[float, float, float] | None = (0.1, 0.8, 0.7)  # alpha_min, alpha_max, steepness
     candidate_lengths: list[list[int]] | None = None  # interactions are histories; num_targets is not read
 
@@ -67,6 +68,8 @@ class Case:
             del leaves["k_sum"]
         if not self.alibi:
             del leaves["alibi_slopes"]
+        elif self.fixed_slopes:
+            leaves["alibi_slopes"].requires_grad_(False)
         if self.reset is None:
             del leaves["k_initial"], leaves["v_initial"]
         return Inputs(layout, leaves, grad_out, self.reset)
@@ -74,7 +77,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of one call: `leaves` take gradients."""
+    """Arguments of one call: `leaves` take gradients, but for slopes that are fixed."""
 
     layout: StreamLayout
     leaves: dict[str, Tensor]
@@ -92,13 +95,14 @@ class Inputs:
         return attention(layout=self.layout, scale=self.scale, **kwargs)
 
     def run(self, attention) -> dict[str, Tensor]:
-        """Output and the gradient of every leaf, by name."""
+        """Output and the gradient of every leaf that takes one, by name."""
         out = self.call(attention)
+        leaves = {name: x for name, x in self.leaves.items() if x.requires_grad}
         # A leaf that nothing reads (k's [SUM] rows beside k_sum, say) may have no gradient: zero is meant.
-        grads = torch.autograd.grad(out, list(self.leaves.values()), self.grad_out, allow_unused=True)
+        grads = torch.autograd.grad(out, list(leaves.values()), self.grad_out, allow_unused=True)
         named = {
             f"d{name}": torch.zeros_like(leaf) if grad is None else grad
-            for (name, leaf), grad in zip(self.leaves.items(), grads)
+            for (name, leaf), grad in zip(leaves.items(), grads)
         }
         return {"out": out.detach()} | named
 
@@ -133,6 +137,18 @@ CASES = [
     Case("dti_minus", [[5, 3, 4] * 3], [[1] * 9], [6], window=2, alibi=False, reset=None),
     Case("one_key_stream", [[5, 3, 4] * 3], [[1] * 9], [6], window=2, separate_k_sum=False, reset=None),
     Case("alibi_only", [[5, 3, 4] * 3], [[1] * 9], [6], window=2, reset=None, prefix_lengths=[3]),
+    Case(
+        "fixed_slopes",
+        [[5, 3, 4] * 9],
+        [[1] * 27],
+        [20],
+        window=4,
+        reset=None,
+        prefix_lengths=[3],
+        num_heads=4,
+        num_groups=2,
+        fixed_slopes=True,
+    ),
     Case("reset_only", [[5, 3, 4] * 3], [[1] * 9], [6], window=2, alibi=False, prefix_lengths=[3]),
     Case("full_reset", [[5, 3, 4] * 3], [[1] * 9], [6], window=4, reset=(1.0, 1.0, 1.0)),
     Case(

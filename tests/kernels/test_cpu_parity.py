@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,6 +50,7 @@ def random_cases(draw: st.DrawFn) -> Case:
         num_groups=groups,
         head_dim=4,
         alibi=draw(st.booleans()),
+        fixed_slopes=draw(st.booleans()),
         reset=reset,
     )
 
@@ -59,6 +62,13 @@ def test_parity_on_random_prompts(case: Case, sizes: tuple[int, int, int]) -> No
         for name, size in zip(("CONTEXT_BLOCK", "SUM_BLOCK", "PROMPT_ROWS"), sizes):
             monkeypatch.setattr(cpu, name, size)
         check_parity(case, torch.float64, windowed_attn)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.alibi], ids=lambda case: case.name)
+def test_parity_without_the_gradient_of_slopes(case: Case) -> None:
+    """Another path of the backward, where nobody asks for it."""
+    for dtype in (torch.float64, torch.float32):
+        check_parity(replace(case, fixed_slopes=True), dtype, windowed_attn)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 3])
@@ -85,6 +95,16 @@ def test_parity_of_whole_prompts(window: int, cut: int, prefix: int) -> None:
         assert len(prompts) == (4 if window > 3 else 3)
         for dtype in (torch.float64, torch.float32):
             check_parity(case, dtype, windowed_attn)
+
+
+def test_long_cut_prompts_are_no_squares() -> None:
+    """A bias of rows times rows is memory that grows with the square of the window."""
+    for length, expected in ((100, 1), (200, 0)):
+        lengths = [[length] * 7]
+        layout = Case("wide", lengths, [[1] * 7], [1], window=5).inputs(torch.float64).layout
+        table = RowTable(layout.rows, layout.num_context, 1, torch.float64)
+        prompts = whole_prompts(table, cpu.PROMPT_ROWS, block=length + 100)
+        assert [prompt.cut is not None for prompt in prompts] == [True] * expected
 
 
 def test_layouts_made_in_inference_mode() -> None:
