@@ -25,46 +25,39 @@ def quality_rows(plan: str) -> Rows:
     return read_rows(RESULTS / f"quality-{plan}.jsonl")
 
 
-def quality_table(plan: str, split: str, hidden: tuple[str, ...] = ()) -> str:
-    """Arms with their means over seeds and the difference of AUC to the arm they are compared with.
+def quality_table(plan: str, scores: str | dict[str, str], hidden: tuple[str, ...] = ()) -> str:
+    """Arms with their means over seeds and the differences of AUC to the arms they are compared with.
 
     Args:
         plan: whose rows.
-        split: "test" or "val", the split whose scores are shown.
+        scores: "test" or "val", the scores whose AUC and log loss are shown; or column names of AUCs, by their scores.
         hidden: arms that are left out.
     """
     rows = quality_rows(plan)
     compared = [row for row in rows if row["benchmark"] == "quality-difference"]
-    against = compared[0]["against"]
-    differences = {row["arm"]: row for row in compared if row["against"] == against}
+    differences = {(row["arm"], row["against"]): row for row in compared}
+    bases = list(dict.fromkeys(row["against"] for row in compared))
     runs: dict[str, Rows] = {}
     for row in rows:
         if row["benchmark"] == "quality" and row["arm"] not in hidden:
             runs.setdefault(row["arm"], []).append(row)
-    lines = [
-        f"| | seeds | AUC | log loss | AUC less that of {against} (95 % interval) |",
-        "|---|---|---|---|---|",
-    ]
-    for arm, seeds in runs.items():
-        auc, loss = (np.mean([row[f"{split}_{metric}"] for row in seeds]) for metric in ("auc", "log_loss"))
-        shown = difference_text(differences[arm]) if arm in differences else ""
-        lines.append(f"| {arm} | {len(seeds)} | {auc:.4f} | {loss:.4f} | {shown} |")
+    if isinstance(scores, str):
+        shown = {f"{scores}_auc": "AUC", f"{scores}_log_loss": "log loss"}
+    else:
+        shown = {f"{key}_auc": name for key, name in scores.items()}
+    heads = ["", "seeds", *shown.values(), *(f"AUC less that of {base} (95 % interval)" for base in bases)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for arm in runs:
+        means = [f"{np.mean([row[key] for row in runs[arm]]):.4f}" for key in shown]
+        found = [differences.get((arm, base)) for base in bases]
+        texts = ["" if row is None else difference_text(row) for row in found]
+        lines.append(f"| {' | '.join([arm, str(len(runs[arm])), *means, *texts])} |")
     return "\n".join(lines)
 
 
 def difference_text(row: dict[str, Any]) -> str:
     """A difference with its interval."""
     return f"{row['auc_difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
-
-
-def control_text() -> str:
-    """DTI at the largest k beside sliding windows with the same [SUM]s: what streaming itself costs."""
-    rows = [row for row in quality_rows("table1") if row.get("against") == "SW, position fix"]
-    row = [row for row in rows if row["arm"].startswith("DTI, ")][-1]
-    return (
-        f"SW and DTI-minus rotate their [SUM]s, DTI does not. With equal [SUM]s, what streaming itself costs is "
-        f"{row['arm']} less {row['against']}: {difference_text(row)}, with {row['seeds'][0]} and {row['seeds'][1]} seeds."
-    )
 
 
 def setting_text(plan: str) -> str:
@@ -87,14 +80,23 @@ def setting_text(plan: str) -> str:
 
 
 def quality() -> str:
-    """Table 1, Figure 3 and whole histories."""
-    parts = [quality_table("table1", "test"), setting_text("table1")]
-    parts.append(control_text())
-    parts += ["Each fix alone:", quality_table("figure3", "test", hidden=("SW",))]
-    parts += [
-        "Longer prompts, on validation (one seed):",
+    """Table 1, Figure 3, larger steps, longer prompts and the layers that reset."""
+    both_ways = {"val": "AUC, one prompt per target", "val-streaming": "AUC, streaming as trained"}
+    parts = [
+        quality_table("table1", "test"),
+        setting_text("table1"),
+        "SW and DTI-minus rotate their [SUM]s, DTI does not: what streaming itself costs is the last column.",
+        "The same where an optimizer step holds four times the targets, so several users (validation):",
+        quality_table("users", "val"),
+        setting_text("users"),
+        "Each fix alone:",
+        quality_table("figure3", "test", hidden=("SW",)),
+        "Longer prompts, on validation:",
         quality_table("whole", "val"),
         setting_text("whole"),
+        "A deeper model, scored in two ways, by the layers whose [SUM]s are reset:",
+        quality_table("depth", both_ways),
+        setting_text("depth"),
     ]
     return "\n\n".join(parts)
 
