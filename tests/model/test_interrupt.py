@@ -18,6 +18,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
 
 from dti_model import checkpoint
 from dti_model import train as training
@@ -89,8 +90,14 @@ def assert_ends_like(config: TrainConfig, whole: dict[str, Any]) -> None:
     assert not leftovers
 
 
+def in_one_thread(target, *arguments: Any) -> None:
+    """As the tests themselves: sums of PyTorch's attention may depend in their last bit on the number of threads."""
+    torch.set_num_threads(1)
+    target(*arguments)
+
+
 def started(target, *arguments: Any) -> Any:
-    process = PROCESSES.Process(target=target, args=arguments)
+    process = PROCESSES.Process(target=in_one_thread, args=(target, *arguments))
     process.start()
     return process
 
