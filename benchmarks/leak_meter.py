@@ -123,7 +123,8 @@ def measure_run(folder: Path, num_targets: int) -> list[dict[str, Any]]:
         model = apply_dti(AutoModelForCausalLM.from_pretrained(folder / MODEL_FOLDER), dti).double().eval()
         found = [leak(model, dti, example, run.builder.format.labels) for example in examples]
         name = f"{config.dti.mode}, k = {config.k or 'all'}"
-        rows.append(_row(name, config.model.layers, reset or "as trained", found))
+        row = _row(name, config.model.layers, reset or "as trained", found)
+        rows.append({**row, "run": folder.name})
     return rows
 
 

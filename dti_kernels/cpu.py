@@ -99,7 +99,7 @@ class _Inputs:
         )
 
     def bias(self, chunk: Chunk) -> Tensor:
-        """`(B, 1, M R, N)` visibility of context rows."""
+        """`(B, 1, M R, N)` visibility."""
         return self.plan.bias(chunk, self.rows, self.q.shape[2], self.bias_buffer)
 
     def sum_bias(self, chunk: Chunk) -> Tensor:
@@ -250,9 +250,15 @@ def forward(
 
 
 def _blended_forward(x: _Inputs, chunk: Chunk, out: Tensor, lse: Tensor) -> None:
+    """[SUM] rows that read two streams."""
     _, scores, ratio = _blended_scores(x, chunk)
+    assert ratio is not None
+    assert x.v_initial is not None
     (p, lse_rows), query_rows = _softmax(scores), chunk.query_rows(x.num_skipped)
-    out[:, query_rows] = _read_values(x, chunk, p, ratio).view_as(out[:, query_rows])
+    p_initial = chunk.times_block(p, ratio)
+    read = torch.bmm(p - p_initial, chunk.gather_by_group(x.v))
+    read += torch.bmm(p_initial, chunk.gather_by_group(x.v_initial))
+    out[:, query_rows] = read.view_as(out[:, query_rows])
     lse[:, query_rows] = lse_rows.view_as(lse[:, query_rows])
 
 
@@ -261,14 +267,6 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     probability is exp(max - lse)."""
     p = torch.softmax(scores, -1)
     return p, scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
-
-
-def _read_values(x: _Inputs, chunk: Chunk, p: Tensor, ratio: Tensor | None) -> Tensor:
-    if ratio is None or x.v_initial is None:
-        return torch.bmm(p, chunk.gather_by_group(x.v))
-    p_initial = chunk.times_block(p, ratio)
-    read = torch.bmm(p - p_initial, chunk.gather_by_group(x.v))
-    return read + torch.bmm(p_initial, chunk.gather_by_group(x.v_initial))
 
 
 @dataclass

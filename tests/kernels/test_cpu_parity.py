@@ -21,14 +21,14 @@ def test_parity(case: Case, dtype: torch.dtype) -> None:
     check_parity(case, dtype, windowed_attn)
 
 
-@pytest.mark.parametrize(("context_block", "sum_block", "causal_rows"), [(1, 1, 64), (5, 3, 1), (16, 64, 8)])
+@pytest.mark.parametrize(("context_block", "sum_block", "prompt_rows"), [(1, 1, 64), (5, 3, 1), (16, 64, 8)])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_parity_at_other_block_sizes(
-    case: Case, context_block: int, sum_block: int, causal_rows: int, monkeypatch: pytest.MonkeyPatch
+    case: Case, context_block: int, sum_block: int, prompt_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "CONTEXT_BLOCK", context_block)
     monkeypatch.setattr(cpu, "SUM_BLOCK", sum_block)
-    monkeypatch.setattr(cpu, "PROMPT_ROWS", causal_rows)
+    monkeypatch.setattr(cpu, "PROMPT_ROWS", prompt_rows)
     check_parity(case, torch.float64, windowed_attn)
 
 
