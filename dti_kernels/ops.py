@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dti_kernels import cpu
+from dti_kernels import cpu, cpu_native
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? k_sum, Tensor? k_initial, Tensor? v_initial, Tensor? ratios, Tensor? slopes, "
@@ -69,12 +69,16 @@ def _widened(args: tuple[Any, ...]) -> list[Any]:
     return [x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in args]
 
 
+def _cpu_module() -> ModuleType:
+    return cpu_native if cpu_native.available() else cpu
+
+
 def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor]:
     if _interpreting():
         out, lse = _fwd_triton(*_widened(args))
         return out.to(args[0].dtype), lse
     with torch.autocast("cpu", enabled=False):
-        return cpu.forward(*args[:-1])
+        return _cpu_module().forward(*args[:-1])  # type: ignore[no-any-return]
 
 
 def _bwd_cpu(*args: Any) -> tuple[Tensor, ...]:
@@ -84,7 +88,7 @@ def _bwd_cpu(*args: Any) -> tuple[Tensor, ...]:
         grads = _bwd_triton(*_widened(args))
         return tuple(grad.to(grad_out.dtype if x is None else x.dtype) for grad, x in zip(grads, inputs))
     with torch.autocast("cpu", enabled=False):
-        return cpu.backward(*args[:-2], *args[-1:])  # all but mean_span
+        return _cpu_module().backward(*args[:-2], *args[-1:])  # type: ignore[no-any-return]  # all but mean_span
 
 
 _LIBRARY.impl("windowed_attn_fwd", _fwd_cpu, "CPU")

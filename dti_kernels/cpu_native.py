@@ -1,0 +1,280 @@
+"""Builds and calls `cpu_native.cpp`, the compiled CPU implementation of the operators.
+
+It is one C++ file without dependencies (no PyTorch headers, so one build serves every PyTorch), compiled once per machine for the
+machine's own vector instructions and kept in a cache folder. Where there is no compiler, `cpu.py` computes the same in PyTorch, and a
+warning says so once. Environment: `CXX` names the compiler, `DTI_CACHE_DIR` the folder (default `~/.cache/dti_kernels`), and
+`DTI_CPU=torch` chooses the PyTorch implementation, `DTI_CPU=native` makes a failed build an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
+CHOICES = ("auto", "native", "torch")
+
+_INTEGERS = (
+    "num_rows",
+    "num_context",
+    "num_skipped",
+    "num_heads",
+    "num_groups",
+    "head_dim",
+    "num_ratios",
+    "num_threads",
+)
+_POINTERS = (
+    *("q", "k", "v", "k_sum", "k_initial", "v_initial", "ratios", "slopes", "rows", "keys"),
+    *("out", "lse", "grad_out", "dq", "dk", "dv", "dk_sum", "dk_initial", "dv_initial", "dslopes"),
+    *("key_gradients", "parallel"),
+)
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of cpu_native.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _INTEGERS),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    ]
+
+
+def available() -> bool:
+    """Whether the compiled implementation is there and wanted; builds it the first time.
+
+    Raises:
+        ValueError: `DTI_CPU` is none of auto, native and torch.
+        RuntimeError: `DTI_CPU=native`, and it cannot be built.
+    """
+    choice = os.environ.get("DTI_CPU", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"DTI_CPU must be one of {', '.join(CHOICES)}, got {choice!r}")
+    if choice == "torch":
+        return False
+    if choice == "native" and _library() is None:
+        raise RuntimeError(f"DTI_CPU=native, but {SOURCE.name} was not built: {_build_error()}")
+    return _library() is not None
+
+
+@functools.cache
+def _build() -> tuple[ctypes.CDLL | None, str]:
+    """The loaded library, or None and why not."""
+    if sys.platform != "linux":
+        return None, f"it is built on Linux only, and this is {sys.platform}"
+    try:
+        return _load(_compiled()), ""
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        return None, detail.strip()
+
+
+def _library() -> ctypes.CDLL | None:
+    library, error = _build()
+    if library is None:
+        _warn(error)
+    return library
+
+
+def _build_error() -> str:
+    return _build()[1]
+
+
+@functools.cache
+def _warn(error: str) -> None:
+    warnings.warn(
+        "attention on CPUs runs in PyTorch, more slowly than it could: its C++ file could not be compiled. Install a C++ compiler "
+        f"(g++ or clang++) or name one in CXX; DTI_CPU=torch silences this. {error}",
+        stacklevel=2,
+    )
+
+
+def _compiled() -> Path:
+    """The shared library for this source, compiler and processor; made where it is missing."""
+    command = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, _architecture_flag()]
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
+    identity = "\n".join([SOURCE.read_text(), *command, version, _processor()])
+    name = f"cpu_native-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
+    for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"dti_kernels-{os.getuid()}"):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if (folder / name).exists() or os.access(folder, os.W_OK):
+                break
+        except OSError:
+            continue
+    library = folder / name
+    if not library.exists():
+        # Several processes may build at once: each under a name of its own, renamed when complete.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / name
+            subprocess.run(
+                [*command, "-o", str(made), str(SOURCE)], capture_output=True, text=True, check=True
+            )
+            made.rename(library)
+    return library
+
+
+def _cache_folder() -> Path:
+    chosen = os.environ.get("DTI_CACHE_DIR")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "dti_kernels"
+
+
+def _architecture_flag() -> str:
+    return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+
+
+def _processor() -> str:
+    """What `native` means here: a home folder may be shared by different machines."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for dtype in ("float32", "float64"):
+        library[f"dti_key_gradients_{dtype}"].restype = ctypes.c_int64
+    library.dti_size_of_arguments.restype = ctypes.c_int64
+    if library.dti_size_of_arguments() != ctypes.sizeof(_Arguments):
+        raise AttributeError(f"{path} was built for other arguments: delete it")
+    return library
+
+
+@functools.cache
+def _openmp_parallel() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch has loaded: its threads, and no second pool that fights for cores."""
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
+    for path in sorted(path for path in loaded if path.startswith("/") and "omp" in Path(path).name):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _arguments(
+    tensors: Sequence[Tensor | None], rows: Tensor, keys: Tensor, scale: float, num_groups: int
+) -> tuple[_Arguments, list[Tensor]]:
+    """The inputs as the library wants them, and the tensors that must outlive the call."""
+    names = ("q", "k", "v", "k_sum", "k_initial", "v_initial", "ratios", "slopes")
+    q = tensors[0]
+    assert q is not None
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    kept = {name: x.to(dtype).contiguous() for name, x in zip(names, tensors) if x is not None}
+    kept |= {"rows": rows.contiguous(), "keys": keys.contiguous()}
+    ratios = kept.get("ratios")
+    arguments = _Arguments(
+        num_rows=rows.shape[1],
+        num_context=keys.shape[1],
+        num_skipped=rows.shape[1] - q.shape[0],
+        num_heads=q.shape[1],
+        num_groups=num_groups,
+        head_dim=q.shape[2],
+        num_ratios=0 if ratios is None else len(ratios),
+        num_threads=torch.get_num_threads(),
+        scale=scale,
+        parallel=_openmp_parallel(),
+        **{name: x.data_ptr() for name, x in kept.items()},
+    )
+    return arguments, list(kept.values())
+
+
+def _call(name: str, arguments: _Arguments, dtype: torch.dtype) -> int:
+    library = _library()
+    assert library is not None
+    function = library[f"dti_{name}_{'float64' if dtype == torch.float64 else 'float32'}"]
+    function.restype = ctypes.c_int64 if name == "key_gradients" else ctypes.c_int
+    result: int = function(ctypes.byref(arguments))
+    return result
+
+
+def _checked(name: str, arguments: _Arguments, dtype: torch.dtype) -> None:
+    if _call(name, arguments, dtype):
+        raise MemoryError(f"windowed_attn: no memory for the {name} pass of {arguments.num_rows} rows")
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_sum: Tensor | None,
+    k_initial: Tensor | None,
+    v_initial: Tensor | None,
+    ratios: Tensor | None,
+    slopes: Tensor | None,
+    rows: Tensor,
+    keys: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As `cpu.forward`."""
+    inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
+    arguments, kept = _arguments(inputs, rows, keys, scale, k.shape[1])
+    out = torch.empty_like(kept[0])
+    lse = out.new_empty(q.shape[1], q.shape[0])
+    arguments.out, arguments.lse = out.data_ptr(), lse.data_ptr()
+    _checked("forward", arguments, out.dtype)
+    return out.to(q.dtype), lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_sum: Tensor | None,
+    k_initial: Tensor | None,
+    v_initial: Tensor | None,
+    ratios: Tensor | None,
+    slopes: Tensor | None,
+    rows: Tensor,
+    keys: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    slopes_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `cpu.backward`."""
+    inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
+    arguments, kept = _arguments(inputs, rows, keys, scale, k.shape[1])
+    dtype = kept[0].dtype
+    d_out, outputs = grad_out.to(dtype).contiguous(), out.to(dtype).contiguous()
+    arguments.grad_out, arguments.out = d_out.data_ptr(), outputs.data_ptr()
+    grads = {}
+    for name, x in zip(("dq", "dk", "dv", "dk_sum", "dk_initial", "dv_initial"), inputs):
+        if x is not None:
+            grads[name] = torch.empty(x.shape, dtype=dtype)
+            setattr(arguments, name, grads[name].data_ptr())
+    if slopes is not None and slopes_grad:
+        grads["dslopes"] = torch.zeros(slopes.shape, dtype=torch.float64)
+        arguments.dslopes = grads["dslopes"].data_ptr()
+    key_gradients = torch.empty(_call("key_gradients", arguments, dtype), dtype=dtype)
+    arguments.key_gradients = key_gradients.data_ptr()
+    _checked("backward", arguments, dtype)
+
+    def like(name: str, x: Tensor | None) -> Tensor:
+        return grads[name].to(x.dtype) if x is not None and name in grads else q.new_empty(0)
+
+    return (
+        like("dq", q),
+        like("dk", k),
+        like("dv", v),
+        like("dk_sum", k_sum),
+        like("dk_initial", k_initial),
+        like("dv_initial", v_initial),
+        like("dslopes", slopes),
+    )
