@@ -1,4 +1,4 @@
-"""Blocked attention over streaming prompts in plain PyTorch: the CPU implementation of the operators.
+"""Blocked attention over streaming prompts in plain PyTorch: the CPU implementation of the operators where none can be compiled.
 
 A block of neighbouring rows meets the keys that any of its rows sees: one slice, and the prefix where it lies apart. Several
 blocks are one call (a chunk, `cpu_blocks.py`), so that operators work on megabytes and not on kilobytes. Context rows run PyTorch's

@@ -1,7 +1,7 @@
-"""Builds and calls `cpu_native.cpp`, the compiled CPU implementation of the operators.
+"""Builds and calls `native/attention.cpp`, the compiled CPU implementation of the operators.
 
-It is one C++ file without dependencies (no PyTorch headers, so one build serves every PyTorch), compiled once per machine for the
-machine's own vector instructions and kept in a cache folder. Where there is no compiler, `cpu.py` computes the same in PyTorch, and a
+It is C++ without dependencies (no PyTorch headers, so one build serves every PyTorch), compiled once per machine, in about six
+seconds, for the machine's own vector instructions, and kept in a cache folder. Where there is no compiler, `cpu.py` computes the same in PyTorch, and a
 warning says so once. Environment: `CXX` names the compiler, `DTI_CACHE_DIR` the folder (default `~/.cache/dti_kernels`), and
 `DTI_CPU=torch` chooses the PyTorch implementation, `DTI_CPU=native` makes a failed build an error.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
 CHOICES = ("auto", "native", "torch")
 
@@ -39,14 +39,14 @@ _INTEGERS = (
     "num_threads",
 )
 _POINTERS = (
-    *("q", "k", "v", "k_sum", "k_initial", "v_initial", "ratios", "slopes", "rows", "keys"),
+    *("q", "k", "v", "k_sum", "k_initial", "v_initial", "ratios", "slopes", "rows"),
     *("out", "lse", "grad_out", "dq", "dk", "dv", "dk_sum", "dk_initial", "dv_initial", "dslopes"),
     *("key_gradients", "parallel"),
 )
 
 
 class _Arguments(ctypes.Structure):
-    """`Arguments` of cpu_native.cpp."""
+    """`Arguments` of native/segments.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in _INTEGERS),
@@ -67,9 +67,12 @@ def available() -> bool:
         raise ValueError(f"DTI_CPU must be one of {', '.join(CHOICES)}, got {choice!r}")
     if choice == "torch":
         return False
-    if choice == "native" and _library() is None:
-        raise RuntimeError(f"DTI_CPU=native, but {SOURCE.name} was not built: {_build_error()}")
-    return _library() is not None
+    library, error = _build()
+    if library is None and choice == "native":
+        raise RuntimeError(f"DTI_CPU=native, but it was not built: {error}")
+    if library is None:
+        _warn(error)
+    return library is not None
 
 
 @functools.cache
@@ -80,25 +83,14 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
     try:
         return _load(_compiled()), ""
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        return None, detail.strip()
-
-
-def _library() -> ctypes.CDLL | None:
-    library, error = _build()
-    if library is None:
-        _warn(error)
-    return library
-
-
-def _build_error() -> str:
-    return _build()[1]
+        lines = error.stderr.splitlines() if isinstance(error, subprocess.CalledProcessError) else []
+        return None, next((line for line in lines if "error" in line), str(error))
 
 
 @functools.cache
 def _warn(error: str) -> None:
     warnings.warn(
-        "attention on CPUs runs in PyTorch, more slowly than it could: its C++ file could not be compiled. Install a C++ compiler "
+        "attention on CPUs runs in PyTorch, more slowly than it could: its C++ could not be compiled. Install a C++ compiler "
         f"(g++ or clang++) or name one in CXX; DTI_CPU=torch silences this. {error}",
         stacklevel=2,
     )
@@ -108,7 +100,8 @@ def _compiled() -> Path:
     """The shared library for this source, compiler and processor; made where it is missing."""
     command = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, _architecture_flag()]
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
-    identity = "\n".join([SOURCE.read_text(), *command, version, _processor()])
+    sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    identity = "\n".join([*sources, *command, version, _processor()])
     name = f"cpu_native-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
     for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"dti_kernels-{os.getuid()}"):
         try:
@@ -123,7 +116,10 @@ def _compiled() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / name
             subprocess.run(
-                [*command, "-o", str(made), str(SOURCE)], capture_output=True, text=True, check=True
+                [*command, "-o", str(made), str(SOURCES / "attention.cpp")],
+                capture_output=True,
+                text=True,
+                check=True,
             )
             made.rename(library)
     return library
@@ -148,7 +144,7 @@ def _processor() -> str:
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for dtype in ("float32", "float64"):
-        library[f"dti_key_gradients_{dtype}"].restype = ctypes.c_int64
+        library[f"dti_num_gradients_{dtype}"].restype = ctypes.c_int64
     library.dti_size_of_arguments.restype = ctypes.c_int64
     if library.dti_size_of_arguments() != ctypes.sizeof(_Arguments):
         raise AttributeError(f"{path} was built for other arguments: delete it")
@@ -176,7 +172,7 @@ def _arguments(
     assert q is not None
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     kept = {name: x.to(dtype).contiguous() for name, x in zip(names, tensors) if x is not None}
-    kept |= {"rows": rows.contiguous(), "keys": keys.contiguous()}
+    kept["rows"] = rows.contiguous()
     ratios = kept.get("ratios")
     arguments = _Arguments(
         num_rows=rows.shape[1],
@@ -195,10 +191,10 @@ def _arguments(
 
 
 def _call(name: str, arguments: _Arguments, dtype: torch.dtype) -> int:
-    library = _library()
-    assert library is not None
+    library, error = _build()
+    assert library is not None, error
     function = library[f"dti_{name}_{'float64' if dtype == torch.float64 else 'float32'}"]
-    function.restype = ctypes.c_int64 if name == "key_gradients" else ctypes.c_int
+    function.restype = ctypes.c_int64 if name == "num_gradients" else ctypes.c_int
     result: int = function(ctypes.byref(arguments))
     return result
 
@@ -252,8 +248,8 @@ def backward(
     inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
     arguments, kept = _arguments(inputs, rows, keys, scale, k.shape[1])
     dtype = kept[0].dtype
-    d_out, outputs = grad_out.to(dtype).contiguous(), out.to(dtype).contiguous()
-    arguments.grad_out, arguments.out = d_out.data_ptr(), outputs.data_ptr()
+    d_out, outputs, lse = grad_out.to(dtype).contiguous(), out.to(dtype).contiguous(), lse.contiguous()
+    arguments.grad_out, arguments.out, arguments.lse = d_out.data_ptr(), outputs.data_ptr(), lse.data_ptr()
     grads = {}
     for name, x in zip(("dq", "dk", "dv", "dk_sum", "dk_initial", "dv_initial"), inputs):
         if x is not None:
@@ -262,7 +258,7 @@ def backward(
     if slopes is not None and slopes_grad:
         grads["dslopes"] = torch.zeros(slopes.shape, dtype=torch.float64)
         arguments.dslopes = grads["dslopes"].data_ptr()
-    key_gradients = torch.empty(_call("key_gradients", arguments, dtype), dtype=dtype)
+    key_gradients = torch.empty(_call("num_gradients", arguments, dtype), dtype=dtype)
     arguments.key_gradients = key_gradients.data_ptr()
     _checked("backward", arguments, dtype)
 

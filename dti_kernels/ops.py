@@ -1,9 +1,9 @@
 """Operator schemas, shapes without data, and which implementation runs on which device.
 
 `dti::windowed_attn_fwd` and `dti::windowed_attn_bwd` take tensors and numbers only, so that they trace, compile and
-checkpoint like any other operator. CUDA and ROCm tensors run the Triton kernels, CPU tensors `cpu.py`; with
-TRITON_INTERPRET=1 in the environment CPU tensors run the Triton kernels too, in Triton's interpreter. Triton is imported
-when a kernel is launched, never before.
+checkpoint like any other operator. CUDA and ROCm tensors run the Triton kernels, CPU tensors the compiled `cpu_native.py`, or
+`cpu.py` where there is no compiler. With TRITON_INTERPRET=1 in the environment CPU tensors run the Triton kernels too, in Triton's
+interpreter. Triton is imported when a kernel is launched, never before.
 """
 
 from __future__ import annotations

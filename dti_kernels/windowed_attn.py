@@ -60,7 +60,8 @@ def windowed_attn(
         ValueError: a shape or device does not fit the layout, or scale is negative or not finite; the message gives what it
             must be and what it was.
 
-    Cost: O(T x (window + tile) x H x D) time, O(T) memory. Deterministic: two runs are bitwise equal (on a CPU: with as many threads).
+    Cost: O(T x (window + tile) x H x D) time, O(T) memory. Deterministic: two runs are bitwise equal, on a CPU with any number
+    of threads (in PyTorch's implementation, which computes where there is no compiler: with as many).
     """
     if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
         q, k, v, k_sum, reset = _autocast(q.device.type, q, k, v, k_sum, reset)

@@ -1,4 +1,7 @@
-"""The blocked CPU path equals the dense reference: output and every gradient, over all cases and block sizes."""
+"""Both CPU implementations, compiled and in PyTorch, equal the dense reference: output and every gradient, over all cases.
+
+The PyTorch one also at other block sizes, and where it walks prompts in other ways.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,19 @@ from tests.cases import CASES, Case
 from tests.numerics import check_parity
 
 
+@pytest.fixture(autouse=True)
+def in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PyTorch implementation, unless a test asks for another."""
+    monkeypatch.setenv("DTI_CPU", "torch")
+
+
+@pytest.fixture(params=["native", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each implementation."""
+    monkeypatch.setenv("DTI_CPU", request.param)
+
+
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_parity(case: Case, dtype: torch.dtype) -> None:
@@ -64,6 +80,7 @@ def test_parity_on_random_prompts(case: Case, sizes: tuple[int, int, int]) -> No
         check_parity(case, torch.float64, windowed_attn)
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("case", [case for case in CASES if case.alibi], ids=lambda case: case.name)
 def test_parity_without_the_gradient_of_slopes(case: Case) -> None:
     """Another path of the backward, where nobody asks for it."""
@@ -107,6 +124,7 @@ def test_long_cut_prompts_are_no_squares() -> None:
         assert [prompt.cut is not None for prompt in prompts] == [True] * expected
 
 
+@pytest.mark.usefixtures("implementation")
 def test_layouts_made_in_inference_mode() -> None:
     """Such tensors have no version counter and no gradient; they are walked like any others."""
     case = Case("inference", [[9] * 6], [[1] * 6], [3], window=2, num_heads=4, num_groups=2)
@@ -115,6 +133,7 @@ def test_layouts_made_in_inference_mode() -> None:
         assert torch.equal(case.inputs(torch.float64).call(windowed_attn), expected)
 
 
+@pytest.mark.usefixtures("implementation")
 def test_gradcheck() -> None:
     inputs = Case(
         "small", [[2, 1, 3], [1, 2]], [[1, 1, 0], [0, 1]], [2, 1], window=1, prefix_lengths=[2, 0], head_dim=3

@@ -1,0 +1,140 @@
+// Attention over streaming prompts on CPUs, forward and backward: what cpu.py computes, in registers and caches.
+//
+//     context row:  s_j = scale q . k_j;   [SUM] row:  s_j = scale q . k~_j - slope dist(j), and itself;   out = softmax(s) v~
+//
+// Rows are cut into segments of neighbours; a task is one segment and one key head. It packs the keys and values that the segment
+// sees (once as rows, once transposed in panels of NR keys), then walks tiles of rows. The scores of a tile's rows with all of their
+// keys stay in the L2 cache, so softmax needs no running maximum. Six rows by NR keys are one register block, and only blocks that
+// some row sees are computed. Gradients of keys go to memory of their segment's own and are
+// summed segment after segment: results do not depend on the number of threads.
+//
+// Time O(T (window + block)), memory O(T) beside a tile of scores per thread. Built and called by cpu_native.py.
+#include <atomic>
+#include <new>
+#include <thread>
+
+#include "worker.h"
+
+namespace {
+
+using namespace dti;
+
+// Tasks 0, 1, ... on all threads: `make()` gives each thread what it calls with them.
+template <class Make> struct Tasks {
+    const Make& make;
+    Index count;
+    std::atomic<Index> next{0};
+    std::atomic<bool> failed{false};
+
+    static void work(void* tasks) {
+        auto& self = *static_cast<Tasks*>(tasks);
+        try {
+            auto run = self.make();
+            for (Index task; (task = self.next++) < self.count;) run(task);
+        } catch (const std::bad_alloc&) {
+            self.failed = true;
+        }
+    }
+};
+
+// False where memory ran out.
+template <class Make> bool run_tasks(const Arguments& x, Index count, const Make& make) {
+    Tasks<Make> tasks{make, count};
+    const unsigned num_threads = unsigned(max<Index>(1, min(x.num_threads, count)));
+    if (num_threads == 1) {
+        Tasks<Make>::work(&tasks);
+    } else if (x.parallel) {
+        using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+        reinterpret_cast<Parallel>(x.parallel)(&Tasks<Make>::work, &tasks, num_threads, 0);
+    } else {
+        std::vector<std::thread> threads;
+        for (unsigned i = 1; i < num_threads; i++) threads.emplace_back(&Tasks<Make>::work, &tasks);
+        Tasks<Make>::work(&tasks);
+        for (std::thread& thread : threads) thread.join();
+    }
+    return !tasks.failed;
+}
+
+template <class F> bool run_segments(const Arguments& x, const std::vector<Segment>& segments, bool backward, double* slopes) {
+    return run_tasks(x, Index(segments.size()) * x.num_groups, [&] {
+        return [&, worker = Worker<F>(x, backward)](Index task) mutable {
+            const Index segment = task / x.num_groups;
+            worker.run(segments[segment], task % x.num_groups, slopes ? slopes + segment * x.num_heads : nullptr);
+        };
+    });
+}
+
+// Gradients of neighbouring keys: sums over segments, in their order. `kind`: 0 keys, 1 values, 2 and 3 those of the initial states.
+template <class F>
+void sum_gradients(const Arguments& x, const std::vector<Segment>& segments, Range keys, bool of_context, bool of_sums, int kind,
+                   F factor, void* tensor) {
+    if (!tensor) return;
+    const Index row_size = x.num_groups * x.head_dim, depth = padded_depth<F>(x);
+    F* to = static_cast<F*>(tensor);
+    std::fill(to + keys.first * row_size, to + keys.stop * row_size, F(0));
+    for (const Segment& s : segments) {
+        if (!(s.sums ? of_sums : of_context)) continue;
+        for (const Range& part : {common(s.prefix, keys), common(s.span, keys)})
+            for (Index key = part.first; key < part.stop; key++)
+                for (Index g = 0; g < x.num_groups; g++) {
+                    const Index block = g * 2 * num_streams(x, s.sums) + kind;
+                    const F* from = static_cast<const F*>(x.key_gradients) + s.gradients +
+                                    (block * s.num_keys + s.local(key)) * depth;
+                    F* row = to + key * row_size + g * x.head_dim;
+                    for (Index d = 0; d < x.head_dim; d++) row[d] += factor * from[d];
+                }
+    }
+}
+
+template <class F> int64_t num_gradients(const Arguments& x) {
+    int64_t count = 0;
+    for (const Segment& segment : segments_of<F>(x)) count += segment.num_gradients;
+    return count;
+}
+
+template <class F> int forward(const Arguments& x) try {
+    return run_segments<F>(x, segments_of<F>(x), false, nullptr) ? 0 : 1;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+template <class F> int backward(const Arguments& x) try {
+    const std::vector<Segment> segments = segments_of<F>(x);
+    std::vector<double> slopes(x.dslopes ? segments.size() * x.num_heads : 0);
+    if (!run_segments<F>(x, segments, true, x.dslopes ? slopes.data() : nullptr)) return 1;
+    for (size_t i = 0; i < slopes.size(); i++) x.dslopes[i % x.num_heads] += slopes[i];
+    if (x.k_sum) {  // then nobody reads the keys of [SUM] rows
+        const Index row_size = x.num_groups * x.head_dim;
+        F* dk = static_cast<F*>(x.dk);
+        std::fill(dk + x.num_context * row_size, dk + x.num_rows * row_size, F(0));
+    }
+    constexpr Index KEYS = 64;
+    const bool summed = run_tasks(x, (x.num_context + KEYS - 1) / KEYS, [&] {
+        return [&](Index task) {
+            const Range keys{task * KEYS, min((task + 1) * KEYS, x.num_context)};
+            sum_gradients<F>(x, segments, keys, true, !x.k_sum, 0, F(x.scale), x.dk);
+            sum_gradients<F>(x, segments, keys, true, true, 1, F(1), x.dv);
+            sum_gradients<F>(x, segments, keys, false, true, 0, F(x.scale), x.dk_sum);
+            sum_gradients<F>(x, segments, keys, false, true, 2, F(x.scale), x.dk_initial);
+            sum_gradients<F>(x, segments, keys, false, true, 3, F(1), x.dv_initial);
+        };
+    });
+    return summed ? 0 : 1;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+}  // namespace
+
+extern "C" {
+// 0, or 1 where memory ran out.
+int dti_forward_float32(const Arguments* x) { return forward<float>(*x); }
+int dti_forward_float64(const Arguments* x) { return forward<double>(*x); }
+int dti_backward_float32(const Arguments* x) { return backward<float>(*x); }
+int dti_backward_float64(const Arguments* x) { return backward<double>(*x); }
+// How many numbers `key_gradients` of a backward must hold.
+int64_t dti_num_gradients_float32(const Arguments* x) { return num_gradients<float>(*x); }
+int64_t dti_num_gradients_float64(const Arguments* x) { return num_gradients<double>(*x); }
+// So that a caller built against another layout of the arguments notices.
+int64_t dti_size_of_arguments() { return sizeof(Arguments); }
+}

@@ -1,0 +1,180 @@
+"""The compiled CPU implementation: parity at other tile sizes and vector widths, threads, its build and what happens without one.
+
+Its parity at the sizes that are shipped is in test_cpu_parity.py, beside that of the PyTorch implementation.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from dti_kernels import StreamLayout, cpu_native, windowed_attn
+from tests.cases import CASES, Case
+from tests.kernels.test_cpu_parity import random_cases
+from tests.numerics import check_parity
+
+VARIANTS = {
+    "tiny tiles": ("-DDTI_TILE_ROWS=7", "-DDTI_SEGMENT_ROWS=5"),
+    "128-bit vectors": ("-DDTI_VECTOR_BYTES=16", "-DDTI_SEGMENT_ROWS=64"),
+    "512-bit vectors": ("-DDTI_VECTOR_BYTES=64", "-DDTI_TILE_ROWS=24"),
+}
+
+
+@pytest.fixture(autouse=True)
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail, rather than test PyTorch's implementation, where there is no compiler."""
+    monkeypatch.setenv("DTI_CPU", "native")
+
+
+@contextmanager
+def built_with(*flags: str) -> Iterator[None]:
+    """The library built with other constants, unoptimised for the sake of time."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(cpu_native, "FLAGS", (*cpu_native.FLAGS, "-O1", *flags))
+        cpu_native._build.cache_clear()
+        try:
+            yield
+        finally:
+            cpu_native._build.cache_clear()
+
+
+@pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
+def test_parity_of_variants(flags: tuple[str, ...]) -> None:
+    with built_with(*flags):
+        for case in CASES:
+            for dtype in (torch.float64, torch.float32):
+                check_parity(case, dtype, windowed_attn)
+
+
+@pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
+def test_variants_on_random_prompts(flags: tuple[str, ...]) -> None:
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(random_cases())
+    def check(case: Case) -> None:
+        check_parity(case, torch.float64, windowed_attn)
+
+    with built_with(*flags):
+        check()
+
+
+LONG = Case(
+    "long",
+    [[9, 4, 7, 12] * 40, [5, 8] * 30, [3] * 70],
+    [[1] * 160, [1] * 60, [1] * 70],
+    [150, 20, 1],
+    window=20,
+    prefix_lengths=[1, 4, 0],
+    num_heads=4,
+    num_groups=2,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_parity_over_several_segments(dtype: torch.dtype) -> None:
+    check_parity(LONG, dtype, windowed_attn)
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    """Tasks and the order of sums are those of the layout: bitwise equal, on PyTorch's threads and on threads of its own."""
+    expected = LONG.inputs(torch.float32).run(windowed_attn)
+    for num_threads, parallel in ((2, True), (5, True), (3, False)):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if not parallel:
+                monkeypatch.setattr(cpu_native, "_openmp_parallel", lambda: None)
+            monkeypatch.setattr(torch, "get_num_threads", lambda n=num_threads: n)
+            results = LONG.inputs(torch.float32).run(windowed_attn)
+        for name, value in expected.items():
+            assert torch.equal(results[name], value), f"{name} with {num_threads} threads"
+
+
+def test_pytorchs_threads_are_found() -> None:
+    """Where PyTorch is built with OpenMP, its thread pool is used."""
+    assert (cpu_native._openmp_parallel() is not None) == torch.backends.openmp.is_available()
+
+
+def test_nan_is_not_hidden() -> None:
+    """A run that diverged must be seen: exponentials clamp what is too small, not what is no number."""
+    inputs = LONG.inputs(torch.float32)
+    inputs.leaves["q"].data[7, 1, 3] = float("nan")
+    out = inputs.call(windowed_attn)
+    assert out[7, 1].isnan().all()
+    assert out.isnan().sum() == out.shape[2]
+
+
+def test_memory_of_gradients_is_linear_in_rows() -> None:
+    def size(num_interactions: int) -> int:
+        layout = StreamLayout.build([[4] * num_interactions], [[1] * num_interactions], [num_interactions], 5)
+        q = torch.zeros(layout.num_rows, 2, 8)
+        arguments, _ = cpu_native._arguments((q, q, q), layout.rows, layout.keys, 1.0, 2)
+        return cpu_native._call("num_gradients", arguments, torch.float32)
+
+    small, large = size(2000), size(8000)
+    assert large <= 4.1 * small
+    # Keys and values of every row and of what its segment sees before it: twice an input's size and a half.
+    assert small <= 2.5 * (2 * 2000 * 6 * 2 * 8)
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A warning with the way out, once, and PyTorch computes."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("DTI_CACHE_DIR", str(tmp_path))
+    case = CASES[1].inputs(torch.float64)
+    expected = case.call(windowed_attn)
+    cpu_native._build.cache_clear()
+    cpu_native._warn.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="DTI_CPU=native.*no-such-compiler"):
+            case.call(windowed_attn)
+        cpu_native._warn.cache_clear()
+        monkeypatch.setenv("DTI_CPU", "auto")
+        with pytest.warns(UserWarning, match=r"Install a C\+\+ compiler.*CXX.*no-such-compiler"):
+            out = case.call(windowed_attn)
+        torch.testing.assert_close(out, expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            case.call(windowed_attn)
+    finally:
+        cpu_native._build.cache_clear()
+        cpu_native._warn.cache_clear()
+
+
+def test_a_broken_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "c++ --no-such-option")
+    monkeypatch.setenv("DTI_CACHE_DIR", str(tmp_path))
+    cpu_native._build.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="no-such-option"):
+            CASES[1].inputs(torch.float64).call(windowed_attn)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        cpu_native._build.cache_clear()
+
+
+def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTI_CPU", "gpu")
+    with pytest.raises(ValueError, match="DTI_CPU must be one of auto, native, torch, got 'gpu'"):
+        CASES[1].inputs(torch.float64).call(windowed_attn)
+
+
+def test_it_is_built_once(tmp_path: Path) -> None:
+    """A second process finds what the first has built."""
+    code = "from dti_kernels import cpu_native; assert cpu_native.available(); print(cpu_native._compiled())"
+    built = []
+    for cxx in ("c++ -O0", "c++ -O0", "c++ -O1"):
+        environment = {"DTI_CACHE_DIR": str(tmp_path), "CXX": cxx, "PATH": "/usr/local/bin:/usr/bin:/bin"}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        path = Path(result.stdout.strip())
+        built.append((path, path.stat().st_mtime_ns))
+    assert built[0] == built[1]
+    assert built[2][0] != built[0][0], "other flags are another library"
+    assert sorted(tmp_path.iterdir()) == sorted({path for path, _ in built})
