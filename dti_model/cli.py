@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import NonNegativeInt
 
 from dti_model.prepare_cli import add_prepare, run_prepare
+from dti_model.process import set_up_process
 
 
 class _KeepLines(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -22,9 +22,7 @@ class _KeepLines(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors of the user are one line on stderr and exit status 2."""
-    # Threads that wait at barriers should sleep: beside another busy process, spinning made steps 3 to 40 times slower
-    # (benchmarks/LOG.md). Read when torch is loaded, which only the commands do.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_up_process()
     parser = _parser()
     parsed = parser.parse_args(arguments)
     commands = {

@@ -100,22 +100,21 @@ template <class F> class Worker {
         else pack_rows(stream.value_rows, values);
     }
 
-    // A row of the tensor for every local key, zeros in between.
-    template <class Body> void for_keys(const void* tensor, Body body) {
-        for (Index key = 0; key < s->num_keys; key++) {
-            const bool in_span = key >= s->span_first;
-            const Index of = in_span ? s->span.first + key - s->span_first : s->prefix.first + key;
-            const F* row = of < (in_span ? s->span.stop : s->prefix.stop) ? row_of(tensor, of) : nullptr;
-            if (row)  // heads lie apart, which hides from the processor what is read next
-                for (Index d = 0; d < x.head_dim; d += 64 / Index(sizeof(F)))
-                    __builtin_prefetch(row + 12 * x.num_groups * x.head_dim + d);
-            body(key, row);
-        }
+    // The row of a local key in a tensor, null where padding has no key. Fetches one a little farther on: heads lie apart, which hides
+    // from the processor what is read next.
+    const F* key_row(const void* tensor, Index key) const {
+        const bool in_span = key >= s->span_first;
+        const Index of = in_span ? s->span.first + key - s->span_first : s->prefix.first + key;
+        if (of >= (in_span ? s->span.stop : s->prefix.stop)) return nullptr;
+        const F* row = row_of(tensor, of);
+        for (Index d = 0; d < x.head_dim; d += 64 / Index(sizeof(F)))
+            __builtin_prefetch(row + 12 * x.num_groups * x.head_dim + d);
+        return row;
     }
 
     void pack_rows(std::vector<F>& memory, const void* tensor) {
         F* to = sized(memory, s->num_keys * depth);
-        for_keys(tensor, [&](Index key, const F* row) { copy_padded(to + key * depth, row); });
+        for (Index key = 0; key < s->num_keys; key++) copy_padded(to + key * depth, key_row(tensor, key));
     }
 
     void copy_padded(F* to, const F* row) const {
@@ -126,11 +125,21 @@ template <class F> class Worker {
 
     void pack_panels(std::vector<F>& memory, const void* tensor) {
         F* to = sized(memory, s->num_keys * depth);
-        for_keys(tensor, [&](Index key, const F* row) {
+        const F zeros[LANES<F>] = {};
+        for (Index key = 0; key < s->num_keys; key += LANES<F>) {
             F* panel = to + key / NR<F> * NR<F> * depth + key % NR<F>;
-            for (Index d = 0; d < x.head_dim; d++) panel[d * NR<F>] = row ? row[d] : F(0);
-            for (Index d = x.head_dim; d < depth; d++) panel[d * NR<F>] = F(0);
-        });
+            const F* rows[LANES<F>];
+            for (int i = 0; i < LANES<F>; i++) rows[i] = key_row(tensor, key + i);
+            Index d = 0;
+            for (; d + LANES<F> <= x.head_dim; d += LANES<F>) {
+                V<F> block[LANES<F>];
+                for (int i = 0; i < LANES<F>; i++) block[i] = load(rows[i] ? rows[i] + d : zeros);
+                transpose<F>(block);
+                for (int i = 0; i < LANES<F>; i++) store(panel + (d + i) * NR<F>, block[i]);
+            }
+            for (; d < depth; d++)
+                for (int i = 0; i < LANES<F>; i++) panel[d * NR<F> + i] = rows[i] && d < x.head_dim ? rows[i][d] : F(0);
+        }
     }
 
     // Few [SUM] rows where they lie far apart: a tile has a column for every key between them.
@@ -246,8 +255,6 @@ template <class F> class Worker {
     void probabilities() {
         const Index ld = num_columns;
         F* p = sized(scores, num_rows * ld);
-        // Rows between those that see a panel are read with it.
-        if (backward) std::memset(p, 0, num_rows * ld * sizeof(F));
         const Range columns{0, num_columns};
         for_chunks([&](Range chunk) { multiply(q.data(), current.key_panels, chunk, p + chunk.first, ld); });
         if (two_streams) {
@@ -305,8 +312,9 @@ template <class F> class Worker {
             factor = 1;
             const F slope = static_cast<const F*>(x.slopes)[g * per_group + r];
             for_distances(i, [&](Range range, Index distance) {
-                for (Index c = range.first; c < range.stop; c++)
-                    p[c] = p[c] * scale - slope * F(distance - (c - range.first));
+                const F farthest = F(distance);  // and 32-bit counters, which processors convert by the vector
+                for (int c = 0; c < int(range.size()); c++)
+                    p[range.first + c] = p[range.first + c] * scale - slope * (farthest - F(c));
             });
         }
         F own = F(HIDDEN);
@@ -404,23 +412,29 @@ template <class F> class Worker {
             }
     }
 
-    // to (keys x depth, from the chunk's first) += p^T (columns of the chunk x rows) . a (rows x depth)
+    // to (keys x depth, from the chunk's first) += p^T (columns of the chunk x rows) . a (rows x depth), panel by panel: only where a
+    // block has computed a panel does `p` hold anything.
     void times_columns(const F* p, Index ld, const F* a, Range chunk, F* to) const {
-        for (Index column = chunk.first; column < chunk.stop; column += MR) {
-            const int count = int(min<Index>(MR, chunk.stop - column));
-            const Range rows = rows_that_see({column, column + count});
-            if (!rows.empty())
-                accumulate<F, true>(count, p + rows.first * ld + column - chunk.first, ld, a + rows.first * depth, rows.size(),
-                                    to + (column - chunk.first) * depth, depth);
-        }
+        for (Index panel = chunk.first; panel < chunk.stop; panel += NR<F>)
+            for_rows_that_see(panel, [&](Range rows) {
+                for (Index column = panel; column < panel + NR<F>; column += MR)
+                    accumulate<F, true>(int(min<Index>(MR, panel + NR<F> - column)), p + rows.first * ld + column - chunk.first, ld,
+                                        a + rows.first * depth, rows.size(), to + (column - chunk.first) * depth, depth);
+            });
     }
 
-    Range rows_that_see(Range columns) const {
+    // Rows of neighbouring blocks that see a panel: nearly always one range of them.
+    template <class Body> void for_rows_that_see(Index panel_column, Body body) const {
         Range rows;
-        for (const Block& block : blocks)
-            for (const Range& range : block.columns)
-                if (!common(range, columns).empty()) rows = hull(rows, {block.first, block.first + block.count});
-        return rows;
+        for (const Block& block : blocks) {
+            if (sees(block, panel_column)) {
+                rows = hull(rows, {block.first, block.first + block.count});
+            } else if (!rows.empty()) {
+                body(rows);
+                rows = {};
+            }
+        }
+        if (!rows.empty()) body(rows);
     }
 
     void finish_with_gradients() {
@@ -448,19 +462,14 @@ template <class F> class Worker {
         }
     }
 
-    // `d_s` (rows x CHUNK): gradients of a chunk's scores, 0 where nobody sees. With two streams, what belongs to the initial states
+    // `d_s` (rows x CHUNK): gradients of a chunk's scores, in the panels that blocks see. With two streams, what belongs to the initial states
     // moves from `scores` and `d_s` to `p_chunk_initial` and `d_s_initial`.
     void score_gradients(Range chunk) {
-        const auto zeros = [&](std::vector<F>& memory) {
-            F* to = sized(memory, num_rows * CHUNK);
-            std::memset(to, 0, num_rows * CHUNK * sizeof(F));
-            return to;
-        };
-        F *p = scores.data() + chunk.first, *ds = zeros(d_s);
+        F *p = scores.data() + chunk.first, *ds = sized(d_s, num_rows * CHUNK);
         multiply(d_out.data(), current.value_panels, chunk, ds, CHUNK);
         F *ds_initial = nullptr, *p_initial = nullptr;
         if (two_streams) {
-            ds_initial = zeros(d_s_initial), p_initial = zeros(p_chunk_initial);
+            ds_initial = sized(d_s_initial, num_rows * CHUNK), p_initial = sized(p_chunk_initial, num_rows * CHUNK);
             multiply(d_out.data(), initial.value_panels, chunk, ds_initial, CHUNK);
         }
         for_rows(chunk, [&](Index t, Range columns) {
