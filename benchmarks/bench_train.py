@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--token-budget", type=int, default=8192)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--mode", default="dti")
     parser.add_argument("--out", type=Path, default=RESULTS / "train-cpu.jsonl")
     smoke = {"k": ["1", "4", "all"], "layers": 1, "width": 16, "heads": 2, "token_budget": 1024, "steps": 1}

@@ -24,7 +24,7 @@ class Throughput:
     """Training steps at one k.
 
     Attributes:
-        targets_per_s: median over steps.
+        targets_per_s: `rows_per_s / rows_per_target`. The targets of a few batches vary by several percent more than an epoch's.
         rows_per_s: context tokens and [SUM]s, median over steps.
         rows_per_target: of all prompts of an epoch.
         peak_mib: most memory that PyTorch held on a CUDA device; None on a CPU.
@@ -50,23 +50,21 @@ def measure_training(run: Run, ks: Sequence[int | None], num_steps: int) -> dict
     model = copy.deepcopy(run.model).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     datasets = {k: packed_epoch(run, k) for k in ks}
-    speeds: dict[int | None, list[tuple[float, float]]] = {k: [] for k in ks}
+    speeds: dict[int | None, list[float]] = {k: [] for k in ks}
     peak: dict[int | None, float] = {}
     for step in range(num_steps + 1):
         for k, dataset in datasets.items():
-            rows, targets, seconds, peak[k] = timed_step(run, model, optimizer, dataset, step)
+            rows, _, seconds, peak[k] = timed_step(run, model, optimizer, dataset, step)
             if step:
-                speeds[k].append((targets / seconds, rows / seconds))
+                speeds[k].append(rows / seconds)
     cuda = model.device.type == "cuda"
-    return {
-        k: Throughput(
-            targets_per_s=float(np.median([targets for targets, _ in speeds[k]])),
-            rows_per_s=float(np.median([rows for _, rows in speeds[k]])),
-            rows_per_target=float(dataset.num_rows.sum() / dataset.prompts.num_targets.sum()),
-            peak_mib=round(peak[k], 1) if cuda else None,
-        )
-        for k, dataset in datasets.items()
-    }
+    results = {}
+    for k, dataset in datasets.items():
+        rows_per_s = float(np.median(speeds[k]))
+        rows_per_target = float(dataset.num_rows.sum() / dataset.prompts.num_targets.sum())
+        peak_mib = round(peak[k], 1) if cuda else None
+        results[k] = Throughput(rows_per_s / rows_per_target, rows_per_s, rows_per_target, peak_mib)
+    return results
 
 
 def packed_epoch(run: Run, k: int | None) -> PackedPrompts:
