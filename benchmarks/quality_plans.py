@@ -68,6 +68,7 @@ SIZES = {
             model=ModelConfig(layers=2, width=64, heads=4, kv_heads=2, mlp_width=172, dropout=0.0),
         ),
         seeds=3,
+        seeds_of_curves=3,
         seeds_of_sweep=2,
         ks=(5, 10, 20, 30, 50),
         val_share=0.34,
