@@ -22,10 +22,10 @@ KS = {
     "figure2": (5, 10, 20, 30, 40, 50),
     "figure3": (50,),
 }
-KS |= {"sweep": (50,), "depth": (50,), "whole": (50, 200, 0), "users": (50,)}
+KS |= {"sweep": (50,), "depth": (50,), "whole": (50, 200, 0), "users": (50,), "long": (50, 100, 200)}
 MODES = {"table1": ("dti-minus", "dti"), "figure2": ("dti-minus", "dti"), "table3": ("dti",)}
 MODES |= {"figure3": ("dti-minus", "dti-position", "dti-reset", "dti")}
-MODES |= dict.fromkeys(("sweep", "depth", "whole", "users"), ("dti",))
+MODES |= dict.fromkeys(("sweep", "depth", "whole", "users", "long"), ("dti",))
 EVERY_LAYER = f"--dti.reset_layers '{list(range(32))}'".replace(", ", ",")
 # Of plans on ML-1M alone, which decide on validation: settings by the name of their run.
 VARIANTS = {
@@ -38,6 +38,7 @@ VARIANTS = {
     },
     "whole": {"": ""},
     "users": {"": ""},
+    "long": {"": ""},
 }
 
 

@@ -24,7 +24,7 @@ class Size:
         base: settings that every arm starts from.
         seeds: of the arms that decide.
         seeds_of_curves: of the other arms.
-        seeds_of_sweep: of the sweep's main arms, the plan `users`, and the k of `whole` that are candidates for a default.
+        seeds_of_sweep: of the sweep's main arms, the plans `users` and `long`, and the k of `whole` that are candidates for a default.
         ks: targets per prompt of the curves; 0: whole histories.
         val_share: share of the validation targets that is scored.
         test_share: likewise for test.
@@ -255,6 +255,15 @@ def users(size: Size) -> Plan:
     return Plan("Does streaming cost accuracy where a step holds several users?", arms, SW_ALIBI)
 
 
+def long(size: Size) -> Plan:
+    """Streaming beside sliding windows where models have had time to learn: all targets, three times the epochs."""
+    base = replace(size.base, train_targets=size.whole_targets, epochs=3 * size.base.epochs)
+    size, k = replace(size, base=base), max(size.ks)
+    arms = [*_sliding(size)[1:], *(_arm(f"{DTI}, {_k(n * k)}", size, k=n * k) for n in (1, 2, 4))]
+    arms = [replace(arm, seeds=size.seeds_of_sweep) for arm in arms]
+    return Plan("Does streaming cost accuracy where models have learnt?", arms, SW_ALIBI, score_other=True)
+
+
 PLANS: dict[str, Callable[[Size], Plan]] = {
     "table1": table1,
     "table3": table3,
@@ -264,4 +273,5 @@ PLANS: dict[str, Callable[[Size], Plan]] = {
     "depth": depth,
     "whole": whole,
     "users": users,
+    "long": long,
 }

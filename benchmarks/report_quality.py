@@ -65,12 +65,14 @@ def setting_text(plan: str) -> str:
     rows = quality_rows(plan)
     run = next(row for row in rows if row["benchmark"] == "quality")
     compared = next(row for row in rows if row["benchmark"] == "quality-difference")
-    sizes = {row["targets_per_step"] for row in rows if row["benchmark"] == "quality"}
+    runs = [row for row in rows if row["benchmark"] == "quality"]
+    sizes = {row["targets_per_step"] for row in runs}
     per_step = (
         f", about {run['targets_per_step']} targets per optimizer step at every k" if len(sizes) == 1 else ""
     )
-    if any(row.get("k") == 0 for row in rows):
-        per_step = ""  # a whole history is the least a step can hold
+    if any(row["k"] == 0 or row["k"] > row["targets_per_step"] for row in runs):
+        # A prompt is the least a step can hold.
+        per_step = f", optimizer steps of about {min(sizes)} targets or one prompt" if len(sizes) == 1 else ""
     return (
         f"{run['model']} Llama from scratch, {run['train_targets']:,} training targets of {run['data']}, "
         f"{run['epochs']} epoch{'s' if run['epochs'] != 1 else ''}{per_step}; "
@@ -89,6 +91,9 @@ def quality() -> str:
         "The same where an optimizer step holds four times the targets, so several users (validation):",
         quality_table("users", "val"),
         setting_text("users"),
+        "Longer training, longer prompts (validation):",
+        quality_table("long", both_ways),
+        setting_text("long"),
         "Each fix alone:",
         quality_table("figure3", "test", hidden=("SW",)),
         "Longer prompts, on validation:",
