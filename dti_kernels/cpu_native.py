@@ -1,9 +1,9 @@
 """Builds and calls `native/attention.cpp`, the compiled CPU implementation of the operators.
 
 It is C++ without dependencies (no PyTorch headers, so one build serves every PyTorch), compiled once per machine, in about six
-seconds, for the machine's own vector instructions, and kept in a cache folder. Where there is no compiler, `cpu.py` computes the same in PyTorch, and a
-warning says so once. Environment: `CXX` names the compiler, `DTI_CACHE_DIR` the folder (default `~/.cache/dti_kernels`), and
-`DTI_CPU=torch` chooses the PyTorch implementation, `DTI_CPU=native` makes a failed build an error.
+seconds, for the machine's own vector instructions, and kept in a cache folder. Where there is no compiler, `cpu.py` computes the
+same in PyTorch, and a warning says so once. Environment: `CXX` names the compiler, `DTI_CACHE_DIR` the folder (default
+`~/.cache/dti_kernels`), and `DTI_CPU=torch` chooses the PyTorch implementation, `DTI_CPU=native` makes a failed build an error.
 """
 
 from __future__ import annotations
@@ -103,17 +103,10 @@ def _compiled() -> Path:
     sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
     identity = "\n".join([*sources, *command, version, _processor()])
     name = f"cpu_native-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
-    for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"dti_kernels-{os.getuid()}"):
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if (folder / name).exists() or os.access(folder, os.W_OK):
-                break
-        except OSError:
-            continue
-    library = folder / name
+    library = _cache_folder() / name
     if not library.exists():
         # Several processes may build at once: each under a name of its own, renamed when complete.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             made = Path(scratch) / name
             subprocess.run(
                 [*command, "-o", str(made), str(SOURCES / "attention.cpp")],
@@ -126,8 +119,20 @@ def _compiled() -> Path:
 
 
 def _cache_folder() -> Path:
+    """The chosen folder; else the user's cache, or where that cannot be written one among temporary files that is nobody else's."""
     chosen = os.environ.get("DTI_CACHE_DIR")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "dti_kernels"
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    temporary = Path(tempfile.gettempdir()) / f"dti_kernels-{os.getuid()}"
+    for folder in [Path(chosen)] if chosen else [Path(user) / "dti_kernels", temporary]:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            refused = error
+            continue
+        if folder != temporary or folder.stat().st_uid == os.getuid():
+            return folder
+        refused = PermissionError(f"{folder} belongs to another user: name a folder in DTI_CACHE_DIR")
+    raise refused
 
 
 def _architecture_flag() -> str:
@@ -172,7 +177,7 @@ def _arguments(
     assert q is not None
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     kept = {name: x.to(dtype).contiguous() for name, x in zip(names, tensors) if x is not None}
-    kept["rows"] = rows.contiguous()
+    kept["rows"] = rows.to(torch.int32).contiguous()
     ratios = kept.get("ratios")
     arguments = _Arguments(
         num_rows=rows.shape[1],

@@ -5,8 +5,10 @@ Its parity at the sizes that are shipped is in test_cpu_parity.py, beside that o
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,6 +158,26 @@ def test_a_broken_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         assert list(tmp_path.iterdir()) == []
     finally:
         cpu_native._build.cache_clear()
+
+
+def test_cache_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The chosen one or an error; else the user's cache, else a temporary folder of one's own."""
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    temporary = tmp_path / f"dti_kernels-{os.getuid()}"
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv("DTI_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cpu_native._cache_folder() == tmp_path / "cache" / "dti_kernels"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(in_the_way))
+    assert cpu_native._cache_folder() == temporary
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    (tmp_path / "dti_kernels-12345").mkdir()
+    with pytest.raises(PermissionError, match="belongs to another user: name a folder in DTI_CACHE_DIR"):
+        cpu_native._cache_folder()
+    monkeypatch.setenv("DTI_CACHE_DIR", str(in_the_way / "below"))
+    with pytest.raises(OSError, match="file"):
+        cpu_native._cache_folder()
 
 
 def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:
