@@ -192,7 +192,8 @@ def main() -> None:
             rows += measure_evaluation(run, options.device, options.repeats, options.user_step)
     for row in rows:
         row["model"] = f"{options.layers} x {options.width}"
-        print({key: value for key, value in row.items() if key != "benchmark"})
+        task = f"{row['candidates']} candidates" if "candidates" in row else f"{row['targets']} targets"
+        print(f"{task:>14}  {row['provider']:38} p50 {row['p50_ms']:9.1f} ms  {row['speedup']:6.2f} x")
     append_rows(options.out or RESULTS / f"score-{options.device}.jsonl", rows)
 
 

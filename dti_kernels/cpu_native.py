@@ -158,11 +158,16 @@ def _load(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def _openmp_parallel() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that PyTorch has loaded: its threads, and no second pool that fights for cores."""
-    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
-    for path in sorted(path for path in loaded if path.startswith("/") and "omp" in Path(path).name):
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch runs on: its threads, and no second pool that fights for cores.
+
+    Other packages (scikit-learn) bring copies of their own: the one beside PyTorch comes first.
+    """
+    mapped = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+    loaded = {Path(path) for path in mapped if path.startswith("/") and "omp" in Path(path).name}
+    pytorch = Path(torch.__file__).parent
+    for path in sorted(loaded, key=lambda path: (pytorch not in path.parents, path)):
         try:
-            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
         except (OSError, AttributeError):
             continue
     return None

@@ -5,6 +5,7 @@ Its parity at the sizes that are shipped is in test_cpu_parity.py, beside that o
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -30,10 +31,7 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail, rather than test PyTorch's implementation, where there is no compiler."""
-    monkeypatch.setenv("DTI_CPU", "native")
+pytestmark = pytest.mark.usefixtures("native")
 
 
 @contextmanager
@@ -98,8 +96,15 @@ def test_results_do_not_depend_on_threads() -> None:
 
 
 def test_pytorchs_threads_are_found() -> None:
-    """Where PyTorch is built with OpenMP, its thread pool is used."""
-    assert (cpu_native._openmp_parallel() is not None) == torch.backends.openmp.is_available()
+    """Where PyTorch is built with OpenMP, its thread pool is used: not that of scikit-learn, whose path sorts first."""
+    import sklearn.metrics  # noqa: F401
+
+    cpu_native._openmp_parallel.cache_clear()
+    found = cpu_native._openmp_parallel()
+    assert (found is not None) == torch.backends.openmp.is_available()
+    runtimes = list((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    if runtimes:
+        assert found == ctypes.cast(ctypes.CDLL(str(runtimes[0])).GOMP_parallel, ctypes.c_void_p).value
 
 
 def test_nan_is_not_hidden() -> None:

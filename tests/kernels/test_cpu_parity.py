@@ -28,6 +28,8 @@ def in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each implementation."""
     monkeypatch.setenv("DTI_CPU", request.param)
+    if request.param == "native":
+        request.getfixturevalue("native")
 
 
 @pytest.mark.usefixtures("implementation")
