@@ -88,9 +88,16 @@ def score_cpu() -> str:
     return "\n".join(lines)
 
 
+def training_rows() -> list[dict[str, Any]]:
+    """Rows of every model's last run of the training benchmark."""
+    rows = read_rows(TRAIN_CPU)
+    models = dict.fromkeys(row["model"] for row in rows)
+    return [row for model in models for row in last_run(row for row in rows if row["model"] == model)]
+
+
 def train_cpu() -> str:
-    """Training speed over k of every model in the last CPU run, beside what counting predicts."""
-    last = last_run(read_rows(TRAIN_CPU))
+    """Training speed over k of every model in its last CPU run, beside what counting predicts."""
+    last = training_rows()
     lines = [
         "| model | k | targets/s | times k = 1 | by rows | by FLOPs | by equation 3 | attention's share | peak MiB |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -102,8 +109,9 @@ def train_cpu() -> str:
             f"{row['flops_ratio']:.1f} | {equation} | {row['attention_share']:.0%} | {row['peak_mib']:,.0f} |"
         )
     made = last[-1]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in last))
     return "\n".join(
-        [*lines, "", f"({made['machine']}, {made['data']}, mode {made['mode']}, commit {made['commit']}.)"]
+        [*lines, "", f"({made['machine']}, {made['data']}, mode {made['mode']}, commit {commits}.)"]
     )
 
 
@@ -155,8 +163,8 @@ def draw_plots() -> None:
     if rows := read_rows(LEAK):
         random_weights = [row for row in last_run(rows) if row["weights"] == "random weights"]
         leak_by_layers(random_weights, RESULTS / "leak.png")
-    if rows := read_rows(TRAIN_CPU):
-        time_over_k(last_run(rows), RESULTS / "train-cpu.png")
+    if rows := training_rows():
+        time_over_k(rows, RESULTS / "train-cpu.png")
 
 
 def record_run(run: Path, name: str, command: str) -> None:
