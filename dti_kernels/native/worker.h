@@ -13,7 +13,6 @@ constexpr int TILE_ROWS = DTI_TILE_ROWS;  // times query heads of the group, of 
 constexpr int CHUNK = 64;  // keys that a tile meets at a time: rows of values and their gradients stay in the L1 cache
 constexpr double HIDDEN = -1e30;  // score of a key that a row does not see
 
-
 // One thread's memory and everything that it does with a segment and a key head.
 template <class F> class Worker {
   public:
@@ -34,6 +33,8 @@ template <class F> class Worker {
     }
 
   private:
+    static_assert(CHUNK % NR<F> == 0, "chunks are whole panels");
+
     // Keys and values of a segment: rows (keys x depth), panels (keys / NR x depth x NR).
     struct Stream {
         std::vector<F> key_panels, value_panels, key_rows, value_rows;
