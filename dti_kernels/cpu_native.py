@@ -148,8 +148,6 @@ def _processor() -> str:
 
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for dtype in ("float32", "float64"):
-        library[f"dti_num_gradients_{dtype}"].restype = ctypes.c_int64
     library.dti_size_of_arguments.restype = ctypes.c_int64
     if library.dti_size_of_arguments() != ctypes.sizeof(_Arguments):
         raise AttributeError(f"{path} was built for other arguments: delete it")

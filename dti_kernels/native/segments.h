@@ -89,7 +89,7 @@ template <class F> std::vector<Segment> segments_of(const Arguments& x) {
         s.first = first, s.stop = stop, s.sums = sums;
         s.prefix = Row{x, first}.prefix();
         s.span = {Row{x, first}.span().first, Row{x, stop - 1}.span().stop};
-        s.span_first = round_up(max<Index>(s.prefix.size(), 0), NR<F>);
+        s.span_first = round_up(s.prefix.size(), NR<F>);
         s.num_keys = s.span_first + round_up(s.span.size(), NR<F>);
         s.gradients = gradients;
         s.num_gradients = 2 * num_streams(x, sums) * x.num_groups * s.num_keys * padded_depth<F>(x);

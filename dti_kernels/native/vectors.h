@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
-#include <utility>
 
 #if defined(DTI_VECTOR_BYTES)  // a test tries other widths
 #elif defined(__AVX512F__)
@@ -50,30 +49,6 @@ template <class F> inline F max_of(V<F> x) {
     for (int i = 1; i < LANES<F>; i++) most = std::max(most, x[i]);
     return most;
 }
-
-// Exchange between rows `STEP` apart, for a transposition: lanes whose number has the bit STEP swap with lanes of the other row that
-// have not.
-template <int STEP, class F, int... LANE> inline void exchange(V<F>& a, V<F>& b, std::integer_sequence<int, LANE...>) {
-    constexpr int L = LANES<F>;
-#if defined(__clang__)
-    const V<F> low = __builtin_shufflevector(a, b, (LANE & STEP ? L + LANE - STEP : LANE)...);
-    b = __builtin_shufflevector(a, b, (LANE & STEP ? L + LANE : LANE + STEP)...);
-#else
-    using B = typename Vector<F>::bits;
-    const V<F> low = __builtin_shuffle(a, b, B{(LANE & STEP ? L + LANE - STEP : LANE)...});
-    b = __builtin_shuffle(a, b, B{(LANE & STEP ? L + LANE : LANE + STEP)...});
-#endif
-    a = low;
-}
-template <int STEP, class F> inline void transpose_from(V<F> (&x)[LANES<F>]) {
-    if constexpr (STEP < LANES<F>) {
-        for (int i = 0; i < LANES<F>; i++)
-            if (!(i & STEP)) exchange<STEP, F>(x[i], x[i + STEP], std::make_integer_sequence<int, LANES<F>>{});
-        transpose_from<2 * STEP, F>(x);
-    }
-}
-// LANES x LANES numbers in place.
-template <class F> inline void transpose(V<F> (&x)[LANES<F>]) { transpose_from<1, F>(x); }
 
 // e^x in place for x <= 0, relative error 2e-9 before rounding; below e^-87 it is e^-87. Several vectors at once: one alone is a chain
 // of dependent steps that leaves the processor idle.

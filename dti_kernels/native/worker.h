@@ -126,20 +126,12 @@ template <class F> class Worker {
 
     void pack_panels(std::vector<F>& memory, const void* tensor) {
         F* to = sized(memory, s->num_keys * depth);
-        const F zeros[LANES<F>] = {};
-        for (Index key = 0; key < s->num_keys; key += LANES<F>) {
+        for (Index key = 0; key < s->num_keys; key++) {
+            const F* row = key_row(tensor, key);
+            const Index filled = row ? x.head_dim : 0;
             F* panel = to + key / NR<F> * NR<F> * depth + key % NR<F>;
-            const F* rows[LANES<F>];
-            for (int i = 0; i < LANES<F>; i++) rows[i] = key_row(tensor, key + i);
-            Index d = 0;
-            for (; d + LANES<F> <= x.head_dim; d += LANES<F>) {
-                V<F> block[LANES<F>];
-                for (int i = 0; i < LANES<F>; i++) block[i] = load(rows[i] ? rows[i] + d : zeros);
-                transpose<F>(block);
-                for (int i = 0; i < LANES<F>; i++) store(panel + (d + i) * NR<F>, block[i]);
-            }
-            for (; d < depth; d++)
-                for (int i = 0; i < LANES<F>; i++) panel[d * NR<F> + i] = rows[i] && d < x.head_dim ? rows[i][d] : F(0);
+            for (Index d = 0; d < filled; d++) panel[d * NR<F>] = row[d];
+            for (Index d = filled; d < depth; d++) panel[d * NR<F>] = F(0);
         }
     }
 
