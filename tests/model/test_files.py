@@ -1,0 +1,189 @@
+"""Files appear whole or not at all, locks end with their process, and a flipped bit is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dti_model import files
+
+
+def hold_in_another_process(code: str) -> subprocess.Popen:
+    """Runs code, and returns when it has printed a line."""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "ready"
+    return process
+
+
+def write_half(whole: Any, error: BaseException) -> None:
+    """Writes something, then fails."""
+    with whole as temporary:
+        (temporary / "half" if temporary.is_dir() else temporary).write_text("half")
+        raise error
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a[1].json"
+    path.write_text("old")
+    with files.whole_file(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.parent == tmp_path
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == [path.name]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        write_half(files.whole_file(path), KeyboardInterrupt())
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "file")
+    with files.whole_file(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "file").read_text() == "new"
+
+
+def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for content in ("old", "new"):
+        with files.whole_folder(folder) as temporary:
+            (temporary / "below").mkdir()
+            (temporary / "below" / content).write_text(content)
+        assert os.listdir(folder / "below") == [content]
+    with pytest.raises(ZeroDivisionError):
+        write_half(files.whole_folder(folder), ZeroDivisionError())
+    assert os.listdir(folder / "below") == ["new"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("whole", ["whole_file", "whole_folder"])
+def test_what_a_killed_writer_leaves_is_removed_and_what_a_living_one_writes_is_not(
+    tmp_path: Path, whole: str
+) -> None:
+    code = (
+        f"from dti_model import files\nwith files.{whole}({str(tmp_path / 'out')!r}) as t:\n"
+        "    print('ready', flush=True)\n    import time; time.sleep(60)\n"
+    )
+    process = hold_in_another_process(code)
+    try:
+        (half,) = tmp_path.iterdir()
+        files.remove_leftovers(tmp_path / "out")
+        assert list(tmp_path.iterdir()) == [half], "a living process writes it"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert half.exists()
+    with getattr(files, whole)(tmp_path / "out") as temporary:
+        if whole == "whole_file":
+            temporary.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    """Whatever type the library raises: tokenizers' is a bare Exception."""
+    for error in (
+        OSError(28, "No space left on device"),
+        Exception("No space left on device (os error 28)"),
+    ):
+        with pytest.raises(files.WriteError, match=r"a\.json cannot be written .* make room"):
+            write_half(files.whole_file(tmp_path / "a.json"), error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_has_one_holder_and_says_who(tmp_path: Path) -> None:
+    lock = tmp_path / "run" / ".lock"
+    code = (
+        f"from pathlib import Path\nfrom dti_model import files\nwith files.locked(Path({str(lock)!r}), 'dti train'):\n"
+        "    print('ready', flush=True)\n    import time; time.sleep(60)\n"
+    )
+    process = hold_in_another_process(code)
+    try:
+        message = rf"run is being written by dti train \(process {process.pid} on"
+        with pytest.raises(files.LockedError, match=message), files.locked(lock, "another"):
+            pytest.fail("held twice")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with files.locked(lock, "another"):
+        assert "another" in lock.read_text()
+    assert not lock.exists()
+
+
+def test_a_lock_is_never_held_twice(tmp_path: Path) -> None:
+    """Many processes take and remove the same lock file: a counter that all of them raise loses nothing."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    code = f"""
+from pathlib import Path
+from dti_model import files
+counter = Path({str(counter)!r})
+done = 0
+while done < 40:
+    try:
+        with files.locked(counter.with_name(".lock"), "count"):
+            counter.write_text(str(int(counter.read_text()) + 1))
+            done += 1
+    except files.LockedError:
+        pass
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    deadline = time.monotonic() + 60
+    for process in processes:
+        assert process.wait(max(1.0, deadline - time.monotonic())) == 0
+    assert counter.read_text() == "120"
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(40)))
+    files.write_checksums(tmp_path)
+    files.check_checksums(tmp_path, "Copy it again")
+    for name in ("a", files.CHECKSUMS_FILE):
+        whole = (tmp_path / name).read_bytes()
+        for place in range(0, len(whole), 7):
+            changed = bytearray(whole)
+            changed[place] ^= 4
+            (tmp_path / name).write_bytes(changed)
+            with pytest.raises(files.DamagedFileError, match=f"{name}.*Copy it again"):
+                files.check_checksums(tmp_path, "Copy it again")
+        (tmp_path / name).write_bytes(whole)
+    (tmp_path / "a").write_bytes(bytes(41))
+    with pytest.raises(files.DamagedFileError, match="41 bytes instead of 40"):
+        files.check_checksums(tmp_path, "Copy it again")
+    (tmp_path / "a").unlink()
+    with pytest.raises(files.DamagedFileError, match="is missing"):
+        files.check_checksums(tmp_path, "Copy it again")
+
+
+def test_json_is_strict_and_sealed(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"gauc": float("nan"), "list": [1.5, float("inf")]})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"gauc": None, "list": [1.5, None]}
+    files.write_sealed(path, {"a": 1, "b": [0.1, "é"], 3: None})
+    assert files.read_sealed(path, "Delete it") == {"a": 1, "b": [0.1, "é"], "3": None}
+    path.write_text(path.read_text().replace("0.1", "0.2"))
+    with pytest.raises(files.DamagedFileError, match=r"a\.json is damaged.*Delete it"):
+        files.read_sealed(path, "Delete it")
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
