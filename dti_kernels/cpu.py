@@ -393,11 +393,12 @@ def _blended_backward(
 ) -> None:
     """[SUM] rows that read two streams, or whose slopes need a gradient."""
     query_rows = chunk.query_rows(x.num_skipped)
-    # Softmax over the context keys alone is more exact than exp(score - lse); the rest is the own key's, and no gradient of theirs.
-    share = 1 - torch.exp(_own_key_scores(x, chunk.rows) - of_rows[2][:, query_rows])
-    d_out, out = chunk.blocks(of_rows[0][:, query_rows] * share), chunk.blocks(of_rows[1][:, query_rows])
     q, scores, ratio = _blended_scores(x, chunk)
-    p = torch.softmax(scores, -1)
+    # Softmax over the context keys alone, times their share beside the own key: exact where the own key has nearly all of the weight, unlike
+    # 1 - exp(own - lse).
+    p, context_lse = _softmax(scores)
+    share = torch.exp(context_lse - chunk.blocks(of_rows[2][:, query_rows]))
+    d_out, out = chunk.blocks(of_rows[0][:, query_rows]) * share, chunk.blocks(of_rows[1][:, query_rows])
     dp, p_final = torch.bmm(d_out, chunk.gather_by_group(x.v).mT), p
     if ratio is not None and x.v_initial is not None and grads.v_initial is not None:
         chunk.blend_(dp, torch.bmm(d_out, chunk.gather_by_group(x.v_initial).mT), ratio)

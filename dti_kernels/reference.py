@@ -60,7 +60,7 @@ def _sum_rows(
     ratio: Tensor | float = 0.0
     k_initial, v_initial = k_sum[:, :num_context], v[:, :num_context]
     if reset is not None:
-        ratio = _reset_ratio(layout, reset, q_HSD.dtype)
+        ratio = reset_ratio(layout, reset, q_HSD.dtype)
         group = q_HSD.shape[0] // reset.k_initial.shape[1]
         k_initial = reset.k_initial.repeat_interleave(group, dim=1).transpose(0, 1)
         v_initial = reset.v_initial.repeat_interleave(group, dim=1).transpose(0, 1)
@@ -86,7 +86,7 @@ def alibi_distance(layout: StreamLayout) -> Tensor:
     return torch.where(key < prefix_stop, (stop - start) + (prefix_stop - key), stop - key)
 
 
-def _reset_ratio(layout: StreamLayout, reset: HiddenStateReset, dtype: torch.dtype) -> Tensor:
+def reset_ratio(layout: StreamLayout, reset: HiddenStateReset, dtype: torch.dtype) -> Tensor:
     """`(S, C)`: how much of the initial state each [SUM] reads of each key, 0 at distance <= 0."""
     ratios = reset.ratios(layout.reset_window, dtype, layout.device)
     num_context = layout.num_context

@@ -61,7 +61,7 @@ class Case:
         leaves = {"q": draw(num_rows, self.num_heads)}
         leaves |= {name: draw(num_rows, self.num_groups) for name in ("k", "v", "k_sum")}
         leaves |= {name: draw(num_context, self.num_groups) for name in ("k_initial", "v_initial")}
-        slopes = default_alibi_slopes(self.num_heads, device)
+        slopes = 2.0 ** -torch.arange(self.num_heads, dtype=torch.float32, device=device)
         leaves["alibi_slopes"] = slopes.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
         grad_out = draw(num_rows, self.num_heads).detach()
         if not self.separate_k_sum:
@@ -85,14 +85,17 @@ class Inputs:
     reset: tuple[float, float, float] | None
     scale: float | None = field(default=None)
 
+    @property
+    def reset_settings(self) -> HiddenStateReset | None:
+        """The reset with its initial states."""
+        if self.reset is None:
+            return None
+        return HiddenStateReset(self.leaves["k_initial"], self.leaves["v_initial"], *self.reset)
+
     def call(self, attention) -> Tensor:
         """`attention` is `windowed_attn`, `windowed_attn_reference` or anything with their signature."""
         kwargs = {name: x for name, x in self.leaves.items() if not name.endswith("_initial")}
-        if self.reset is not None:
-            kwargs["reset"] = HiddenStateReset(
-                self.leaves["k_initial"], self.leaves["v_initial"], *self.reset
-            )
-        return attention(layout=self.layout, scale=self.scale, **kwargs)
+        return attention(layout=self.layout, scale=self.scale, reset=self.reset_settings, **kwargs)
 
     def run(self, attention) -> dict[str, Tensor]:
         """Output and the gradient of every leaf that takes one, by name."""
