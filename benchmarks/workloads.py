@@ -97,10 +97,22 @@ class AttentionInputs:
             reset=reset,
         )
 
+    def named(self) -> dict[str, Tensor]:
+        """Inputs by the names of the operator's arguments."""
+        named = {
+            "q": self.q,
+            "k": self.k,
+            "v": self.v,
+            "k_sum": self.k_sum,
+            "alibi_slopes": self.alibi_slopes,
+        }
+        if self.reset is not None:
+            named |= {"k_initial": self.reset.k_initial, "v_initial": self.reset.v_initial}
+        return named
+
     def leaves(self) -> list[Tensor]:
         """What takes gradients."""
-        leaves = [self.q, self.k, self.v, self.k_sum]
-        return leaves if self.reset is None else [*leaves, self.reset.k_initial, self.reset.v_initial]
+        return [x for x in self.named().values() if x.requires_grad]
 
 
 def useful_flops(layout: StreamLayout, num_heads: int, head_dim: int, backward: bool) -> int:

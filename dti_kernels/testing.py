@@ -7,8 +7,8 @@ Stability of Numerical Algorithms, chapter 3):
     arithmetic   unit roundoffs of the accumulation (float32; float64 for float64), carried through scores, softmax and gradients;
                  a sum of n terms, in any order, is off by some sqrt(n) of them; probabilities below the smallest normal number are noise
     storage      half a unit in the last place of the element itself, once, in the dtype that it is stored in
-    spread       16 bits only: the standard deviation of what comes of rounding probabilities and score gradients before they are
-                 multiplied (GPUs do), and of the gradients' `delta`, which is made of the stored output
+    spread       16 bits only: the standard deviation of what comes of rounding the stored output, which the gradients' `delta` is made
+                 of, and, where products are taken in 16 bits (GPUs), of rounding probabilities and score gradients before them
 
     |error| <= arithmetic + storage + DEVIATIONS spread       for every element
     root mean square of error / its expected size             for every tensor in 16 bits, of n rows and heads:
@@ -55,6 +55,7 @@ def error_budgets(
     dtype: torch.dtype,
     reset: HiddenStateReset | None = None,
     scale: float | None = None,
+    rounds_factors: bool = True,
 ) -> dict[str, Budget]:
     """Budgets of the output and of every gradient of `windowed_attn`.
 
@@ -66,6 +67,7 @@ def error_budgets(
         dtype: that the implementation got them in.
         reset: its settings; the initial states are those of `inputs`.
         scale: of the dot products; default `D ** -0.5`.
+        rounds_factors: in 16 bits, probabilities and score gradients are rounded before they are multiplied: so on GPUs, not on CPUs.
 
     Returns:
         By name: `out`, and `d` before the name of each input.
@@ -80,7 +82,8 @@ def error_budgets(
     scale = x["q"].shape[-1] ** -0.5 if scale is None else scale
     accumulation = torch.finfo(torch.promote_types(dtype, torch.float32))
     unit, half_precision = accumulation.eps / 2, dtype.itemsize == 2
-    underflow, smallest = 4 * accumulation.smallest_normal / unit, torch.finfo(dtype).smallest_normal
+    underflow = 4 * accumulation.smallest_normal / unit
+    smallest = torch.finfo(dtype).smallest_normal if rounds_factors else None
     for head in range(x["q"].shape[1]):
         for of_sums in (False, True):
             if of_sums or x["q"].shape[0] == layout.num_rows:
@@ -281,13 +284,15 @@ def _roundings(count: Any) -> Any:
     return 2 * count**0.5 + 4
 
 
-def _rounded(x: Tensor, smallest: float) -> Tensor:
-    """Squared size of what a rounding of `x` goes by: below the smallest normal number, that."""
+def _rounded(x: Tensor, smallest: float | None) -> Tensor:
+    """Squared size of what a rounding of `x` goes by: below the smallest normal number, that. None: it is not rounded."""
+    if smallest is None:
+        return torch.zeros_like(x)
     return x.square() + smallest**2 * (x != 0)
 
 
 def _add_output(
-    rows: _Rows, p: Tensor, p_error: Tensor, smallest: float, budgets: Mapping[str, Budget]
+    rows: _Rows, p: Tensor, p_error: Tensor, smallest: float | None, budgets: Mapping[str, Budget]
 ) -> None:
     at = (rows.queries, rows.head)
     budgets["out"].arithmetic[at] += rows.read_values(p_error + _roundings(rows.num_keys) * p, torch.abs)
@@ -295,7 +300,7 @@ def _add_output(
 
 
 def _add_gradients(
-    rows: _Rows, p: Tensor, p_error: Tensor, smallest: float, budgets: Mapping[str, Budget]
+    rows: _Rows, p: Tensor, p_error: Tensor, smallest: float | None, budgets: Mapping[str, Budget]
 ) -> None:
     def rounded(y: Tensor) -> Tensor:
         return _rounded(y, smallest)

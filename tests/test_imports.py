@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 ALLOWED = {
     "dti_kernels": {"dti_kernels"},
     "dti_model": {"dti_model", "dti_kernels"},
-    "benchmarks": {"benchmarks", "dti_model", "dti_kernels", "tests"},
+    "benchmarks": {"benchmarks", "dti_model", "dti_kernels"},
 }
 OURS = {"dti_kernels", "dti_model", "benchmarks", "tests"}
 

@@ -1,0 +1,297 @@
+"""Small errors to be planted in each implementation, and a run of one: which cases notice it, in which dtype.
+
+    python -m tests.kernels.mutants FOLDER EXPECTED CASE,CASE        shares of the budget as JSON, computed by the package in FOLDER
+
+A mutant is a text of one source file and what stands in its place. It is planted in a copy of the package, never in the package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import dti_kernels
+from dti_kernels import testing, tiles, windowed_attn
+from tests.cases import CASES
+from tests.numerics import golden_and_budgets
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = {
+    "segments": "native/segments.h",
+    "worker": "native/worker.h",
+    "cpu": "cpu.py",
+    "blocks": "cpu_blocks.py",
+    "tile": "triton_tile.py",
+    "forward": "triton_fwd.py",
+    "context": "triton_bwd_context.py",
+    "sums": "triton_bwd_sum.py",
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`is_now` of a file becomes `planted`.
+
+    Attributes:
+        name: what is wrong.
+        implementation: native, torch or triton.
+        file: key of FILES.
+        is_now: stands in the file once.
+        planted: what comes in its place.
+    """
+
+    name: str
+    implementation: str
+    file: str
+    is_now: str
+    planted: str
+
+    @property
+    def id(self) -> str:
+        """Of its test."""
+        return f"{self.implementation}: {self.name}"
+
+
+MUTANTS = [
+    Mutant(
+        "window a token short",
+        "native",
+        "segments",
+        "Range span() const { return {at(START), at(STOP)}; }",
+        "Range span() const { return {at(START) + (at(START) > at(PROMPT_FIRST)), at(STOP)}; }",
+    ),
+    Mutant(
+        "window a token long",
+        "native",
+        "segments",
+        "Range span() const { return {at(START), at(STOP)}; }",
+        "Range span() const { return {at(START) - (at(START) > max(at(PROMPT_FIRST), at(PREFIX_STOP))), at(STOP)}; }",
+    ),
+    Mutant(
+        "prefix without its last key",
+        "native",
+        "segments",
+        "return {at(PROMPT_FIRST), at(PREFIX_STOP)};",
+        "return {at(PROMPT_FIRST), at(PREFIX_STOP) - (at(PREFIX_STOP) > at(PROMPT_FIRST))};",
+    ),
+    Mutant("slope off by a percent", "native", "worker", "scale - slope * (", "scale - F(1.01) * slope * ("),
+    Mutant(
+        "prefix a token nearer",
+        "native",
+        "worker",
+        "span.size() + row.prefix().size();",
+        "span.size() + row.prefix().size() - 1;",
+    ),
+    Mutant(
+        "reset an interaction nearer",
+        "native",
+        "worker",
+        "table[min(max<Index>(distance, 0)",
+        "table[min(max<Index>(distance - 1, 0)",
+    ),
+    Mutant(
+        "own score off by a percent", "native", "worker", "own = scale * dot(", "own = F(1.01) * scale * dot("
+    ),
+    Mutant(
+        "delta off by a percent",
+        "native",
+        "worker",
+        "delta[t] = dot(to + t * depth",
+        "delta[t] = F(1.01) * dot(to + t * depth",
+    ),
+    Mutant(
+        "dq off by a percent",
+        "native",
+        "worker",
+        "to[d] = dq[t * depth + d] * scale;",
+        "to[d] = dq[t * depth + d] * scale * F(1.01);",
+    ),
+    Mutant(
+        "window a token short",
+        "torch",
+        "blocks",
+        "for x in (start, stop - 1))",
+        "for x in (start + 1, stop - 1))",
+    ),
+    Mutant(
+        "prefix without its last key",
+        "torch",
+        "blocks",
+        "return (keys >= first) & (keys < stop)",
+        "return (keys >= first) & (keys < stop - 1)",
+    ),
+    Mutant("slope off by a percent", "torch", "cpu", "value=-1)", "value=-1.01)"),
+    Mutant(
+        "prefix a token nearer",
+        "torch",
+        "cpu",
+        "stop - start + prefix_stop - key,",
+        "stop - start + prefix_stop - key - 1,",
+    ),
+    Mutant(
+        "reset an interaction nearer",
+        "torch",
+        "cpu",
+        "x.ratios[steps.clamp_(0",
+        "x.ratios[(steps - 1).clamp_(0",
+    ),
+    Mutant(
+        "own score off by a percent",
+        "torch",
+        "cpu",
+        ".sum(-1, keepdim=True) * x.scale\n\n",
+        ".sum(-1, keepdim=True) * (1.01 * x.scale)\n\n",
+    ),
+    Mutant("dq off by a percent", "torch", "cpu", "d_q.mul_(x.scale)", "d_q.mul_(1.01 * x.scale)"),
+    Mutant(
+        "window a token short",
+        "triton",
+        "tile",
+        "visible(key, spans[2][:, None], spans[3][:, None])",
+        "visible(key, (spans[2] + (spans[2] > spans[0]).to(tl.int32))[:, None], spans[3][:, None])",
+    ),
+    Mutant(
+        "window a token short for keys",
+        "triton",
+        "context",
+        "visible(row[None, :], key[:, None], row_stop[:, None])",
+        "visible(row[None, :], key[:, None], row_stop[:, None] - 1)",
+    ),
+    Mutant(
+        "prefix without its last key",
+        "triton",
+        "tile",
+        "visible(key, spans[0][:, None], spans[1][:, None])",
+        "visible(key, spans[0][:, None], spans[1][:, None] - 1)",
+    ),
+    Mutant(
+        "slope off by a percent",
+        "triton",
+        "forward",
+        "tl.load(slopes_ptr + head).to(tl.float32)",
+        "tl.load(slopes_ptr + head).to(tl.float32) * 1.01",
+    ),
+    Mutant(
+        "slope off by a percent for keys",
+        "triton",
+        "sums",
+        "head_0 + lane).to(tl.float32)",
+        "head_0 + lane).to(tl.float32) * 1.01",
+    ),
+    Mutant(
+        "prefix a token nearer",
+        "triton",
+        "tile",
+        "(stop - start) + (prefix_stop - key), stop - key)",
+        "(stop - start) + (prefix_stop - key) - 1, stop - key)",
+    ),
+    Mutant(
+        "reset an interaction nearer",
+        "triton",
+        "tile",
+        "tl.maximum(row_reset_id - key_reset_id, 0)",
+        "tl.maximum(row_reset_id - key_reset_id - 1, 0)",
+    ),
+    Mutant(
+        "own score off by a percent",
+        "triton",
+        "forward",
+        "k_self.to(tl.float32), 1) * scale",
+        "k_self.to(tl.float32), 1) * (scale * 1.01)",
+    ),
+    Mutant(
+        "dk of [SUM]s off by a percent",
+        "triton",
+        "sums",
+        "store_tile(dk_ptr, offs_dk, inside, dk * scale,",
+        "store_tile(dk_ptr, offs_dk, inside, dk * (scale * 1.01),",
+    ),
+]
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+# The interpreter takes seconds for a case.
+INTERPRETED = ("one_token", "one_prompt", "prefix", "alibi_only", "gqa_4", "candidates", "k_50")
+
+Shares = dict[
+    str, dict[str, float]
+]  # by case, by dtype: the largest share of its budget that any tensor uses
+
+
+def write_expected(path: Path, triton: bool) -> None:
+    """Golden results and budgets of all cases, which no mutant changes."""
+    expected = {}
+    for case in CASES:
+        for dtype in DTYPES:
+            if triton and (dtype == "float64" or case.name not in INTERPRETED):
+                continue
+            rounds_factors = triton and dtype == "float16"  # the interpreter computes bfloat16 in float32
+            found = golden_and_budgets(case, getattr(torch, dtype), rounds_factors)
+            expected[case.name, dtype] = found
+    torch.save(expected, path)
+
+
+def shares_of(mutant: Mutant | None, implementation: str, folder: Path, expected: Path) -> Shares:
+    """What an implementation with a mutant planted makes of the cases.
+
+    Args:
+        mutant: which; None: the implementation as it is.
+        implementation: native, torch or triton.
+        folder: an empty one, for the copy.
+        expected: of `write_expected`.
+    """
+    for name in ("dti_kernels", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    if mutant is not None:
+        _plant(mutant, folder / "dti_kernels" / FILES[mutant.file])
+    environment = os.environ | {
+        "PYTHONPATH": str(folder),
+        "TRITON_INTERPRET": "1" if implementation == "triton" else "0",
+        "DTI_CACHE_DIR": str(folder / "cache"),
+        "DTI_CPU": "native" if implementation == "native" else "torch",
+        "CXX": os.environ.get("CXX", "c++") + " -O1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.mutants", str(folder), str(expected)],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{mutant} ended with status {done.returncode}: {done.stderr[-2000:]}")
+    result: Shares = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _plant(mutant: Mutant, source: Path) -> None:
+    text = source.read_text()
+    if text.count(mutant.is_now) != 1:
+        raise ValueError(
+            f"{source.name} holds {mutant.is_now!r} {text.count(mutant.is_now)} times, expected once: plant {mutant.id!r} elsewhere"
+        )
+    source.write_text(text.replace(mutant.is_now, mutant.planted))
+
+
+def _run(folder: Path, expected: Path) -> Shares:
+    assert folder in Path(dti_kernels.__file__).parents, "the package was imported from elsewhere"
+    torch.set_num_threads(1)
+    by_name = {case.name: case for case in CASES}
+    found: Shares = {}
+    for (name, dtype), (golden, budgets) in torch.load(expected, weights_only=False).items():
+        kind, tile = getattr(torch, dtype), tiles.Tile(64, 64 if name == "k_50" else 32, 4, 1)
+        with tiles.forced(dict.fromkeys(tiles.KERNELS, tile)):
+            actual = by_name[name].inputs(kind).run(windowed_attn)
+        used = testing.shares(actual, golden, budgets, kind)
+        found.setdefault(name, {})[dtype] = max(used.values())
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(_run(Path(sys.argv[1]), Path(sys.argv[2]))))
