@@ -1,0 +1,183 @@
+"""The suites whose numbers or environment a machine decides, under the settings of other machines. Run after `make test`.
+
+    python .ci/matrix.py [ROW ...]        rows whose names contain one of the words; none: all. Ends with a table; a red row is exit status 1
+
+Rows that this machine cannot set (an instruction set it has not, a compiler that is not installed) are skipped and say why.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NATIVE_TESTS = (
+    "tests/kernels/test_cpu_native.py",
+    "tests/kernels/test_cpu_parity.py",
+    "-k",
+    "test_parity and not torch]",
+)
+PYTORCH_TESTS = ("tests/kernels/test_cpu_parity.py", "-k", "not native")
+INTERPRETER_TESTS = (
+    *("tests/kernels/test_triton_interpreter.py", "-k", "test_parity"),
+    *("--deselect", "tests/kernels/test_triton_interpreter.py::test_parity_on_random_prompts"),
+)
+OPERATOR_TESTS = ("tests/kernels/test_properties.py", "tests/kernels/test_torch_integration.py")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tests under an environment.
+
+    Attributes:
+        name: of the row.
+        tests: pytest's arguments.
+        environment: variables over the process's own; None takes one away.
+        why_not: a reason to skip it here, or nothing.
+    """
+
+    name: str
+    tests: tuple[str, ...]
+    environment: dict[str, str | None] = field(default_factory=dict)
+    why_not: Callable[[], str] = lambda: ""
+
+
+def has(*flags: str) -> Callable[[], str]:
+    """Whether the processor has all of some instruction sets."""
+
+    def why_not() -> str:
+        cpuinfo = Path("/proc/cpuinfo")
+        found = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+        missing = [flag for flag in flags if flag not in found]
+        return f"the processor has no {', '.join(missing)}" if missing else ""
+
+    return why_not
+
+
+def installed(command: str) -> Callable[[], str]:
+    """Whether a command is there."""
+    return lambda: "" if shutil.which(command) else f"{command} is not installed"
+
+
+def avx512_of_numpy() -> str:
+    """NumPy's names of the AVX-512 sets that it would choose loops for on this processor."""
+    code = (
+        "from numpy._core import _multiarray_umath as m\n"
+        "print(' '.join(f for f in m.__cpu_dispatch__ if 'AVX512' in f and m.__cpu_features__.get(f)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def path_without(folder: Path, *commands: str) -> str:
+    """A PATH of one folder that links to every command of today's but some."""
+    folder.mkdir()
+    for place in os.environ["PATH"].split(os.pathsep):
+        if not Path(place).is_dir():
+            continue
+        for command in Path(place).iterdir():
+            link = folder / command.name
+            if command.name not in commands and not link.is_symlink():
+                link.symlink_to(command)
+    return str(folder)
+
+
+def compiled(name: str, cxx: str, why_not: Callable[[], str]) -> Row:
+    """The C++ as another compiler, or for another processor."""
+    return Row(f"C++: {name}", NATIVE_TESTS, {"CXX": cxx}, why_not)
+
+
+def rows(scratch: Path) -> list[Row]:
+    """The matrix."""
+    numpy_sets = avx512_of_numpy()
+    no_tools = path_without(scratch / "bin", "git", "make")
+    seed = str(random.SystemRandom().randrange(10**6))
+    threads = {str(n): {"DTI_TEST_THREADS": str(n), "OMP_NUM_THREADS": str(n)} for n in (2, 3, 4)}
+    return [
+        Row("PyTorch's loops: default", PYTORCH_TESTS, {"ATEN_CPU_CAPABILITY": "default"}),
+        Row("PyTorch's loops: avx2", PYTORCH_TESTS, {"ATEN_CPU_CAPABILITY": "avx2"}, has("avx2")),
+        Row("MKL: COMPATIBLE", PYTORCH_TESTS, {"MKL_CBWR": "COMPATIBLE"}),
+        Row(
+            "NumPy: no AVX-512",
+            INTERPRETER_TESTS,
+            {"NPY_DISABLE_CPU_FEATURES": numpy_sets},
+            lambda: "" if numpy_sets else "NumPy chooses no AVX-512 loops here",
+        ),
+        compiled("no AVX-512", "c++ -mno-avx512f", has("avx512f")),
+        compiled("no AVX-512, no FMA", "c++ -mno-avx512f -mno-fma", has("avx2")),
+        compiled("no AVX", "c++ -mno-avx", has("avx")),
+        compiled("clang++", "clang++", installed("clang++")),
+        Row("no compiler", OPERATOR_TESTS, {"CXX": "no-such-compiler"}),
+        Row(
+            "no git, no make",
+            ("tests/test_readme.py", "tests/test_bench_quality.py", "tests/test_benchmarks_smoke.py"),
+            {"PATH": no_tools},
+        ),
+        Row("HOME unwritable", OPERATOR_TESTS, {"HOME": "/dev/null", "XDG_CACHE_HOME": None}),
+        *(
+            Row(
+                f"{n} threads",
+                (*OPERATOR_TESTS, "tests/model/test_ranks.py", "tests/model/test_attention.py"),
+                threads[n],
+            )
+            for n in threads
+        ),
+        Row(
+            f"random order, seed {seed}",
+            (
+                "tests/model",
+                "--order-seed",
+                seed,
+                "-m",
+                "not slow",
+                "--deselect",
+                "tests/model/test_data_fuzz.py",
+            ),
+        ),
+    ]
+
+
+def run(row: Row) -> tuple[str, str, float, str]:
+    """Status, pytest's closing line, seconds and, where it is red, the output."""
+    if reason := row.why_not():
+        return "skipped", reason, 0.0, ""
+    environment = {name: value for name, value in os.environ.items() if name not in row.environment}
+    environment |= {name: value for name, value in row.environment.items() if value is not None}
+    began = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", *row.tests]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
+    closing = lines[-1] if lines else f"pytest ended with status {done.returncode}"
+    output = "" if done.returncode == 0 else done.stdout[-6000:] + done.stderr[-2000:]
+    return "green" if done.returncode == 0 else "RED", closing, time.monotonic() - began, output
+
+
+def main(words: list[str]) -> int:
+    """Run the rows, as many at once as there are processors."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="dti-matrix-") as scratch:
+        wanted = [row for row in rows(Path(scratch)) if not words or any(word in row.name for word in words)]
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+            results = list(pool.map(run, wanted))
+    for row, (status, _, _, output) in zip(wanted, results):
+        if status == "RED":
+            print(f"--- {row.name}\n{output}")
+    width = max(len(row.name) for row in wanted)
+    for row, (status, closing, seconds, _) in zip(wanted, results):
+        print(f"{row.name:{width}}  {status:8} {seconds:5.0f} s  {closing}")
+    print(f"matrix: {len(wanted)} rows in {time.monotonic() - began:.0f} s")
+    return int(any(status == "RED" for status, *_ in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
