@@ -31,7 +31,7 @@ _CONTENT = ("source", "files", "users", "items", "interactions")
 _TOKENS = re.compile(r"\.?[0-9a-f]{16}(-[0-9a-f]{64})?\.arrow(\.\w{8}(\.incomplete)?)?")
 _NUM_NAMED = 3
 
-_whole: set[tuple[str, int, int, str]] = set()
+_whole: set[tuple[str, int, int, str]] = set()  # states of files that this process has found to be as written
 
 
 def write_stats(folder: Path, stats: dict[str, Any]) -> None:
@@ -42,6 +42,7 @@ def write_stats(folder: Path, stats: dict[str, Any]) -> None:
         for name, facts in found.items()
         if name != STATS_FILE and not name.startswith(f"{TOKENS_FOLDER}/")
     }
+    _whole.update(_state(folder / name, facts) for name, facts in stats["files"].items())
     write_sealed(folder / STATS_FILE, stats)
 
 
@@ -87,25 +88,30 @@ def check_whole(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         DataError: a file is missing, of another size, or damaged.
     """
-    unread = {}
+    unread: dict[str, tuple[str, int, int, str]] = {}
     for name, facts in files.items():
         path = folder / name
         found = path.stat() if path.is_file() else None
         if found is None or found.st_size != facts["bytes"]:
-            state = (
+            size = (
                 "is missing"
                 if found is None
                 else f"has {found.st_size:,} bytes instead of {facts['bytes']:,}"
             )
-            raise DataError(f"{path}: the file {state}. {AGAIN}")
-        state_of_file = (os.path.realpath(path), found.st_size, found.st_mtime_ns, facts["sha256"])
-        if state_of_file not in _whole:
-            unread[name] = state_of_file
+            raise DataError(f"{path}: the file {size}. {AGAIN}")
+        state = _state(path, facts)
+        if state not in _whole:
+            unread[name] = state
     try:
         check_files(folder, {name: files[name] for name in unread}, AGAIN)
     except DamagedFileError as error:
         raise DataError(str(error)) from error
     _whole.update(unread.values())
+
+
+def _state(path: Path, facts: Mapping[str, Any]) -> tuple[str, int, int, str]:
+    found = path.stat()
+    return os.path.realpath(path), found.st_size, found.st_mtime_ns, facts["sha256"]
 
 
 def check_replaceable(out: Path) -> None:

@@ -42,35 +42,27 @@ def cached_token_ids(folder: Path, fingerprint: str, encode: Callable[[], TokenI
     """
     damaged = []
     for path in sorted(folder.glob(f"{fingerprint}-*.arrow")):
-        if _is_whole(path):
-            return _mapped(path)
+        found = _read(path)
+        if found is not None:
+            return found
         logging.getLogger(__name__).warning("%s is damaged: it is made again", path)
         damaged.append(path)
     offsets, ids = encode()
+    for array in (offsets, ids):
+        array.setflags(write=False)
     try:
         kept = _keep(folder, fingerprint, offsets, ids)
         for path in damaged:
             if path != kept:
                 path.unlink(missing_ok=True)
-        return _mapped(kept)
+        return _read(kept) or (offsets, ids)
     except OSError as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         if cause.errno not in _UNWRITABLE:
             raise DataError(
                 f"{folder}: cannot write the token cache ({cause.strerror or cause}). Make room and give the same command again"
             ) from error
-    for array in (offsets, ids):
-        array.setflags(write=False)
     return offsets, ids
-
-
-def _is_whole(path: Path) -> bool:
-    digest = path.stem.partition("-")[2]
-    try:
-        check_whole(path.parent, {path.name: {"bytes": path.stat().st_size, "sha256": digest}})
-    except (DataError, OSError):
-        return False
-    return True
 
 
 def _keep(folder: Path, fingerprint: str, offsets: npt.NDArray[np.int64], ids: npt.NDArray[np.int32]) -> Path:
@@ -85,6 +77,12 @@ def _keep(folder: Path, fingerprint: str, offsets: npt.NDArray[np.int64], ids: n
     return path
 
 
-def _mapped(path: Path) -> TokenIds:
-    tokens = only_chunk(read_table(path, {"tokens": _KIND}).column("tokens"))
+def _read(path: Path) -> TokenIds | None:
+    """The mapped ids; None where the file is damaged, or somebody has removed it."""
+    digest = path.stem.partition("-")[2]
+    try:
+        check_whole(path.parent, {path.name: {"bytes": path.stat().st_size, "sha256": digest}})
+        tokens = only_chunk(read_table(path, {"tokens": _KIND}).column("tokens"))
+    except (DataError, OSError):
+        return None
     return tokens.offsets.to_numpy(zero_copy_only=True), tokens.values.to_numpy(zero_copy_only=True)
