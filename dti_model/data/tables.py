@@ -200,7 +200,7 @@ class _Parquet(Table):
             if not _is_known(kind):
                 raise DataError(f"{self.path}: column {name} has the type {kind}, which has no plain text")
         try:
-            for batch in self._file.iter_batches(columns=list(names)):
+            for batch in self._batches(names):
                 batch.validate(full=True)  # among others, that text is UTF-8
                 numbers = pa.array(range(self.num_rows + 1, self.num_rows + batch.num_rows + 1), pa.int64())
                 self.num_rows += batch.num_rows
@@ -216,6 +216,15 @@ class _Parquet(Table):
             raise DataError(
                 f"{self.path}: holds {self.num_rows:,} rows, but its footer promises {promised:,}"
             )
+
+    def _batches(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        kinds = [self._file.schema_arrow.field(name).type for name in names]
+        if not any(pa.types.is_nested(kind) and pa.types.is_dictionary(kind.value_type) for kind in kinds):
+            yield from self._file.iter_batches(columns=list(names))
+            return
+        # Arrow reads no lists of categories across row groups, each of which has a dictionary of its own.
+        for group in range(self._file.num_row_groups):
+            yield from self._file.iter_batches(row_groups=[group], columns=list(names))
 
 
 def _is_known(kind: pa.DataType) -> bool:
