@@ -34,9 +34,12 @@ def read_table(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_file(source).read_all()
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a complete Arrow file ({error}). {AGAIN}") from error
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path}: not a complete Arrow file ({reason}). {AGAIN}") from error
     if table.schema != pa.schema(list(columns.items())):
-        raise DataError(f"{path}: the columns are {table.schema}, expected {dict(columns)}. {AGAIN}")
+        found = {field.name: str(field.type) for field in table.schema}
+        wanted = {name: str(kind) for name, kind in columns.items()}
+        raise DataError(f"{path}: the columns are {found}, expected {wanted}. {AGAIN}")
     return table
 
 

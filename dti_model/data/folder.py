@@ -72,10 +72,27 @@ def read_stats(folder: Path) -> dict[str, Any]:
         stats = read_sealed(path, REMOVE)
     except DamagedFileError as error:
         raise DataError(f"{path}: damaged, its content is not what was written. {REMOVE}") from error
-    missing = [name for name in ("format_version", *_CONTENT) if name not in stats]
-    if missing:
-        raise DataError(f"{path}: has no {', '.join(missing)}. {REMOVE}")
+    if stats.get("format_version") != FORMAT_VERSION or not _has_fields(stats):
+        raise DataError(f"{path}: its fields are not those of a prepared folder. {REMOVE}")
     return stats
+
+
+def _has_fields(stats: Mapping[str, Any]) -> bool:
+    """Whether what is read here has its types; the seal says that nobody changed it, not who wrote it."""
+    files, source = stats.get("files"), stats.get("source")
+    return (
+        isinstance(files, dict)
+        and files.keys() >= set(TABLES)
+        and all(
+            isinstance(facts, dict)
+            and type(facts.get("bytes")) is int
+            and isinstance(facts.get("sha256"), str)
+            for facts in files.values()
+        )
+        and all(type(stats.get(name)) is int for name in ("users", "items", "interactions"))
+        and isinstance(source, dict)
+        and isinstance(source.get("name"), str)
+    )
 
 
 def check_whole(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -100,8 +100,16 @@ class PreparedData:
         """
         path = Path(path)
         stats = read_stats(path)
-        check_whole(path, stats["files"])
-        return cls(path, stats)
+        try:
+            check_whole(path, stats["files"])
+            data = cls(path, stats)
+        except DataError:
+            if read_stats(path) == stats:
+                raise
+        else:
+            if read_stats(path) == stats:
+                return data
+        return cls.open(path)  # it was made again meanwhile: what was read is of two folders
 
     @property
     def fingerprint(self) -> str:

@@ -18,7 +18,7 @@ import pytest
 
 from dti_model import files
 from dti_model.cli import main
-from dti_model.data import DataError, PreparedData, build, folder, prepare
+from dti_model.data import DataError, PreparedData, build, folder, prepare, store
 from dti_model.data.tokens import train_tokenizer
 from tests.model.movielens_files import some_ratings, write_1m
 
@@ -317,6 +317,39 @@ def test_every_changed_field_of_stats_is_found(out: Path) -> None:
             (out / "stats.json").write_text(json.dumps({**stats, name: value}))
             with pytest.raises(DataError, match=r"stats\.json: "):
                 PreparedData.open(out)
+
+
+@pytest.mark.parametrize("name", ["files", "users", "items", "interactions", "source", "format_version"])
+@pytest.mark.parametrize("value", [None, [], "text", {}, {"interactions.arrow": None}])
+def test_sealed_fields_of_another_type_are_refused(out: Path, name: str, value: Any) -> None:
+    """A seal says that nobody changed a file, not that its writer was right."""
+    files.write_sealed(out / "stats.json", {**PreparedData.open(out).stats, name: value})
+    with pytest.raises(
+        DataError, match=r"stats\.json: its fields are not those of a prepared folder\. Remove"
+    ):
+        PreparedData.open(out)
+
+
+@pytest.mark.parametrize("moment", ["check_whole", "read_table"])
+def test_a_folder_that_is_made_again_while_it_is_opened(
+    out: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The stats of one and the files of the other were called damaged, or were mixed."""
+    original, calls = getattr(store, moment), []
+
+    def swapped(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            prepare_small(out, raw, threshold=4)
+        return original(*arguments)
+
+    monkeypatch.setattr(store, moment, swapped)
+    data = PreparedData.open(out)
+    monkeypatch.undo()
+    again = PreparedData.open(out)
+    assert data.stats == again.stats
+    assert data.stats["threshold"] == 4
+    assert np.array_equal(data.label, again.label)
 
 
 def test_a_file_is_read_once_and_again_when_it_changed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
