@@ -190,7 +190,8 @@ def _load(source: str | Source, raw_dir: str | Path | None, subset: bool) -> Raw
         return amazon_category(source, raw_dir).load()
     with ExitStack() as stack:
         if raw_dir is None:
-            download = stack.enter_context(temporary_folder(Path(tempfile.gettempdir()) / "dti-fetch"))
+            place = Path(tempfile.gettempdir()) / f"dti-fetch-{os.getuid()}"
+            download = stack.enter_context(temporary_folder(place))
             raw_dir = fetch(source, download)
         raw = MOVIELENS[source](Path(raw_dir))
         if not subset:

@@ -123,7 +123,7 @@ def test_a_prepare_that_is_killed_at_random_moments(tmp_path: Path, raw: Path) -
 
 def killed_download(raw: Path, arguments: list[str]) -> None:
     def urlopen(*_: Any, **__: Any) -> io.BytesIO:
-        (folder,) = Path(tempfile.gettempdir()).glob(".dti-fetch.*")
+        (folder,) = Path(tempfile.gettempdir()).glob(".dti-fetch-*")
         shutil.copy(raw / "ratings.dat", folder / "half")
         os.kill(os.getpid(), signal.SIGKILL)
         return io.BytesIO()
@@ -189,10 +189,10 @@ def with_little_room(size: int, arguments: list[str], pipe: Any) -> None:
 def test_a_full_disk_is_one_line_whatever_is_being_written(tmp_path: Path) -> None:
     """The tokenizer's file once ended in a traceback: its library raises a bare Exception."""
     reviews, meta = write_amazon(tmp_path / "raw", some_ratings(), zipped=False)
-    reviews.write_text(reviews.read_text() + '{"asin": "so that there is a file of rejected rows"}\n' * 40)
+    reviews.write_text(reviews.read_text() + '{"asin": "so that there is a file of rejected rows"}\n' * 400)
     out = tmp_path / "out"
     arguments = ["prepare", "amazon", "--reviews", str(reviews), "--meta", str(meta), "--out", str(out)]
-    arguments += ["--max-rejected", "0.9", "--vocab-size", "400"]
+    arguments += ["--max-rejected", "1", "--vocab-size", "400"]
     assert main([*arguments, "--threshold", "3"]) == 0
     sizes = {path.stat().st_size for path in out.rglob("*") if path.is_file()}
     largest = max(sizes)
