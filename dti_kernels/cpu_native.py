@@ -9,16 +9,19 @@ same in PyTorch, and a warning says so once. Environment: `CXX` names the compil
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -106,8 +109,8 @@ def _compiled() -> Path:
     library = _cache_folder() / name
     if not library.exists():
         # Several processes may build at once: each under a name of its own, renamed when complete.
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            made = Path(scratch) / name
+        with _scratch_folder(library.parent) as scratch:
+            made = scratch / name
             subprocess.run(
                 [*command, "-o", str(made), str(SOURCES / "attention.cpp")],
                 capture_output=True,
@@ -116,6 +119,34 @@ def _compiled() -> Path:
             )
             made.rename(library)
     return library
+
+
+@contextmanager
+def _scratch_folder(parent: Path) -> Iterator[Path]:
+    """A folder to build in. Its lock ends with this process, so the next one removes what a killed one has left."""
+    for leftover in parent.glob("building-*"):
+        _remove_unlocked(leftover)
+    scratch = Path(tempfile.mkdtemp(dir=parent, prefix="building-"))
+    descriptor = os.open(scratch, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: then leftovers stay
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between a folder's creation and its lock there is nothing in it.
+            if any(folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def _cache_folder() -> Path:
@@ -128,6 +159,9 @@ def _cache_folder() -> Path:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             refused = error
+            continue
+        if not os.access(folder, os.W_OK | os.X_OK):
+            refused = PermissionError(f"{folder} cannot be written: name a folder in DTI_CACHE_DIR")
             continue
         if folder != temporary or folder.stat().st_uid == os.getuid():
             return folder

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,6 +189,46 @@ def test_cache_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DTI_CACHE_DIR", str(in_the_way / "below"))
     with pytest.raises(OSError, match="file"):
         cpu_native._cache_folder()
+
+
+def test_a_folder_that_cannot_be_written_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It was, where it existed already: the build failed, and attention ran in PyTorch."""
+    monkeypatch.delenv("DTI_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    (tmp_path / "dti_kernels").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "dti_kernels")
+    assert cpu_native._cache_folder() == tmp_path / "temporary" / f"dti_kernels-{os.getuid()}"
+
+
+def test_a_killed_build_leaves_nothing_for_long(tmp_path: Path) -> None:
+    """The next build removes it; one that is running is left alone."""
+    slow = tmp_path / "slow-compiler"
+    slow.write_text(
+        '#!/bin/sh\ncase "$*" in *--version*) exec c++ --version;; esac\n'
+        'for folder in "$DTI_CACHE_DIR"/building-*; do touch "$folder/half"; done\nsleep 60\n'
+    )
+    slow.chmod(0o755)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    code = "from dti_kernels import cpu_native; cpu_native._compiled()"
+    environment = os.environ | {"DTI_CACHE_DIR": str(cache), "CXX": str(slow)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
+    try:
+        while not list(cache.glob("building-*/half")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        with cpu_native._scratch_folder(cache):
+            assert len(list(cache.glob("building-*/half"))) == 1, "somebody is building it"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert len(list(cache.glob("building-*/half"))) == 1
+    with cpu_native._scratch_folder(cache):
+        assert list(cache.glob("building-*/half")) == []
+    assert list(cache.iterdir()) == []
 
 
 def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:
