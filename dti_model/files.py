@@ -119,7 +119,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, purpose: str) -> Iterator[None]:
+def locked(path: Path, purpose: str, written: Path | None = None) -> Iterator[None]:
     """Hold the lock file `path`, whose folder is made where it is missing; it is gone at the end, or free after a kill.
 
     A file system that knows no locks is no reason to stop: there, nothing is held.
@@ -127,12 +127,13 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
     Args:
         path: the lock file.
         purpose: what the others are told, such as "dti train".
+        written: what it guards, as the others are told; default: the lock file's folder.
 
     Raises:
         LockedError: another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock_file(path)
+    descriptor = _lock_file(path, written or path.parent)
     try:
         os.ftruncate(descriptor, 0)
         since = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -145,7 +146,7 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock_file(path: Path) -> int:
+def _lock_file(path: Path, written: Path) -> int:
     """An open and locked descriptor of `path`."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -155,7 +156,7 @@ def _lock_file(path: Path) -> int:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise LockedError(
-                f"{path.parent} is being written by {holder}: wait until it has ended, or choose another"
+                f"{written} is being written by {holder}: wait until it has ended, or choose another"
             ) from None
         except OSError:
             return descriptor

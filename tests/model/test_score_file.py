@@ -169,7 +169,7 @@ def test_another_job_s_leftovers_are_not_mixed_in(
         ((source, output), "belongs to a job with another input"),
         ((tmp_path / "no.jsonl", tmp_path / "x.jsonl"), "no.jsonl does not exist"),
         ((source, tmp_path / "out.csv"), "the name must end in one of .jsonl"),
-        ((source, source), "in.jsonl exists"),
+        ((source, source), "in.jsonl is the input itself"),
     ):
         assert dti_score(run_folder, *arguments) == 2
         assert message in capsys.readouterr().err
