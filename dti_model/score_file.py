@@ -126,6 +126,8 @@ def _checked_output(source: Path, output: Path) -> Path:
         raise ValueError(
             f"{output} is no regular file: the output is written beside its name and renamed when complete, so give a file"
         )
+    if output.parent.exists() and not output.parent.is_dir():
+        raise ValueError(f"{output.parent} is a file, so there is no folder for {output.name}")
     for path in (source, output):
         is_parquet(path)
     return Path(os.path.realpath(output))
