@@ -42,6 +42,8 @@ class Description:
             genres); None where it is not known, and items are finished texts.
         data: fingerprint of the prepared data that the model was trained on; None where it is not known.
         differences: why plain transformers compute other probabilities; empty: they compute the same.
+        token_window: sliding window in tokens that transformers would apply, and that must be switched off when a run's `model/`
+            is loaded there; None: there is none, as in every export.
     """
 
     dti: DTIConfig
@@ -49,6 +51,7 @@ class Description:
     item_text: Mapping[str, Any] | None
     data: str | None
     differences: tuple[str, ...]
+    token_window: int | None = None
 
     @property
     def plain_transformers(self) -> bool:
@@ -61,6 +64,7 @@ class Description:
             "plain_transformers": self.plain_transformers,
             "plain_transformers_differences": list(self.differences),
             "plain_transformers_prompt": _PLAIN_PROMPT if self.plain_transformers else None,
+            "plain_transformers_without_token_window": self.token_window,
             "dti": asdict(self.dti),
             "prompt": asdict(self.prompt),
             "item_text": self.item_text,

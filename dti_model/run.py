@@ -37,7 +37,7 @@ from dti_model.data import PreparedData
 from dti_model.data.split import SPLIT_CODES
 from dti_model.lora import add_lora, load_adapter, save_adapter
 from dti_model.metrics import click_metrics
-from dti_model.model_card import Description, plain_differences, write_card
+from dti_model.model_card import Description, plain_differences, token_window, write_card
 from dti_model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.prompts import PromptBuilder, PromptFormat
 from dti_model.scoring import score_targets
@@ -128,7 +128,9 @@ class Run:
         prompt, config = self.builder.format, self.model.config
         differences = plain_differences(self.config.dti, prompt.window, config)
         item_text, fingerprint = self.data.text_rule, self.data.fingerprint
-        description = Description(self.config.dti, prompt, item_text, fingerprint, differences)
+        description = Description(
+            self.config.dti, prompt, item_text, fingerprint, differences, token_window(config)
+        )
         description.write(folder)
         write_card(folder, description, self.config.model, of_run=config)
 

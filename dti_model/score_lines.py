@@ -21,6 +21,7 @@ JSON_SUFFIXES, PARQUET_SUFFIXES = (".jsonl", ".json", ".ndjson"), (".parquet", "
 FIELDS = {"user", "history", "candidates"}
 MAX_DEPTH = 16  # of a line; a request with nested fields has 5 or so
 BATCH_ROWS = 64
+_BLOCK_BYTES = 1 << 20
 
 Line = bytes | dict[str, Any]
 
@@ -137,12 +138,13 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 
 def _digest(file: BinaryIO) -> tuple[dict[str, Any], int]:
     """Facts of a file's content, and its lines up to the last that is not blank."""
-    digest, num_lines, size = hashlib.sha256(), 0, 0
-    for number, line in enumerate(file, 1):
-        digest.update(line)
-        size += len(line)
-        if line.strip():
-            num_lines = number
+    digest, size, num_ends, num_lines = hashlib.sha256(), 0, 0, 0
+    while block := file.read(_BLOCK_BYTES):
+        digest.update(block)
+        size += len(block)
+        if filled := block.rstrip():
+            num_lines = num_ends + filled.count(b"\n") + 1
+        num_ends += block.count(b"\n")
     return {"bytes": size, "sha256": digest.hexdigest()}, num_lines
 
 

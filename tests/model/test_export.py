@@ -224,18 +224,34 @@ def python_of(card: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("family", [None, "smollm2", "mistral", "qwen2"])
+@pytest.mark.parametrize(
+    ("family", "finetune"),
+    [
+        (None, ""),
+        ("smollm2", "lora"),
+        ("mistral", "lora"),
+        ("qwen2", "lora"),
+        ("mistral", "full"),
+        ("qwen2", "full"),
+    ],
+)
 def test_the_python_of_the_model_cards_gives_the_scores(
-    small_folder: Path, tmp_path: Path, family: str | None, monkeypatch: pytest.MonkeyPatch
+    small_folder: Path, tmp_path: Path, family: str | None, finetune: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the export, and of the run's own model/ with an adapter in it."""
     settings = None
     if family is not None:
         base = pretrained_folder(tmp_path / "base", family, **BASES[family])
-        settings = ModelConfig(pretrained=str(base), lora=LoraSettings(rank=4, alpha=8))
+        lora = LoraSettings(rank=4, alpha=8) if finetune == "lora" else LoraSettings()
+        settings = ModelConfig(pretrained=str(base), finetune=finetune, lora=lora)
     run = run_folder(tmp_path / "run", small_folder, DTIConfig(mode="dti-minus"), settings)
     expected = Scorer.from_run(run, device="cpu").score(HISTORY, CANDIDATES)
-    out, _ = export(run)
+    out, told = export(run)
+    assert told["plain_transformers_without_token_window"] is None
+    of_run = json.loads((run / MODEL_FOLDER / "dti.json").read_text())
+    assert of_run["plain_transformers_without_token_window"] == (
+        6 if family in ("mistral", "qwen2") else None
+    )
     history = [(item["text"], label) for item, label in HISTORY]
     for folder in (out, run / MODEL_FOLDER):
         monkeypatch.chdir(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -15,11 +16,12 @@ import pytest
 import torch
 
 from dti_model import score_file as module
+from dti_model import score_lines
 from dti_model.cli import main
 from dti_model.items import ItemError
 from dti_model.run import Run
 from dti_model.score_file import CHUNK_LINES
-from dti_model.score_lines import InputChangedError, fields_of, request_of, user_of
+from dti_model.score_lines import InputChangedError, InputFile, fields_of, request_of, user_of
 from dti_model.scorer import Scorer
 from tests.model.scoring_jobs import (
     meanwhile,
@@ -207,6 +209,19 @@ def test_a_blank_end_is_no_line(run_scorer: Scorer, requests_file: Path, end: st
     assert (done.lines, done.bad) == (3, 1), "a blank line in between is one that is not valid"
     requests_file.write_text(f"{GOOD}\n{GOOD}{end}")
     assert score(run_scorer, requests_file, requests_file.with_name("again.jsonl")).lines == 2
+
+
+@pytest.mark.parametrize("block", [1, 2, 7])
+def test_lines_are_counted_across_blocks(
+    requests_file: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(score_lines, "_BLOCK_BYTES", block)
+    for content, expected in ((b"", 0), (b"a", 1), (b"a\n", 1), (b"\n\nab\n \nc\r\n\n \n", 5), (b" \n\n", 0)):
+        requests_file.write_bytes(content)
+        with InputFile(requests_file) as opened:
+            assert opened.num_lines == expected
+            assert len(list(opened.lines(after=0))) == expected
+            assert opened.facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])
