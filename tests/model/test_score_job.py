@@ -7,11 +7,14 @@ import dataclasses
 import io
 import json
 import multiprocessing
+import os
 import random
 import re
 import resource
 import signal
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +295,46 @@ def test_a_disk_that_is_full_when_the_output_appears(
     }
     assert score(run_scorer, requests_file, output).resumed == NUM_LINES
     assert_same(output, whole_scores)
+
+
+def killed_before(count: int, arguments: list[str]) -> None:
+    """SIGKILL this process right before its `count`-th flush, renaming, cut or removal of a file."""
+    calls = [0]
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "replace", "truncate", "write"):
+        setattr(os, name, counted(getattr(os, name)))
+    Path.unlink = counted(Path.unlink)  # type: ignore[method-assign]
+    sys.exit(run_command(arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_sigkill_before_every_change_of_a_file(
+    run_folder: Path, run_scorer: Scorer, requests_file: Path, whole_scores: bytes, suffix: str
+) -> None:
+    output = requests_file.with_name("out" + suffix)
+    for count in range(1, 100):
+        process = started(killed_before, count, command(run_folder, requests_file, output))
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        if not output.exists() or output.with_name(output.name + ".job").exists():
+            score(run_scorer, requests_file, output)
+        assert_same(output, whole_scores)
+        output.unlink()
+        # At most a lock that nobody holds, which the next call takes.
+        assert {path.name for path in requests_file.parent.iterdir()} <= {"in.jsonl", f".{output.name}.lock"}
+    assert count > 15
 
 
 @pytest.mark.slow
