@@ -154,7 +154,7 @@ def run(row: Row) -> tuple[str, str, float, str]:
     environment = {name: value for name, value in os.environ.items() if name not in row.environment}
     environment |= {name: value for name, value in row.environment.items() if value is not None}
     began = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", *row.tests]
+    command = [sys.executable, "-m", "pytest", "--tb=short", *row.tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
     closing = lines[-1] if lines else f"pytest ended with status {done.returncode}"
