@@ -1,34 +1,59 @@
 # Two commands for newcomers: `make quickstart` and `make test`. Both make .venv and install what they need.
+# `make test-floors` and `make test-newest` test the oldest and the newest versions that pyproject.toml allows, each in a venv of its own.
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?= data/ml-100k
 RUN ?= runs/quickstart
-DTI := $(VENV)/bin/dti
+# The versions that the suite was last run with (constraints/README.md). CONSTRAINTS= installs the newest.
+CONSTRAINTS ?= constraints.txt
+PYTEST ?= -n auto
+PIP = $(VENV)/bin/python -m pip
+PINNED = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS),--upgrade --upgrade-strategy eager)
+TORCH_CPU = https://download.pytorch.org/whl/cpu
 
-.PHONY: quickstart test check install clean
+.PHONY: quickstart test check install test-floors test-newest clean
 
 quickstart: install
-	test -f $(DATA)/stats.json || $(DTI) prepare ml-100k --out $(DATA)
-	$(DTI) train --data $(DATA) --out $(RUN) --config configs/quickstart.yaml
+	test -f $(DATA)/stats.json || $(VENV)/bin/dti prepare ml-100k --out $(DATA)
+	$(VENV)/bin/dti train --data $(DATA) --out $(RUN) --config configs/quickstart.yaml
 
 test: install
-	$(VENV)/bin/python -m pytest -n auto
+	$(VENV)/bin/python -m pytest $(PYTEST)
 
 check: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+test-floors:
+	$(MAKE) test VENV=.venv-floors CONSTRAINTS=constraints/floors.txt
+
+test-newest:
+	rm -f .venv-newest/installed
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
+
 install: $(VENV)/installed
 
-# Where there is no NVIDIA GPU, the small CPU build of torch is asked for first: a plain `torch` brings gigabytes of CUDA.
-$(VENV)/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
-	  { echo "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.12" >&2; exit 1; }
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.13" >&2; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	command -v nvidia-smi >/dev/null 2>&1 || $(VENV)/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	@$(install_torch)
+	$(PIP) install --quiet $(PINNED) --editable '.[test]'
 	touch $@
 
+# Where there is no NVIDIA GPU, PyTorch's index of CPU builds is asked for torch first: the ordinary index has the CUDA build, gigabytes
+# more. The ordinary index is the way on where that one cannot be reached, and where there is a GPU. A torch of this version that is
+# in the environment already, such as a ROCm build, stays.
+define install_torch
+if nvidia-smi --list-gpus >/dev/null 2>&1; then \
+  echo "torch: the build for NVIDIA GPUs, from the ordinary index"; \
+elif $(PIP) install --quiet $(PINNED) --no-deps --index-url $(TORCH_CPU) --timeout 10 --retries 0 torch 2>/dev/null; then \
+  echo "torch: the CPU build"; \
+else \
+  echo "torch: $(TORCH_CPU) has none or cannot be reached, so the ordinary index is asked, whose build may bring gigabytes of CUDA"; \
+fi
+endef
+
 clean:
-	rm -rf $(VENV) data runs
+	rm -rf $(VENV) .venv-floors .venv-newest data runs

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 
 from benchmarks.bench_attention import gate
 from benchmarks.compile_report import visited_pairs
-from benchmarks.measure import append_rows, percentiles_ms
+from benchmarks.measure import RowFiles, percentiles_ms
 from benchmarks.providers import GPU_PROVIDERS, Unavailable
 from benchmarks.workloads import AttentionInputs, Workload, useful_flops
 from dti_kernels.tiles import choose_tile
@@ -152,7 +151,7 @@ def measure(workload: Workload) -> list[dict[str, Any]]:
     return rows
 
 
-def run(out: Path, seconds: float) -> None:
+def run(files: RowFiles, seconds: float) -> None:
     """Measure until the time is up; each workload's rows are saved as it ends."""
     torch._functorch.config.donated_buffer = False  # FlexAttention's graph is differentiated more than once
     torch._dynamo.config.recompile_limit = 64  # its block mask closes over a new layout every time
@@ -166,6 +165,6 @@ def run(out: Path, seconds: float) -> None:
             except (RuntimeError, AssertionError) as error:
                 rows = [{"benchmark": "attention", "workload": workload.name, "failed": f"{error}"[:600]}]
             torch.cuda.empty_cache()
-        append_rows(out, rows)
+        files.append(rows)
         for row in rows:
             print({name: value for name, value in row.items() if name != "benchmark"}, flush=True)

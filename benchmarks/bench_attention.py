@@ -1,6 +1,6 @@
 """Attention alone: `windowed_attn` beside the strongest alternatives, forward and forward + backward.
 
-    python -m benchmarks.bench_attention [--device cuda] [--out benchmarks/results/attention-cpu.jsonl] [--size smoke]
+    python -m benchmarks.bench_attention [--device cuda] [--out ROWS.jsonl] [--record] [--size smoke]
 
 All providers and lengths run in one process, by turns. Before a row is written, the output and all gradients of
 `windowed_attn` are held to the dense reference on that workload (or on its first tokens, where dense does not fit).
@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import RESULTS, append_rows, interleaved_ms, parse_sized, percentiles_ms
+from benchmarks.measure import interleaved_ms, parse_measuring, percentiles_ms
 from benchmarks.providers import sdpa_dense_mask, windowed
 from benchmarks.workloads import AttentionInputs, Workload, useful_flops
 from dti_kernels import windowed_attn, windowed_attn_reference
@@ -126,21 +125,19 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure, print and append the rows of a device."""
+    """Measure, print and keep the rows of a device."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/attention-DEVICE.jsonl")
     parser.add_argument("--repeats", type=int, default=9, help="on a CPU")
     parser.add_argument("--lengths", type=int, nargs=2, default=CPU_LENGTHS, help="rows T on a CPU")
     parser.add_argument("--seconds", type=float, default=200.0, help="on a GPU: start no workload after this")
-    options = parse_sized(parser, {"lengths": SMOKE_LENGTHS, "repeats": 1})
-    options.out = options.out or RESULTS / f"attention-{options.device}.jsonl"
+    options = parse_measuring(parser, "attention-{device}", {"lengths": SMOKE_LENGTHS, "repeats": 1})
     if options.device == "cuda":
         from benchmarks import attention_gpu
 
-        attention_gpu.run(options.out, options.seconds)
+        attention_gpu.run(options.rows, options.seconds)
         return
     workloads = [
         Workload(f"cpu_T{length}", length, None, num_heads=4, num_groups=4, head_dim=64)
@@ -154,7 +151,8 @@ def main() -> None:
         )
     for name, value in ratios(rows).items():
         print(f"{name}: {value:.2f}")
-    append_rows(options.out, rows)
+    options.rows.append(rows)
+    print(f"rows: {options.rows}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Is it still as good? The paper's tables and figures as training runs, resumable run by run.
 
-    python -m benchmarks.bench_quality --plan table1 figure3 --size small --data DIR --out DIR [--record]
-    python -m benchmarks.bench_quality --plan whole sweep --size smoke --data DIR --out DIR
+    python -m benchmarks.bench_quality --plan table1 figure3 --size small --data DIR [--out DIR] [--record]
+    python -m benchmarks.bench_quality --plan whole sweep --size smoke --data DIR
     python -m benchmarks.bench_quality --plan table1 --size full        prints the commands of the paper's runs
 
 `small` trains a model of 2 layers x 64 on some users of a prepared data set (made for ML-100K: `dti prepare ml-100k --out DIR`).
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from benchmarks.measure import RESULTS, provenance
+from benchmarks.measure import RESULTS, SCRATCH, add_record, provenance
 from benchmarks.quality_full import commands
 from benchmarks.quality_plans import PLANS, SIZES, Arm, Plan
 from benchmarks.quality_runs import (
@@ -36,6 +36,7 @@ from benchmarks.quality_runs import (
 from benchmarks.quality_stats import auc_difference
 from dti_model.attention import DTIConfig
 from dti_model.data import PreparedData
+from dti_model.files import whole_file
 
 METRICS = ("auc", "log_loss", "f1", "gauc")
 
@@ -53,7 +54,8 @@ class Bench:
         if path.exists() and json.loads(path.read_text()) != self.digest:
             raise ValueError(f"{self.out} holds runs over other data than {data}: choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.digest))
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(self.digest))
 
     def data_of(self, cell: Cell) -> Path:
         """The prepared folder with the targets that a cell trains on and is scored on."""
@@ -194,7 +196,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """All rows of a plan, in place of older ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({**provenance(), **row}) + "\n" for row in rows))
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(json.dumps({**provenance(), **row}) + "\n" for row in rows))
 
 
 def run(
@@ -220,17 +223,21 @@ def main() -> int:
     parser.add_argument("--plan", nargs="+", choices=PLANS, required=True)
     parser.add_argument("--size", choices=[*SIZES, "full"], default="small")
     parser.add_argument("--data", type=Path, help="folder made by `dti prepare`")
-    parser.add_argument("--out", type=Path, help="folder of the runs")
+    parser.add_argument(
+        "--out", type=Path, default=SCRATCH / "quality", help="folder of the runs; default: %(default)s"
+    )
     parser.add_argument(
         "--finished-only", action="store_true", help="train nothing: rows of the runs that are finished"
     )
-    parser.add_argument("--record", action="store_true", help="also write the rows to benchmarks/results")
+    add_record(parser)
     options = parser.parse_args()
     if options.size == "full":
         print("\n".join(commands(options.plan)))
         return 0
-    if options.data is None or options.out is None:
-        parser.error("--data and --out are needed for this size")
+    if options.data is None:
+        parser.error("--data is needed for this size")
+    if options.record and options.size == "smoke":
+        parser.error("--record keeps measurements, and --size smoke makes none: leave one of them out")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     run(options.plan, options.size, options.data, options.out, options.record, options.finished_only)

@@ -1,6 +1,6 @@
 """Scoring: candidates of one user in one pass, and evaluation of a test split, each beside what one would do without.
 
-    python -m benchmarks.bench_score [--data DIR] [--part candidates evaluation] [--device cuda] [--out ROWS.jsonl] [--size smoke]
+    python -m benchmarks.bench_score [--data DIR] [--part candidates evaluation] [--device cuda] [--out ROWS.jsonl] [--record] [--size smoke]
 
 `candidates`: 1 to 500 candidates of a real user with a history of 20: one pass; an encoded history, with which only candidates are
 computed; and one sliding-window prompt per candidate, packed, with the same model and attention.
@@ -23,7 +23,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks.made_up import made_up_data
-from benchmarks.measure import RESULTS, append_rows, interleaved_ms, parse_sized
+from benchmarks.measure import interleaved_ms, parse_measuring
 from dti_model.attention import DTIConfig
 from dti_model.config import ModelConfig, TrainConfig
 from dti_model.prompts import Prompts
@@ -156,7 +156,7 @@ def measure_evaluation(run: Run, device: str, repeats: int, user_step: int) -> l
 
 
 def main() -> None:
-    """Measure, print and append."""
+    """Measure, print and keep the rows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -169,9 +169,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3, help="of the evaluation")
     parser.add_argument("--user-step", type=int, default=1, help="evaluate targets of every n-th user")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/score-DEVICE.jsonl")
     smoke = {"layers": 1, "width": 16, "repeats": 1, "user_step": 40}
-    options = parse_sized(parser, smoke)
+    options = parse_measuring(parser, "score-{device}", smoke)
     model = ModelConfig(
         layers=options.layers,
         width=options.width,
@@ -194,7 +193,8 @@ def main() -> None:
         row["model"] = f"{options.layers} x {options.width}"
         task = f"{row['candidates']} candidates" if "candidates" in row else f"{row['targets']} targets"
         print(f"{task:>14}  {row['provider']:38} p50 {row['p50_ms']:9.1f} ms  {row['speedup']:6.2f} x")
-    append_rows(options.out or RESULTS / f"score-{options.device}.jsonl", rows)
+    options.rows.append(rows)
+    print(f"rows: {options.rows}")
 
 
 if __name__ == "__main__":

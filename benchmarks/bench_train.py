@@ -1,6 +1,6 @@
 """Training steps on real prompts: targets per second over k, beside what the rows alone would give.
 
-    python -m benchmarks.bench_train --data DIR [--k 1 5 10 20 50 200 all] [--layers 4 --width 128] [--out ROWS.jsonl] [--size smoke]
+    python -m benchmarks.bench_train --data DIR [--k 1 5 10 20 50 200 all] [--layers 4 --width 128] [--out ROWS.jsonl] [--record] [--size smoke]
 
 All k run in one process by turns, with the same model, packing, attention and optimizer; k = 1 is the sliding-window baseline.
 Each row holds the ratio of targets/s to k = 1 beside three predictions: the ratio of rows per target (context tokens and [SUM]s), the
@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.made_up import made_up_data
-from benchmarks.measure import RESULTS, append_rows, parse_sized
+from benchmarks.measure import parse_measuring
 from dti_model.attention import DTIConfig
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.run import Run
@@ -94,7 +94,7 @@ def flops_per_target(run: Run, k: int | None, num_batches: int = 8) -> float:
 
 
 def main() -> None:
-    """Measure, print and append."""
+    """Measure, print and keep the rows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -108,9 +108,9 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--mode", default="dti")
-    parser.add_argument("--out", type=Path, default=RESULTS / "train-cpu.jsonl")
     smoke = {"k": ["1", "4", "all"], "layers": 1, "width": 16, "heads": 2, "token_budget": 1024, "steps": 1}
-    options = parse_sized(parser, smoke)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = parse_measuring(parser, f"train-{device}", smoke)
     if options.data is None:
         options.data = made_up_data(Path(tempfile.mkdtemp()))
     config = TrainConfig(
@@ -135,7 +135,8 @@ def main() -> None:
             f"{row.get('speedup', 1):6.2f} x (rows {row.get('rows_ratio', 1):.2f} x, FLOPs {row.get('flops_ratio', 1):.2f} x, equation 3 {row['equation_3']}; "
             f"attention {row['attention_share']:.0%}, {row['peak_mib']:.0f} MiB)"
         )
-    append_rows(options.out, rows)
+    options.rows.append(rows)
+    print(f"rows: {options.rows}")
 
 
 if __name__ == "__main__":

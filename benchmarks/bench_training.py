@@ -1,6 +1,6 @@
 """Training steps with random weights: streaming prompts beside sliding-window prompts, targets per second.
 
-    python -m benchmarks.bench_training [--model llama8b-slice] [--device cuda] [--seconds 80] [--out FILE]
+    python -m benchmarks.bench_training [--model llama8b-slice] [--device cuda] [--seconds 80] [--out ROWS.jsonl] [--record]
 
 Both kinds get the same model, the same packed batches of about as many tokens, the same attention and the same optimizer; steps
 are interleaved. `llama8b-slice` is Llama-3.1-8B's shape with two layers, `smollm` all of SmolLM2-135M's, in bfloat16.
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import append_rows, percentiles_ms
+from benchmarks.measure import parse_measuring, percentiles_ms
 from benchmarks.workloads import Workload
 from dti_kernels import StreamLayout
 from dti_model.attention import DTIConfig, apply_dti, token_logits
@@ -114,7 +113,7 @@ def measure(name: str, device: str, num_tokens: int, num_steps: int, seconds: fl
 
 
 def main() -> None:
-    """Measure, print and append."""
+    """Measure, print and keep the rows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -123,8 +122,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=80.0)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parse_measuring(parser, "training-{device}")
     for name in options.model:
         rows = measure(
             name, options.device, options.tokens, options.steps, options.seconds / len(options.model)
@@ -134,8 +132,8 @@ def main() -> None:
         print(
             f"{name}: streaming over sliding window {rows[0]['targets_per_s'] / rows[1]['targets_per_s']:.2f} x"
         )
-        if options.out:
-            append_rows(options.out, rows)
+        options.rows.append(rows)
+    print(f"rows: {options.rows}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command without a network, within nine minutes on an H100.
 
-    python -m benchmarks.gpu_suite --out DIR [--stage attention ...]
+    python -m benchmarks.gpu_suite [--out DIR] [--stage attention ...]
 
 Stages run in order, each in a process of its own: what it prints goes to `DIR/<stage>.log`, its rows to `DIR/<stage>.jsonl`, and
 `DIR/summary.json` is rewritten as each ends. A stage that fails, crashes or runs out of its time is recorded and the next one runs.
@@ -16,6 +16,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.measure import SCRATCH
+from dti_model.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 _VERSIONS = """
@@ -88,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=SCRATCH / "gpu", help="folder; default: %(default)s")
     parser.add_argument("--stage", nargs="+", choices=[stage.name for stage in STAGES], help="only these")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -99,7 +102,8 @@ def main() -> None:
             continue
         summary.append(run_stage(stage, out))
         print(summary[-1], flush=True)
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        with whole_file(out / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=1) + "\n")
     sys.exit(any(entry["status"] != "ok" for entry in summary))
 
 

@@ -3,7 +3,7 @@
     leak = |gradient of its logit margin on token embeddings outside the window| / |gradient on all of the prompt's embeddings|
 
     python -m benchmarks.leak_meter [--layers 1 2 3 4 6 8] [--size smoke]      random weights, by layers and reset
-    python -m benchmarks.leak_meter --run RUN [--out FILE]                     a trained run, on its validation histories
+    python -m benchmarks.leak_meter --run RUN [--out ROWS.jsonl] [--record]     a trained run, on its validation histories
 
 Exactly 0 with one layer, and with full reset in every layer. A context token of layer L has mixed in up to L windows, so from the
 second layer on a [SUM] reads what lies before its window; from the third on through its own item text too, which the reset
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.measure import RESULTS, append_rows, parse_sized
+from benchmarks.measure import parse_measuring
 from dti_kernels import StreamLayout
 from dti_model.attention import DTIConfig, Stream, apply_dti, position_ids
 from dti_model.prompts import Prompts
@@ -164,15 +164,14 @@ def _row(weights: str, num_layers: int, reset: str, found: list[float]) -> dict[
 
 
 def main() -> None:
-    """Measure, print and append."""
+    """Measure, print and keep the rows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--run", type=Path, help="run folder of `dti train`")
-    parser.add_argument("--out", type=Path, default=RESULTS / "leak.jsonl")
-    options = parse_sized(parser, {"layers": [1, 2], "prompts": 2})
+    options = parse_measuring(parser, "leak", {"layers": [1, 2], "prompts": 2})
     if options.run is not None:
         rows = measure_run(options.run, options.prompts)
     else:
@@ -181,7 +180,8 @@ def main() -> None:
         print(
             f"{row['weights']:20} {row['layers']:2} layers  {row['reset']:30} {row['leak']:.4f} (largest {row['largest']:.4f})"
         )
-    append_rows(options.out, rows)
+    options.rows.append(rows)
+    print(f"rows: {options.rows}")
 
 
 if __name__ == "__main__":

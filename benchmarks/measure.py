@@ -1,4 +1,7 @@
-"""Measuring: providers interleaved in one process, percentiles, and rows with everything needed to read them later."""
+"""Measuring: providers interleaved in one process, percentiles, and rows with everything needed to read them later.
+
+Where rows go is decided here, for every benchmark: to a scratch folder that git ignores, and with `--record` to results/ as well.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -18,22 +22,67 @@ import torch
 
 Name = TypeVar("Name")
 RESULTS = Path(__file__).parent / "results"
+# In the working folder; git ignores it. A measurement that nobody asked to keep changes no file of the project.
+SCRATCH = Path("runs/benchmarks")
+UNKNOWN_COMMIT = "unknown"
 
 
-def parse_sized(parser: argparse.ArgumentParser, smoke: Mapping[str, Any]) -> argparse.Namespace:
-    """Arguments of a benchmark that has `--size full` and `--size smoke`.
+@dataclass(frozen=True)
+class RowFiles:
+    """The files that a benchmark appends its rows to."""
+
+    paths: tuple[Path, ...]
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Append JSON lines, each with the provenance of this process."""
+        for path in self.paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write("".join(json.dumps({**provenance(), **row}) + "\n" for row in rows))
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.paths))
+
+
+def parse_measuring(
+    parser: argparse.ArgumentParser, name: str, smoke: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
+    """Arguments of a benchmark that writes rows: the parser's own, `--out`, `--record`, and `--size` where there is a smoke size.
 
     Args:
         parser: of everything else.
-        smoke: defaults of the smoke size: seconds instead of minutes. It shows that everything runs, and no speed, so its rows go under
-            runs/smoke/ unless `--out` says otherwise.
+        name: of the file of rows; `{device}` stands for that option's value.
+        smoke: defaults of the smoke size: seconds instead of minutes. It shows that everything runs, and no speed, so it is never
+            recorded.
+
+    Returns:
+        The options; `rows` is the `RowFiles` to append to.
     """
+    parser.add_argument("--out", type=Path, help=f"file of rows; default: {SCRATCH / name}.jsonl")
+    add_record(parser)
+    folder = SCRATCH
+    if smoke is not None:
+        parser.add_argument(
+            "--size", choices=("full", "smoke"), default="full", help="smoke: does it run? No timing claim"
+        )
+        if parser.parse_known_args()[0].size == "smoke":
+            parser.set_defaults(**smoke)
+            folder = SCRATCH / "smoke"
+    options = parser.parse_args()
+    if folder != SCRATCH and options.record:
+        parser.error("--record keeps measurements, and --size smoke makes none: leave one of them out")
+    file = name.format_map(vars(options)) + ".jsonl"
+    options.rows = RowFiles((options.out or folder / file, *([RESULTS / file] if options.record else [])))
+    return options
+
+
+def add_record(parser: argparse.ArgumentParser) -> None:
+    """The option without which no benchmark changes benchmarks/results/."""
     parser.add_argument(
-        "--size", choices=("full", "smoke"), default="full", help="smoke: does it run? No timing claim"
+        "--record",
+        action="store_true",
+        help="also put the rows into benchmarks/results/, which is tracked and which README.md is made from",
     )
-    if parser.parse_known_args()[0].size == "smoke":
-        parser.set_defaults(out=Path("runs/smoke") / f"{Path(parser.prog).stem}.jsonl", **smoke)
-    return parser.parse_args()
 
 
 def interleaved_ms(
@@ -71,17 +120,31 @@ def percentiles_ms(times: np.ndarray) -> dict[str, float]:
 @cache
 def provenance() -> dict[str, Any]:
     """Date, commit, machine and versions of this process."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit_of(Path(__file__).resolve().parents[1]),
         "machine": gpu or f"{_cpu_name()}, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def commit_of(root: Path) -> str:
+    """Of a checkout, `-dirty` where files differ from it; "unknown" where there is no git, or git knows no repository there."""
+    try:
+        # A copy without its .git that lies in somebody else's repository has no commit either.
+        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
+            return UNKNOWN_COMMIT
+        return _git(root, "describe", "--always", "--dirty")
+    except (OSError, subprocess.CalledProcessError):
+        return UNKNOWN_COMMIT
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, cwd=root, check=True
+    ).stdout.strip()
 
 
 def _cpu_name() -> str:
@@ -91,11 +154,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append JSON lines, each with the provenance of this process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        for row in rows:
-            file.write(json.dumps({**provenance(), **row}) + "\n")

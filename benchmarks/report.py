@@ -24,6 +24,7 @@ from benchmarks.measure import RESULTS, provenance
 from benchmarks.report_plots import attention_over_rows, auc_over_k, last_run, leak_by_layers, time_over_k
 from benchmarks.report_quality import LEAK, leak, quality, quality_rows, read_rows
 from dti_kernels import StreamLayout
+from dti_model.files import whole_file, write_json
 from dti_model.plots import plot_mask
 from dti_model.report import metrics_table, sentence_about_baselines
 
@@ -176,8 +177,9 @@ def record_run(run: Path, name: str, command: str) -> None:
     metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())
     recorded = {"provenance": provenance(), "command": command, "metrics": metrics}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(recorded, indent=2) + "\n")
-    shutil.copyfile(run / "report.png", RESULTS / f"{name}.png")
+    write_json(RESULTS / f"{name}.json", recorded)
+    with whole_file(RESULTS / f"{name}.png") as temporary:
+        shutil.copyfile(run / "report.png", temporary)
 
 
 def main() -> int:
@@ -203,7 +205,8 @@ def main() -> int:
             return 1
         return 0
     draw_plots()
-    README.write_text(made)
+    with whole_file(README) as temporary:
+        temporary.write_text(made)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Time candidate tiles of every kernel on this GPU and print rows for `dti_kernels/tiles.py`.
 
-    python -m benchmarks.tune_tiles [--heads llama8b] [--k 50] [--seconds 60] [--out FILE]
+    python -m benchmarks.tune_tiles [--heads llama8b] [--k 50] [--seconds 60] [--out ROWS.jsonl] [--record]
 
 Each candidate runs a kernel by itself, exactly as the operator launches it. The table's own tile comes first; a candidate that the
 device has no room for is skipped. Read the result beside `benchmarks.compile_report`: a tile that spills may win here and lose on
@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.attention_gpu import HEADS, device_ms
-from benchmarks.measure import append_rows, percentiles_ms
+from benchmarks.measure import parse_measuring, percentiles_ms
 from benchmarks.workloads import AttentionInputs, Workload
 from dti_kernels import tiles, triton_bwd, triton_fwd
 from dti_kernels.tiles import KERNELS, Tile, choose_tile
@@ -108,8 +107,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parse_measuring(parser, "tiles")
     share = options.seconds / (len(options.heads) * len(KERNELS))
     for heads in options.heads:
         workload = Workload(
@@ -126,12 +124,12 @@ def main() -> None:
             rows = [{**row, "workload": workload.name} for row in tune(kernel, x, time.monotonic() + share)]
             for row in rows:
                 print(row, flush=True)
-            if options.out:
-                append_rows(options.out, rows)
+            options.rows.append(rows)
             timed = [row for row in rows if "p50_ms" in row]
             best.append(min(timed, key=lambda row: row["p50_ms"])["tile"] if timed else "none fits")
         print(f"best for {workload.name}, in the order of KERNELS:")
         print(*best, sep="\n", flush=True)
+    print(f"rows: {options.rows}")
 
 
 if __name__ == "__main__":

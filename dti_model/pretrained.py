@@ -185,7 +185,7 @@ def _embeddings(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
 def _quantization(settings: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
     if find_spec("bitsandbytes") is None:
         raise PretrainedModelError(
-            f"model.quantize={settings.quantize} needs bitsandbytes: pip install 'dti-click[quantize]', or leave it at 0"
+            f"model.quantize={settings.quantize} needs bitsandbytes: pip install bitsandbytes, or leave it at 0"
         )
     if settings.quantize == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -196,7 +196,7 @@ def _use_liger(model: PreTrainedModel) -> None:
     """RMSNorm and SwiGLU by Liger's kernels, in place. The loss needs none: only [SUM] rows reach the head."""
     if find_spec("liger_kernel") is None:
         raise PretrainedModelError(
-            "model.liger needs liger-kernel: pip install 'dti-click[liger]', or leave it out"
+            "model.liger needs liger-kernel: pip install liger-kernel, or leave it out"
         )
     if not torch.cuda.is_available():
         raise PretrainedModelError("model.liger needs a GPU, and PyTorch sees none: leave it out")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from collections.abc import Collection
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +171,10 @@ def _curves(config: TrainConfig) -> list[TrainerCallback]:
 
 
 def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
-    # Named only where wanted: transformers renames the option.
     often = "steps" if optim.validate_every else "epoch"
     special: dict[str, Any] = {}
     if optim.activation_checkpointing and not optim.fsdp:
-        special["activation_checkpointing"] = True
+        special[_checkpointing_option({field.name for field in fields(TrainingArguments)})] = True
     if optim.fsdp:
         special["fsdp"] = True
         special["fsdp_config"] = {"version": 2, "activation_checkpointing": optim.activation_checkpointing}
@@ -211,6 +211,12 @@ def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
         use_cpu=not torch.cuda.is_available(),
         **special,
     )
+
+
+def _checkpointing_option(known: Collection[str]) -> str:
+    """What `TrainingArguments` of this transformers calls it: renamed after 5.17, and the old name goes with version 6."""
+    new = "activation_checkpointing"
+    return new if new in known else "gradient_checkpointing"
 
 
 def _finish(run: Run, trainer: StreamTrainer) -> dict[str, Any]:

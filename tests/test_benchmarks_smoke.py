@@ -1,21 +1,45 @@
-"""Every benchmark's command runs at its smoke size, behind its parity gates, and its rows hold together. Times prove nothing here."""
+"""Every benchmark's command runs at its smoke size, behind its parity gates, and its rows hold together. Times prove nothing here.
+
+What none of them may do: change a file of the project that nobody asked it to.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from benchmarks import bench_attention, bench_score, bench_train, leak_meter
+from benchmarks import (
+    bench_attention,
+    bench_quality,
+    bench_score,
+    bench_train,
+    bench_training,
+    gpu_suite,
+    leak_meter,
+    measure,
+    simulate,
+)
 from benchmarks.made_up import made_up_data
+from benchmarks.measure import commit_of
+from tests.checkout import file_hashes
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_up_data(tmp_path_factory.mktemp("made_up"))
+
+
+def run_main(module: ModuleType, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__.split('.')[-1]}.py", *arguments])
+    module.main()
 
 
 @pytest.mark.parametrize(
@@ -33,10 +57,8 @@ def test_smoke(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ["--size", "smoke", *(["--data", str(data)] if takes_data else [])]
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__.split('.')[-1]}.py", *arguments])
-    module.main()
-    (written,) = (tmp_path / "runs" / "smoke").iterdir()  # not among the recorded results
+    run_main(module, ["--size", "smoke", *(["--data", str(data)] if takes_data else [])], monkeypatch)
+    (written,) = (tmp_path / "runs" / "benchmarks" / "smoke").iterdir()  # not among the recorded results
     rows = [json.loads(line) for line in written.read_text().splitlines()]
     assert len(rows) == num_rows
     for row in rows:
@@ -44,4 +66,107 @@ def test_smoke(
         times = [value for key, value in row.items() if key.endswith(("_ms", "_per_s"))]
         assert all(time > 0 for time in times)
         assert times or row["benchmark"] == "leak"
-    assert capsys.readouterr().out
+    assert f"rows: {written.relative_to(tmp_path)}" in capsys.readouterr().out
+
+
+# Full sizes as far as where rows go is concerned; their own options make them small.
+FULL = {
+    bench_attention: ["--lengths", "128", "256", "--repeats", "1"],
+    bench_train: ["--layers", "1", "--width", "16", "--heads", "2", "--k", "1", "--steps", "1", "--data"],
+    bench_training: ["--model", "tiny", "--device", "cpu", "--tokens", "512", "--steps", "1"],
+    bench_score: ["--layers", "1", "--width", "16", "--repeats", "1", "--user-step", "40", "--part", "evaluation", "--data"],
+    leak_meter: ["--layers", "1", "--prompts", "1"],
+}  # fmt: skip
+NAMES = {
+    bench_attention: "attention-cpu",
+    bench_train: "train-cpu",
+    bench_training: "training-cpu",
+    bench_score: "score-cpu",
+    leak_meter: "leak",
+}
+
+
+@pytest.mark.parametrize("module", FULL, ids=lambda module: module.__name__)
+def test_only_record_changes_results(
+    module: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m benchmarks.bench_train --data ...`, as the README had it, appended to a tracked file, and the README's tables then
+    differed from their rows."""
+    results = tmp_path / "results"
+    monkeypatch.setattr(measure, "RESULTS", results)
+    monkeypatch.chdir(tmp_path)
+    before = file_hashes(ROOT)
+    arguments = [*FULL[module], *([str(data)] if FULL[module][-1] == "--data" else [])]
+    run_main(module, arguments, monkeypatch)
+    scratch = tmp_path / "runs" / "benchmarks" / f"{NAMES[module]}.jsonl"
+    num_rows = len(scratch.read_text().splitlines())
+    assert num_rows > 0
+    assert not results.exists()
+    assert file_hashes(ROOT) == before
+    run_main(module, [*arguments, "--record"], monkeypatch)
+    assert len((results / scratch.name).read_text().splitlines()) == num_rows
+    assert len(scratch.read_text().splitlines()) == 2 * num_rows
+
+
+def test_the_others_write_nothing_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`simulate` prints; the GPU suite's folder is a scratch folder too."""
+    monkeypatch.chdir(tmp_path)
+    before = file_hashes(ROOT)
+    run_main(simulate, [], monkeypatch)
+    assert "Table 3" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(gpu_suite, "STAGES", (gpu_suite.Stage("works", ("-c", "print('here')"), 20),))
+    with pytest.raises(SystemExit):
+        run_main(gpu_suite, [], monkeypatch)
+    assert {path.name for path in (tmp_path / "runs" / "benchmarks" / "gpu").iterdir()} == {
+        "summary.json",
+        "works.log",
+    }
+    assert file_hashes(ROOT) == before
+
+
+@pytest.mark.parametrize("module", [bench_train, bench_quality], ids=lambda module: module.__name__)
+def test_a_smoke_run_is_never_recorded(
+    module: ModuleType, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = ["--plan", "table1"] if module is bench_quality else []
+    arguments = [*plan, "--size", "smoke", "--record", "--data", str(data)]
+    with pytest.raises(SystemExit) as exit_:
+        run_main(module, arguments, monkeypatch)
+    assert exit_.value.code == 2
+    assert "--size smoke" in capsys.readouterr().err
+
+
+def test_rows_without_git_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a git program every benchmark ended in a traceback, after it had measured; so did two tests."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit_of(ROOT) == "unknown"
+
+
+def test_rows_outside_of_a_repository_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a repository that git does not trust, and in a copy that lies in somebody else's."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "file").touch()
+    assert commit_of(copy) == "unknown"
+    if shutil.which("git") is None:
+        pytest.skip("no git here: the rest needs a repository")
+
+    def commit(folder: Path, *, new: bool) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "all"])[not new :]:
+            subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True)
+
+    commit(tmp_path, new=True)
+    assert commit_of(copy) == "unknown"
+    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
+    assert commit_of(copy) == "unknown", "no commit yet"
+    commit(copy, new=False)
+    ours = commit_of(copy)
+    assert re.fullmatch("[0-9a-f]{7,}", ours)
+    (copy / "file").write_text("changed")
+    assert commit_of(copy) == f"{ours}-dirty"
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert commit_of(copy) == "unknown", "dubious ownership"

@@ -30,7 +30,7 @@ def test_columns_are_views_of_the_mapped_file(folder: Path) -> None:
     assert pa.total_allocated_bytes() == before
     for name in ("item", "label", "timestamp", "rating", "split", "order"):
         column = getattr(data, name)
-        assert column.dtype == store.COLUMNS[name].to_pandas_dtype()
+        assert column.dtype == pa.array([], store.COLUMNS[name]).to_numpy().dtype
         assert not column.flags.owndata
         assert not column.flags.writeable
     assert data.history_offsets.dtype == np.int64

@@ -16,7 +16,14 @@ from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.data import DataError, PreparedData, prepare
 from dti_model.prompts import Prompts
 from dti_model.run import METRICS_FILE, Run
-from dti_model.train import RunExistsError, _arguments, _trainer, evaluate_run, train
+from dti_model.train import (
+    RunExistsError,
+    _arguments,
+    _checkpointing_option,
+    _trainer,
+    evaluate_run,
+    train,
+)
 from dti_model.trainer import NonFiniteLossError, StreamTrainer
 from tests.model.movielens_files import some_ratings, write_1m
 from tests.model.pretrained_files import pretrained_folder
@@ -97,6 +104,16 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(
     assert train(broken) == whole
     for name in ("predictions-val.parquet", "predictions-test.parquet"):
         assert pl.read_parquet(broken.out / name).equals(pl.read_parquet(config.out / name))
+
+
+def test_activation_checkpointing_has_the_name_of_this_transformers(config: TrainConfig) -> None:
+    """5.17, the oldest that is allowed, knows the old name only and refused the new one; both names say True or False later on."""
+    assert _checkpointing_option({"gradient_checkpointing"}) == "gradient_checkpointing"
+    both = {"gradient_checkpointing", "activation_checkpointing"}
+    assert _checkpointing_option(both) == "activation_checkpointing"
+    for on in (False, True):
+        optim = dataclasses.replace(config.optim, activation_checkpointing=on)
+        assert _arguments(config, optim).gradient_checkpointing is on
 
 
 def test_a_finished_run_holds_what_is_promised(config: TrainConfig) -> None:
