@@ -47,9 +47,8 @@ class HiddenStateReset:
             )
         if not 0.0 <= self.alpha_own <= 1.0:
             raise ValueError(f"alpha_own must be in [0, 1], got {self.alpha_own}")
-        if (
-            not 0.0 < self.steepness < math.inf
-        ):  # not math.isfinite, which torch.compile of PyTorch 2.11 cannot trace
+        # Not math.isfinite, which torch.compile of PyTorch 2.11 cannot trace.
+        if not 0.0 < self.steepness < math.inf:
             raise ValueError(f"steepness must be positive and finite, got {self.steepness}")
 
     def ratios(self, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,8 +60,9 @@ def _ignored(folder: str, names: list[str]) -> set[str]:
 
 def paste(command: str, checkout: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run a command in bash in the checkout, after the README's `source .venv/bin/activate`; single-threaded like the suite."""
-    left_out = ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
-    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    environment = environment_without_make()
+    for name in ("PYTHONPATH", "VIRTUAL_ENV"):
+        environment.pop(name, None)
     return subprocess.run(
         ["bash", "-c", f"source .venv/bin/activate\n{command}"],
         cwd=checkout,
@@ -70,6 +72,13 @@ def paste(command: str, checkout: Path, timeout: float = 300) -> subprocess.Comp
         text=True,
         timeout=timeout,
     )
+
+
+def environment_without_make() -> dict[str, str]:
+    """This process's, without what a `make` above it hands down: `make test-floors` names another environment and other versions."""
+    ours = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    handed_down = {*ours, "PIP", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL"}
+    return {name: value for name, value in os.environ.items() if name not in handed_down}
 
 
 def file_hashes(checkout: Path) -> dict[str, str]:

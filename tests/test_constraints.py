@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkout import environment_without_make
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -87,9 +88,7 @@ def make_install(
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     command = ["make", "install", f"VENV={folder / 'venv'}", f"PYTHON={programs / 'python'}"]
-    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
-        environment.pop(name, None)
+    environment = {**environment_without_make(), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     calls = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
     return done.returncode, done.stdout + done.stderr, calls
