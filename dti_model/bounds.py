@@ -54,14 +54,15 @@ def number(least: float, most: float, above: bool = False, below: bool = False) 
     if below:
         must = f"in [{least:g}, {most:g}), a number"
     else:
-        must = f"{'>' if above else '>='} {least:g} and <= {most:,g} (a number)"
+        must = f"{'>' if above else '>='} {least:g} and <= {most:,} (a number)"
     return Rule(must, accepts)
 
 
 def choice(*values: str | int) -> Rule:
     """One of some values."""
-    names = ", ".join(map(str, values))
-    return Rule(f"one of {names}", lambda value: not isinstance(value, bool) and value in values)
+    names = list(map(str, values))
+    must = f"one of {', '.join(names)}" if len(names) > 2 else " or ".join(names)
+    return Rule(must, lambda value: not isinstance(value, bool) and value in values)
 
 
 def choices(values: tuple[str, ...], may_be_empty: bool) -> Rule:

@@ -50,8 +50,8 @@ class ModelConfig:
         mlp_width: inner width of the MLP.
         dropout: on the token embeddings and on what every attention and MLP adds, in [0, 1); default .1 from scratch,
             0 for a pretrained model.
-        pretrained: a folder, an id on the Hugging Face hub or a GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model to
-            start from; the sizes above are then its own.
+        pretrained: a folder, a GGUF file, or `hub:owner/name` on the Hugging Face hub, of a Llama, Mistral, Qwen2 or Qwen3
+            model to start from; the sizes above are then its own.
         finetune: what is trained of a pretrained model: low-rank updates and the [SUM] row (lora), or everything (full).
         lora: the low-rank updates.
         dtype: of a pretrained model's weights. Full fine-tuning in bfloat16 rounds its own updates; rather keep

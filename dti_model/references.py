@@ -48,6 +48,16 @@ class Reference:
         return self.source if self.gguf_file is None else str(Path(self.source) / self.gguf_file)
 
     @property
+    def name(self) -> str:
+        """As other programs know it: a path, or the hub's id."""
+        return self.stored.removeprefix(HUB)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the hub's cache on this machine has begun to hold it."""
+        return self.on_hub and _cached_config(self.source) is not None
+
+    @property
     def folder(self) -> Path:
         """Where its files are; of a model of the hub, in the cache."""
         if not self.on_hub:

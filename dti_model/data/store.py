@@ -16,6 +16,7 @@ Reading copies nothing: the arrays are views of the mapped files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -117,6 +118,14 @@ class PreparedData:
                 state = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
                 raise DataError(f"{path / name}: the file {state}.{_AGAIN}")
         return cls(path, stats)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256, in hexadecimal digits, over the names and contents of the tables and the tokenizer's files."""
+        names = ["interactions.arrow", "users.arrow", "items.arrow"]
+        names += sorted(f"{TOKENIZER_FOLDER}/{path.name}" for path in self.tokenizer_dir.iterdir())
+        found = {name: hashlib.sha256((self.path / name).read_bytes()).hexdigest() for name in names}
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
     @property
     def tokenizer_dir(self) -> Path:
