@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from dti_model.files import (
     CHECKSUMS_FILE,
     DamagedFileError,
+    WriteError,
     check_checksums,
     remove_folder,
     whole_folder,
@@ -181,8 +182,9 @@ def write_checkpoint(
                 (temporary / name).write_text(json.dumps(document, indent=1) + "\n")
             write_checksums(temporary)
     except (OSError, SafetensorError) as error:
+        reason = error.__cause__ if isinstance(error, WriteError) and error.__cause__ is not None else error
         raise CheckpointError(
-            f"{folder} cannot be written ({error}). Earlier checkpoints are untouched: make room, and give the same "
+            f"{folder} cannot be written ({' '.join(str(reason).split())}). Earlier checkpoints are untouched: make room, and give the same "
             "command again to go on from the last one"
         ) from error
 

@@ -59,7 +59,7 @@ def _one_line(error: BaseException) -> str:
         return f"out of memory{f' ({lines[0]})' if lines else ''}: use a smaller model or token budget"
     if not lines:
         return type(error).__name__
-    return lines[0] + (" (--debug shows the rest)" if len(lines) > 1 else "")
+    return lines[0][:1000] + (" (--debug shows the rest)" if len(lines) > 1 else "")
 
 
 def _version() -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from dti_model.bounds import GROUPS, RULES, must_be, shown
@@ -22,8 +23,8 @@ def _load(text: str) -> Any:
     check_yaml(text)
     try:
         return get_loader("yaml")(text)
-    except ValueError as error:  # an integer of thousands of digits
-        raise StrictYAMLError(str(error)) from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise StrictYAMLError(" ".join(str(error).split())) from error
 
 
 class Parser(ArgumentParser):
@@ -50,7 +51,9 @@ def in_one_line(message: str) -> str:
     if match and match[1] in RULES and found:
         value = {"None": "null", "True": "true", "False": "false"}.get(found[-1], found[-1])
         return must_be(match[1], value[:100] or "an empty value")
-    return " ".join(message.split())[:2000]
+    if match and match[1] in RULES and "integer string conversion" in message:
+        return must_be(match[1], "a number of thousands of digits")
+    return " ".join(message.split())[:1000]
 
 
 def check_files(arguments: Sequence[str]) -> None:
@@ -64,12 +67,12 @@ def check_files(arguments: Sequence[str]) -> None:
         if name not in _FILE_FLAGS:
             continue
         text = rest if equals else value
-        if any(sign in text for sign in "{[:\n") and not Path(text).exists():
-            continue  # YAML itself
         try:
+            if any(sign in text for sign in "{[:\n") and not Path(text).exists():
+                continue  # YAML itself
             read_settings(Path(text))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{name}: {' '.join(str(error).split())[:500]}") from None
 
 
 def check_groups(options: Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from dti_model.baselines import baseline_metrics
 from dti_model.config import CONFIG_FILE
-from dti_model.files import CHECKSUMS_FILE, sha256_of, whole_file, without_nan, write_json, write_sealed
+from dti_model.files import CHECKSUMS_FILE, sha256_of, whole_file, without_nan, write_sealed
 from dti_model.plots import plot_report
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import world_size
@@ -47,24 +48,23 @@ def write_results(
         )
     result["provenance"] = asdict(run.provenance)
     result = dict(without_nan(result))
-    write_json(config.out / METRICS_FILE, result)
-    _write_checksums(config.out)
+    with whole_file(config.out / METRICS_FILE) as temporary:
+        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        _write_checksums(config.out, temporary)
     print(metrics_table(result))
     print(sentence_about_baselines(result[last], result["baselines"][last]))
     return result
 
 
-def _write_checksums(folder: Path) -> None:
-    """Of the files in a run folder itself; `model/` and the checkpoints have their own."""
-    names = [
-        CONFIG_FILE,
-        METRICS_FILE,
-        "report.png",
-        *sorted(p.name for p in folder.glob("predictions-*.parquet")),
-    ]
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names
-    }
+def _write_checksums(folder: Path, metrics: Path) -> None:
+    """Of the files in a run folder itself; `model/` and the checkpoints have their own.
+
+    `metrics` is metrics.json before it has its name: with that the folder is finished, so this comes first.
+    """
+    paths = {name: folder / name for name in (CONFIG_FILE, "report.png")}
+    paths |= {path.name: path for path in sorted(folder.glob("predictions-*.parquet"))}
+    paths[METRICS_FILE] = metrics
+    files = {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in paths.items()}
     write_sealed(folder / CHECKSUMS_FILE, {"files": files})
 
 

@@ -41,16 +41,18 @@ def check_is_ours(folder: Path) -> None:
                 f"{folder} is not a run folder: its {CONFIG_FILE} is another program's. Choose another --out"
             )
         return
-    # What a killed start may leave: the lock, and a config.yaml that has not got its name.
-    foreign = [
-        path.name
-        for path in folder.iterdir()
-        if path.name != LOCK_FILE and not path.name.startswith(f".{CONFIG_FILE}.")
-    ]
+    foreign = [path.name for path in folder.iterdir() if not _is_of_a_start(path)]
     if foreign:
         raise RunExistsError(
             f"{folder} exists, is not empty and is not a run folder (it holds {min(foreign)}): choose another --out"
         )
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """What a start that was killed before config.yaml was there may leave."""
+    if path.name == CHECKPOINTS_FOLDER:
+        return path.is_dir() and not any(path.iterdir())
+    return path.name == LOCK_FILE or path.name.startswith(f".{CONFIG_FILE}.")
 
 
 @contextmanager
@@ -66,7 +68,7 @@ def run_folder_of(out: Path, purpose: str) -> Iterator[None]:
         LockedError: another process writes there; the message says which.
     """
     first_rank_does(lambda: check_is_ours(out))
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    made = [folder for folder in (out / CHECKPOINTS_FOLDER, out, *out.parents) if not folder.exists()]
     with ExitStack() as stack:
         first_rank_does(lambda: stack.enter_context(locked(out / LOCK_FILE, purpose)))
         try:

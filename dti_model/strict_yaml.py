@@ -1,4 +1,4 @@
-"""YAML that says one thing: a key that stands twice, an alias or endless nesting is an error that names the line.
+"""YAML that says one thing: a key that stands twice, an alias, a tag or endless nesting is an error that names the line.
 
 PyYAML keeps the last of two equal keys, so a block of settings would vanish without a word; and a few lines of aliases of aliases
 ("billion laughs") stand for more values than memory holds.
@@ -45,6 +45,10 @@ def _check_events(text: str) -> None:
             raise StrictYAMLError(
                 f"line {event.start_mark.line + 1}: the alias *{event.anchor} is not accepted: write the value itself"
             )
+        if getattr(event, "tag", None) is not None:
+            raise StrictYAMLError(
+                f"line {event.start_mark.line + 1}: the tag {event.tag} is not accepted: write plain values"
+            )
         level += isinstance(event, yaml.CollectionStartEvent)
         level -= isinstance(event, yaml.CollectionEndEvent)
         if level > MOST_LEVELS:
@@ -52,6 +56,9 @@ def _check_events(text: str) -> None:
 
 
 def _check_keys(node: yaml.Node | None) -> None:
+    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and len(node.value) > 100:
+        # Python reads no integer of more than 4,300 digits, and says so without a place.
+        raise StrictYAMLError(f"line {node.start_mark.line + 1}: a number of {len(node.value):,} digits")
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _check_keys(item)
