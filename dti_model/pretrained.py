@@ -54,7 +54,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     options = {} if place.gguf_file is None else {"gguf_file": place.gguf_file}
     try:
         tokenizer: PreTrainedTokenizerBase = _from_cache_first(
-            place, lambda more: AutoTokenizer.from_pretrained(place.source, **options, **more)
+            place, lambda source: AutoTokenizer.from_pretrained(source, **options)
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise PretrainedModelError(
@@ -123,16 +123,18 @@ def _found(reference: str) -> Reference:
     return place
 
 
-def _from_cache_first(place: Reference, load: Callable[[dict[str, Any]], Any]) -> Any:
-    """A model of the hub out of its cache, which stays what it is; what the cache lacks is downloaded if it may be."""
-    if not place.on_hub:
-        return load({})
-    try:
-        return load({"local_files_only": True})
-    except OSError:
-        if not place.may_download:
-            raise
-    return load({})
+def _from_cache_first(place: Reference, load: Callable[[str], Any]) -> Any:
+    """A model of the hub out of its cache, which stays what it is; what the cache lacks is downloaded if it may be.
+
+    Out of the cache's folder: with an id, transformers asks the hub for an adapter even where it is told to read local files only.
+    """
+    if place.on_hub and place.is_cached:
+        try:
+            return load(str(place.folder))
+        except OSError:
+            if not place.may_download:
+                raise
+    return load(place.source)
 
 
 def _from_reference(reference: str, dtype: torch.dtype, more: dict[str, Any]) -> PreTrainedModel:
@@ -145,11 +147,11 @@ def _from_reference(reference: str, dtype: torch.dtype, more: dict[str, Any]) ->
                 )
             return _from_gguf(reference, place.source, place.gguf_file, dtype)
         # The architecture first: the configuration is a few KiB, the weights may be many GiB.
-        config = _from_cache_first(place, lambda away: AutoConfig.from_pretrained(place.source, **away))
+        config = _from_cache_first(place, AutoConfig.from_pretrained)
         _check_type(reference, config.model_type)
         model: PreTrainedModel = _from_cache_first(
             place,
-            lambda away: AutoModelForCausalLM.from_pretrained(place.source, dtype=dtype, **more, **away),
+            lambda source: AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **more),
         )
     except PretrainedModelError:
         raise
