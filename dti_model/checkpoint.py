@@ -209,23 +209,28 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return {step: path for path, step in steps.items() if step is not None}
 
 
-def check_checkpoint(folder: Path) -> None:
+def check_checkpoint(folder: Path, best: bool = False) -> None:
     """Compare a checkpoint with its checksums; one of version 0.1.0 has none.
+
+    `best`: it is kept for its weights, which no other checkpoint has.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
+    way_out = _way_out(folder)
+    if best:
+        way_out = f"The best weights so far are lost: delete {folder.parent} and give the same command again to begin anew"
     try:
+        if not folder.is_dir():
+            raise DamagedFileError(f"{folder} is missing. {way_out}")
         if not (folder / CHECKSUMS_FILE).is_file() and "version" in read_document(folder / RUN_FILE):
-            raise DamagedFileError(f"{folder / CHECKSUMS_FILE} is missing. {_way_out(folder)}")
-        check_checksums(folder, _way_out(folder))
+            raise DamagedFileError(f"{folder / CHECKSUMS_FILE} is missing. {way_out}")
+        check_checksums(folder, way_out)
     except DamagedFileError as error:
         raise CheckpointError(str(error)) from error
     step = read_document(folder / TRAINER_FILE).get("global_step")
     if step != step_of(folder):
-        raise CheckpointError(
-            f"{folder} holds the state after step {step}, so it was renamed. {_way_out(folder)}"
-        )
+        raise CheckpointError(f"{folder} holds the state after step {step}, so it was renamed. {way_out}")
 
 
 def tidy(folder: Path, keep: set[Path]) -> None:

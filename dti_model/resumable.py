@@ -119,7 +119,9 @@ class ResumableTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         assert self.state.best_global_step is not None
-        first_rank_does(lambda: check_checkpoint(self._folder(int(self.state.best_global_step or 0))))
+        first_rank_does(
+            lambda: check_checkpoint(self._folder(int(self.state.best_global_step or 0)), best=True)
+        )
         load_weights(self._parameters(), self._folder(self.state.best_global_step))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

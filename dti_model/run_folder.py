@@ -102,7 +102,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     _check_same_settings(config, places=provenance_of(checkpoint) is None)
     best = read_document(checkpoint / TRAINER_FILE).get("best_global_step")
     if best and (best_folder := checkpoint.with_name(f"checkpoint-{best}")) != checkpoint:
-        check_checkpoint(best_folder)
+        check_checkpoint(best_folder, best=True)
     return checkpoint
 
 
