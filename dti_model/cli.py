@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if "--debug" in arguments:
             raise
-        print(f"dti{name}: error: {_one_line(error)}", file=sys.stderr)
+        with suppress(OSError):  # its file may lie on the same full disk
+            print(f"dti{name}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

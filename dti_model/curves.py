@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,12 @@ class Curves(TensorBoardCallback):
             call(*args, **kwargs)
         except OSError as error:
             self.ended, self.tb_writer = True, None
-            print(
-                f"WARNING: {self.folder} cannot be written ({error}): curves end here, the run goes on",
-                file=sys.stderr,
-                flush=True,
-            )
+            with suppress(OSError):  # its file may lie on the same disk
+                print(
+                    f"WARNING: {self.folder} cannot be written ({error}): curves end here, the run goes on",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _without_writers(self, error: threading.ExceptHookArgs) -> None:
         if type(error.thread).__module__.startswith("tensorboard.") and isinstance(error.exc_value, OSError):
