@@ -91,10 +91,12 @@ def _beside(name: str, model: Mapping[str, Any], baselines: Mapping[str, Mapping
         return f"no {heading}"
     bar = baselines[best][name]
     if mine == bar:
-        place = "equal to it"
-    else:
-        place = f"{'above' if mine > bar else 'below'} ({'better' if (mine > bar) == more_is_better else 'worse'})"
-    return f"{heading} {mine:.4f} {place} ({_words(best)}, {bar:.4f})"
+        return f"{heading} {mine:.4f}, no better than {_words(best)}"
+    place, verdict = (
+        "above" if mine > bar else "below",
+        "better" if (mine > bar) == more_is_better else "worse",
+    )
+    return f"{heading} {mine:.4f} {place} {_words(best)}'s {bar:.4f} ({verdict})"
 
 
 def _best(name: str, baselines: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -22,17 +22,20 @@ MODEL = {"auc": 0.7670, "log_loss": 0.5697, "gauc": 0.6911, "f1": 0.7452, "mean_
 def test_every_metric_is_judged() -> None:
     """A run was above every line by its AUC, and its GAUC was below four of them without a word."""
     assert sentence_about_baselines(MODEL, LINES) == (
-        "beside the best line without text: AUC 0.7670 above (better) (item user residual, 0.7567); "
-        "log loss 0.5697 below (better) (logistic regression, 0.5780); "
-        "GAUC 0.6911 below (worse) (item user residual, 0.7071)"
+        "beside the best line without text: AUC 0.7670 above item user residual's 0.7567 (better); "
+        "log loss 0.5697 below logistic regression's 0.5780 (better); "
+        "GAUC 0.6911 below item user residual's 0.7071 (worse)"
     )
 
 
 @pytest.mark.parametrize("auc", [0.7567, 0.7])
 def test_an_auc_that_is_not_above_is_a_warning(auc: float) -> None:
     said, warning = sentence_about_baselines({**MODEL, "auc": auc, "log_loss": 0.6}, LINES).splitlines()
-    assert f"AUC {auc:.4f} {'below (worse)' if auc == 0.7 else 'equal to it'} (item user residual" in said
-    assert "log loss 0.6000 above (worse) (logistic regression, 0.5780)" in said
+    place = (
+        "below item user residual's 0.7567 (worse)" if auc == 0.7 else ", no better than item user residual;"
+    )
+    assert f"AUC {auc:.4f}{' ' if auc == 0.7 else ''}{place}" in said
+    assert "log loss 0.6000 above logistic regression's 0.5780 (worse)" in said
     assert warning.startswith(f"WARNING: AUC {auc:.4f} is not above the best line without text")
 
 
