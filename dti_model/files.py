@@ -337,7 +337,10 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 def _remove_unlocked(leftover: Path) -> None:
-    descriptor = os.open(leftover, os.O_RDONLY)
+    try:
+        descriptor = os.open(leftover, os.O_RDONLY)
+    except OSError:  # another user's, or gone by now
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if leftover.is_dir():

@@ -163,6 +163,28 @@ def test_what_a_killed_writer_leaves_is_removed_and_what_a_living_one_writes_is_
     assert [path.name for path in tmp_path.iterdir()] == ([] if whole == "temporary_folder" else ["out"])
 
 
+def test_a_leftover_of_another_user_does_not_keep_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that users share, one that may not be opened ended the search for the rest."""
+    names = [f".out.{letter * 8}.incomplete" for letter in "abc"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    os_open = os.open
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> int:
+        if Path(path).name == names[refused]:
+            raise PermissionError(13, "Permission denied", str(path))
+        return os_open(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    for refused in range(3):
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True)
+        files.remove_leftovers(tmp_path / "out")
+        assert os.listdir(tmp_path) == [names[refused]]
+
+
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     """Whatever type the library raises: tokenizers' is a bare Exception."""
     for error in (
