@@ -105,11 +105,7 @@ def _parser() -> ArgumentParser:
         action="store_true",
         help="score prepared data that the run was not trained on; its targets may be among those trained on",
     )
-    evaluate.add_argument(
-        "--base",
-        type=str,
-        help="where the pretrained model of a LoRA run is now; default: where it was, or moved together with the run folder",
-    )
+    _add_base(evaluate)
     evaluate.add_argument("--split", type=str, choices=["val", "test"], default="test", help="which targets")
     evaluate.add_argument(
         "--k",
@@ -152,12 +148,27 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("fetch-model", fetch, help="get a small pretrained model")
 
     export = ArgumentParser(
-        description="Write a trained run as a plain model folder, its adapter merged, that AutoModelForCausalLM loads."
+        description="Write a trained run as a plain model folder, its adapter merged. Scorer.from_export reads it without prepared data; "
+        "AutoModelForCausalLM loads it, and computes the same probabilities in mode dti-minus only (dti.json and README.md say which)."
     )
     export.add_argument("--run", type=Path, required=True, help="run folder made by `dti train`")
     export.add_argument("--out", type=Path, required=True, help="folder to make")
+    _add_base(export)
+    export.add_argument(
+        "--library-only",
+        action="store_true",
+        help="make it although plain transformers would compute other probabilities: only Scorer.from_export reads it right",
+    )
     commands.add_subcommand("export", export, help="a trained run as a plain model folder")
     return parser
+
+
+def _add_base(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        type=str,
+        help="where the pretrained model of a LoRA run is now; default: where it was, or moved together with the run folder",
+    )
 
 
 def _score_parser() -> ArgumentParser:
@@ -180,6 +191,12 @@ A command that was killed goes on where it was when it is given again.""",
     score.add_argument(
         "--data", type=Path, help="prepared folder; default: the one that the run was trained on"
     )
+    score.add_argument(
+        "--other-data",
+        action="store_true",
+        help="score with a prepared folder that the run was not trained on",
+    )
+    _add_base(score)
     score.add_argument("--device", type=str, help="torch device; default: cuda where there is one")
     score.add_argument(
         "--bad-lines",
@@ -274,9 +291,11 @@ def _score(options: Namespace) -> None:
     from dti_model.scorer import Scorer
 
     _quiet_transformers()
-    scorer = Scorer.from_run(options.run, options.data, options.device, options.token_budget)
+    scorer = Scorer.from_run(
+        options.run, options.data, options.device, options.token_budget, options.other_data, options.base
+    )
     skip_bad_lines = options.bad_lines == "skip"
-    done = score_file(scorer, options.run, options.input, options.output, skip_bad_lines, options.progress)
+    done = score_file(scorer, options.input, options.output, skip_bad_lines, options.progress)
     resumed = f", {done.resumed:,} of them before this call" if done.resumed else ""
     print(f"{options.output}: {done.lines - done.bad:,} of {done.lines:,} lines scored{resumed}")
     if done.bad:
@@ -299,8 +318,14 @@ def _export(options: Namespace) -> None:
     from dti_model.export import export_run
 
     _quiet_transformers()
-    export_run(options.run, options.out)
-    print(f"{options.out}: a plain model for AutoModelForCausalLM; dti.json says how its prompts are read")
+    made = export_run(options.run, options.out, options.library_only, options.base)
+    if made.plain_transformers:
+        reader = "Plain transformers (AutoModelForCausalLM) and Scorer.from_export compute its probabilities"
+    else:
+        reader = (
+            "Scorer.from_export computes its probabilities. Plain transformers load it and give wrong ones"
+        )
+    print(f"{options.out}: {reader}; its README.md says how")
 
 
 if __name__ == "__main__":

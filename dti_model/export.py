@@ -1,26 +1,47 @@
 """A trained run as a plain model folder: what serving needs and nothing of this project's own.
 
-model.safetensors, config.json, tokenizer    for AutoModelForCausalLM and AutoTokenizer
-dti.json                                      what [SUM] rows get, and the tokens around item texts: DTIConfig and PromptFormat
+model.safetensors, config.json, tokenizer    for AutoModelForCausalLM and AutoTokenizer; no sliding window in tokens, as in training
+dti.json                                      what [SUM] rows get, the tokens around item texts, their template, and whether plain
+                                              transformers compute the same probabilities (`plain_transformers`), of which prompt
+README.md                                     the same for people: a model card. May be edited: it is not in checksums.json
+checksums.json                                of every other file; `Scorer.from_export` checks them
 """
 
 from __future__ import annotations
 
 import shutil
-import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dti_model.config import TrainConfig
+from dti_model.data import DataError, PreparedData
+from dti_model.files import CHECKSUMS_FILE, check_checksums, whole_folder, write_checksums
 from dti_model.lora import load_adapter, merge
+from dti_model.model_card import (
+    CARD_FILE,
+    DESCRIPTION_FILE,
+    Description,
+    plain_differences,
+    without_token_window,
+    write_card,
+)
 from dti_model.pretrained import load_causal_lm
 from dti_model.prompts import PromptFormat
-from dti_model.run import MODEL_FOLDER, write_json
+from dti_model.run import MODEL_FOLDER, model_settings_of
+
+_OF_THE_RUN = (DESCRIPTION_FILE, CARD_FILE, CHECKSUMS_FILE)  # the export has its own
 
 
-def export_run(run: Path, out: Path) -> None:
+class LibraryOnlyError(ValueError):
+    """Plain transformers would compute other probabilities than the run, and the caller has not said that this is known."""
+
+
+def export_run(
+    run: Path, out: Path, library_only: bool = False, base_model: str | None = None
+) -> Description:
     """Merge a run's adapter into its base model, or copy its model, into a folder that appears only when complete.
 
     Weights have the run's `model.dtype`. The base of a quantised run is loaded unquantised: its scores then differ from the run's
@@ -29,11 +50,18 @@ def export_run(run: Path, out: Path) -> None:
     Args:
         run: folder made by `dti train`.
         out: folder to make; must not exist, or be empty.
+        base_model: where the pretrained model of a LoRA run is now; default: where it was, or moved together with the run.
+        library_only: the export may be one that only `Scorer.from_export` computes right.
+
+    Returns:
+        What dti.json holds: `plain_transformers` says whether plain transformers compute it right.
 
     Raises:
         FileNotFoundError: `run` is no run folder, or its training has not ended.
         FileExistsError: `out` is not empty.
+        LibraryOnlyError: plain transformers would compute other probabilities, and `library_only` is False.
         PretrainedModelError: the base model cannot be loaded.
+        WriteError: the disk is full; nothing is left of the export.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty: choose another --out, or delete it")
@@ -43,16 +71,47 @@ def export_run(run: Path, out: Path) -> None:
         raise FileNotFoundError(
             f"{source} holds no model: the run has not ended. Give `dti train` the same settings again to go on"
         )
+    check_checksums(source, "Restore it, or train the run again")
+    config = replace(config, model=model_settings_of(config, run, base_model))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        made = Path(temporary) / "model"
-        if config.model.uses_lora:
-            base = load_causal_lm(replace(config.model, quantize=0, liger=False), tokenizer)
+    base = None
+    if config.model.uses_lora:
+        base = load_causal_lm(replace(config.model, quantize=0, liger=False), tokenizer)
+    model_config = AutoConfig.from_pretrained(source) if base is None else base.config
+    description = _describe(config, source, tokenizer, model_config)
+    if not description.plain_transformers and not library_only:
+        raise LibraryOnlyError(
+            f"plain transformers would load this export and silently give wrong probabilities, because "
+            f"{' and '.join(description.differences)}. Give --library-only for one that only Scorer.from_export reads right, or "
+            "train with --dti.mode dti-minus"
+        )
+    with whole_folder(out) as made:
+        if base is None:
+            shutil.copytree(source, made, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_OF_THE_RUN))
+        else:
             merge(load_adapter(base, source)).save_pretrained(made)
             tokenizer.save_pretrained(made)
-        else:
-            shutil.copytree(source, made)
-        prompt = PromptFormat.of(tokenizer, config.window, config.max_item_tokens, config.model.instruction)
-        write_json(made / "dti.json", {"dti": asdict(config.dti), "prompt": asdict(prompt)})
-        made.replace(out)
+        without_token_window(made)
+        description.write(made)
+        write_checksums(made)
+        write_card(made, description, config.model)
+    return description
+
+
+def _describe(
+    config: TrainConfig, source: Path, tokenizer: PreTrainedTokenizerBase, model_config: Any
+) -> Description:
+    """What the run says, with the item texts' template from the run or, where an older version trained it, from its data."""
+    prompt = PromptFormat.of(tokenizer, config.window, config.max_item_tokens, config.model.instruction)
+    differences = plain_differences(config.dti, config.window, model_config)
+    item_text, fingerprint = None, None
+    if (source / DESCRIPTION_FILE).is_file():
+        told = Description.read(source)
+        item_text, fingerprint = told.item_text, told.data
+    else:
+        try:
+            data = PreparedData.open(config.data)
+            item_text, fingerprint = data.text_rule, data.fingerprint
+        except DataError:
+            pass  # items are then given as finished texts
+    return Description(config.dti, prompt, item_text, fingerprint, differences)

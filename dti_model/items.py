@@ -9,6 +9,7 @@ Texts are cut to the model's `max_item_tokens`, as in training. An id and a text
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -28,27 +29,80 @@ class ItemError(ValueError):
     """An item, a label or a user that cannot be read; the message says why and what would do."""
 
 
+# What an error shows of a value: requests come from files, and a value may be nested or long without end.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 4, 200, 200, 100
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 10
+
+
+def shown(value: Any) -> str:
+    """`repr`, cut to a few hundred characters however long or nested the value is."""
+    text = _SHORT.repr(dict(value) if isinstance(value, Mapping) else value)
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
+
+
+def check_text(text: str) -> None:
+    """Raise an ItemError for half a surrogate pair: JSON can spell one, but it is no character, and no tokenizer or file takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ItemError(f"half a surrogate pair, which is no character, in the text {shown(text)}") from error
+
+
+def _check_texts(value: Any) -> None:
+    if isinstance(value, str):
+        check_text(value)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_texts(name)
+            _check_texts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_texts(item)
+
+
 def _movie(fields: Mapping[str, Any]) -> str:
     unknown = fields.keys() - {"title", "genres"}
     title, genres = fields.get("title"), fields.get("genres", [])
     if unknown or not isinstance(title, str):
-        raise ItemError(f"a movie has the fields title and genres, or the one field text; got {dict(fields)}")
+        raise ItemError(
+            f"a movie has the fields title and genres, or the one field text; got {shown(fields)}"
+        )
     if not isinstance(genres, Sequence) or isinstance(genres, str):
-        raise ItemError(f"genres must be a list of names, got {genres!r}")
+        raise ItemError(f"genres must be a list of names, got {shown(genres)}")
     return movie_text(title, [str(genre) for genre in genres])
 
 
 class ItemTokens:
-    """Token ids of items, by id or by fields."""
+    """Token ids of items, by fields, and by id where there is prepared data."""
 
-    def __init__(self, builder: PromptBuilder, tokenizer: Any) -> None:
-        self._builder, self._data = builder, builder.data
-        self._source = self._data.stats["source"]
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_item_tokens: int,
+        item_text: Mapping[str, Any] | None,
+        builder: PromptBuilder | None,
+    ) -> None:
+        """Read items with a tokenizer.
+
+        Args:
+            tokenizer: of the model.
+            max_item_tokens: texts are cut to this many tokens.
+            item_text: `text` (a template) and `max_chars`; empty: fields are those of movies; None: items are finished texts.
+            builder: prepared data with the tokens of its items; None: there are no ids.
+        """
+        self._builder, self._max_item_tokens = builder, max_item_tokens
+        self._item_text = item_text
         self._backend = plain_backend(tokenizer)
 
     @cached_property
     def _index(self) -> dict[str, int]:
-        return {item_id: index for index, item_id in enumerate(self._data.item_ids)}
+        ids = [] if self._builder is None else self._builder.data.item_ids
+        return {item_id: index for index, item_id in enumerate(ids)}
+
+    @cached_property
+    def _template(self) -> Template | None:
+        return Template(self._item_text["text"]) if self._item_text else None
 
     def tokens(self, item: Item) -> IntArray:
         """`(n,)` int64, 1 <= n <= max_item_tokens.
@@ -58,43 +112,55 @@ class ItemTokens:
         """
         if isinstance(item, Mapping):
             return self._encoded(self._rendered(item))
-        index = self._index_of(item)
-        offset = int(self._builder.token_offsets[index])
-        ids = self._builder.token_ids[offset : offset + int(self._builder.item_lengths[index])]
+        builder, index = self._place_of(item)
+        offset = int(builder.token_offsets[index])
+        ids = builder.token_ids[offset : offset + int(builder.item_lengths[index])]
         return ids.astype(np.int64)
 
     def text(self, item: Item) -> str:
         """The item text, uncut; raises what `tokens` raises, and lets an empty text pass."""
-        return (
-            self._rendered(item) if isinstance(item, Mapping) else self._data.item_texts[self._index_of(item)]
-        )
+        if isinstance(item, Mapping):
+            return self._rendered(item)
+        builder, index = self._place_of(item)
+        return builder.data.item_texts[index]
 
-    def _index_of(self, item: Item) -> int:
+    def _place_of(self, item: Item) -> tuple[PromptBuilder, int]:
+        """The prepared data, and which of its items this is."""
         if isinstance(item, bool) or not isinstance(item, (str, int, np.integer)):
             raise ItemError(
-                f'an item is an id, its fields or {{"text": ...}}, got {item!r} of {type(item).__name__}'
+                f'an item is an id, its fields or {{"text": ...}}, got {shown(item)} of {type(item).__name__}'
+            )
+        if self._builder is None:
+            raise ItemError(
+                f"no item with id {shown(item)}: there is no prepared data here. Give the item by its fields or as "
+                '{"text": ...}, or load the model with data='
             )
         index = self._index.get(str(item))
         if index is None:
             raise ItemError(
-                f"no item with id {item!r} in {self._data.path}: an item that is not there is given by its fields, "
+                f"no item with id {shown(item)} in {self._builder.data.path}: an item that is not there is given by its fields, "
                 'or as {"text": ...}'
             )
-        return index
+        return self._builder, index
 
     def _rendered(self, fields: Mapping[str, Any]) -> str:
         """The item text of fields, as the data set's loader would make it."""
+        _check_texts(fields)
         if fields.keys() == {"text"} and isinstance(fields["text"], str):
-            return fields["text"]
-        if "text" not in self._source:
+            return str(fields["text"])
+        if self._item_text is None:
+            raise ItemError(
+                f'how fields become a text is not known here: give {{"text": ...}}, got {shown(fields)}'
+            )
+        if self._template is None:
             return _movie(fields) or MISSING_TITLE
         try:
-            return template_text(Template(self._source["text"]), fields, self._source["max_chars"])
+            return template_text(self._template, fields, self._item_text["max_chars"])
         except DataError as error:
             raise ItemError(str(error)) from error
 
     def _encoded(self, text: str) -> IntArray:
         ids = self._backend.encode(text, add_special_tokens=False).ids
         if not ids:
-            raise ItemError(f"an item text must not be empty, got {text!r}")
-        return np.asarray(ids[: self._builder.format.max_item_tokens], np.int64)
+            raise ItemError(f"an item text must not be empty, got {shown(text)}")
+        return np.asarray(ids[: self._max_item_tokens], np.int64)

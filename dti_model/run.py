@@ -53,6 +53,7 @@ from dti_model.files import (
 from dti_model.fingerprints import OtherOriginError, Provenance, base_model_fingerprint
 from dti_model.lora import add_lora, load_adapter, save_adapter
 from dti_model.metrics import click_metrics
+from dti_model.model_card import Description, plain_differences, token_window, write_card
 from dti_model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.prompts import PromptBuilder, PromptFormat
 from dti_model.references import HUB, PretrainedModelError, locate
@@ -186,8 +187,20 @@ class Run:
             else:
                 self.model.save_pretrained(temporary, state_dict=weights)
             self.tokenizer.save_pretrained(temporary)
+            self._describe(temporary)
             self.provenance.save(temporary)
             write_checksums(temporary)  # last
+
+    def _describe(self, folder: Path) -> None:
+        """dti.json and a model card: plain transformers load the folder, and may give other probabilities."""
+        prompt, config = self.builder.format, self.model.config
+        differences = plain_differences(self.config.dti, prompt.window, config)
+        item_text, fingerprint = self.data.text_rule, self.data.fingerprint
+        description = Description(
+            self.config.dti, prompt, item_text, fingerprint, differences, token_window(config)
+        )
+        description.write(folder)
+        write_card(folder, description, self.config.model, of_run=config)
 
     def targets(self, split: str) -> npt.NDArray[np.int64]:
         """The rows of a split that this run is measured on: all targets, or `max_eval_targets` of them."""
@@ -297,13 +310,13 @@ def _load_model(config: TrainConfig, path: Path, tokenizer: PreTrainedTokenizerB
     else:
         model = apply_dti(AutoModelForCausalLM.from_pretrained(path), config.dti)
         if config.dti.train_slopes:
-            _load_slopes(model, path)
+            load_slopes(model, path)
     if not config.model.quantize:
         model.to(device)
     return model
 
 
-def _load_slopes(model: PreTrainedModel, folder: Path) -> None:
+def load_slopes(model: PreTrainedModel, folder: Path) -> None:
     """Trained slopes, which a plain transformers model has no place for and leaves out."""
     for file in sorted(folder.glob("*.safetensors")):
         slopes = {name: x for name, x in load_file(file).items() if name.endswith(".alibi_slopes")}

@@ -2,6 +2,7 @@
 
     scorer = Scorer.from_run("runs/mine")
     scorer.score([("50", 1), ("172", 0)], ["181", "1", {"title": "Brazil (1985)", "genres": ["Sci-Fi"]}])
+    scorer = Scorer.from_export("models/clicks")             what `dti export` made: needs no prepared data, and has no ids then
 
 The history is computed once and every candidate sees the history and itself (semantics.md, section 8), so its score is that of a
 sliding-window prompt of its own. `encode` keeps the history for later calls; `append` adds what the user did next.
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +23,8 @@ import torch
 
 from dti_kernels import candidate_layout
 from dti_model.attention import token_logits
-from dti_model.items import Item, ItemError, ItemTokens
+from dti_model.click_model import ClickModel
+from dti_model.items import Item, ItemError, ItemTokens, shown
 from dti_model.past import LayerKeys, Past, concatenated
 from dti_model.prompts import IntArray, consecutive_batches
 from dti_model.run import Run
@@ -79,11 +83,11 @@ class Scorer:
     """Click probabilities of candidates. Safe to call from several threads.
 
     Attributes:
-        run: model, tokenizer, data and settings.
+        click_model: model, tokenizer, and what prompts are made of.
         token_budget: rows of a pass at most; more candidates take more passes.
     """
 
-    def __init__(self, run: Run, token_budget: int = 16384) -> None:
+    def __init__(self, run: Run | ClickModel, token_budget: int = 16384) -> None:
         """Score with a run that is loaded already; its model is put into evaluation mode.
 
         Raises:
@@ -91,11 +95,27 @@ class Scorer:
         """
         if token_budget < 1:
             raise ValueError(f"token_budget must be >= 1, got {token_budget}")
-        self.run, self.token_budget = run, token_budget
-        self._format = run.builder.format
-        self._items = ItemTokens(run.builder, run.tokenizer)
-        self._users = {user: index for index, user in enumerate(run.data.user_ids)}
-        run.model.eval()
+        self._run = run if isinstance(run, Run) else None
+        self.click_model = ClickModel.of_run(run) if isinstance(run, Run) else run
+        self.token_budget = token_budget
+        model = self.click_model
+        self._format = model.prompt
+        self._items = ItemTokens(
+            model.tokenizer, model.prompt.max_item_tokens, model.item_text, model.builder
+        )
+        users = [] if model.data is None else model.data.user_ids
+        self._users = {user: index for index, user in enumerate(users)}
+
+    @property
+    def run(self) -> Run:
+        """The run; an export has none.
+
+        Raises:
+            ValueError: the scorer was made from an export.
+        """
+        if self._run is None:
+            raise ValueError("this scorer was made from an export, which has no run: see click_model")
+        return self._run
 
     @staticmethod
     def from_run(
@@ -103,6 +123,8 @@ class Scorer:
         data: str | Path | None = None,
         device: str | None = None,
         token_budget: int = 16384,
+        other_data: bool = False,
+        base: str | None = None,
     ) -> Scorer:
         """Load a run folder (safetensors, JSON and YAML; nothing is unpickled).
 
@@ -111,12 +133,46 @@ class Scorer:
             data: prepared folder that items and users are looked up in; default: the one of the run.
             device: torch device; default: cuda where there is one.
             token_budget: rows of a pass at most.
+            other_data: the prepared folder may be another one than the run was trained on.
+            base: where the pretrained model of a LoRA run is now.
 
         Raises:
             FileNotFoundError: no run folder, or its training has not ended.
             DataError: the prepared folder cannot be read.
+            ValueError: it is not the one that the run was trained on, and `other_data` is False.
         """
-        return Scorer(Run.load(Path(folder), None if data is None else Path(data), device), token_budget)
+        run = Run.load(Path(folder), None if data is None else Path(data), device, other_data, base)
+        return Scorer(run, token_budget)
+
+    @staticmethod
+    def from_export(
+        folder: str | Path,
+        data: str | Path | None = None,
+        device: str | None = None,
+        token_budget: int = 16384,
+        other_data: bool = False,
+    ) -> Scorer:
+        """Load a folder that `dti export` made, in any mode (safetensors and JSON; nothing is unpickled).
+
+        Scores are those of `from_run` bit for bit where the export has the run's weights: from scratch, or fine-tuned in full. Of a
+        LoRA run the export has W + B A where the run computes W x + B (A x): equal within rounding of `model.dtype`. The base of a
+        quantised run is exported unquantised, and its scores differ by what quantisation cost.
+
+        Args:
+            folder: made by `dti export`.
+            data: prepared folder that item ids and users are looked up in; default: none, and items are given by their fields or as
+                {"text": ...}, histories in full.
+            device: torch device; default: cuda where there is one.
+            token_budget: rows of a pass at most.
+            other_data: the prepared folder may be another one than the model was trained on.
+
+        Raises:
+            FileNotFoundError: no folder made by `dti export`.
+            DamagedFileError: a file of it is not what was written.
+            DataError: the prepared folder cannot be read, or is another one.
+        """
+        data = None if data is None else Path(data)
+        return Scorer(ClickModel.of_export(Path(folder), data, device, other_data), token_budget)
 
     def score(self, history: History | HistoryState, candidates: Sequence[Item]) -> Scores:
         """Click probabilities of one user's candidates.
@@ -142,7 +198,7 @@ class Scorer:
     def request(self, history: History | HistoryState, candidates: Sequence[Item]) -> Request:
         """The arguments of `score`, checked and in token ids, for `score_many`; raises what `score` raises."""
         if isinstance(candidates, (str, bytes, Mapping)) or not isinstance(candidates, Sequence):
-            raise ItemError(f"candidates must be a list of items, got {candidates!r}")
+            raise ItemError(f"candidates must be a list of items, got {shown(candidates)}")
         tokens = []
         for place, item in enumerate(candidates):
             try:
@@ -197,9 +253,13 @@ class Scorer:
         Raises:
             ItemError: the prepared data has no such user.
         """
-        data, index = self.run.data, self._users.get(str(user))
+        data, index = self.click_model.data, self._users.get(str(user))
+        if data is None:
+            raise ItemError(
+                f"no user with id {shown(user)}: there is no prepared data here. Give the history"
+            )
         if index is None:
-            raise ItemError(f"no user with id {user!r} in {data.path}: give the history")
+            raise ItemError(f"no user with id {shown(user)} in {data.path}: give the history")
         rows = slice(*data.history_offsets[index : index + 2].tolist())
         pairs = zip(data.item[rows].tolist(), data.label[rows].tolist())
         return [(data.item_ids[item], label) for item, label in pairs]
@@ -216,13 +276,15 @@ class Scorer:
 
     def _tokens(self, history: History) -> _Tokens:
         if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
-            raise ItemError(f"history must be a list of (item, label) pairs, got {history!r}")
+            raise ItemError(f"history must be a list of (item, label) pairs, got {shown(history)}")
         interactions = []
         for place, entry in self._kept(list(enumerate(history))):
             try:
                 item, label = entry
             except (TypeError, ValueError):
-                raise ItemError(f"history[{place}]: must be an (item, label) pair, got {entry!r}") from None
+                raise ItemError(
+                    f"history[{place}]: must be an (item, label) pair, got {shown(entry)}"
+                ) from None
             try:
                 interactions.append(_Interaction(self._items.tokens(item), self._label(label)))
             except ItemError as error:
@@ -233,8 +295,9 @@ class Scorer:
         return history[max(0, len(history) - self._format.window) :]
 
     def _label(self, label: int) -> int:
-        if not isinstance(label, (bool, int, np.integer, np.bool_)) or label not in (0, 1):
-            raise ItemError(f"a label must be 0 or 1, got {label!r}")
+        # 1.0 too: what many programs make of labels in JSON and Parquet.
+        if not isinstance(label, (Real, Decimal, np.bool_)) or label not in (0, 1):
+            raise ItemError(f"a label must be 0 or 1, got {shown(label)}")
         return self._format.labels[int(label)]
 
     def _parts(self, request: Request) -> Iterator[tuple[Request, int]]:
@@ -287,7 +350,7 @@ class Scorer:
         ids.append(np.full(layout.num_sum, self._format.sum_token))
         is_known.append(np.zeros(layout.num_sum, np.bool_))
         input_ids, known = np.concatenate(ids), np.concatenate(is_known)
-        device = self.run.model.device
+        device = self.click_model.model.device
         past = None
         states = [part.state.layers for part in parts if part.state is not None]
         if states:
@@ -295,10 +358,10 @@ class Scorer:
             past = Past(concatenated(states), *where)
         recorded: list[LayerKeys] | None = [] if len(parts) == 1 else None
         logits = token_logits(
-            self.run.model,
+            self.click_model.model,
             torch.from_numpy(input_ids[~known]).to(device),
             layout.to(device),
-            self.run.config.dti,
+            self.click_model.dti,
             self._format.labels,
             past=past,
             recorded=recorded,

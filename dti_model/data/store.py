@@ -122,6 +122,12 @@ class PreparedData:
         return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
     @property
+    def text_rule(self) -> dict[str, Any]:
+        """How items were put into text: `text`, a template, and `max_chars`; empty: MovieLens' own way."""
+        source = self.stats["source"]
+        return {name: source[name] for name in ("text", "max_chars") if name in source}
+
+    @property
     def tokenizer_dir(self) -> Path:
         """Folder of the tokenizer trained on the item texts."""
         return self.path / TOKENIZER_FOLDER

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from dti_model.data import PreparedData, prepare
+from dti_model.score_file import CHUNK_LINES
+from dti_model.scorer import Scorer
 from tests.model.movielens_files import some_ratings, write_1m
+from tests.model.scoring_jobs import requests, score, untrained_run, write_jsonl
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +24,30 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_data(small_folder: Path) -> PreparedData:
     return PreparedData.open(small_folder)
+
+
+@pytest.fixture(scope="session")
+def run_folder(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as `dti train` leaves it, untrained."""
+    return untrained_run(tmp_path_factory.mktemp("runs") / "run", small_folder)
+
+
+@pytest.fixture(scope="session")
+def run_scorer(run_folder: Path) -> Scorer:
+    """Of `run_folder`."""
+    return Scorer.from_run(run_folder, device="cpu")
+
+
+@pytest.fixture
+def requests_file(tmp_path: Path) -> Path:
+    """Four chunks of requests, the last one short."""
+    write_jsonl(tmp_path / "in.jsonl", requests(3 * CHUNK_LINES + 5))
+    return tmp_path / "in.jsonl"
+
+
+@pytest.fixture
+def whole_scores(run_scorer: Scorer, requests_file: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What an unbroken job writes."""
+    output = tmp_path_factory.mktemp("whole") / "out.jsonl"
+    score(run_scorer, requests_file, output)
+    return output.read_bytes()

@@ -17,45 +17,9 @@ import pytest
 
 from dti_model import score_file
 from dti_model.cli import main
-from dti_model.config import ModelConfig, TrainConfig
-from dti_model.run import MODEL_FOLDER, Run
 from dti_model.scorer import Scorer
 from tests.conftest import ROOT
-
-ITEMS = ["1", "2", "9", "10", "11", "100", "101"]
-
-
-@pytest.fixture(scope="module")
-def run_folder(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run as `dti train` leaves it, untrained."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    folder.mkdir()
-    model = ModelConfig(layers=2, width=16, heads=2, kv_heads=1, mlp_width=24)
-    config = TrainConfig(data=small_folder, out=folder, window=4, model=model)
-    run = Run.start(config)
-    config.save(folder)
-    run.model.save_pretrained(folder / MODEL_FOLDER)
-    run.tokenizer.save_pretrained(folder / MODEL_FOLDER)
-    return folder
-
-
-def requests(num_lines: int) -> list[dict]:
-    """Stored users and given histories by turns."""
-    rng, lines = np.random.default_rng(0), []
-    for line in range(num_lines):
-        candidates = rng.choice(ITEMS, rng.integers(0, 6)).tolist()
-        if line % 2:
-            lines.append({"user": str(line % 60 + 1), "candidates": candidates})
-        else:
-            history = [
-                [item, int(rng.integers(2))] for item in rng.choice(ITEMS, rng.integers(0, 7)).tolist()
-            ]
-            lines.append({"history": history, "candidates": candidates})
-    return lines
-
-
-def write_jsonl(path: Path, lines: list) -> None:
-    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+from tests.model.scoring_jobs import requests, write_jsonl
 
 
 def dti_score(run: Path, source: Path, output: Path, *more: str) -> int:
@@ -169,7 +133,7 @@ def test_another_job_s_leftovers_are_not_mixed_in(
         ((source, output), "belongs to a job with another input"),
         ((tmp_path / "no.jsonl", tmp_path / "x.jsonl"), "no.jsonl does not exist"),
         ((source, tmp_path / "out.csv"), "the name must end in one of .jsonl"),
-        ((source, source), "in.jsonl exists"),
+        ((source, source), "in.jsonl is the input itself"),
     ):
         assert dti_score(run_folder, *arguments) == 2
         assert message in capsys.readouterr().err

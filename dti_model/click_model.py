@@ -1,0 +1,96 @@
+"""A click model as scoring needs it: of a run, over its prepared data, or of an export, with data or without."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from dti_model.attention import DTIConfig, apply_dti
+from dti_model.data import DataError, PreparedData
+from dti_model.data.tokens import plain_backend
+from dti_model.files import check_checksums
+from dti_model.model_card import Description
+from dti_model.prompts import PromptBuilder, PromptFormat
+from dti_model.run import Run, load_slopes
+
+
+@dataclass(frozen=True, eq=False)
+class ClickModel:
+    """A model that reads packed prompts, and what its prompts are made of.
+
+    Attributes:
+        model: the result of `apply_dti`, in evaluation mode.
+        tokenizer: with the [SUM] token.
+        dti: what [SUM] rows get.
+        prompt: the tokens around item texts.
+        item_text: how fields of an item become its text (see `Description`).
+        builder: items and users of prepared data; None: there are none.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    dti: DTIConfig
+    prompt: PromptFormat
+    item_text: Mapping[str, Any] | None
+    builder: PromptBuilder | None
+
+    @property
+    def data(self) -> PreparedData | None:
+        """The prepared data, where there is any."""
+        return None if self.builder is None else self.builder.data
+
+    @staticmethod
+    def of_run(run: Run) -> ClickModel:
+        """Of a run that is loaded already; its model is put into evaluation mode."""
+        item_text = run.data.text_rule
+        return ClickModel(
+            run.model.eval(), run.tokenizer, run.config.dti, run.builder.format, item_text, run.builder
+        )
+
+    @staticmethod
+    def of_export(folder: Path, data: Path | None, device: str | None, other_data: bool) -> ClickModel:
+        """Read a folder that `dti export` made; arguments and errors as in `Scorer.from_export`."""
+        description = Description.read(folder)
+        check_checksums(folder, "Export the model again with `dti export`")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model: Any = apply_dti(AutoModelForCausalLM.from_pretrained(folder), description.dti)
+        if description.dti.train_slopes:
+            load_slopes(model, folder)
+        model.to(device)
+        builder, item_text = None, description.item_text
+        if data is not None:
+            prepared = PreparedData.open(data)
+            if description.data not in (None, prepared.fingerprint) and not other_data:
+                raise DataError(
+                    f"{data} is not the prepared data that {folder} was trained on: its items and users may have other ids. Give "
+                    "that data, or other_data=True where this is meant"
+                )
+            builder, item_text = PromptBuilder(prepared, tokenizer, description.prompt), prepared.text_rule
+        return ClickModel(model.eval(), tokenizer, description.dti, description.prompt, item_text, builder)
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """sha256 of everything that decides a score: weights as they lie in memory, tokenizer, prepared data.
+
+        Cost: one pass over the weights, 1.5 GB/s.
+        """
+        weights = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if isinstance(tensor, torch.Tensor):
+                weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                weights.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+        tokens = hashlib.sha256(plain_backend(self.tokenizer).to_str().encode())
+        data = None if self.data is None else self.data.fingerprint
+        return {"weights": weights.hexdigest(), "tokenizer": tokens.hexdigest(), "prepared data": data}

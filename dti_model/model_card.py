@@ -1,0 +1,273 @@
+"""What a model folder says about itself: dti.json for programs, README.md for people.
+
+Every folder with a model of ours loads into plain transformers without an error. Whether transformers then compute its probabilities
+depends on the settings: a [SUM] row with the position fix has ALiBi in the place of a position, one with the reset reads other keys,
+and neither is in transformers. Without both, the model is a plain causal LM of this prompt:
+
+    prefix, item text, label, item text, label, ..., item text of the target, [SUM]          at most `window` interactions before it
+    p = softmax(logits of the last position over the tokens of the two labels)[positive]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dti_model.attention import DTIConfig
+from dti_model.config import ModelConfig
+from dti_model.files import DamagedFileError, write_json
+from dti_model.prompts import PromptFormat
+
+DESCRIPTION_FILE, CARD_FILE = "dti.json", "README.md"
+# Rotary frequencies that follow the longest prompt of a pass, so that a packed pass differs from a prompt alone.
+_VARYING_ROPES = ("dynamic", "longrope")
+_PLAIN_PROMPT = {
+    "layout": "prefix, then for each of the last `window` interactions, oldest first: item text cut to `max_item_tokens` tokens, "
+    "label token; then the target's item text, cut likewise; then sum_token. No other special tokens, positions from 0.",
+    "read": "softmax over the logits of the two label tokens at the last position (sum_token); the second is the probability of a click",
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What dti.json holds.
+
+    Attributes:
+        dti: what [SUM] rows get.
+        prompt: the tokens around item texts.
+        item_text: how fields of an item become its text: `text`, the template, and `max_chars`; empty for movies (title and
+            genres); None where it is not known, and items are finished texts.
+        data: fingerprint of the prepared data that the model was trained on; None where it is not known.
+        differences: why plain transformers compute other probabilities; empty: they compute the same.
+        token_window: sliding window in tokens that transformers would apply, and that must be switched off when a run's `model/`
+            is loaded there; None: there is none, as in every export.
+    """
+
+    dti: DTIConfig
+    prompt: PromptFormat
+    item_text: Mapping[str, Any] | None
+    data: str | None
+    differences: tuple[str, ...]
+    token_window: int | None = None
+
+    @property
+    def plain_transformers(self) -> bool:
+        """Plain transformers compute this model's probabilities."""
+        return not self.differences
+
+    def write(self, folder: Path) -> None:
+        """`dti.json` of a model folder."""
+        value = {
+            "plain_transformers": self.plain_transformers,
+            "plain_transformers_differences": list(self.differences),
+            "plain_transformers_prompt": _PLAIN_PROMPT if self.plain_transformers else None,
+            "plain_transformers_without_token_window": self.token_window,
+            "dti": asdict(self.dti),
+            "prompt": asdict(self.prompt),
+            "item_text": self.item_text,
+            "data": self.data,
+        }
+        write_json(folder / DESCRIPTION_FILE, value)
+
+    @staticmethod
+    def read(folder: Path) -> Description:
+        """Of a folder that `dti export` made, by this version or an older one.
+
+        Raises:
+            FileNotFoundError: the folder has no dti.json.
+            DamagedFileError: its content is not what was written.
+        """
+        path = folder / DESCRIPTION_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist: {folder} is not a folder made by `dti export`. A run folder is read with Scorer.from_run"
+            )
+        try:
+            value = json.loads(path.read_bytes())
+            dti, prompt = value["dti"], value["prompt"]
+            prompt |= {name: tuple(prompt[name]) for name in ("prefix", "labels")}
+            return Description(
+                DTIConfig(**{**dti, "reset_layers": tuple(dti["reset_layers"])}),
+                PromptFormat(**prompt),
+                value.get("item_text"),
+                value.get("data"),
+                tuple(value.get("plain_transformers_differences", ())),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise DamagedFileError(f"{path} is damaged ({error}). Export the model again") from None
+
+
+def plain_differences(dti: DTIConfig, window: int, model_config: Any) -> tuple[str, ...]:
+    """Why plain transformers compute other probabilities than this library, given the prompt of the module docstring; empty: they do not.
+
+    Args:
+        dti: what [SUM] rows get. By its settings, not its mode: a reset whose ratios are all 0, or that is in the first layer only
+            (whose states are the initial ones), changes nothing.
+        window: n, interactions.
+        model_config: of the transformers model. Its sliding window in tokens is no difference: an export has none.
+    """
+    differences = []
+    if dti.position_fix:
+        differences.append("[SUM] has no position but ALiBi (the position fix)")
+    far = dti.alpha_max > 0 and window > 0
+    layers = [
+        i
+        for i in range(model_config.num_hidden_layers)
+        if dti.resets_layer(i, model_config.num_hidden_layers)
+    ]
+    if (far or dti.alpha_own > 0) and any(layers):
+        differences.append("[SUM] reads states blended toward the initial ones (the hidden-state reset)")
+    rope = (getattr(model_config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in _VARYING_ROPES:
+        differences.append(f"its rotary frequencies ({rope}) follow the longest prompt of a pass")
+    return tuple(differences)
+
+
+def token_window(model_config: Any) -> int | None:
+    """The sliding window in tokens that transformers would apply to some layer; None where there is none."""
+    window: int | None = getattr(model_config, "sliding_window", None)
+    layers = getattr(model_config, "layer_types", None)
+    return window if layers is None or "sliding_attention" in layers else None
+
+
+def without_token_window(model_folder: Path) -> None:
+    """Take a sliding window in tokens out of a folder's config.json: the library ignores it, its window is in interactions."""
+    path = model_folder / "config.json"
+    config = json.loads(path.read_text())
+    changed = {**config}
+    for name, off in (("sliding_window", None), ("use_sliding_window", False)):
+        if name in config:
+            changed[name] = off
+    if config.get("layer_types"):
+        changed["layer_types"] = ["full_attention"] * len(config["layer_types"])
+    if changed != config:
+        write_json(path, changed)
+
+
+def write_card(
+    folder: Path, description: Description, settings: ModelConfig, of_run: Any | None = None
+) -> None:
+    """`README.md` of a model folder, in the form of Hugging Face's model cards.
+
+    Args:
+        folder: of the model.
+        description: of the model.
+        settings: of the model: what it was made from.
+        of_run: transformers' configuration of the model, where the folder is a run's `model/`; None: an export.
+    """
+    text = _head(settings, of_run is not None) + _verdict(description)
+    text += _LIBRARY if of_run is None else _RUN
+    if description.plain_transformers:
+        text += _PLAIN.format(load=_load_lines(settings, of_run), **asdict(description.prompt))
+    (folder / CARD_FILE).write_text(text)
+
+
+def _head(settings: ModelConfig, of_run: bool) -> str:
+    base = settings.pretrained
+    is_adapter = of_run and settings.uses_lora
+    lines = [
+        f"library_name: {'peft' if is_adapter else 'transformers'}",
+        "tags:",
+        "- click-prediction",
+        "- dti",
+    ]
+    if base is not None and base.count("/") == 1 and base[0] not in "./~" and not Path(base).exists():
+        lines.append(f"base_model: {base}")  # an id of the hub; metadata knows no folders
+    kind = f"fine-tuned from `{base}`" if base else "trained from scratch"
+    return "\n".join(
+        (
+            "---",
+            *lines,
+            "---",
+            "",
+            "# Click model",
+            "",
+            f"A click model on streaming prompts (DTI), {kind}.",
+            "",
+        )
+    )
+
+
+def _verdict(description: Description) -> str:
+    if description.plain_transformers:
+        return "\n**Plain transformers compute its probabilities**, within float rounding, given the prompt below and nothing else.\n"
+    return (
+        "\n**Plain transformers do not compute this model.** They load it without an error and give wrong probabilities, because "
+        f"{' and '.join(description.differences)}. Score it with `dti_model`.\n"
+    )
+
+
+_LIBRARY = """
+## With dti_model
+
+```python
+from dti_model.scorer import Scorer
+
+scorer = Scorer.from_export(".")  # this folder; no prepared data is needed
+history = [({"text": "Toy Story (1995); Animation"}, 1)]  # (item, 1: clicked or 0: not), oldest first
+probabilities = scorer.score(history, [{"text": "Heat (1995); Crime"}, {"text": "Babe (1995); Comedy"}])
+```
+
+`dti.json` has the settings: what [SUM] gets, the tokens around item texts, and the template of item texts.
+"""
+_RUN = """
+This folder is the `model/` of a run. `Scorer.from_run(RUN)` and `dti score --run RUN` score it, where RUN is the folder above this
+one. `dti export --run RUN --out FOLDER` makes a folder of its own of it.
+"""
+
+
+def _load_lines(settings: ModelConfig, of_run: Any | None) -> str:
+    """Python that loads `model` from FOLDER with transformers, and peft for an adapter."""
+    lines = ["tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
+    source, more = "FOLDER", ""
+    if of_run is not None and settings.uses_lora:
+        path = Path(str(settings.pretrained))
+        is_gguf = path.suffix == ".gguf"
+        source = f"{str(path.parent)!r}, gguf_file={path.name!r}" if is_gguf else repr(settings.pretrained)
+        more = f", dtype=torch.{settings.dtype}"
+    if of_run is not None and token_window(of_run) is not None:
+        lines.append(f"config = AutoConfig.from_pretrained({source})")
+        lines.append("config.sliding_window = None  # in tokens: the model was trained without it")
+        if getattr(of_run, "layer_types", None):
+            lines.append('config.layer_types = ["full_attention"] * config.num_hidden_layers')
+        more += ", config=config"
+    lines.append(f"model = AutoModelForCausalLM.from_pretrained({source}{more}).eval()")
+    if source != "FOLDER":
+        lines.append(
+            "if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # a row for [SUM], which the adapter has"
+        )
+        lines.append("    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)")
+        lines.append("model = PeftModel.from_pretrained(model, FOLDER).eval()")
+        lines.insert(0, "from peft import PeftModel\n")
+    return "\n".join(lines)
+
+
+_PLAIN = """
+## With transformers alone
+
+```python
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+FOLDER = "."  # this one
+{load}
+PREFIX, SUM, LABELS = {prefix}, {sum_token}, {labels}  # token ids; labels: negative, positive
+
+
+def item_ids(text):
+    return tokenizer.encode(text, add_special_tokens=False)[:{max_item_tokens}]
+
+
+@torch.no_grad()
+def click_probability(history, target):  # history: (item text, label 0 or 1), oldest first
+    ids = list(PREFIX)
+    for text, label in history[max(0, len(history) - {window}) :]:
+        ids += [*item_ids(text), LABELS[label]]
+    ids += [*item_ids(target), SUM]
+    logits = model(torch.tensor([ids])).logits[0, -1, list(LABELS)]
+    return float(logits.double().softmax(-1)[1])
+```
+"""
