@@ -336,7 +336,7 @@ def test_items_by_a_template_and_other_data(small_folder: Path, tmp_path: Path) 
 def test_exports_of_runs_of_older_versions(small_folder: Path, tmp_path: Path) -> None:
     """Their model/ has no dti.json: the template then comes from the data, or is not known."""
     run = run_folder(tmp_path / "run", small_folder, RESET)
-    for name in ("dti.json", "README.md"):
+    for name in ("dti.json", "README.md", "provenance.json", "checksums.json"):
         (run / MODEL_FOLDER / name).unlink()
     out, told = export(run, library_only=True)
     assert told["item_text"] == {}

@@ -98,7 +98,7 @@ def test_another_job_is_told_what_differs(
     again.tokenizer.add_tokens(["Toy Story"])
     others.append(("tokenizer", Scorer(again)))
     again = Run.load(run_folder, device="cpu")
-    again.data.stats["files"] = {"interactions.arrow": 7}
+    again.data.stats["files"] = {"interactions.arrow": {"bytes": 7, "sha256": "7"}}
     others.append(("prepared data", Scorer(again)))
     for name, other in others:
         with pytest.raises(
