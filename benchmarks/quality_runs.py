@@ -24,8 +24,11 @@ from transformers import AutoModelForCausalLM, set_seed
 from dti_model.attention import DTIConfig, apply_dti
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.data import PreparedData
+from dti_model.data.arrow_file import write_table
+from dti_model.data.folder import STATS_FILE, write_stats
 from dti_model.data.split import CONTEXT, SPLIT_CODES
-from dti_model.data.store import COLUMNS, STATS_FILE, write_table
+from dti_model.data.store import COLUMNS
+from dti_model.files import whole_folder
 from dti_model.metrics import click_metrics
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.run import MODEL_FOLDER, Run, write_json
@@ -104,18 +107,9 @@ def restrict_targets(
         rows = data.targets(name)
         dropped = rng.permutation(rows)[round(share * len(rows)) :]
         split[dropped] = CONTEXT
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
     columns = {name: pa.array(getattr(data, name), kind) for name, kind in COLUMNS.items()}
     columns["split"] = pa.array(split, COLUMNS["split"])
-    write_table(pa.table(columns), temporary / "interactions.arrow")
     stats = dict(data.stats)
-    stats["files"] = {
-        **stats["files"],
-        "interactions.arrow": (temporary / "interactions.arrow").stat().st_size,
-    }
     stats["splits"] = {
         name: {
             "targets": int((split == code).sum()),
@@ -124,8 +118,10 @@ def restrict_targets(
         for name, code in SPLIT_CODES.items()
     }
     stats["splits"]["context"] = {"interactions": int((split == CONTEXT).sum())}
-    write_json(temporary / STATS_FILE, stats)
-    temporary.rename(out)
+    with whole_folder(out) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+        write_table(pa.table(columns), temporary / "interactions.arrow")
+        write_stats(temporary, stats)
 
 
 class UserBatches(PackedPrompts):

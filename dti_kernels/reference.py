@@ -88,7 +88,7 @@ def alibi_distance(layout: StreamLayout) -> Tensor:
 
 def _reset_ratio(layout: StreamLayout, reset: HiddenStateReset, dtype: torch.dtype) -> Tensor:
     """`(S, C)`: how much of the initial state each [SUM] reads of each key, 0 at distance <= 0."""
-    ratios = reset.ratios(layout.reset_window, dtype, layout.device)
+    ratios = reset.ratios(layout.reset_window, dtype, layout.device, farthest=layout.num_context)
     num_context = layout.num_context
     reset_id = layout.reset_id
     distance = reset_id[num_context:, None] - reset_id[None, :num_context]

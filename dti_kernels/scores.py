@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Entries of a table that is not worth cutting.
+_SHORT_TABLE = 4096
+
 
 @dataclass(frozen=True, eq=False)
 class HiddenStateReset:
@@ -50,9 +53,18 @@ class HiddenStateReset:
         if not (self.steepness > 0.0 and math.isfinite(self.steepness)):
             raise ValueError(f"steepness must be positive and finite, got {self.steepness}")
 
-    def ratios(self, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """`(max(window, 1) + 1,)`, `a(d)` for d = 0 .. n: a table, so that no kernel evaluates a sigmoid."""
-        distance = torch.arange(max(window, 1) + 1, dtype=torch.float64)
+    def ratios(
+        self, window: int, dtype: torch.dtype, device: torch.device, farthest: int | None = None
+    ) -> Tensor:
+        """`a(d)` for d = 0 .. n, at least two: a table, so that no kernel evaluates a sigmoid.
+
+        `farthest`: no distance is larger, so a table longer than that is cut off behind it; a window of 10^9 would be one of 8 GB.
+        """
+        length = max(window, 1) + 1
+        if farthest is not None and length > _SHORT_TABLE:
+            # Whole vectors: the last elements of a tensor go through another exp, which may differ in the last bit.
+            length = min(length, -(-(farthest + 1) // 64) * 64)
+        distance = torch.arange(length, dtype=torch.float64)
         logistic = torch.sigmoid((distance - window / 2) * self.steepness)
         ratio = self.alpha_min + (self.alpha_max - self.alpha_min) * logistic
         ratio[0] = self.alpha_own

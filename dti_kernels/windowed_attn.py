@@ -72,7 +72,9 @@ def windowed_attn(
     ratios = k_initial = v_initial = None
     if reset is not None:
         k_initial, v_initial = reset.k_initial, reset.v_initial
-        ratios = reset.ratios(layout.reset_window, ops.accumulation_dtype(q.dtype), q.device)
+        ratios = reset.ratios(
+            layout.reset_window, ops.accumulation_dtype(q.dtype), q.device, farthest=layout.num_context
+        )
     out: Tensor = _WindowedAttn.apply(
         q,
         k,

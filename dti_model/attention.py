@@ -30,6 +30,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes, windowed_attn
+from dti_model.bounds import MODES as MODES
+from dti_model.bounds import check_settings
 from dti_model.past import LayerKeys, Past
 
 ATTENTION_NAME = "dti"
@@ -41,7 +43,6 @@ SUPPORTED_LAYERS: tuple[type[nn.Module], ...] = (
     Qwen2DecoderLayer,
     Qwen3DecoderLayer,
 )
-MODES = ("dti", "dti-minus", "dti-position", "dti-reset")
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,8 @@ class DTIConfig:
     train_slopes: bool = False
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        if self.slope_scale < 0:
-            raise ValueError(f"slope_scale must be >= 0, got {self.slope_scale}")
-        self.reset_of(torch.empty(0), torch.empty(0))  # checks the ratios
+        check_settings(self, "dti.")
+        self.reset_of(torch.empty(0), torch.empty(0))  # checks the order of the ratios
 
     def reset_of(self, k_initial: Tensor, v_initial: Tensor) -> HiddenStateReset:
         """The reset of one layer."""
@@ -94,7 +92,21 @@ class DTIConfig:
 
     def resets_layer(self, index: int, num_layers: int) -> bool:
         """Whether layer `index` of `num_layers` resets."""
-        return self.reset and any(layer % num_layers == index for layer in self.reset_layers)
+        return self.reset and not {index, index - num_layers}.isdisjoint(self.reset_layers)
+
+
+def check_reset_layers(config: DTIConfig, num_layers: int) -> None:
+    """Refuse layers that a model does not have: counted modulo their number, they used to reset another one.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    wrong = [layer for layer in config.reset_layers if not -num_layers <= layer < num_layers]
+    if wrong:
+        raise ValueError(
+            f"dti.reset_layers must name layers of the model, 0 to {num_layers - 1} or, from the end, -{num_layers} to -1, "
+            f"got {wrong[0]}"
+        )
 
 
 @dataclass(eq=False)
@@ -262,7 +274,8 @@ def apply_dti(model: PreTrainedModel, config: DTIConfig, dropout: float = 0.0) -
 
     Raises:
         TypeError: the model's decoder layers are not of a supported class.
-        ValueError: its rotary scaling multiplies scores, which un-rotated [SUM] keys cannot follow.
+        ValueError: its rotary scaling multiplies scores, which un-rotated [SUM] keys cannot follow, or a layer that is to
+            reset does not exist.
     """
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", [decoder])
@@ -277,6 +290,7 @@ def apply_dti(model: PreTrainedModel, config: DTIConfig, dropout: float = 0.0) -
             f"rotary scaling {decoder.rotary_emb.rope_type!r} multiplies scores by a temperature that [SUM] rows without "
             "positions do not have: use mode dti-minus or dti-reset, or a model with rope type default, linear or llama3"
         )
+    check_reset_layers(config, len(layers))
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
     AttentionInterface.register(ATTENTION_NAME, _not_reached)
     model.set_attn_implementation(ATTENTION_NAME)

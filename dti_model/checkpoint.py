@@ -5,18 +5,22 @@ checkpoints/checkpoint-N/   the run after optimizer step N
   optimizer.safetensors     AdamW's moments, `exp_avg/NAME` and so on
   run.json                  optimizer groups, scheduler, random numbers of every rank, loss since the last log line
   trainer_state.json        Trainer's: step, best metric, early-stopping counter, log
+  checksums.json            size and sha256 of the other files
 
 A checkpoint is written under a hidden name by rank 0, flushed to the disk and renamed: `checkpoint-N` exists whole or not at all.
+Before a run goes on from it, every file is compared with its checksum: a flipped bit in a moment or a random number would end in
+another model, and nobody would know. That costs 15 ms for the quickstart's 887,424 parameters (10.7 MB, at 0.7 GB/s on a busy
+core), beside 110 ms of writing a checkpoint.
 Sharded weights are gathered one tensor at a time, so files do not depend on DDP, FSDP2 or one process. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +32,23 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from transformers.trainer_utils import get_last_checkpoint
 
+from dti_model.files import (
+    CHECKSUMS_FILE,
+    DamagedFileError,
+    WriteError,
+    check_checksums,
+    remove_folder,
+    whole_folder,
+    write_checksums,
+)
 from dti_model.ranks import rank
 
 WEIGHTS_FILE, OPTIMIZER_FILE = "weights.safetensors", "optimizer.safetensors"
 RUN_FILE, TRAINER_FILE = "run.json", "trainer_state.json"
+# Of run.json: 1 was without checksums.
+CHECKPOINT_VERSION = 2
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
 class CheckpointError(RuntimeError):
@@ -160,68 +175,74 @@ def write_checkpoint(
         CheckpointError: a file cannot be written; earlier checkpoints are untouched and nothing is left behind.
     """
 
-    def write(temporary: Path) -> None:
-        for name, group in tensors.items():
-            save_file(dict(group), temporary / name)
-        for name, document in documents.items():
-            (temporary / name).write_text(json.dumps(document, indent=1) + "\n")
-
     try:
-        write_folder(folder, write)
+        with whole_folder(folder) as temporary:
+            for name, group in tensors.items():
+                save_file(dict(group), temporary / name)
+            for name, document in documents.items():
+                (temporary / name).write_text(json.dumps(document, indent=1) + "\n")
+            write_checksums(temporary)
     except (OSError, SafetensorError) as error:
+        reason = error.__cause__ if isinstance(error, WriteError) and error.__cause__ is not None else error
         raise CheckpointError(
-            f"{folder} cannot be written ({error}). Earlier checkpoints are untouched: make room, and give the same "
+            f"{folder} cannot be written ({' '.join(str(reason).split())}). Earlier checkpoints are untouched: make room, and give the same "
             "command again to go on from the last one"
         ) from error
 
 
-def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Fill a folder under a hidden name beside it, flush it to the disk, then rename it; an older one of its name goes."""
-    temporary = folder.with_name(f".{folder.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        remove_folder(folder)
-        temporary.rename(folder)
-        _flush(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it exists; killed meanwhile, its name is gone, so half of it is never taken for the whole."""
-    if folder.exists():
-        hidden = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(hidden, ignore_errors=True)
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
+def step_of(folder: Path) -> int | None:
+    """N of a folder `checkpoint-N`; None: the name is none of ours."""
+    match = _NAME.fullmatch(folder.name)
+    return None if match is None else int(match[1])
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a folder of checkpoints."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return None if found is None else Path(found)
+    found = _checkpoints(folder)
+    return found[max(found)] if found else None
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """By step. Other folders, `checkpoint-5.old` or `checkpoint-best`, are somebody's own."""
+    if not folder.is_dir():
+        return {}
+    steps = {path: step_of(path) for path in folder.iterdir() if path.is_dir()}
+    return {step: path for path, step in steps.items() if step is not None}
+
+
+def check_checkpoint(folder: Path, best: bool = False) -> None:
+    """Compare a checkpoint with its checksums; one of version 0.1.0 has none.
+
+    `best`: it is kept for its weights, which no other checkpoint has.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    way_out = _way_out(folder)
+    if best:
+        way_out = f"The best weights so far are lost: delete {folder.parent} and give the same command again to begin anew"
+    try:
+        if not folder.is_dir():
+            raise DamagedFileError(f"{folder} is missing. {way_out}")
+        if not (folder / CHECKSUMS_FILE).is_file() and "version" in read_document(folder / RUN_FILE):
+            raise DamagedFileError(f"{folder / CHECKSUMS_FILE} is missing. {way_out}")
+        check_checksums(folder, way_out)
+    except DamagedFileError as error:
+        raise CheckpointError(str(error)) from error
+    step = read_document(folder / TRAINER_FILE).get("global_step")
+    if step != step_of(folder):
+        raise CheckpointError(f"{folder} holds the state after step {step}, so it was renamed. {way_out}")
 
 
 def tidy(folder: Path, keep: set[Path]) -> None:
     """Remove all checkpoints but some, and what a killed run left half written or half removed."""
-    for path in folder.iterdir():
-        if path.name.startswith(".checkpoint-"):
-            shutil.rmtree(path)
-        elif path.name.startswith("checkpoint-") and path not in keep:
+    for path in _checkpoints(folder).values():
+        if path not in keep:
             remove_folder(path)
+    for path in folder.glob(
+        ".checkpoint-*"
+    ):  # who trains here holds the run folder's lock: nobody is writing one
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -232,23 +253,30 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_document(file: Path) -> Any:
-    """A JSON file of a checkpoint.
+def read_document(file: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint, an object.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(file.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
         raise damaged(file, error) from error
+    return value
 
 
 def damaged(file: Path, error: Exception) -> CheckpointError:
     """What to do about a file that cannot be read."""
-    return CheckpointError(
-        f"{file} is damaged ({error}). Delete {file.parent} and give the same command again: the run goes on from the "
-        "checkpoint before it, or from the start where there is none"
+    return CheckpointError(f"{file} is damaged ({' '.join(str(error).split())}). {_way_out(file.parent)}")
+
+
+def _way_out(folder: Path) -> str:
+    return (
+        f"Delete {folder} and give the same command again: the run goes on from the checkpoint before it, or from the start "
+        "where there is none"
     )
 
 

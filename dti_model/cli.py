@@ -6,12 +6,16 @@ import json
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import NonNegativeInt
 
+from dti_model.command_line import Parser, check_files, check_groups
+from dti_model.config_file import CONFIG_FILE
 from dti_model.prepare_cli import add_prepare, run_prepare
 from dti_model.process import set_up_process
 
@@ -23,8 +27,7 @@ class _KeepLines(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors of the user are one line on stderr and exit status 2."""
     set_up_process()
-    parser = _parser()
-    parsed = parser.parse_args(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = {
         "prepare": run_prepare,
         "fetch-model": _fetch_model,
@@ -34,29 +37,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "search": _search,
         "export": _export,
     }
-    command = commands[parsed.subcommand]
+    name = next((f" {word}" for word in arguments if word in commands), "")
     try:
-        command(parser.instantiate(parsed)[parsed.subcommand])
-    except (ValueError, OSError, RuntimeError) as error:
-        if parsed.debug:
+        check_files(arguments)
+        parser = _parser()
+        parsed = parser.parse_args(arguments)
+        options = parsed[parsed.subcommand]
+        check_groups(options)
+        commands[parsed.subcommand](parser.instantiate(parsed)[parsed.subcommand])
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if "--debug" in arguments:
             raise
-        print(f"dti {parsed.subcommand}: error: {error}", file=sys.stderr)
+        with suppress(OSError):  # its file may lie on the same full disk
+            print(f"dti{name}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _one_line(error: BaseException) -> str:
+    """An error in one line; libraries may write pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, MemoryError):
+        return f"out of memory{f' ({lines[0]})' if lines else ''}: use a smaller model or token budget"
+    if not lines:
+        return type(error).__name__
+    return lines[0][:1000] + (" (--debug shows the rest)" if len(lines) > 1 else "")
+
+
+def _version() -> str:
+    try:
+        return version("dti-click")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "unknown (not installed)"
 
 
 def _parser() -> ArgumentParser:
     from dti_model.config import TrainConfig
 
-    parser = ArgumentParser(
-        prog="dti", description="Train and evaluate click models on streaming prompts (DTI)."
+    parser = Parser(
+        prog="dti",
+        description="Train and evaluate click models on streaming prompts (DTI).",
+        version=f"{_version()}\n",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subcommands(required=True, dest="subcommand")
 
     add_prepare(commands)
 
-    train = ArgumentParser(
+    train = Parser(
         description="Train a click model with streaming prompts; the same command goes on after an interruption."
     )
     train.add_argument(
@@ -65,13 +93,19 @@ def _parser() -> ArgumentParser:
     train.add_class_arguments(TrainConfig, fail_untyped=True)
     commands.add_subcommand("train", train, help="train a model into a run folder")
 
-    evaluate = ArgumentParser(
+    evaluate = Parser(
         description="Score the targets of a split with a trained run, one sliding-window prompt each unless --k says otherwise."
     )
     evaluate.add_argument("--run", type=Path, required=True, help="run folder made by `dti train`")
     evaluate.add_argument(
         "--data", type=Path, help="prepared folder; default: the one that the run was trained on"
     )
+    evaluate.add_argument(
+        "--other-data",
+        action="store_true",
+        help="score prepared data that the run was not trained on; its targets may be among those trained on",
+    )
+    _add_base(evaluate)
     evaluate.add_argument("--split", type=str, choices=["val", "test"], default="test", help="which targets")
     evaluate.add_argument(
         "--k",
@@ -88,7 +122,7 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("score", score, help="click probabilities of a file of candidates")
     score.formatter_class = _KeepLines  # add_subcommand sets the parent's
 
-    search = ArgumentParser(
+    search = Parser(
         description="Train every cell of a grid of settings with several seeds and compare them on validation; the test split is not "
         "scored. The same command goes on after an interruption."
     )
@@ -119,6 +153,7 @@ def _parser() -> ArgumentParser:
     )
     export.add_argument("--run", type=Path, required=True, help="run folder made by `dti train`")
     export.add_argument("--out", type=Path, required=True, help="folder to make")
+    _add_base(export)
     export.add_argument(
         "--library-only",
         action="store_true",
@@ -126,6 +161,14 @@ def _parser() -> ArgumentParser:
     )
     commands.add_subcommand("export", export, help="a trained run as a plain model folder")
     return parser
+
+
+def _add_base(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        type=str,
+        help="where the pretrained model of a LoRA run is now; default: where it was, or moved together with the run folder",
+    )
 
 
 def _score_parser() -> ArgumentParser:
@@ -153,6 +196,7 @@ A command that was killed goes on where it was when it is given again.""",
         action="store_true",
         help="score with a prepared folder that the run was not trained on",
     )
+    _add_base(score)
     score.add_argument("--device", type=str, help="torch device; default: cuda where there is one")
     score.add_argument(
         "--bad-lines",
@@ -199,12 +243,22 @@ def _search(options: Namespace) -> None:
 
 
 def _evaluate(options: Namespace) -> None:
+    from dti_model.files import write_json
     from dti_model.report import metrics_table, sentence_about_baselines
     from dti_model.train import evaluate_run
 
     _quiet_transformers()
+    if options.json is not None:
+        _check_replaceable(options.json)
     result = evaluate_run(
-        options.run, options.data, options.split, options.device, options.progress, options.k or None
+        options.run,
+        options.data,
+        options.split,
+        options.device,
+        options.progress,
+        options.k or None,
+        options.other_data,
+        options.base,
     )
     from dti_model.ranks import rank
 
@@ -213,7 +267,23 @@ def _evaluate(options: Namespace) -> None:
     print(metrics_table(result))
     print(sentence_about_baselines(result[options.split], result["baselines"][options.split]))
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(options.json, result)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Before hours of scoring: a file of metrics can be written here, and what is there is one of an earlier call, or nothing."""
+    if not path.parent.is_dir():
+        raise ValueError(f"--json {path}: there is no folder {path.parent}")
+    if not path.exists():
+        return
+    try:
+        known = json.loads(path.read_bytes()).keys() >= {"baselines"}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        known = False
+    if not known or (path.parent / CONFIG_FILE).exists():
+        raise ValueError(
+            f"--json {path} exists and is not a file that `dti evaluate` wrote: name another, or delete it"
+        )
 
 
 def _score(options: Namespace) -> None:
@@ -222,7 +292,7 @@ def _score(options: Namespace) -> None:
 
     _quiet_transformers()
     scorer = Scorer.from_run(
-        options.run, options.data, options.device, options.token_budget, options.other_data
+        options.run, options.data, options.device, options.token_budget, options.other_data, options.base
     )
     skip_bad_lines = options.bad_lines == "skip"
     done = score_file(scorer, options.input, options.output, skip_bad_lines, options.progress)
@@ -248,7 +318,7 @@ def _export(options: Namespace) -> None:
     from dti_model.export import export_run
 
     _quiet_transformers()
-    made = export_run(options.run, options.out, options.library_only)
+    made = export_run(options.run, options.out, options.library_only, options.base)
     if made.plain_transformers:
         reader = "Plain transformers (AutoModelForCausalLM) and Scorer.from_export compute its probabilities"
     else:

@@ -1,19 +1,21 @@
-"""What a training run is: every setting with its default, as typed dataclasses that the command line and YAML files fill in."""
+"""What a training run is: every setting with its default, as typed dataclasses that the command line and YAML files fill in.
+
+`bounds.py` holds the type and the bounds of each, `config_file.py` writes and reads them in a run folder.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+import os
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
+from dti_model.attention import DTIConfig, check_reset_layers
+from dti_model.bounds import PROJECTIONS, check_settings
+from dti_model.config_file import CONFIG_FILE, read_config, write_config
+from dti_model.references import located
 
-from dti_model.attention import DTIConfig
-
-CONFIG_FILE = "config.yaml"
-
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+__all__ = ["CONFIG_FILE", "PROJECTIONS", "LoraSettings", "ModelConfig", "OptimConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,7 @@ class LoraSettings:
     projections: tuple[str, ...] = PROJECTIONS
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"lora.rank must be >= 1, lora.alpha > 0 and lora.dropout in [0, 1), got {self.rank}, {self.alpha} "
-                f"and {self.dropout}"
-            )
-        unknown = set(self.projections) - set(PROJECTIONS)
-        if unknown or not self.projections:
-            raise ValueError(
-                f"lora.projections must be some of {', '.join(PROJECTIONS)}, got {list(self.projections)}"
-            )
+        check_settings(self, "model.lora.")
 
 
 @dataclass(frozen=True)
@@ -57,8 +50,8 @@ class ModelConfig:
         mlp_width: inner width of the MLP.
         dropout: on the token embeddings and on what every attention and MLP adds, in [0, 1); default .1 from scratch,
             0 for a pretrained model.
-        pretrained: a folder, an id on the Hugging Face hub or a GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model to
-            start from; the sizes above are then its own.
+        pretrained: a folder, a GGUF file, or `hub:owner/name` on the Hugging Face hub, of a Llama, Mistral, Qwen2 or Qwen3
+            model to start from; the sizes above are then its own.
         finetune: what is trained of a pretrained model: low-rank updates and the [SUM] row (lora), or everything (full).
         lora: the low-rank updates.
         dtype: of a pretrained model's weights. Full fine-tuning in bfloat16 rounds its own updates; rather keep
@@ -83,11 +76,8 @@ class ModelConfig:
     instruction: str = ""
 
     def __post_init__(self) -> None:
+        check_settings(self, "model.")
         self._check_sides()
-        if min(self.layers, self.width, self.heads, self.kv_heads, self.mlp_width) < 1:
-            raise ValueError("layers, width, heads, kv_heads and mlp_width must be >= 1")
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.heads % self.kv_heads or self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(
                 f"width must be an even multiple of heads and heads a multiple of kv_heads, got width {self.width}, "
@@ -112,12 +102,6 @@ class ModelConfig:
             raise ValueError(
                 f"model.{min(only_pretrained)} is a setting of a pretrained model: give model.pretrained too"
             )
-        if self.finetune not in ("lora", "full") or self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"model.finetune must be lora or full and model.dtype float32 or bfloat16, got {self.finetune!r} and {self.dtype!r}"
-            )
-        if self.quantize not in (0, 4, 8):
-            raise ValueError(f"model.quantize must be 0, 4 or 8 bits, got {self.quantize}")
         if self.finetune == "full" and changed & {"lora", "quantize"}:
             raise ValueError(
                 "model.lora and model.quantize need model.finetune lora: full trains every weight itself"
@@ -173,18 +157,7 @@ class OptimConfig:
     save_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "token_budget", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup < 1 or min(self.weight_decay, self.patience, self.save_steps) < 0:
-            raise ValueError(
-                "0 <= warmup < 1, weight_decay >= 0, patience >= 0 and save_steps >= 0 must hold"
-            )
-        if self.max_steps < 0 or self.validate_every < 0:
-            raise ValueError("max_steps >= 0 and validate_every >= 0 must hold")
+        check_settings(self, "optim.")
 
 
 @dataclass(frozen=True)
@@ -228,19 +201,9 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("k", 0),
-            ("validation_k", 0),
-            ("window", 0),
-            ("max_item_tokens", 1),
-            ("compare_steps", 0),
-            ("max_eval_targets", 0),
-            ("logging_steps", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if not set(self.report_to) <= {"tensorboard", "wandb"}:
-            raise ValueError(f"report_to may name tensorboard and wandb, got {list(self.report_to)}")
+        check_settings(self)
+        if self.model.pretrained is None:  # what a pretrained model has is known when it is there
+            check_reset_layers(self.dti, self.model.layers)
         if self.compare_steps and self.optim.fsdp:
             raise ValueError("compare_steps measures one whole model: set it to 0 with optim.fsdp")
         if self.dti.train_slopes and self.model.uses_lora:
@@ -253,16 +216,30 @@ class TrainConfig:
         """`k`, with None for whole histories."""
         return self.k or None
 
-    def same_run(self, other: TrainConfig) -> bool:
-        """Whether a run with these settings can go on with the other ones: the folder may have been moved, and bars change nothing."""
-        return replace(self, out=other.out, progress=other.progress) == other
+    def located(self) -> TrainConfig:
+        """The same with absolute paths, and the id of a hub's model with `hub:`: what means the same in every working directory."""
+        pretrained = self.model.pretrained
+        model = replace(self.model, pretrained=pretrained and located(pretrained))
+        return replace(self, data=_absolute(self.data), out=_absolute(self.out), model=model)
+
+    def same_run(self, other: TrainConfig, places: bool = True) -> bool:
+        """Whether a run with these settings can go on with the other ones: bars change nothing, nor where the run folder is now.
+
+        Args:
+            other: the settings of the later call.
+            places: compare where data and pretrained model are; False: their fingerprints say whether they are the same.
+        """
+        mine, others = self.located(), other.located()
+        mine = replace(mine, out=others.out, progress=others.progress)
+        if not places:
+            model = replace(mine.model, pretrained=mine.model.pretrained and others.model.pretrained)
+            mine = replace(mine, data=others.data, model=model)
+        return mine == others
 
     def save(self, folder: Path) -> None:
-        """Write `config.yaml` into a folder, which is made where it is missing."""
+        """Write `config.yaml` into a folder, which is made where it is missing; paths become absolute."""
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{CONFIG_FILE}.incomplete"
-        temporary.write_text(yaml.safe_dump(_plain(asdict(self)), sort_keys=False))
-        temporary.replace(folder / CONFIG_FILE)
+        write_config(self.located(), folder / CONFIG_FILE)
 
     @staticmethod
     def load(folder: Path) -> TrainConfig:
@@ -270,28 +247,15 @@ class TrainConfig:
 
         Raises:
             FileNotFoundError: no such file; `folder` is no run folder.
+            ConfigFileError: it has been changed, or is another program's; the message names the file and the way out.
         """
         path = folder / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} does not exist: {folder} is not a run folder made by `dti train`"
             )
-        raw = yaml.safe_load(path.read_text())
-        raw["dti"]["reset_layers"] = tuple(raw["dti"]["reset_layers"])
-        model = raw.pop("model")
-        if "lora" in model:
-            lora = model["lora"]
-            model["lora"] = LoraSettings(**{**lora, "projections": tuple(lora["projections"])})
-        nested = {"dti": DTIConfig(**raw.pop("dti")), "model": ModelConfig(**model)}
-        raw["report_to"] = tuple(raw["report_to"])
-        nested["optim"] = OptimConfig(**raw.pop("optim"))
-        return TrainConfig(**{**raw, "data": Path(raw["data"]), "out": Path(raw["out"]), **nested})
+        return read_config(path, TrainConfig)
 
 
-def _plain(value: Any) -> Any:
-    """Only what YAML knows."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))

@@ -30,7 +30,7 @@ from dti_model.model_card import (
 )
 from dti_model.pretrained import load_causal_lm
 from dti_model.prompts import PromptFormat
-from dti_model.run import MODEL_FOLDER
+from dti_model.run import MODEL_FOLDER, model_settings_of
 
 _OF_THE_RUN = (DESCRIPTION_FILE, CARD_FILE, CHECKSUMS_FILE)  # the export has its own
 
@@ -39,7 +39,9 @@ class LibraryOnlyError(ValueError):
     """Plain transformers would compute other probabilities than the run, and the caller has not said that this is known."""
 
 
-def export_run(run: Path, out: Path, library_only: bool = False) -> Description:
+def export_run(
+    run: Path, out: Path, library_only: bool = False, base_model: str | None = None
+) -> Description:
     """Merge a run's adapter into its base model, or copy its model, into a folder that appears only when complete.
 
     Weights have the run's `model.dtype`. The base of a quantised run is loaded unquantised: its scores then differ from the run's
@@ -48,6 +50,7 @@ def export_run(run: Path, out: Path, library_only: bool = False) -> Description:
     Args:
         run: folder made by `dti train`.
         out: folder to make; must not exist, or be empty.
+        base_model: where the pretrained model of a LoRA run is now; default: where it was, or moved together with the run.
         library_only: the export may be one that only `Scorer.from_export` computes right.
 
     Returns:
@@ -69,6 +72,7 @@ def export_run(run: Path, out: Path, library_only: bool = False) -> Description:
             f"{source} holds no model: the run has not ended. Give `dti train` the same settings again to go on"
         )
     check_checksums(source, "Restore it, or train the run again")
+    config = replace(config, model=model_settings_of(config, run, base_model))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     base = None
     if config.model.uses_lora:

@@ -2,6 +2,7 @@
 
     with whole_file(path) as temporary: temporary.write_text(...)        flushed to the disk, then renamed to `path`
     with whole_folder(path) as temporary: ...                            likewise; an older folder of that name goes
+    with temporary_folder(path) as temporary: ...                        removed at the end, or by the next one after a kill
     with locked(folder / ".lock", "dti train"): ...                      one writer at a time; the kernel releases it on a kill
     write_sealed(path, {...}); read_sealed(path, "delete it")            JSON that carries its own sha256
 
@@ -13,6 +14,7 @@ Cost: one fsync a file, one pass of sha256 over what is checked (about 1.5 GB/s 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -21,7 +23,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +32,7 @@ from typing import Any
 CHECKSUMS_FILE = "checksums.json"
 _SEAL = "sha256"
 _INCOMPLETE, _REMOVED = ".incomplete", ".removed"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 # How a full disk, a quota or a size limit ends a write. Libraries written in Rust and C++ say it in words of their own.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_WORDS = (
@@ -77,11 +80,32 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def whole_folder(path: str | Path, check: Callable[[], object] | None = None) -> Iterator[Path]:
     """An empty temporary folder to fill; at the end it becomes `path`, in the place of an older one; at an error it is removed.
+
+    Args:
+        path: the folder to make.
+        check: called when everything is on the disk, right before an older `path` goes; what it raises keeps that one.
 
     Raises:
         WriteError: the disk is full; an older `path` is untouched.
+    """
+    path = Path(os.path.realpath(path))
+    with temporary_folder(path) as temporary, _named_errors(path):
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            _flush(written)
+        if check is not None:
+            check()
+        _swap(temporary, path)
+
+
+@contextmanager
+def temporary_folder(path: str | Path) -> Iterator[Path]:
+    """An empty hidden folder beside `path`, removed at the end; after a kill, by the next call with the same `path`.
+
+    Raises:
+        WriteError: the disk is full.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,22 +115,47 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     try:
         with _named_errors(path):
             yield temporary
-            for written in (*temporary.rglob("*"), temporary):
-                _flush(written)
-            remove_folder(path)
-            temporary.rename(path)
-            _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(descriptor)
 
 
+def _swap(new: Path, path: Path) -> None:
+    """Put the folder `new` in the place of the folder `path`; where there is one, it ends up under a hidden name."""
+    if not path.exists():
+        new.rename(path)
+    elif not _exchanged(new, path):
+        hidden = _hidden(path, _REMOVED)
+        path.rename(hidden)
+        try:
+            new.rename(path)
+        except BaseException:
+            hidden.rename(path)
+            raise
+        shutil.rmtree(hidden, ignore_errors=True)
+    _flush(path.parent)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Exchange two names in one step, so that a kill never finds one of them missing; False where that is unknown."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):  # an old C library
+        return False
+    failed: int = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    return not failed
+
+
 def remove_folder(path: Path) -> None:
     """Rename a folder away, then delete it, so that a kill halfway never leaves something that looks complete."""
     if path.exists():
-        hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_REMOVED}")
+        hidden = _hidden(path, _REMOVED)
         path.rename(hidden)
         shutil.rmtree(hidden)
+
+
+def _hidden(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{ending}")
 
 
 def remove_leftovers(path: Path) -> None:
@@ -127,13 +176,13 @@ def locked(path: Path, purpose: str, written: Path | None = None) -> Iterator[No
     Args:
         path: the lock file.
         purpose: what the others are told, such as "dti train".
-        written: what it guards, as the others are told; default: the lock file's folder.
+        written: what is written meanwhile; None: the folder that `path` is in.
 
     Raises:
         LockedError: another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock_file(path, written or path.parent)
+    descriptor = _lock_file(path, path.parent if written is None else written)
     try:
         os.ftruncate(descriptor, 0)
         since = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -268,7 +317,7 @@ def _seal_of(value: Mapping[str, Any]) -> str:
 def _temporary(path: Path, flags: int) -> tuple[Path, int]:
     """A new hidden file or folder beside `path`, and a descriptor that holds its lock."""
     while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_INCOMPLETE}")
+        temporary = _hidden(path, _INCOMPLETE)
         if flags & os.O_DIRECTORY:
             temporary.mkdir()
         descriptor = os.open(temporary, flags, 0o666)
@@ -288,7 +337,10 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 def _remove_unlocked(leftover: Path) -> None:
-    descriptor = os.open(leftover, os.O_RDONLY)
+    try:
+        descriptor = os.open(leftover, os.O_RDONLY)
+    except OSError:  # another user's, or gone by now
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if leftover.is_dir():

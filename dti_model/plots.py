@@ -48,7 +48,7 @@ def plot_report(
     auc_axes.set(xlabel="epoch", ylabel="AUC", title="validation AUC")
     auc_axes.legend(fontsize=8, loc="lower right")
     _plot_calibration(calibration_axes, labels, probabilities)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")  # whatever the path ends in
 
 
 def _plot_calibration(axes: Any, labels: npt.NDArray[Any], probabilities: npt.NDArray[np.float64]) -> None:

@@ -18,6 +18,16 @@ HELP = {
 }
 
 
+class _Number:
+    """A float option that lets NaN and infinities pass, which the data layer refuses with the option's bounds."""
+
+    def __call__(self, text: str | float) -> float:
+        return float(text)
+
+    def __repr__(self) -> str:  # what the help shows
+        return "float"
+
+
 def add_prepare(commands: Any) -> None:
     """Add `prepare` to the subcommands of `dti`, with one subcommand a source that has the options applying to it."""
     parser = ArgumentParser(
@@ -32,7 +42,12 @@ def add_prepare(commands: Any) -> None:
 
 def _source_parser(name: str) -> ArgumentParser:
     parser = ArgumentParser(description=f"Prepare {HELP[name]}.")
-    parser.add_argument("--out", type=Path, required=True, help="prepared folder to make")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="prepared folder to make; an older one there is replaced, anything else is an error",
+    )
     if name.startswith("ml-"):
         routes = "GroupLens, then the package index" if name == "ml-100k" else "GroupLens"
         parser.add_argument("--raw-dir", type=Path, help=f"{FETCHED} ({routes})")
@@ -53,12 +68,12 @@ def _source_parser(name: str) -> ArgumentParser:
     if name != "custom":
         rating = 3 if name.startswith("ml-") else 4
         parser.add_argument(
-            "--threshold", type=float, help=f"a rating above it is a click; default: {rating}"
+            "--threshold", type=_Number(), help=f"a rating above it is a click; default: {rating}"
         )
     if not name.startswith("ml-"):
         parser.add_argument(
             "--max-rejected",
-            type=float,
+            type=_Number(),
             default=0.01,
             help="largest share of a file's rows that may be unusable; they are listed in OUT/rejected.csv",
         )
@@ -84,7 +99,7 @@ def _add_custom(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--label", type=str, help="column with 0 or 1: was it a click?")
     parser.add_argument("--rating", type=str, help="instead of --label: column with a rating")
-    parser.add_argument("--threshold", type=float, help="with --rating: a rating above it is a click")
+    parser.add_argument("--threshold", type=_Number(), help="with --rating: a rating above it is a click")
     parser.add_argument("--user", type=str, default="user", help="column with the user")
     parser.add_argument("--item", type=str, default="item", help="column with the item")
     parser.add_argument(

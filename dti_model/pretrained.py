@@ -1,18 +1,19 @@
 """Pretrained causal LMs as click models: where they come from, their tokenizer with [SUM], the precision of their weights.
 
-A reference is a folder, an id on the Hugging Face hub, or a GGUF file. Its tokenizer gets `[SUM]` as a new token at the end unless
+A reference is a folder, a GGUF file, or an id on the Hugging Face hub (`references.py`). Its tokenizer gets `[SUM]` as a new token at the end unless
 it has one. Where the embedding has no row for it, one is added: the mean of all rows, so that every load gives the same one. Where
 the model's vocabulary was padded, a padding row is there already and is taken as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
@@ -25,6 +26,11 @@ from transformers import (
 
 from dti_model.config import ModelConfig
 from dti_model.data.tokens import SUM
+from dti_model.references import PretrainedModelError, Reference, locate
+
+__all__ = ["PretrainedModelError", "load_causal_lm", "load_plain", "load_tokenizer"]
+
+HUB_TIMEOUT_S = 10
 
 # By transformers' model type. `apply_dti` knows the decoder layers of these.
 SUPPORTED_TYPES = {
@@ -33,10 +39,6 @@ SUPPORTED_TYPES = {
     "qwen2": "Qwen2 and Qwen2.5",
     "qwen3": "Qwen3",
 }
-
-
-class PretrainedModelError(ValueError):
-    """A pretrained model cannot be found, is of another architecture, or needs what is not installed."""
 
 
 def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
@@ -48,10 +50,13 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     Raises:
         PretrainedModelError: there is no such model, or it has no fast tokenizer.
     """
-    source, options = _locate(reference)
+    place = _found(reference)
+    options = {} if place.gguf_file is None else {"gguf_file": place.gguf_file}
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
+        tokenizer: PreTrainedTokenizerBase = _from_cache_first(
+            place, lambda source: AutoTokenizer.from_pretrained(source, **options)
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise PretrainedModelError(
             f"the tokenizer of {reference} cannot be loaded: {_first_line(error)}"
         ) from error
@@ -102,41 +107,55 @@ def load_plain(reference: str, dtype: torch.dtype = torch.float32) -> PreTrained
     return _from_reference(reference, dtype, {})
 
 
-def _locate(reference: str) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` takes: a name, and keyword arguments."""
-    path = Path(reference).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise PretrainedModelError(f"model.pretrained: there is no file {path}")
-        if find_spec("gguf") is None:
-            raise PretrainedModelError("reading a GGUF file needs the gguf package: pip install gguf")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            ggufs = sorted(path.glob("*.gguf"))
-            hint = f"; name the GGUF file itself: {ggufs[0]}" if ggufs else ""
-            raise PretrainedModelError(f"{path} is not a model folder: it has no config.json{hint}")
-        return str(path), {}
-    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
-        raise PretrainedModelError(f"model.pretrained: there is no folder or GGUF file {reference}")
-    return reference, {}
+def _found(reference: str) -> Reference:
+    """Where a model is; of one that may have to be downloaded, asked for once and with a timeout where the cache lacks it."""
+    place = locate(reference)
+    if place.may_download and not place.is_cached:
+        from huggingface_hub import HfApi
+
+        try:
+            # Asks first, where a download would wait and try again for a minute.
+            HfApi().model_info(place.source, timeout=HUB_TIMEOUT_S)
+        except Exception as error:  # its own errors, and those of the HTTP library beneath
+            raise PretrainedModelError(
+                f"{reference} is not in the hub's cache on this machine, and the hub does not give it: {_first_line(error)}"
+            ) from error
+    return place
+
+
+def _from_cache_first(place: Reference, load: Callable[[str], Any]) -> Any:
+    """A model of the hub out of its cache, which stays what it is; what the cache lacks is downloaded if it may be.
+
+    Out of the cache's folder: with an id, transformers asks the hub for an adapter even where it is told to read local files only.
+    """
+    if place.on_hub and place.is_cached:
+        try:
+            return load(str(place.folder))
+        except OSError:
+            if not place.may_download:
+                raise
+    return load(place.source)
 
 
 def _from_reference(reference: str, dtype: torch.dtype, more: dict[str, Any]) -> PreTrainedModel:
-    source, options = _locate(reference)
+    place = _found(reference)
     try:
-        if options:
+        if place.gguf_file is not None:
             if more:
                 raise PretrainedModelError(
                     "model.quantize works on folders and hub ids, not on a GGUF file, whose weights are unpacked"
                 )
-            return _from_gguf(reference, source, options["gguf_file"], dtype)
+            return _from_gguf(reference, place.source, place.gguf_file, dtype)
         # The architecture first: the configuration is a few KiB, the weights may be many GiB.
-        _check_type(reference, AutoConfig.from_pretrained(source).model_type)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **more)
+        config = _from_cache_first(place, AutoConfig.from_pretrained)
+        _check_type(reference, config.model_type)
+        model: PreTrainedModel = _from_cache_first(
+            place,
+            lambda source: AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **more),
+        )
     except PretrainedModelError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise PretrainedModelError(
             f"{reference} cannot be loaded as a folder, a GGUF file or a model of the Hugging Face hub: {_first_line(error)}"
         ) from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 COLUMNS = ("auc", "log_loss", "gauc", "f1", "mean_prediction")
 HEADINGS = ("AUC", "log loss", "GAUC", "F1", "mean p")
+# What a run is judged by: heading, and whether more is better.
+VERDICTS = {"auc": ("AUC", True), "log_loss": ("log loss", False), "gauc": ("GAUC", True)}
 
 
 def metrics_table(result: Mapping[str, Any]) -> str:
@@ -18,7 +21,7 @@ def metrics_table(result: Mapping[str, Any]) -> str:
         model = result[split]
         lines = [f"{split + ':':24}" + "".join(f"{heading:>10}" for heading in HEADINGS)]
         for name, metrics in {**result["baselines"][split], "model": model}.items():
-            lines.append(f"  {name.replace('_', ' '):22}" + "".join(f"{metrics[c]:>10.4f}" for c in COLUMNS))
+            lines.append(f"  {_words(name):22}" + "".join(_cell(metrics, column) for column in COLUMNS))
         lines.append(
             f"  {model['targets']:,} targets, base rate {model['base_rate']:.4f}, "
             f"F1 of always yes {model['f1_always_yes']:.4f}"
@@ -27,6 +30,11 @@ def metrics_table(result: Mapping[str, Any]) -> str:
     if "training" in result:
         blocks.append(training_lines(result["training"]))
     return "\n".join(blocks)
+
+
+def _cell(metrics: Mapping[str, Any], name: str) -> str:
+    value = _figure(metrics, name)
+    return f"{'-':>10}" if value is None else f"{value:>10.4f}"
 
 
 def training_lines(facts: Mapping[str, Any]) -> str:
@@ -48,13 +56,62 @@ def training_lines(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def sentence_about_baselines(model: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]]) -> str:
-    """Whether the model has learnt more than lines that read no text."""
-    best = max(baselines, key=lambda name: baselines[name]["auc"])
-    auc, bar = model["auc"], baselines[best]["auc"]
-    if auc > bar:
-        return f"AUC {auc:.4f} is above every line without text (best: {best.replace('_', ' ')}, {bar:.4f})"
+def sentence_about_baselines(
+    model: Mapping[str, float | None], baselines: Mapping[str, Mapping[str, float | None]]
+) -> str:
+    """Whether the model has learnt more than lines that read no text: each metric beside the line that is best in it.
+
+    Its AUC may be above every line while its log loss or its GAUC is not: what a user is shown first depends on GAUC alone.
+
+    Args:
+        model: metrics of `click_metrics`; None or NaN where one does not exist.
+        baselines: the same by line.
+
+    Returns:
+        One line, and a second one with a WARNING where AUC is not above every line.
+    """
+    parts = [_beside(name, model, baselines) for name in VERDICTS]
+    sentence = f"beside the best line without text: {'; '.join(parts)}"
+    best = _best("auc", baselines)
+    auc, bar = _figure(model, "auc"), None if best is None else _figure(baselines[best], "auc")
+    if auc is None or bar is None or auc > bar:
+        return sentence
+    assert best is not None
     return (
-        f"WARNING: AUC {auc:.4f} is not above the best line without text ({best.replace('_', ' ')}, {bar:.4f}): "
+        f"{sentence}\nWARNING: AUC {auc:.4f} is not above the best line without text ({_words(best)}, {bar:.4f}): "
         "the model has not learnt the task yet. Train longer, or check the data with `dti prepare`'s report"
     )
+
+
+def _beside(name: str, model: Mapping[str, Any], baselines: Mapping[str, Mapping[str, Any]]) -> str:
+    """One metric in words."""
+    heading, more_is_better = VERDICTS[name]
+    best, mine = _best(name, baselines), _figure(model, name)
+    if best is None or mine is None:
+        return f"no {heading}"
+    bar = baselines[best][name]
+    if mine == bar:
+        return f"{heading} {mine:.4f}, no better than {_words(best)}"
+    place, verdict = (
+        "above" if mine > bar else "below",
+        "better" if (mine > bar) == more_is_better else "worse",
+    )
+    return f"{heading} {mine:.4f} {place} {_words(best)}'s {bar:.4f} ({verdict})"
+
+
+def _best(name: str, baselines: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The line that is best in a metric."""
+    sign = 1 if VERDICTS[name][1] else -1
+    found = {line: _figure(metrics, name) for line, metrics in baselines.items()}
+    there = {line: sign * value for line, value in found.items() if value is not None}
+    return max(there, key=lambda line: there[line]) if there else None
+
+
+def _figure(metrics: Mapping[str, Any], name: str) -> float | None:
+    """A metric that exists: files have null, and Python NaN, where one does not."""
+    value = metrics.get(name)
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _words(line: str) -> str:
+    return line.replace("_", " ")

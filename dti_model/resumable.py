@@ -17,11 +17,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from dti_model.checkpoint import (
+    CHECKPOINT_VERSION,
     OPTIMIZER_FILE,
     RUN_FILE,
     TRAINER_FILE,
     WEIGHTS_FILE,
     CheckpointError,
+    check_checkpoint,
+    damaged,
     load_optimizer,
     load_weights,
     optimizer_groups,
@@ -47,6 +50,7 @@ class Terminated(SystemExit):
 class ResumableTrainer(Trainer):
     """Trainer whose runs can be killed at any moment and go on bit for bit."""
 
+    provenance: dict[str, Any] | None = None  # what data, tokenizer and base model are, for the checkpoints
     terminate = False  # SIGTERM has reached this process
     stopping = False  # SIGTERM has reached some rank: all of them know
     _stopped_early = False
@@ -91,6 +95,8 @@ class ResumableTrainer(Trainer):
             OPTIMIZER_FILE: whole_optimizer(parameters, self._torch_optimizer()),
         }
         run = {
+            "version": CHECKPOINT_VERSION,
+            "provenance": self.provenance,
             "groups": optimizer_groups(self._torch_optimizer()),
             "scheduler": self._scheduler().state_dict(),
             "random": gather_from_ranks(random_state()),
@@ -113,6 +119,9 @@ class ResumableTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         assert self.state.best_global_step is not None
+        first_rank_does(
+            lambda: check_checkpoint(self._folder(int(self.state.best_global_step or 0)), best=True)
+        )
         load_weights(self._parameters(), self._folder(self.state.best_global_step))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -127,7 +136,10 @@ class ResumableTrainer(Trainer):
             set_random_state(self._read_run(Path(checkpoint))["random"][rank()])
 
     def _read_run(self, checkpoint: Path) -> dict[str, Any]:
-        run: dict[str, Any] = read_document(checkpoint / RUN_FILE)
+        run = read_document(checkpoint / RUN_FILE)
+        missing = {"groups", "scheduler", "random", "unlogged_loss", "last_logged_step"} - run.keys()
+        if missing:
+            raise damaged(checkpoint / RUN_FILE, KeyError(min(missing)))
         if len(run["random"]) != world_size():
             raise CheckpointError(
                 f"{checkpoint} was written by {len(run['random'])} processes and this run has {world_size()}: an epoch would "

@@ -1,18 +1,24 @@
 """A run folder: what a training run leaves behind, and how it is read back.
 
-config.yaml          every setting
+config.yaml          every setting, sealed by its last line (config_file.py)
 model/               weights (safetensors) and configuration of the best epoch, and the tokenizer; of a LoRA run the adapter,
-                     which names its base model
+                     which names its base model; provenance.json says what all was made of, checksums.json what all must hold
 checkpoints/         Trainer's, to resume from
 metrics.json         {"test": {...}, "val": {...}, "baselines": {"test": {...}, "val": {...}}, "training": {...}}
 predictions-*.parquet  one row per target: user, item, timestamp, label, probability
 report.png           loss, validation AUC and calibration
+checksums.json       size and sha256 of config.yaml and of the three above
+.lock                while it is trained
+
+config.yaml holds absolute paths, so a run works in every working directory. Where nothing is at such a path any more, the same place
+relative to the run folder is looked at: folders of runs and data that were moved together still find each other.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +27,7 @@ import numpy.typing as npt
 import polars as pl
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -35,14 +42,35 @@ from dti_model.attention import apply_dti
 from dti_model.config import ModelConfig, TrainConfig
 from dti_model.data import PreparedData
 from dti_model.data.split import SPLIT_CODES
+from dti_model.files import (
+    DamagedFileError,
+    check_checksums,
+    whole_file,
+    whole_folder,
+    write_checksums,
+    write_json,
+)
+from dti_model.fingerprints import OtherOriginError, Provenance, base_model_fingerprint
 from dti_model.lora import add_lora, load_adapter, save_adapter
 from dti_model.metrics import click_metrics
 from dti_model.model_card import Description, plain_differences, token_window, write_card
 from dti_model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.prompts import PromptBuilder, PromptFormat
+from dti_model.references import HUB, PretrainedModelError, locate
+from dti_model.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
 from dti_model.scoring import score_targets
 
-MODEL_FOLDER, CHECKPOINTS_FOLDER, METRICS_FILE = "model", "checkpoints", "metrics.json"
+MODEL_FOLDER = "model"
+
+__all__ = [
+    "CHECKPOINTS_FOLDER",
+    "METRICS_FILE",
+    "MODEL_FOLDER",
+    "Run",
+    "eval_targets",
+    "llama_config",
+    "write_json",
+]
 
 
 @dataclass(eq=False)
@@ -54,6 +82,11 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
     builder: PromptBuilder
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """Fingerprints of data, tokenizer and pretrained model."""
+        return Provenance.of(self.data, self.tokenizer, self.config.model.pretrained)
 
     @staticmethod
     def start(config: TrainConfig) -> Run:
@@ -78,12 +111,26 @@ class Run:
 
     @staticmethod
     def load(
-        folder: Path, data_folder: Path | None = None, device: str | None = None, other_data: bool = False
+        folder: Path,
+        data_folder: Path | None = None,
+        device: str | None = None,
+        other_data: bool = False,
+        base: str | None = None,
     ) -> Run:
-        """A trained run, over the data it was trained on or another prepared folder.
+        """A trained run, over the data it was trained on.
+
+        Args:
+            folder: the run folder.
+            data_folder: where the data is now; None: where it was, or at the same place relative to the run folder.
+            device: torch device; None: cuda where there is one.
+            other_data: accept data that the run was not trained on: its test targets may have been trained on.
+            base: where the pretrained model of a LoRA run is now; None: as with the data.
 
         Raises:
-            FileNotFoundError: `folder` is no run folder, or its training has not ended.
+            FileNotFoundError: `folder` is no run folder, its training has not ended, or its data is not where it was.
+            OtherOriginError: the data or the pretrained model are others.
+            DamagedFileError: a file of the model is not what was written.
+            PretrainedModelError: the pretrained model cannot be loaded.
         """
         config = TrainConfig.load(folder)
         path = folder / MODEL_FOLDER
@@ -91,18 +138,28 @@ class Run:
             raise FileNotFoundError(
                 f"{path} holds no model: the run has not ended. Give `dti train` the same settings again to go on"
             )
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if config.model.uses_lora:
-            base = apply_dti(load_causal_lm(config.model, tokenizer, device), config.dti)
-            model: Any = load_adapter(base, path)
-        else:
-            model = apply_dti(AutoModelForCausalLM.from_pretrained(path), config.dti)
-            if config.dti.train_slopes:
-                load_slopes(model, path)
-        if not config.model.quantize:
-            model.to(device)
-        return Run._over(config, model.eval(), tokenizer, PreparedData.open(data_folder or config.data))
+        way_out = f"Put it back, or delete {folder} and train again"
+        check_checksums(path, way_out)
+        made_of = Provenance.load(path, way_out)
+        data = PreparedData.open(data_folder or _data_of(config, folder))
+        if made_of is not None and data.fingerprint != made_of.data and not other_data:
+            raise OtherOriginError(
+                f"{data.path} is not the prepared data that {folder} was trained on: targets to score may be among those trained "
+                "on. Give the data of the run with --data, or say --other-data if it is meant"
+            )
+        config = replace(config, data=data.path, model=model_settings_of(config, folder, base))
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            model = _load_model(config, path, tokenizer, device)
+        except (
+            SafetensorError,
+            UnicodeDecodeError,
+            KeyError,
+            TypeError,
+        ) as error:  # of version 0.1.0, without checksums
+            raise DamagedFileError(f"{path} cannot be read ({error}). {way_out}") from error
+        return Run._over(config, model.eval(), tokenizer, data)
 
     @staticmethod
     def _over(
@@ -114,14 +171,25 @@ class Run:
         return Run(config, model, tokenizer, data, PromptBuilder(data, tokenizer, prompt_format))
 
     def save_model(self, folder: Path, weights: dict[str, Any] | None = None) -> None:
-        """Weights or adapter, and the tokenizer, in safetensors and JSON; `weights`: gathered ones of a sharded model."""
-        if isinstance(self.model, PeftModel):
-            assert self.config.model.pretrained is not None
-            save_adapter(self.model, folder, self.config.model.pretrained, weights)
-        else:
-            self.model.save_pretrained(folder, state_dict=weights)
-        self.tokenizer.save_pretrained(folder)
-        self._describe(folder)
+        """Make a model folder: weights or adapter, and the tokenizer, in safetensors and JSON, with provenance and checksums.
+
+        Args:
+            folder: appears when complete, in the place of an older one.
+            weights: gathered ones of a sharded model.
+
+        Raises:
+            WriteError: the disk is full; an older folder is untouched.
+        """
+        with whole_folder(folder) as temporary:
+            if isinstance(self.model, PeftModel):
+                assert self.config.model.pretrained is not None
+                save_adapter(self.model, temporary, locate(self.config.model.pretrained).name, weights)
+            else:
+                self.model.save_pretrained(temporary, state_dict=weights)
+            self.tokenizer.save_pretrained(temporary)
+            self._describe(temporary)
+            self.provenance.save(temporary)
+            write_checksums(temporary)  # last
 
     def _describe(self, folder: Path) -> None:
         """dti.json and a model card: plain transformers load the folder, and may give other probabilities."""
@@ -156,11 +224,11 @@ class Run:
         return click_metrics(self.data.label[rows], probabilities, self.data.users_of(rows))
 
     def write_predictions(self, path: Path, split: str, probabilities: npt.NDArray[np.float64]) -> None:
-        """One Parquet row per target."""
+        """One Parquet row per target, in a file that appears when complete."""
         rows = self.targets(split)
         users = np.asarray(self.data.user_ids, object)[self.data.users_of(rows)]
         items = np.asarray(self.data.item_ids, object)[self.data.item[rows]]
-        pl.DataFrame(
+        table = pl.DataFrame(
             {
                 "user": users.astype(str),
                 "item": items.astype(str),
@@ -168,7 +236,9 @@ class Run:
                 "label": self.data.label[rows],
                 "probability": probabilities,
             }
-        ).write_parquet(path)
+        )
+        with whole_file(path) as temporary:
+            table.write_parquet(temporary)
 
 
 def eval_targets(data: PreparedData, split: str, config: TrainConfig) -> npt.NDArray[np.int64]:
@@ -178,6 +248,72 @@ def eval_targets(data: PreparedData, split: str, config: TrainConfig) -> npt.NDA
         return rows
     rng = np.random.default_rng([config.seed, SPLIT_CODES[split]])
     return rows[np.sort(rng.choice(len(rows), limit, replace=False))]
+
+
+def _data_of(config: TrainConfig, folder: Path) -> Path:
+    """Where the data of a run is: where it was, or moved together with the run folder."""
+    near = _moved(config.data, config, folder)
+    for path in (config.data, near):
+        if path.is_dir():
+            return path
+    raise FileNotFoundError(
+        f"the data that {folder} was trained on is neither at {config.data} nor at {near}: say with --data where it is"
+    )
+
+
+def _moved(path: Path, config: TrainConfig, folder: Path) -> Path:
+    """A path of config.yaml where it lies if everything has been moved with the run folder."""
+    return Path(os.path.normpath(folder.absolute() / os.path.relpath(path, config.out)))
+
+
+def model_settings_of(config: TrainConfig, folder: Path, base: str | None = None) -> ModelConfig:
+    """The model's settings of a run, with the pretrained model where it is now.
+
+    Args:
+        config: of the run folder.
+        folder: the run folder.
+        base: where the pretrained model is; None: where it was, or moved together with the run folder.
+
+    Raises:
+        PretrainedModelError: nothing is there.
+        OtherOriginError: it is another model.
+    """
+    model = config.model
+    if base is not None and not model.uses_lora:
+        raise ValueError(f"{folder} holds a whole model and needs no base model: leave --base out")
+    if not model.uses_lora:
+        return model
+    assert model.pretrained is not None
+    reference = base or model.pretrained
+    if base is None and not reference.startswith(HUB) and not Path(reference).exists():
+        near = _moved(Path(reference), config, folder)
+        reference = str(near) if near.exists() else reference
+    try:
+        found = base_model_fingerprint(locate(reference))
+    except PretrainedModelError as error:
+        raise PretrainedModelError(
+            f"the pretrained model of {folder} is not at {base or model.pretrained}: say with --base where it is ({error})"
+        ) from error
+    made_of = Provenance.load(folder / MODEL_FOLDER, f"Put it back, or delete {folder} and train again")
+    if made_of is not None and made_of.base_model != found:
+        raise OtherOriginError(
+            f"{reference} is not the pretrained model that {folder} was trained from: its adapter fits that one only. Say with "
+            "--base where it is"
+        )
+    return replace(model, pretrained=reference)
+
+
+def _load_model(config: TrainConfig, path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Any:
+    if config.model.uses_lora:
+        base = apply_dti(load_causal_lm(config.model, tokenizer, device), config.dti)
+        model: Any = load_adapter(base, path)
+    else:
+        model = apply_dti(AutoModelForCausalLM.from_pretrained(path), config.dti)
+        if config.dti.train_slopes:
+            load_slopes(model, path)
+    if not config.model.quantize:
+        model.to(device)
+    return model
 
 
 def load_slopes(model: PreTrainedModel, folder: Path) -> None:
@@ -202,10 +338,3 @@ def llama_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Llam
         eos_token_id=None,
         pad_token_id=None,
     )
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write through a temporary name: a killed run leaves the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)

@@ -124,6 +124,7 @@ class Scorer:
         device: str | None = None,
         token_budget: int = 16384,
         other_data: bool = False,
+        base: str | None = None,
     ) -> Scorer:
         """Load a run folder (safetensors, JSON and YAML; nothing is unpickled).
 
@@ -133,13 +134,14 @@ class Scorer:
             device: torch device; default: cuda where there is one.
             token_budget: rows of a pass at most.
             other_data: the prepared folder may be another one than the run was trained on.
+            base: where the pretrained model of a LoRA run is now.
 
         Raises:
             FileNotFoundError: no run folder, or its training has not ended.
             DataError: the prepared folder cannot be read.
             ValueError: it is not the one that the run was trained on, and `other_data` is False.
         """
-        run = Run.load(Path(folder), None if data is None else Path(data), device, other_data=other_data)
+        run = Run.load(Path(folder), None if data is None else Path(data), device, other_data, base)
         return Scorer(run, token_budget)
 
     @staticmethod

@@ -1,6 +1,7 @@
 """A search over settings and seeds: every cell is one `train` run in its own folder, and validation alone chooses.
 
 search.csv, search.json   per cell of the grid: mean and standard deviation of the validation metrics over the seeds
+search-folder.json        says that the folder is a search's; .lock is there while one runs
 NAME=VALUE,.../seed-S/    the run folders; a search that was interrupted goes on, a cell in the middle included
 """
 
@@ -10,6 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,11 +20,17 @@ from typing import Any
 import numpy as np
 from jsonargparse import ArgumentError, ArgumentParser
 
+from dti_model.bounds import RULES, must_be, shown
 from dti_model.config import CONFIG_FILE, TrainConfig
+from dti_model.config_file import is_ours
+from dti_model.data import PreparedData
+from dti_model.files import DamagedFileError, check_checksums, locked, whole_file, write_json
+from dti_model.fingerprints import OtherOriginError
 from dti_model.ranks import first_rank_does
-from dti_model.run import METRICS_FILE, write_json
-from dti_model.train import RunExistsError, train
+from dti_model.run_folder import LOCK_FILE, METRICS_FILE, RunExistsError, check_is_ours
+from dti_model.train import train
 
+MARKER_FILE = "search-folder.json"
 METRICS = ("auc", "log_loss", "gauc")
 # What a search sets itself.
 RESERVED = ("data", "out", "seed", "score_test")
@@ -41,14 +49,39 @@ def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence
 
     Raises:
         ValueError: a setting does not exist, or a value is not one of its.
-        RunExistsError: a cell's folder holds a run with other settings.
+        RunExistsError: a cell's folder holds a run with other settings, or the folder is not a search's.
+        LockedError: another search writes there.
+        DamagedFileError: a finished cell is not what was written.
     """
     if not seeds or len(set(seeds)) < len(seeds) or not all(grid.values()):
         raise ValueError(
             f"a search needs at least one seed, each once, and a value of every setting; got {list(seeds)}, {dict(grid)}"
         )
+    for seed in seeds:
+        if not RULES["seed"].accepts(seed):
+            raise ValueError(must_be("seed", shown(seed)))
+    base = base.located()
     cells = [dict(zip(grid, values)) for values in product(*grid.values())]
     configs = [cell_config(base, cell, base.seed) for cell in cells]  # all are checked before the first run
+    PreparedData.open(base.data)
+    first_rank_does(lambda: check_search_folder(base.out))
+    with ExitStack() as stack:
+        first_rank_does(lambda: stack.enter_context(locked(base.out / LOCK_FILE, "dti search")))
+        first_rank_does(lambda: write_json(base.out / MARKER_FILE, {"made by": "dti search"}))
+        rows = _train_cells(base, cells, configs, seeds)
+    best = {name: rows[0][name] for name in grid}
+    print(search_table(rows, list(grid)))
+    print("best: " + " ".join(f"--{name} {value}" for name, value in best.items()))
+    return {"cells": rows, "best": best}
+
+
+def _train_cells(
+    base: TrainConfig,
+    cells: Sequence[Mapping[str, Any]],
+    configs: Sequence[TrainConfig],
+    seeds: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Rows of all cells, best first; the tables are written after every cell."""
     rows: list[dict[str, Any]] = []
     for index, (cell, config) in enumerate(zip(cells, configs)):
         metrics = []
@@ -58,12 +91,40 @@ def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence
             metrics.append(_finished(run) or train(run)["val"])
         rows.append({**cell, "seeds": len(seeds), **_summary(metrics)})
         rows.sort(key=lambda row: -row["val_auc_mean"])
-        best = {name: rows[0][name] for name in grid}
-        table = {"cells": rows, "best": best}
+        table = {"cells": rows, "best": {name: rows[0][name] for name in cell}}
         first_rank_does(lambda table=table: _write(base.out, table))  # type: ignore[misc]
-    print(search_table(rows, list(grid)))
-    print("best: " + " ".join(f"--{name} {value}" for name, value in best.items()))
-    return table
+    return rows
+
+
+def check_search_folder(folder: Path) -> None:
+    """Refuse a folder that something other than a search is in; reads only.
+
+    Raises:
+        RunExistsError: naming what is there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunExistsError(f"{folder} is not a folder: choose another --out")
+    if not folder.exists() or (folder / MARKER_FILE).is_file():
+        return
+    # Of version 0.1.0: folders of runs, and the tables.
+    foreign = [
+        path.name
+        for path in folder.iterdir()
+        if not path.name.startswith(("." + MARKER_FILE, LOCK_FILE, ".search."))
+        and not (path.name in ("search.json", "search.csv") and _is_table(folder / "search.json"))
+        and not any(is_ours(config) for config in path.glob(f"seed-*/{CONFIG_FILE}"))
+    ]
+    if foreign:
+        raise RunExistsError(
+            f"{folder} exists, is not empty and is not the folder of a search (it holds {min(foreign)}): choose another --out"
+        )
+
+
+def _is_table(path: Path) -> bool:
+    try:
+        return set(json.loads(path.read_bytes())) == {"cells", "best"}
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def cell_config(base: TrainConfig, cell: Mapping[str, Any], seed: int) -> TrainConfig:
@@ -111,21 +172,36 @@ def _finished(config: TrainConfig) -> dict[str, float] | None:
     path = config.out / METRICS_FILE
     if not path.is_file():
         return None
-    if not TrainConfig.load(config.out).same_run(config):
+    check_is_ours(config.out)
+    way_out = f"Delete {config.out} and give the same command again"
+    check_checksums(config.out, way_out)
+    try:
+        result = json.loads(path.read_bytes())
+        metrics: dict[str, float] = result["val"]
+        kept = result.get("provenance")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"{path} is damaged ({error}). {way_out}") from error
+    if not TrainConfig.load(config.out).same_run(config, places=kept is None):
         raise RunExistsError(
             f"{config.out} holds a run with other settings (see {CONFIG_FILE} there): choose another --out"
         )
-    metrics: dict[str, float] = json.loads(path.read_text())["val"]
+    if kept is not None and kept["data"] != PreparedData.open(config.data).fingerprint:
+        raise OtherOriginError(
+            f"{config.out} was trained on other prepared data than {config.data}: choose another --out"
+        )
     return metrics
 
 
-def _summary(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean and sample standard deviation (0 for one seed)."""
-    summary = {}
+def _summary(metrics: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Mean and sample standard deviation (0 for one seed); None where a metric does not exist for some seed."""
+    summary: dict[str, float | None] = {}
     for name in METRICS:
         values = [m[name] for m in metrics]
-        summary[f"val_{name}_mean"] = float(np.mean(values))
-        summary[f"val_{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        exists = all(value is not None for value in values)
+        figures = np.array(values, float)
+        summary[f"val_{name}_mean"] = float(np.mean(figures)) if exists else None
+        deviation = float(np.std(figures, ddof=1)) if len(values) > 1 else 0.0
+        summary[f"val_{name}_std"] = deviation if exists else None
     return summary
 
 
@@ -135,9 +211,8 @@ def _write(folder: Path, table: dict[str, Any]) -> None:
     writer = csv.DictWriter(text, list(table["cells"][0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table["cells"])
-    temporary = folder / ".search.csv.incomplete"
-    temporary.write_text(text.getvalue())
-    temporary.replace(folder / "search.csv")
+    with whole_file(folder / "search.csv") as temporary:
+        temporary.write_text(text.getvalue())
 
 
 def search_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:

@@ -7,38 +7,39 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dti_model.baselines import baseline_metrics, item_user_auc
-from dti_model.checkpoint import last_checkpoint, write_folder
-from dti_model.config import CONFIG_FILE, OptimConfig, TrainConfig
+from dti_model.config import OptimConfig, TrainConfig
+from dti_model.curves import curves
 from dti_model.data import DataError, PreparedData
+from dti_model.files import without_nan
 from dti_model.metrics import click_metrics
-from dti_model.plots import plot_report
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import first_rank_does, rank, world_size
-from dti_model.report import metrics_table, sentence_about_baselines
+from dti_model.results import write_results
 from dti_model.resumable import SaveInTime
-from dti_model.run import CHECKPOINTS_FOLDER, METRICS_FILE, MODEL_FOLDER, Run, eval_targets, write_json
+from dti_model.run import MODEL_FOLDER, Run, eval_targets
+from dti_model.run_folder import (
+    CHECKPOINTS_FOLDER,
+    RunExistsError,
+    check_same_origin,
+    find_checkpoint,
+    run_folder_of,
+)
 from dti_model.scoring import score_targets
-from dti_model.throughput import measure_training
 from dti_model.trainer import RunLog, StreamTrainer
 
-
-class RunExistsError(FileExistsError):
-    """The run folder holds another run, or a finished one."""
+__all__ = ["RunExistsError", "evaluate_run", "train"]
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train, choose the best epoch on validation, score validation and test once, and write the run folder.
 
-    A run folder with the same settings and an unfinished run goes on from its last checkpoint.
+    A run folder with the same settings and an unfinished run goes on from its last checkpoint. The folder is locked meanwhile.
 
     Args:
         config: every setting.
@@ -47,18 +48,31 @@ def train(config: TrainConfig) -> dict[str, Any]:
         The content of metrics.json.
 
     Raises:
-        RunExistsError: the folder belongs to a run with other settings, or to a finished one.
+        RunExistsError: the folder belongs to a run with other settings, to a finished one, or to something else.
+        LockedError: another process trains into it.
+        OtherOriginError: data, tokenizer or pretrained model changed since the checkpoint was written.
+        CheckpointError: the checkpoint to go on from is damaged.
+        WriteError: the disk is full.
         DataError: the prepared data cannot be read or has no usable targets.
         NonFiniteLossError: training diverged.
         ValueError: FSDP2 cannot shard this model.
     """
+    config = config.located()
     _check_splits(PreparedData.open(config.data), config)
     arguments = _arguments(config, config.optim)  # joins the other processes, where there are any
-    checkpoint = first_rank_does(lambda: _find_checkpoint(config))
+    with run_folder_of(config.out, "dti train"):
+        return _train_in(config, arguments)
+
+
+def _train_in(config: TrainConfig, arguments: TrainingArguments) -> dict[str, Any]:
+    """`train`, in a run folder that is ours alone."""
+    checkpoint = first_rank_does(lambda: find_checkpoint(config))
     set_seed(config.seed)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     run = Run.start(config)
     _check_sharding(run)
+    if checkpoint is not None:
+        check_same_origin(checkpoint, run.provenance)
     trainer = _trainer(run, arguments)
     # A pretrained model has a level before training. Not again after an interruption: it would count for early stopping.
     trainer.args.eval_on_start = config.model.pretrained is not None and checkpoint is None
@@ -83,29 +97,7 @@ def _check_sharding(run: Run) -> None:
 def _save_model(run: Run, trainer: StreamTrainer) -> None:
     # A sharded model is gathered by all ranks.
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-
-    def write(folder: Path) -> None:
-        run.save_model(folder, weights)
-
-    first_rank_does(lambda: write_folder(run.config.out / MODEL_FOLDER, write))
-
-
-def _find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint that an earlier, killed call with the same settings left; None: start anew. Writes nothing."""
-    if (config.out / METRICS_FILE).exists():
-        raise RunExistsError(f"{config.out} holds a finished run: choose another --out, or delete it")
-    if (config.out / CONFIG_FILE).exists():
-        checkpoint = last_checkpoint(config.out / CHECKPOINTS_FOLDER)
-        if checkpoint is not None and not TrainConfig.load(config.out).same_run(config):
-            raise RunExistsError(
-                f"{config.out} was started with other settings (see {CONFIG_FILE} there): choose another --out"
-            )
-        return checkpoint
-    if config.out.exists() and any(config.out.iterdir()):
-        raise RunExistsError(
-            f"{config.out} exists, is not empty and is not a run folder: choose another --out"
-        )
-    return None
+    first_rank_does(lambda: run.save_model(run.config.out / MODEL_FOLDER, weights))
 
 
 def _check_splits(data: PreparedData, config: TrainConfig) -> None:
@@ -140,7 +132,7 @@ def _trainer(run: Run, arguments: TrainingArguments) -> StreamTrainer:
 
     callbacks: list[TrainerCallback] = [EarlyStoppingCallback(optim.patience)] if optim.patience else []
     callbacks.append(RunLog(config.progress, item_user_auc(run.data, validation)))
-    callbacks += _curves(config)
+    callbacks += curves(config.report_to, config.out / "tensorboard")
     trainer = StreamTrainer(
         model=run.model,
         args=arguments,
@@ -151,22 +143,11 @@ def _trainer(run: Run, arguments: TrainingArguments) -> StreamTrainer:
         answers=run.builder.format.labels,
         validate=validate,
     )
+    trainer.provenance = asdict(run.provenance)
     trainer.add_callback(SaveInTime(trainer, optim.save_steps))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
-
-
-def _curves(config: TrainConfig) -> list[TrainerCallback]:
-    """Trainer's own TensorBoard and W&B callbacks; the curves lie in the run folder."""
-    callbacks: list[TrainerCallback] = []
-    if "tensorboard" in config.report_to:
-        # Where Trainer's callback looks; read when training begins.
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.out / "tensorboard")
-        callbacks.append(TensorBoardCallback())
-    if "wandb" in config.report_to:
-        callbacks.append(WandbCallback())
-    return callbacks
 
 
 def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
@@ -201,7 +182,7 @@ def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
         greater_is_better=True,
         logging_steps=config.logging_steps,
         logging_first_step=True,
-        report_to="none",  # see _curves
+        report_to="none",  # see curves.py
         ddp_find_unused_parameters=False,
         disable_tqdm=not config.progress,
         remove_unused_columns=False,
@@ -217,62 +198,8 @@ def _finish(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
     """Score with all ranks; rank 0 writes everything down."""
     splits = ("test", "val") if run.config.score_test else ("val",)
     scores = {split: run.score(split, progress=run.config.progress) for split in splits}
-    result: dict[str, Any] = first_rank_does(lambda: _write_results(run, trainer, scores))
+    result: dict[str, Any] = first_rank_does(lambda: write_results(run, trainer, scores))
     return result
-
-
-def _write_results(
-    run: Run, trainer: StreamTrainer, scores: dict[str, npt.NDArray[np.float64]]
-) -> dict[str, Any]:
-    config, data = run.config, run.data
-    result: dict[str, Any] = {split: run.metrics(split, scores[split]) for split in scores}
-    result["baselines"] = {split: baseline_metrics(data, split, run.targets(split)) for split in scores}
-    for split in scores:
-        run.write_predictions(config.out / f"predictions-{split}.parquet", split, scores[split])
-    result["training"] = _training_facts(run, trainer)
-    last = next(iter(scores))  # test, where it is scored
-    plot_report(
-        config.out / "report.png",
-        trainer.state.log_history,
-        data.label[run.targets(last)],
-        scores[last],
-        result["baselines"],
-    )
-    write_json(config.out / METRICS_FILE, result)
-    print(metrics_table(result))
-    print(sentence_about_baselines(result[last], result["baselines"][last]))
-    return result
-
-
-def _training_facts(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
-    """Tokens trained, tokens that sliding-window prompts would have needed, and the speed of both where it was measured."""
-    config, dataset, state = run.config, trainer.train_dataset, trainer.state
-    assert isinstance(dataset, PackedPrompts)
-    rows = run.data.targets("train")
-    sliding = run.builder.num_rows(Prompts.streaming(run.data, rows, config.window, 1)).sum()
-    epochs = state.global_step / (len(dataset) / config.optim.accumulation / world_size())
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    facts: dict[str, Any] = {
-        "parameters": trained,
-        "frozen_parameters": sum(p.numel() for p in run.model.parameters()) - trained,
-        "targets": len(rows),
-        "processes": world_size(),
-        "optimizer_steps": state.global_step,
-        "epochs": round(epochs, 4),
-        "best_epoch": round(_epoch_of_best(state.log_history), 4),
-        "tokens": int(epochs * dataset.num_rows.sum()),
-        "tokens_sliding_window": int(epochs * sliding),
-    }
-    if config.compare_steps:
-        measured = measure_training(run, [config.targets_per_prompt, 1], config.compare_steps)
-        names = {"streaming": config.targets_per_prompt, "sliding_window": 1}
-        facts["throughput"] = {name: asdict(measured[k]) for name, k in names.items()}
-    return facts
-
-
-def _epoch_of_best(log_history: list[dict[str, float]]) -> float:
-    validations = [entry for entry in log_history if "eval_auc" in entry and entry["step"]]
-    return max(validations, key=lambda entry: entry["eval_auc"])["epoch"] if validations else 0.0
 
 
 def evaluate_run(
@@ -282,12 +209,19 @@ def evaluate_run(
     device: str | None = None,
     progress: bool = True,
     k: int | None = 1,
+    other_data: bool = False,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Score a split with a trained run, `k` targets per prompt (None: whole histories); metrics of the model and of the lines on the
-    same targets."""
+    same targets. Other arguments and errors as `Run.load`."""
     if device is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = str(PartialState(cpu=not torch.cuda.is_available()).device)  # joins the other processes
-    run = Run.load(folder, data_folder, device)
+    run = Run.load(folder, data_folder, device, other_data, base)
     scores = run.score(split, k, progress=progress)
     baselines = baseline_metrics(run.data, split, run.targets(split))
-    return {split: run.metrics(split, scores), "baselines": {split: baselines}}
+    result = {
+        split: run.metrics(split, scores),
+        "baselines": {split: baselines},
+        "provenance": asdict(run.provenance),
+    }
+    return dict(without_nan(result))

@@ -165,6 +165,8 @@ class RunLog(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step and state.is_world_process_zero:
+            tqdm.write(f"goes on from step {state.global_step:,} of {state.max_steps:,}")
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,

@@ -40,6 +40,8 @@ def test_small_data_keeps_whole_users_and_histories(folder: Path, tmp_path: Path
     np.testing.assert_array_equal(kept, all_rows[np.isin(whole.users_of(all_rows), users)])
     assert len(small.targets("val")) == round(0.5 * len(whole.targets("val")))
     np.testing.assert_array_equal(small.targets("test"), whole.targets("test"))
+    assert small.fingerprint != whole.fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
 def test_batches_of_few_users_hold_every_prompt_once(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """From raw files to a prepared folder: load, check, index, order, label, split, tokenise, write.
 
     label  = rating > threshold
-    order  = (time, user, item, rating); see index.py
+    order  = (time, user, item, file); see index.py
     target = at least `min_context` earlier interactions of the user
 
 Rows add up: rows in the file = interactions + interactions_pruned + rejected. Rejected rows are in rejected.csv.
@@ -10,9 +10,11 @@ Cost: O(rows log rows) time, for the sort.
 
 from __future__ import annotations
 
-import json
+import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,29 +23,33 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from dti_model.data.amazon import AMAZON_CATEGORIES, amazon_category
-from dti_model.data.custom import CustomFiles
+from dti_model.data.amazon import AMAZON_CATEGORIES, AmazonFiles, amazon_category
+from dti_model.data.arrow_file import write_table
+from dti_model.data.custom import MAX_THRESHOLD, CustomFiles
 from dti_model.data.errors import DataError
 from dti_model.data.fetch import fetch
+from dti_model.data.folder import (
+    FORMAT_VERSION,
+    STATS_FILE,
+    TOKENIZER_FOLDER,
+    check_replaceable,
+    write_stats,
+)
 from dti_model.data.index import Indexed, index_rows
 from dti_model.data.movielens import load_1m, load_100k
 from dti_model.data.source import RawData, Source
 from dti_model.data.split import CONTEXT, SPLIT_CODES, SplitKind, assign_split
-from dti_model.data.store import (
-    COLUMNS,
-    FORMAT_VERSION,
-    STATS_FILE,
-    TOKENIZER_FOLDER,
-    PreparedData,
-    write_table,
-)
+from dti_model.data.store import COLUMNS, PreparedData
 from dti_model.data.texts import MISSING_TITLE
-from dti_model.data.tokens import save_tokenizer, train_tokenizer
+from dti_model.data.tokens import check_vocab_size, save_tokenizer, train_tokenizer
+from dti_model.files import WriteError, locked, temporary_folder, whole_folder, write_sealed
 
 MOVIELENS: Mapping[str, Callable[[Path], RawData]] = {"ml-100k": load_100k, "ml-1m": load_1m}
 SOURCES = (*MOVIELENS, *AMAZON_CATEGORIES)
 DEFAULT_VOCAB_SIZE = 4096
 REJECTED_FILE = "rejected.csv"
+MAX_COUNT = 2**31 - 1  # nobody has more interactions; beyond 64 bits NumPy cannot compare
+STARS = (1, 5)  # ratings of MovieLens and Amazon
 
 
 def prepare(
@@ -63,7 +69,7 @@ def prepare(
     Args:
         source: "ml-100k", "ml-1m", "amazon-cds", "amazon-kindles", or files described by an `AmazonFiles` or a
             `CustomFiles`.
-        out: folder to write. An older prepared folder there is replaced; any other content is an error.
+        out: folder to write. An older prepared folder there is replaced; any other content, also in it, is an error.
         raw_dir: folder with the raw files; None fetches them (MovieLens only).
         split: "global" (by time over all users) or "user" (within each user).
         threshold: a rating above it is a click; None takes the source's (3 for MovieLens, 4 for Amazon).
@@ -73,47 +79,96 @@ def prepare(
         vocab_size: largest vocabulary of the tokenizer trained on the item texts.
 
     Returns:
-        The content of stats.json.
+        The content of stats.json, without its own sha256.
 
     Raises:
         DataError: a file is missing, malformed or cut short, a count is wrong, or `out` holds something else.
+        LockedError: another process prepares `out`.
         ValueError: an argument has an impossible value, or does not apply to the source.
+        WriteError: the disk is full.
     """
     out = Path(out)
-    _check_arguments(source, raw_dir, split, threshold, min_context, min_item_count, subset)
-    _check_out(out)
-    raw = _load(source, raw_dir, subset)
-    threshold = raw.threshold if threshold is None else threshold
-    min_item_count = raw.min_item_count if min_item_count is None else min_item_count
-    provenance = _provenance(source, raw, subset)
+    rules = _Rules(split, threshold, min_context, min_item_count, vocab_size)
+    _check_source(source, raw_dir, threshold, subset)
+    rules.check(isinstance(source, (str, AmazonFiles)))
+    check_replaceable(out)
+    with _locked(out):
+        raw = _load(source, raw_dir, subset)
+        provenance = _provenance(source, raw, subset)
+        return _prepared(raw, provenance, rules, out)
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """How rows become targets and texts become tokens; the arguments of `prepare`."""
+
+    split: SplitKind
+    threshold: float | None
+    min_context: int
+    min_item_count: int | None
+    vocab_size: int
+
+    def check(self, has_stars: bool) -> None:
+        """Raise a ValueError at an impossible value; with `has_stars`, ratings are 1 to 5."""
+        if self.split not in get_args(SplitKind):
+            raise ValueError(f"split must be one of {', '.join(get_args(SplitKind))}, but is {self.split!r}")
+        low, high = STARS if has_stars else (-MAX_THRESHOLD, MAX_THRESHOLD)
+        if self.threshold is not None and not low <= self.threshold < high:  # NaN is neither
+            raise ValueError(
+                f"threshold must be at least {low:g} and below {high:g}, so that a rating can be above it and not above it, but is "
+                f"{self.threshold}"
+            )
+        for name, low in (("min_context", 0), ("min_item_count", 1)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= MAX_COUNT:
+                raise ValueError(f"{name} must be at least {low} and at most {MAX_COUNT:,}, but is {value}")
+        check_vocab_size(self.vocab_size)
+
+
+def _prepared(raw: RawData, provenance: dict[str, Any], rules: _Rules, out: Path) -> dict[str, Any]:
+    threshold = raw.threshold if rules.threshold is None else float(rules.threshold)
+    min_item_count = raw.min_item_count if rules.min_item_count is None else rules.min_item_count
     indexed = index_rows(raw, min_item_count)
-    columns = _columns(indexed, threshold, split, min_context)
+    columns = _columns(indexed, threshold, rules.split, rules.min_context)
     stats = {
         "format_version": FORMAT_VERSION,
         "source": provenance,
         **_counts(raw, indexed, columns),
         "threshold": threshold,
         "click": raw.click.format(threshold=threshold),
-        "split": split,
-        "min_context": min_context,
+        "split": rules.split,
+        "min_context": rules.min_context,
         "min_item_count": min_item_count,
         "splits": _split_stats(columns),
     }
     try:
-        _publish(out, lambda folder: _write(folder, raw, indexed, columns, stats, vocab_size))
+        with whole_folder(out, lambda: check_replaceable(out)) as folder:
+            _write(folder, raw, indexed, columns, stats, rules.vocab_size)
+    except WriteError:
+        raise
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error}). Name another folder with --out.") from error
+        raise _cannot_be_written(out, error) from error
     return stats
 
 
-def _check_arguments(
-    source: str | Source,
-    raw_dir: str | Path | None,
-    split: str,
-    threshold: float | None,
-    min_context: int,
-    min_item_count: int | None,
-    subset: bool,
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Nobody else prepares `out` meanwhile; the lock is beside it, since `out` itself is replaced."""
+    real = Path(os.path.realpath(out))
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(real.with_name(f".{real.name}.lock"), "dti prepare", out))
+        except OSError as error:
+            raise _cannot_be_written(out, error) from error
+        yield
+
+
+def _cannot_be_written(out: Path, error: OSError) -> DataError:
+    return DataError(f"{out}: cannot be written ({error}). Name another folder with --out.")
+
+
+def _check_source(
+    source: str | Source, raw_dir: str | Path | None, threshold: float | None, subset: bool
 ) -> None:
     name = source if isinstance(source, str) else source.name
     if isinstance(source, str) and source not in SOURCES:
@@ -126,12 +181,6 @@ def _check_arguments(
         raise ValueError(f"subset does not apply to {name}: it has no published counts")
     if threshold is not None and isinstance(source, CustomFiles):
         raise ValueError("threshold does not apply to custom files here: give it to CustomFiles")
-    if split not in get_args(SplitKind):
-        raise ValueError(f"split must be one of {', '.join(get_args(SplitKind))}, but is {split!r}")
-    if min_context < 0:
-        raise ValueError(f"min_context must be at least 0, but is {min_context}")
-    if min_item_count is not None and min_item_count < 1:
-        raise ValueError(f"min_item_count must be at least 1, but is {min_item_count}")
 
 
 def _load(source: str | Source, raw_dir: str | Path | None, subset: bool) -> RawData:
@@ -139,40 +188,21 @@ def _load(source: str | Source, raw_dir: str | Path | None, subset: bool) -> Raw
         return source.load()
     if source not in MOVIELENS:
         return amazon_category(source, raw_dir).load()
-    with tempfile.TemporaryDirectory(prefix="dti-fetch-") as download:
-        folder = fetch(source, Path(download)) if raw_dir is None else Path(raw_dir)
-        raw = MOVIELENS[source](folder)
+    with ExitStack() as stack:
+        if raw_dir is None:
+            place = Path(tempfile.gettempdir()) / f"dti-fetch-{os.getuid()}"
+            download = stack.enter_context(temporary_folder(place))
+            raw_dir = fetch(source, download)
+        raw = MOVIELENS[source](Path(raw_dir))
         if not subset:
             raw.check_facts()
     return raw
 
 
-def _check_out(out: Path) -> None:
-    """Only nothing, an empty folder, or an older prepared folder may be in the way."""
-    if out.is_dir() and ((out / STATS_FILE).is_file() or not any(out.iterdir())):
-        return
-    if out.exists():
-        raise DataError(
-            f"{out}: exists and is not a prepared folder. Name another one with --out, or remove it."
-        )
-
-
-def _publish(out: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a hidden folder next to `out`, then put it in place; a failure leaves `out` as it was."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        built = Path(temporary) / "new"
-        write(built)
-        _check_out(out)
-        if out.exists():
-            out.rename(Path(temporary) / "old")
-        built.rename(out)
-
-
 def _columns(
     data: Indexed, threshold: float, split: SplitKind, min_context: int
 ) -> dict[str, npt.NDArray[Any]]:
-    # Rows are in (user, time, item, rating) order: a stable sort by time gives (time, user, item, rating).
+    # Rows are in (user, time, item, file) order: a stable sort by time gives (time, user, item, file).
     by_time = np.argsort(data.timestamp, kind="stable")
     order = np.empty(by_time.shape, dtype=np.int64)
     order[by_time] = np.arange(order.size)
@@ -247,7 +277,6 @@ def _write(
     vocab_size: int,
 ) -> None:
     """Write everything into the new `folder`, stats.json last, and read it back once."""
-    folder.mkdir()
     texts = [text or MISSING_TITLE for text in data.items["text"]]
     tables = {
         "interactions.arrow": {name: pa.array(columns[name], kind) for name, kind in COLUMNS.items()},
@@ -263,14 +292,8 @@ def _write(
         pl.concat([rejected.frame() for rejected in raw.rejected]).write_csv(folder / REJECTED_FILE)
     tokenizer = train_tokenizer(texts, vocab_size)
     save_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    stats["files"] = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     stats["tokenizer"] = {"vocab_size": tokenizer.get_vocab_size()}
-    _save_stats(folder, stats)
+    write_stats(folder, stats)
     offsets, _ = PreparedData.open(folder).token_ids(tokenizer)
     stats["tokenizer"]["mean_item_tokens"] = float(offsets[-1] / (offsets.size - 1))
-    _save_stats(folder, stats)
-
-
-def _save_stats(folder: Path, stats: Mapping[str, Any]) -> None:
-    (folder / STATS_FILE).write_text(json.dumps(stats, indent=2) + "\n")
+    write_sealed(folder / STATS_FILE, stats)

@@ -27,6 +27,9 @@ _DATE_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
 _ZONED_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f%:z", "%Y-%m-%dT%H:%M%:z")
 _LABELS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 MAX_NUMBER = 9e12  # in millionths it still fits 64 bits
+MAX_THRESHOLD = (
+    1e9  # ratings are 32-bit floats: far above, neighbours are further apart than any scale has steps
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,12 @@ class CustomFiles:
             raise ValueError("name the column of the click: either label (0 or 1) or rating with a threshold")
         if (self.rating is None) != (self.threshold is None):
             raise ValueError("threshold goes with rating: a rating above it is a click; a label needs none")
+        if (
+            self.threshold is not None and not -MAX_THRESHOLD <= self.threshold <= MAX_THRESHOLD
+        ):  # NaN is neither
+            raise ValueError(
+                f"threshold must be a number from {-MAX_THRESHOLD:g} to {MAX_THRESHOLD:g}, but is {self.threshold}"
+            )
         columns = self._columns
         if len(set(columns)) < len(columns):
             raise ValueError(f"four different columns are needed, but they are {', '.join(columns)}")
@@ -101,7 +110,7 @@ class CustomFiles:
             users=interactions.users.names(),
             rated=interactions.items.names(),
             items=items,
-            threshold=0.5 if self.threshold is None else self.threshold,
+            threshold=0.5 if self.threshold is None else float(self.threshold),
             min_item_count=1,
             route="files",
             interactions_path=table.path,
@@ -121,6 +130,7 @@ class CustomFiles:
         interactions, unit = Interactions(), None
         user, item, time, value = (f"={name}" for name in self._columns)
         for batch in table.batches(self._columns):
+            batch = batch.with_columns(_one_value(batch[name]) for name in (time, value))
             times, unit = parsed_times(batch[time], unit)
             rows = pl.DataFrame(
                 {
@@ -209,6 +219,11 @@ def _as_text(values: pl.Series) -> pl.Series:
         parts = pl.col("value").list.eval(_text(pl.element(), values.dtype.inner))
         return frame.select(parts.list.drop_nulls().list.join(", ")).to_series()
     return frame.select(_text(pl.col("value"), values.dtype)).to_series()
+
+
+def _one_value(values: pl.Series) -> pl.Series:
+    """A column of lists as text, since neither a number nor a time is a list; other columns as they are."""
+    return _as_text(values).alias(values.name) if isinstance(values.dtype, pl.List) else values
 
 
 def _text(values: pl.Expr, dtype: Any) -> pl.Expr:

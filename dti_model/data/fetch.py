@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import os
 import subprocess
 import sys
 import urllib.request
@@ -89,8 +90,11 @@ def wheel_from_index(requirement: str, sha256: str, folder: Path) -> Path:
     """
     options = ["--quiet", "--no-deps", "--retries", "1", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    environment = {**os.environ, "TMPDIR": str(folder)}  # what a killed pip leaves goes with the folder
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False, env=environment
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise FetchError(f"pip download {requirement} ({error})") from error
     name = requirement.split("==")[0].replace("-", "_")

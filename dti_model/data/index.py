@@ -1,8 +1,9 @@
 """Interactions by index: rare items pruned, users and items numbered in id order, rows sorted.
 
-    order = (time, user, item, rating); ids compare as numbers when all are integers, otherwise as text
+    order = (time, user, item, file); ids compare as numbers when all are integers, otherwise as text
 
-Time is compared at the full precision of the source. Columns are worked on one by one and freed as soon as they are
+Rows of one user, time and item stay in the order of the source's file: sorted by anything that was answered, such as the rating,
+the label of one would tell the next one's. Time is compared at the full precision of the source. Columns are worked on one by one and freed as soon as they are
 used: `prepare` on review files of .5, 1 and 2 million rows peaked at 222, 254 and 361 MiB, some 110 bytes a row at the end
 (benchmarks/LOG.md).
 """
@@ -22,7 +23,7 @@ from dti_model.data.source import RawData
 
 @dataclass(frozen=True)
 class Indexed:
-    """A data set by index: users and items in id order, rows in (user, time, item, rating) order.
+    """A data set by index: users and items in id order, rows in (user, time, item, file) order.
 
     `duplicate_pairs` counts the (user, item) pairs that occur more than once, `duplicate_interactions` their rows
     after the first; both before pruning.
@@ -58,7 +59,7 @@ def index_rows(raw: RawData, min_item_count: int) -> Indexed:
         )
     users, columns["user"] = _renumbered(raw.users, columns["user"])
     items, columns["item"] = _renumbered(raw.rated, columns["item"])
-    order = np.lexsort([columns[name] for name in ("rating", "item", "timestamp", "user")])
+    order = np.lexsort([columns[name] for name in ("item", "timestamp", "user")])  # stable
     counts = np.bincount(columns.pop("user"), minlength=len(users))
     for name in columns:
         columns[name] = columns[name][order]

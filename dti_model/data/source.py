@@ -5,8 +5,8 @@ A new data set is one loader that returns a `RawData`; labels, order, split, sto
     interactions: user, item (Int32, numbers of `users` and `rated`), timestamp (Int64), rating (Float32)
     items:        item (String), text (String, "" where nothing is known), titled (Boolean)
 
-Every row of the source that is not in `rejected` is a row here, repeated (user, item) pairs included; no frame
-needs an order. Ids are numbers because a text a row would not fit into memory for the largest sources.
+Every row of the source that is not in `rejected` is a row here, repeated (user, item) pairs included. Interactions are in the
+order of their file, which decides between rows of one user, time and item; items need no order. Ids are numbers because a text a row would not fit into memory for the largest sources.
 """
 
 from __future__ import annotations

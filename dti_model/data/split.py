@@ -1,7 +1,7 @@
 """Which interactions are targets, and in which split.
 
 A *target* has at least `min_context` earlier interactions of its user; the others are context only. Rows
-are ordered by (time, user, item), and the split of the N targets is 8 : 1 : 1 in that order: the first
+are ordered by (time, user, item, place in the file), and the split of the N targets is 8 : 1 : 1 in that order: the first
 `floor(.8 N)` are train, up to `floor(.9 N)` validation, the rest test ("global"); or the same within each
 user ("user").
 """

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dti_model.data.errors import DataError, at_line
@@ -42,7 +44,7 @@ class Table:
             raise DataError(f"{path}: two columns have the name {', '.join(repeated)}")
 
     def batches(self, names: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """The columns `names`, as `=name`, and `line`, in batches.
+        """The columns `names`, as `=name`, and `line`, in batches, in the order of the file.
 
         Raises:
             DataError: there is no such column, or the file cannot be read.
@@ -132,7 +134,7 @@ class _Csv(Table):
             if self._has_right_length(number, found):
                 rows.append(found)
                 row_numbers.append(number)
-        return pl.concat([frame, self._frame(rows, row_numbers, names)])
+        return pl.concat([frame, self._frame(rows, row_numbers, names)]).sort(LINE)
 
     def _records(self, lines: list[str]) -> tuple[list[list[str]], list[int]]:
         """Records that may span lines, and their first lines; after a bad line it starts again at the next."""
@@ -188,7 +190,8 @@ class _Parquet(Table):
             self._file = pq.ParquetFile(path)
             columns = list(self._file.schema_arrow.names)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{path}: not a complete Parquet file ({error})") from error
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"{path}: not a complete Parquet file ({reason})") from error
         super().__init__(path, columns, "row")
 
     def _read(self, names: Sequence[str]) -> Iterator[pl.DataFrame]:
@@ -197,25 +200,76 @@ class _Parquet(Table):
             if not _is_known(kind):
                 raise DataError(f"{self.path}: column {name} has the type {kind}, which has no plain text")
         try:
-            for batch in self._file.iter_batches(columns=list(names)):
+            for batch in self._batches(names):
                 batch.validate(full=True)  # among others, that text is UTF-8
                 numbers = pa.array(range(self.num_rows + 1, self.num_rows + batch.num_rows + 1), pa.int64())
                 self.num_rows += batch.num_rows
-                columns = {f"={name}": batch.column(name) for name in names}
+                columns = {f"={name}": _plain(batch.column(name)) for name in names}
                 frame = pl.from_arrow(pa.table({**columns, LINE: numbers}))
                 assert isinstance(frame, pl.DataFrame)
                 yield frame
         except (pa.ArrowException, OSError, ValueError, pl.exceptions.PolarsError) as error:
-            raise DataError(f"{self.path}: cannot be read after row {self.num_rows:,} ({error})") from error
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"{self.path}: cannot be read after row {self.num_rows:,} ({reason})") from error
         if self.num_rows != self._file.metadata.num_rows:
             promised = self._file.metadata.num_rows
             raise DataError(
                 f"{self.path}: holds {self.num_rows:,} rows, but its footer promises {promised:,}"
             )
 
+    def _batches(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        kinds = [self._file.schema_arrow.field(name).type for name in names]
+        if not any(pa.types.is_nested(kind) and pa.types.is_dictionary(kind.value_type) for kind in kinds):
+            yield from self._file.iter_batches(columns=list(names))
+            return
+        # Arrow reads no lists of categories across row groups, each of which has a dictionary of its own.
+        for group in range(self._file.num_row_groups):
+            yield from self._file.iter_batches(row_groups=[group], columns=list(names))
+
 
 def _is_known(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_known(kind.value_type) and not (
+            pa.types.is_nested(kind.value_type) or pa.types.is_decimal(kind.value_type)
+        )
+    if pa.types.is_dictionary(kind):
         return _is_known(kind.value_type)
     tests = ("string", "large_string", "string_view", "integer", "floating", "boolean", "date", "timestamp")
-    return any(getattr(pa.types, f"is_{test}")(kind) for test in tests)
+    return any(getattr(pa.types, f"is_{test}")(kind) for test in (*tests, "decimal", "null"))
+
+
+def _plain(array: pa.Array) -> pa.Array:
+    """A column in one of the few types that values are parsed from; what it says stays the same.
+
+    Dictionaries (categories, enums) become their values, decimals their shortest text, a column of nulls empty text.
+    """
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        return _plain(array.dictionary_decode())
+    if pa.types.is_decimal(kind):
+        text = array.cast(pa.string())
+        return pc.replace_substring_regex(text, r"^(-?\d+)\.0+$|^(-?\d+\.\d*[1-9])0+$", r"\1\2")
+    plain = _plain_type(kind)
+    return array if plain == kind else array.cast(plain)
+
+
+@cache
+def _is_known_zone(kind: pa.DataType) -> bool:
+    """Whether Polars has the zone of these times: it knows names, and no "+05:30"."""
+    try:
+        pl.from_arrow(pa.array([], kind))
+    except pl.exceptions.PolarsError:
+        return False
+    return True
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.large_list(_plain_type(kind.value_type))
+    if pa.types.is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    if pa.types.is_timestamp(kind) and not _is_known_zone(kind):
+        return pa.timestamp(kind.unit, "UTC")  # the moment is the same
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    return pa.string() if pa.types.is_null(kind) or pa.types.is_string_view(kind) else kind

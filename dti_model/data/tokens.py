@@ -22,16 +22,23 @@ from tokenizers.trainers import BpeTrainer
 
 BOS, SUM, YES, NO = "[BOS]", "[SUM]", "yes", "no"
 NUM_BYTES = 256
+MAX_VOCAB_SIZE = 2**20  # several times the largest in use; the trainer allocates for so many before it starts
 # A piece is a word with the punctuation and spaces before it.
 PIECE = r"\W*[\w']+"
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise a ValueError unless a tokenizer of `vocab_size` entries can be trained."""
+    low = NUM_BYTES + 4
+    if not low <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size must be at least {low} (all bytes and 4 tokens) and at most {MAX_VOCAB_SIZE:,}, but is {vocab_size}"
+        )
+
+
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE with at most `vocab_size` entries; the same texts give the same tokenizer."""
-    if vocab_size < NUM_BYTES + 4:
-        raise ValueError(
-            f"vocab_size must be at least {NUM_BYTES + 4} (all bytes and 4 tokens), but is {vocab_size}"
-        )
+    check_vocab_size(vocab_size)
     tokenizer = Tokenizer(BPE())
     pieces = Split(Regex(PIECE), "isolated")
     tokenizer.pre_tokenizer = Sequence([pieces, ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -37,7 +37,7 @@ def test_settings_parse_to_what_the_file_says(path: Path, tmp_path: Path) -> Non
     config = parsed(path)
     assert_holds(asdict(config), yaml.safe_load(path.read_text()))
     config.save(tmp_path)
-    assert TrainConfig.load(tmp_path) == config
+    assert TrainConfig.load(tmp_path) == config.located()
 
 
 def test_the_devices_are_those_of_the_names() -> None:
@@ -47,6 +47,6 @@ def test_the_devices_are_those_of_the_names() -> None:
     llama = by_name["8-gpus-fsdp2-llama-3.1-8b"]
     assert llama.optim.fsdp
     assert not one.optim.fsdp
-    assert llama.model.pretrained == "meta-llama/Llama-3.1-8B-Instruct"
+    assert llama.model.pretrained == "hub:meta-llama/Llama-3.1-8B-Instruct"
     # The paper's.
     assert (llama.k, llama.window, llama.optim.epochs, llama.optim.patience) == (50, 20, 10, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +344,7 @@ def test_template() -> None:
 
 def test_stats_say_where_every_row_went(tmp_path: Path) -> None:
     stats = prepare(AmazonFiles(*write_amazon(tmp_path, some_ratings())), tmp_path / "out", min_item_count=12)
-    assert json.loads((tmp_path / "out" / "stats.json").read_text()) == stats
+    assert PreparedData.open(tmp_path / "out").stats == stats
     kept = stats["interactions"] + stats["interactions_pruned"] + stats["rejected"]["interactions"]
     assert kept == stats["rows_in_files"]["interactions"]
 

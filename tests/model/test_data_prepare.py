@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ def test_both_sources_of_ml_100k_give_the_same_bytes(tmp_path: Path) -> None:
     for name in names:
         if name.name != "stats.json":
             assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    first, second = (json.loads((tmp_path / folder / "stats.json").read_text()) for folder in "ab")
+    first, second = (PreparedData.open(tmp_path / folder).stats for folder in "ab")
     assert first.pop("source")["digest"] == second.pop("source")["digest"]
     assert first == second
 
@@ -100,7 +99,7 @@ def test_empty_split_has_no_base_rate(tmp_path: Path) -> None:
 
 
 def test_threshold_pruning_and_duplicates(tmp_path: Path) -> None:
-    """A repeated pair is kept and counted; of equal times the smaller rating comes first, whatever the file order."""
+    """A repeated pair is kept and counted; of equal times the first in the file comes first, whatever the rating."""
     ratings = [(1, 1, 5, 7), (1, 1, 2, 7), (1, 2, 4, 1), (2, 1, 3, 9), (2, 9, 1, 9)]
     raw = write_100k(tmp_path / "raw", ratings)
     stats = prepare(
@@ -109,8 +108,8 @@ def test_threshold_pruning_and_duplicates(tmp_path: Path) -> None:
     data = PreparedData.open(tmp_path / "out")
     assert (stats["duplicate_pairs"], stats["interactions_pruned"], stats["threshold"]) == (1, 2, 2)
     assert data.item_ids == ["1"]
-    assert data.rating.tolist() == [2, 5, 3]
-    assert data.label.tolist() == [0, 1, 1]
+    assert data.rating.tolist() == [5, 2, 3]
+    assert data.label.tolist() == [1, 0, 1]
 
 
 def test_rated_movie_that_is_not_listed_has_no_title(tmp_path: Path) -> None:

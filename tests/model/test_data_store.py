@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dti_model.data import DataError, PreparedData, prepare, store
 from dti_model.data.tokens import train_tokenizer
+from dti_model.files import write_sealed
 from tests.model.movielens_files import some_ratings, write_1m
 
 
@@ -50,7 +51,7 @@ def test_missing_and_foreign_folders(folder: Path) -> None:
 def test_other_format_version(folder: Path) -> None:
     stats = json.loads((folder / "stats.json").read_text())
     (folder / "stats.json").write_text(json.dumps({**stats, "format_version": 99}))
-    with pytest.raises(DataError, match="format version 99, this program reads 1"):
+    with pytest.raises(DataError, match="format version 99, this program reads 2"):
         PreparedData.open(folder)
 
 
@@ -71,7 +72,7 @@ def test_damaged_file_is_named(folder: Path, name: str, damage: str) -> None:
 def test_damage_that_keeps_the_size_is_named(folder: Path) -> None:
     path = folder / "interactions.arrow"
     path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(DataError, match=r"interactions\.arrow: not a complete Arrow file"):
+    with pytest.raises(DataError, match=r"interactions\.arrow is damaged: .* dti prepare"):
         PreparedData.open(folder)
 
 
@@ -83,8 +84,8 @@ def test_damaged_stats(folder: Path, content: str) -> None:
 
 
 def test_counts_that_disagree_with_the_files(folder: Path) -> None:
-    stats = json.loads((folder / "stats.json").read_text())
-    (folder / "stats.json").write_text(json.dumps({**stats, "users": 11}))
+    stats = PreparedData.open(folder).stats
+    write_sealed(folder / "stats.json", {**stats, "users": 11})
     with pytest.raises(DataError, match="the files hold"):
         PreparedData.open(folder)
 

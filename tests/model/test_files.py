@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,72 @@ def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["folder"]
 
 
-@pytest.mark.parametrize("whole", ["whole_file", "whole_folder"])
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_that_is_replaced_is_never_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    """The older folder was once deleted, file by file, before the new one had its name: a kill in between lost both."""
+    folder = tmp_path / "folder"
+    deleted: list[bool] = []
+    rmtree = files.shutil.rmtree
+
+    def deleting(path: Path, *arguments: Any, **options: Any) -> None:
+        deleted.append((folder / "new").is_file())
+        rmtree(path, *arguments, **options)
+
+    monkeypatch.setattr(files.shutil, "rmtree", deleting)
+    if not exchange:  # as on file systems that cannot
+        monkeypatch.setattr(files, "_exchanged", lambda *_: False)
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    with files.whole_folder(folder) as temporary:
+        (temporary / "new").write_text("new")
+    assert deleted
+    assert all(deleted)
+    assert os.listdir(folder) == ["new"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    """While one thread replaces a folder, another never finds it missing."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    stop, missing = threading.Event(), []
+
+    def watch() -> None:
+        while not stop.is_set():
+            if not folder.exists():
+                missing.append(True)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(50):
+            with files.whole_folder(folder):
+                pass
+    finally:
+        stop.set()
+        watcher.join()
+    assert not missing
+
+
+def test_the_last_look_at_an_older_folder_can_keep_it(tmp_path: Path) -> None:
+    """What `check` raises leaves everything as it was; it runs when the new folder is complete."""
+    folder, seen = tmp_path / "folder", []
+    folder.mkdir()
+
+    def refuse() -> None:
+        seen.extend(tmp_path.glob(".folder.*/new"))
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), files.whole_folder(folder, refuse) as temporary:
+        (temporary / "new").write_text("new")
+    assert len(seen) == 1
+    assert os.listdir(folder) == []
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("whole", ["whole_file", "whole_folder", "temporary_folder"])
 def test_what_a_killed_writer_leaves_is_removed_and_what_a_living_one_writes_is_not(
     tmp_path: Path, whole: str
 ) -> None:
@@ -94,7 +160,29 @@ def test_what_a_killed_writer_leaves_is_removed_and_what_a_living_one_writes_is_
     with getattr(files, whole)(tmp_path / "out") as temporary:
         if whole == "whole_file":
             temporary.write_text("whole")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ([] if whole == "temporary_folder" else ["out"])
+
+
+def test_a_leftover_of_another_user_does_not_keep_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that users share, one that may not be opened ended the search for the rest."""
+    names = [f".out.{letter * 8}.incomplete" for letter in "abc"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    os_open = os.open
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> int:
+        if Path(path).name == names[refused]:
+            raise PermissionError(13, "Permission denied", str(path))
+        return os_open(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    for refused in range(3):
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True)
+        files.remove_leftovers(tmp_path / "out")
+        assert os.listdir(tmp_path) == [names[refused]]
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from dti_model.config import LoraSettings, ModelConfig, OptimConfig, TrainConfig
+from dti_model.files import locked
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.run import Run
+from dti_model.run_folder import LOCK_FILE
 from dti_model.train import evaluate_run, train
 from tests.conftest import ROOT
 from tests.model.pretrained_files import pretrained_folder
@@ -99,6 +101,21 @@ def test_scores_of_two_ranks_are_those_of_one(config: TrainConfig, runs: dict[st
     for split in ("val", "test"):
         alone = evaluate_run(config.out.parent / name, None, split, progress=False)
         assert alone[split] == runs[name][split]
+
+
+@pytest.mark.slow
+def test_all_ranks_hear_of_another_run(small_folder: Path, tmp_path: Path) -> None:
+    """Rank 0 holds the lock of the run folder; the others wait for nobody."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "dti_model.cli", "train", f"--data={small_folder}", f"--out={tmp_path / 'run'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with locked(tmp_path / "run" / LOCK_FILE, "dti train"):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / LOCK_FILE]
+    assert done.returncode
+    errors = [line for line in done.stderr.splitlines() if "dti train: error:" in line]
+    assert len(errors) == 2, done.stderr
+    assert all(f"is being written by dti train (process {os.getpid()} on" in error for error in errors)
 
 
 def test_lora_of_a_tied_model_is_not_sharded(

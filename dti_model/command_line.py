@@ -1,0 +1,87 @@
+"""The command line's parser: YAML read strictly, and every error in one line that names the setting and its bounds."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+
+from dti_model.bounds import GROUPS, RULES, must_be, shown
+from dti_model.strict_yaml import StrictYAMLError, check_yaml, read_settings
+
+_MODE = "strict yaml"
+# Flags whose values may be names of YAML files.
+_FILE_FLAGS = ("--config", "--grid", *(f"--{group}" for group in GROUPS))
+
+
+def _load(text: str) -> Any:
+    check_yaml(text)
+    try:
+        return get_loader("yaml")(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise StrictYAMLError(" ".join(str(error).split())) from error
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's, with strict YAML, and errors of one line instead of a page of usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        set_loader(_MODE, _load, (StrictYAMLError,))
+        super().__init__(*args, **{"parser_mode": _MODE, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line and exit with status 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        prog = parser.prog.replace(" [options]", "")
+        print(f"{prog}: error: {in_one_line(message)} ({prog} --help lists what there is)", file=sys.stderr)
+        sys.exit(2)
+
+
+def in_one_line(message: str) -> str:
+    """An error of jsonargparse's with the bounds of the setting that it is about."""
+    match = re.match(r'(?:.*?)Parser key "([\w.]+)":', message, re.DOTALL)
+    found = re.findall(r"(?:Got value|Given value): ?(.*)", message)
+    if match and match[1] in RULES and found:
+        value = {"None": "null", "True": "true", "False": "false"}.get(found[-1], found[-1])
+        return must_be(match[1], value[:100] or "an empty value")
+    if match and match[1] in RULES and "integer string conversion" in message:
+        return must_be(match[1], "a number of thousands of digits")
+    return " ".join(message.split())[:1000]
+
+
+def check_files(arguments: Sequence[str]) -> None:
+    """Read the YAML files that are named on the command line, for errors that name them.
+
+    Raises:
+        ValueError: one is missing, a folder, empty, no YAML, no mapping, or says something twice.
+    """
+    for flag, value in zip(arguments, [*arguments[1:], ""]):
+        name, equals, rest = flag.partition("=")
+        if name not in _FILE_FLAGS:
+            continue
+        text = rest if equals else value
+        try:
+            if any(sign in text for sign in "{[:\n") and not Path(text).exists():
+                continue  # YAML itself
+            read_settings(Path(text))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{name}: {' '.join(str(error).split())[:500]}") from None
+
+
+def check_groups(options: Namespace) -> None:
+    """Every group of settings is one: a file may say `optim: 5`.
+
+    Raises:
+        ValueError: naming the group.
+    """
+    for group in GROUPS:
+        value = options.get(group)
+        if group in options and not isinstance(value, (Namespace, dict)):
+            raise ValueError(f"{group} must be a mapping of settings, name: value, got {shown(value)}")

@@ -1,0 +1,120 @@
+"""`config.yaml` of a run folder: every setting, readable by people, sealed by its last line.
+
+    # Settings of a run of `dti train`, ...
+    data: /data/ml-100k
+    ...
+    # sha256 9f86d0...                      of every byte before this line
+
+A changed value would make a run that was trained otherwise than its folder says, so a file that does not fit its seal is refused by
+name. Files of version 0.1.0 have neither first nor last line and are read as they are, if they hold the settings of a run and
+nothing else: that, or the seal, is what tells a run folder from the folder of another program that keeps a config.yaml.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+
+from dti_model.files import whole_file
+from dti_model.strict_yaml import parse_settings, read_text
+
+CONFIG_FILE = "config.yaml"
+_FIRST_LINE = "# Settings of a run of `dti train`, sealed by the last line: change none, give `dti train` others and another --out\n"
+_SEAL = re.compile(r"# sha256 ([0-9a-f]{64})\n?\Z")
+# What a folder of version 0.1.0 has.
+_OLD_SETTINGS = {"data", "out", "k", "window", "seed", "dti", "model", "optim"}
+
+Settings = TypeVar("Settings")
+
+
+class ConfigFileError(ValueError):
+    """A config.yaml has been changed or holds no settings of a run; the message names it and the way out."""
+
+
+def write_config(settings: Any, path: Path) -> None:
+    """Write a dataclass of settings; its paths are written as they are.
+
+    Raises:
+        WriteError: the disk is full; an older file is untouched.
+    """
+    text = _FIRST_LINE + yaml.safe_dump(_plain(asdict(settings)), sort_keys=False, allow_unicode=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(f"{text}# sha256 {_sha256(text)}\n")
+
+
+def read_config(path: Path, kind: type[Settings]) -> Settings:
+    """Read what `write_config` or version 0.1.0 wrote.
+
+    Args:
+        path: the file.
+        kind: the dataclass.
+
+    Raises:
+        ConfigFileError: a setting is unknown, out of bounds or of another type, or the file does not fit its seal.
+    """
+    try:
+        text = read_text(path)
+        seal = _SEAL.search(text)
+        if seal is None and text.startswith(_FIRST_LINE):
+            raise ValueError(f"{path} is cut short: its last line is not its seal")
+        if seal is not None and _sha256(text[: seal.start()]) != seal[1]:
+            raise ValueError(f"{path} was changed after the run had written it")
+        raw = parse_settings(text, path)
+        if seal is None and not raw.keys() >= _OLD_SETTINGS:
+            raise ValueError(f"{path} does not hold the settings of a run")
+        return _built(kind, raw, path, "")
+    except (ValueError, TypeError) as error:
+        message = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise ConfigFileError(
+            f"{message}. Put the file back as it was, or train into another --out"
+        ) from error
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a config.yaml is one of ours, perhaps a damaged one."""
+    try:
+        text = read_text(path)
+        if text.startswith(_FIRST_LINE) or _SEAL.search(text) is not None:
+            return True
+        return parse_settings(text, path).keys() >= _OLD_SETTINGS
+    except (ValueError, OSError):
+        return False
+
+
+def _built(kind: type[Settings], raw: Mapping[str, Any], path: Path, group: str) -> Settings:
+    hints = get_type_hints(kind)
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(raw.keys() - names)
+    if unknown:
+        raise ValueError(f"{path}: {group}{unknown[0]} is no setting")
+    values: dict[str, Any] = {}
+    for name, value in raw.items():
+        if is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}: {group}{name} must be a mapping of settings, got {value!r}")
+            value = _built(hints[name], value, path, f"{group}{name}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif hints[name] is Path and isinstance(value, str):
+            value = Path(value)
+        values[name] = value
+    return kind(**values)
+
+
+def _plain(value: Any) -> Any:
+    """Only what YAML knows."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,212 @@
+"""What a prepared folder is: its sealed stats.json, checksums of its files, and which files in it are its own.
+
+    stats["files"] = {"interactions.arrow": {"bytes": 12680154, "sha256": "1f..."}, ...}
+
+`stats.json` also holds the sha256 of itself, so a flipped bit anywhere is found before anything is computed from it. A file is read
+for that once per process and state of the file (path, size, time of change), at 1.1 GB/s on an AMD EPYC: 3 ms for ML-100K
+(3 MB), 13 ms for half of ML-1M (13 MB), .2 ms when it is opened again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dti_model.data.errors import DataError
+from dti_model.files import DamagedFileError, check_files, checksums, read_sealed, write_sealed
+
+FORMAT_VERSION = 2
+STATS_FILE = "stats.json"
+TOKENIZER_FOLDER = "tokenizer"
+TOKENS_FOLDER = "tokens"
+TABLES = ("interactions.arrow", "users.arrow", "items.arrow")
+AGAIN = "Make the folder again with: dti prepare"
+REMOVE = "Remove the folder and make it again with: dti prepare"
+_CONTENT = ("source", "files", "users", "items", "interactions")
+# Token ids, of this and of version 1, and what a killed writer of them leaves.
+_TOKENS = re.compile(r"\.?[0-9a-f]{16}(-[0-9a-f]{64})?\.arrow(\.\w{8}(\.incomplete)?)?")
+_NUM_NAMED = 3
+
+_whole: set[tuple[str, int, int, str]] = set()  # states of files that this process has found to be as written
+
+
+def write_stats(folder: Path, stats: dict[str, Any]) -> None:
+    """Write stats.json of a folder whose other files are complete, with their checksums, which `stats` gets as "files"."""
+    found = checksums(folder)
+    stats["files"] = {
+        name: facts
+        for name, facts in found.items()
+        if name != STATS_FILE and not name.startswith(f"{TOKENS_FOLDER}/")
+    }
+    _whole.update(_state(folder / name, facts) for name, facts in stats["files"].items())
+    write_sealed(folder / STATS_FILE, stats)
+
+
+def read_stats(folder: Path) -> dict[str, Any]:
+    """The content of stats.json.
+
+    Raises:
+        DataError: no such folder, not a prepared one, another format version, or the file is damaged.
+    """
+    path = folder / STATS_FILE
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder. Make it with: dti prepare ml-100k --out {folder}")
+    if not path.is_file():
+        raise DataError(
+            f"{folder}: not a prepared folder, it has no {STATS_FILE}. Make one with: dti prepare"
+        )
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged, not valid JSON ({error}). {REMOVE}") from error
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if type(version) is int and version != FORMAT_VERSION:
+        raise DataError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. {AGAIN}")
+    try:
+        stats = read_sealed(path, REMOVE)
+    except DamagedFileError as error:
+        raise DataError(f"{path}: damaged, its content is not what was written. {REMOVE}") from error
+    if stats.get("format_version") != FORMAT_VERSION or not _has_fields(stats):
+        raise DataError(f"{path}: its fields are not those of a prepared folder. {REMOVE}")
+    return stats
+
+
+def _has_fields(stats: Mapping[str, Any]) -> bool:
+    """Whether what is read here has its types; the seal says that nobody changed it, not who wrote it."""
+    files, source = stats.get("files"), stats.get("source")
+    return (
+        isinstance(files, dict)
+        and files.keys() >= set(TABLES)
+        and all(
+            isinstance(facts, dict)
+            and type(facts.get("bytes")) is int
+            and isinstance(facts.get("sha256"), str)
+            for facts in files.values()
+        )
+        and all(type(stats.get(name)) is int for name in ("users", "items", "interactions"))
+        and isinstance(source, dict)
+        and isinstance(source.get("name"), str)
+    )
+
+
+def check_whole(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare files with their checksums; those that this process has found whole, and that are as they were, are not read again.
+
+    Args:
+        folder: where they are.
+        files: `bytes` and `sha256` by name.
+
+    Raises:
+        DataError: a file is missing, of another size, or damaged.
+    """
+    unread: dict[str, tuple[str, int, int, str]] = {}
+    for name, facts in files.items():
+        path = folder / name
+        found = path.stat() if path.is_file() else None
+        if found is None or found.st_size != facts["bytes"]:
+            size = (
+                "is missing"
+                if found is None
+                else f"has {found.st_size:,} bytes instead of {facts['bytes']:,}"
+            )
+            raise DataError(f"{path}: the file {size}. {AGAIN}")
+        state = _state(path, facts)
+        if state not in _whole:
+            unread[name] = state
+    try:
+        check_files(folder, {name: files[name] for name in unread}, AGAIN)
+    except DamagedFileError as error:
+        raise DataError(str(error)) from error
+    _whole.update(unread.values())
+
+
+def _state(path: Path, facts: Mapping[str, Any]) -> tuple[str, int, int, str]:
+    found = path.stat()
+    return os.path.realpath(path), found.st_size, found.st_mtime_ns, facts["sha256"]
+
+
+def check_replaceable(out: Path) -> None:
+    """Only nothing, an empty folder, or an older prepared folder and nothing else may be in the way of a new one.
+
+    Raises:
+        DataError: something else is there, and what it is.
+    """
+    if not out.exists():
+        return
+    other = f"{out}: exists and is not a prepared folder. Name another one with --out"
+    if not out.is_dir():
+        raise DataError(other)
+    try:
+        if any(out.iterdir()):
+            own = _own_files(out)
+            if own is None:
+                raise DataError(other)
+            _check_nothing_else(out, own)
+    except OSError as error:
+        raise DataError(
+            f"{out}: cannot be read ({error.strerror}). Name another folder with --out"
+        ) from error
+    real = Path(os.path.realpath(out))
+    if os.path.ismount(real):
+        raise DataError(f"{out}: is a mount point, which cannot be replaced. Name a folder in it with --out")
+    if _current_folder().is_relative_to(real):
+        raise DataError(
+            f"{out}: is the current folder, or around it, and cannot be replaced. Name another one with --out"
+        )
+
+
+def _current_folder() -> Path:
+    try:
+        return Path(os.path.realpath(os.getcwd()))
+    except FileNotFoundError:  # somebody removed it
+        return Path()
+
+
+def _own_files(out: Path) -> set[str] | None:
+    """The files that the stats.json of a prepared folder names, of this format or of version 1; None: it is none of ours."""
+    path = out / STATS_FILE
+    try:
+        stats = json.loads(path.read_bytes())
+        if not isinstance(stats, dict) or stats.get("format_version") != 1:
+            stats = read_sealed(path, REMOVE)
+    except (OSError, ValueError, RecursionError):
+        return None
+    files = stats.get("files")
+    if not isinstance(files, dict) or any(name not in stats for name in _CONTENT):
+        return None
+    return {STATS_FILE, *files} if files.keys() >= set(TABLES) else None
+
+
+def _check_nothing_else(out: Path, own: set[str]) -> None:
+    found = list(_foreign(out, own))
+    if found:
+        more = f" and {len(found) - _NUM_NAMED:,} more" if len(found) > _NUM_NAMED else ""
+        raise DataError(
+            f"{out}: a prepared folder, but {', '.join(found[:_NUM_NAMED])}{more} in it would be lost. Move that away, or name "
+            "another folder with --out"
+        )
+
+
+def _foreign(out: Path, own: set[str]) -> Iterator[str]:
+    """What is in a folder besides its own files, by name; folders end with a slash and are not looked into."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    own_folders = {str(Path(name).parent) for name in own} | {TOKENS_FOLDER}
+    for root, folders, files in os.walk(out, onerror=stop):
+        place = Path(root).relative_to(out)
+        for name in sorted(files):
+            is_tokens = str(place) == TOKENS_FOLDER and _TOKENS.fullmatch(name)
+            if (place / name).as_posix() not in own and not is_tokens:
+                yield (place / name).as_posix()
+        for name in sorted(folders):
+            if (place / name).as_posix() not in own_folders:
+                folders.remove(name)
+                yield f"{(place / name).as_posix()}/"

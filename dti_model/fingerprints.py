@@ -1,0 +1,134 @@
+"""What a run was made of, as fingerprints: prepared data, tokenizer, pretrained model.
+
+A run folder's model, its checkpoints and its metrics carry them. Data that was prepared again, with another split perhaps, would put
+targets that were trained on into the test set without a word; another tokenizer or base model would make the weights those of
+another function. Who reads a run compares.
+
+    data        `PreparedData.fingerprint`: the files that `dti prepare` wrote
+    tokenizer   everything that decides the ids of a text, and the ids of its special tokens
+    base model  its configuration, and of every file of weights the name, the size and 65 blocks of 4 KiB spread evenly: another model
+                differs in nearly all of them, and no one waits for many GiB to be hashed. One changed weight may go unseen
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dti_model.data.tokens import plain_backend
+from dti_model.files import read_sealed, write_sealed
+from dti_model.references import Reference, locate
+
+PROVENANCE_FILE = "provenance.json"
+_BLOCKS, _BLOCK_BYTES = 64, 4096
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+# What a copy of a model may differ in.
+_PASSING = ("transformers_version", "_name_or_path")
+
+
+class OtherOriginError(ValueError):
+    """Data, tokenizer or pretrained model are not those of the run; the message says which, and the way out."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Fingerprints of what a run is made of, in hexadecimal digits.
+
+    Attributes:
+        data: of the prepared data.
+        tokenizer: of the tokenizer.
+        base_model: of the pretrained model; None: trained from scratch.
+    """
+
+    data: str
+    tokenizer: str
+    base_model: str | None = None
+
+    @staticmethod
+    def of(data: Any, tokenizer: Any, pretrained: str | None) -> Provenance:
+        """Of prepared data, a fast tokenizer and a reference to a pretrained model."""
+        base = None if pretrained is None else base_model_fingerprint(locate(pretrained))
+        return Provenance(data.fingerprint, tokenizer_fingerprint(tokenizer), base)
+
+    def save(self, folder: Path) -> None:
+        """Write `provenance.json` into a folder."""
+        write_sealed(folder / PROVENANCE_FILE, asdict(self))
+
+    @staticmethod
+    def load(folder: Path, way_out: str) -> Provenance | None:
+        """Read it back; None: the folder is of version 0.1.0.
+
+        Raises:
+            DamagedFileError: it is not what was written.
+        """
+        path = folder / PROVENANCE_FILE
+        return Provenance.from_dict(read_sealed(path, way_out)) if path.is_file() else None
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> Provenance:
+        """From what `asdict` gave."""
+        return Provenance(fields["data"], fields["tokenizer"], fields["base_model"])
+
+    def differs(self, other: Provenance) -> str | None:
+        """In words, what two runs do not share; None: nothing."""
+        if self.data != other.data:
+            return "the prepared data"
+        if self.base_model != other.base_model:
+            return "the pretrained model"
+        return "the tokenizer" if self.tokenizer != other.tokenizer else None
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """64 hexadecimal digits over what decides the ids of a text and the ids of special tokens.
+
+    Padding, truncation and post-processing have no say in prompts, and saving and reading a tokenizer may change how they are written.
+
+    Args:
+        tokenizer: a fast transformers tokenizer or a `tokenizers.Tokenizer`.
+
+    Raises:
+        TypeError: another object.
+    """
+    parts = json.loads(plain_backend(tokenizer).to_str())
+    special = getattr(tokenizer, "bos_token_id", None)
+    return _digest({"backend": parts, "bos": special})
+
+
+def base_model_fingerprint(place: Reference) -> str:
+    """64 hexadecimal digits over a pretrained model (see the module docstring).
+
+    Cost: 260 KiB are read of every file of weights, a few milliseconds.
+
+    Raises:
+        PretrainedModelError: a model of the hub has not been downloaded.
+        OSError: a file cannot be read.
+    """
+    if place.gguf_file is not None:
+        return _digest({"weights": {"gguf": _sample(Path(place.source) / place.gguf_file)}})
+    folder = place.folder
+    config = json.loads((folder / "config.json").read_bytes())
+    weights = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
+    return _digest(
+        {
+            "config": {name: value for name, value in config.items() if name not in _PASSING},
+            "weights": {path.name: _sample(path) for path in weights},
+        }
+    )
+
+
+def _sample(path: Path) -> list[Any]:
+    """Size, and the sha256 of blocks spread evenly."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for block in range(_BLOCKS + 1):
+            file.seek(max(0, size - _BLOCK_BYTES) * block // _BLOCKS)
+            digest.update(file.read(_BLOCK_BYTES))
+    return [size, digest.hexdigest()]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

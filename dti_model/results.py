@@ -1,0 +1,99 @@
+"""What a finished run leaves behind besides its model: metrics, predictions, a plot, and their checksums."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dti_model.baselines import baseline_metrics
+from dti_model.config import CONFIG_FILE
+from dti_model.files import CHECKSUMS_FILE, sha256_of, whole_file, without_nan, write_sealed
+from dti_model.plots import plot_report
+from dti_model.prompts import PackedPrompts, Prompts
+from dti_model.ranks import world_size
+from dti_model.report import metrics_table, sentence_about_baselines
+from dti_model.run import Run
+from dti_model.run_folder import METRICS_FILE
+from dti_model.throughput import measure_training
+from dti_model.trainer import StreamTrainer
+
+
+def write_results(
+    run: Run, trainer: StreamTrainer, scores: dict[str, npt.NDArray[np.float64]]
+) -> dict[str, Any]:
+    """Write everything down; the content of metrics.json, which is the last file, so that a folder with one is finished.
+
+    Raises:
+        WriteError: the disk is full.
+    """
+    config, data = run.config, run.data
+    result: dict[str, Any] = {split: run.metrics(split, scores[split]) for split in scores}
+    result["baselines"] = {split: baseline_metrics(data, split, run.targets(split)) for split in scores}
+    for split in scores:
+        run.write_predictions(config.out / f"predictions-{split}.parquet", split, scores[split])
+    result["training"] = _training_facts(run, trainer)
+    last = next(iter(scores))  # test, where it is scored
+    with whole_file(config.out / "report.png") as temporary:
+        plot_report(
+            temporary,
+            trainer.state.log_history,
+            data.label[run.targets(last)],
+            scores[last],
+            result["baselines"],
+        )
+    result["provenance"] = asdict(run.provenance)
+    result = dict(without_nan(result))
+    with whole_file(config.out / METRICS_FILE) as temporary:
+        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        _write_checksums(config.out, temporary)
+    print(metrics_table(result))
+    print(sentence_about_baselines(result[last], result["baselines"][last]))
+    return result
+
+
+def _write_checksums(folder: Path, metrics: Path) -> None:
+    """Of the files in a run folder itself; `model/` and the checkpoints have their own.
+
+    `metrics` is metrics.json before it has its name: with that the folder is finished, so this comes first.
+    """
+    paths = {name: folder / name for name in (CONFIG_FILE, "report.png")}
+    paths |= {path.name: path for path in sorted(folder.glob("predictions-*.parquet"))}
+    paths[METRICS_FILE] = metrics
+    files = {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in paths.items()}
+    write_sealed(folder / CHECKSUMS_FILE, {"files": files})
+
+
+def _training_facts(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
+    """Tokens trained, tokens that sliding-window prompts would have needed, and the speed of both where it was measured."""
+    config, dataset, state = run.config, trainer.train_dataset, trainer.state
+    assert isinstance(dataset, PackedPrompts)
+    rows = run.data.targets("train")
+    sliding = run.builder.num_rows(Prompts.streaming(run.data, rows, config.window, 1)).sum()
+    epochs = state.global_step / (len(dataset) / config.optim.accumulation / world_size())
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    facts: dict[str, Any] = {
+        "parameters": trained,
+        "frozen_parameters": sum(p.numel() for p in run.model.parameters()) - trained,
+        "targets": len(rows),
+        "processes": world_size(),
+        "optimizer_steps": state.global_step,
+        "epochs": round(epochs, 4),
+        "best_epoch": round(_epoch_of_best(state.log_history), 4),
+        "tokens": int(epochs * dataset.num_rows.sum()),
+        "tokens_sliding_window": int(epochs * sliding),
+    }
+    if config.compare_steps:
+        measured = measure_training(run, [config.targets_per_prompt, 1], config.compare_steps)
+        names = {"streaming": config.targets_per_prompt, "sliding_window": 1}
+        facts["throughput"] = {name: asdict(measured[k]) for name, k in names.items()}
+    return facts
+
+
+def _epoch_of_best(log_history: list[dict[str, float]]) -> float:
+    validations = [entry for entry in log_history if "eval_auc" in entry and entry["step"]]
+    return max(validations, key=lambda entry: entry["eval_auc"])["epoch"] if validations else 0.0

@@ -1,0 +1,134 @@
+"""Whose a run folder is, who writes it now, and where an interrupted run goes on.
+
+A folder is ours if its `config.yaml` is (`config_file.py`). Anything else that is not empty belongs to somebody: it is refused, and
+nothing in it is touched. Whoever trains holds the lock `.lock` from before the first look at the checkpoints to the end, so that two
+runs never share a folder; the kernel releases it when a process is killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from dti_model.checkpoint import RUN_FILE, TRAINER_FILE, check_checkpoint, last_checkpoint, read_document
+from dti_model.config import CONFIG_FILE, TrainConfig
+from dti_model.config_file import is_ours
+from dti_model.files import locked
+from dti_model.fingerprints import OtherOriginError, Provenance
+from dti_model.ranks import first_rank_does
+
+CHECKPOINTS_FOLDER, METRICS_FILE, LOCK_FILE = "checkpoints", "metrics.json", ".lock"
+
+
+class RunExistsError(FileExistsError):
+    """The run folder holds another run, or a finished one, or is not a run folder."""
+
+
+def check_is_ours(folder: Path) -> None:
+    """Refuse a folder that something other than a run is in; reads only.
+
+    Raises:
+        RunExistsError: naming what is there.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RunExistsError(f"{folder} is not a folder: choose another --out")
+    if (folder / CONFIG_FILE).exists():
+        if not is_ours(folder / CONFIG_FILE):
+            raise RunExistsError(
+                f"{folder} is not a run folder: its {CONFIG_FILE} is another program's. Choose another --out"
+            )
+        return
+    foreign = [path.name for path in folder.iterdir() if not _is_of_a_start(path)]
+    if foreign:
+        raise RunExistsError(
+            f"{folder} exists, is not empty and is not a run folder (it holds {min(foreign)}): choose another --out"
+        )
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """What a start that was killed before config.yaml was there may leave."""
+    if path.name == CHECKPOINTS_FOLDER:
+        return path.is_dir() and not any(path.iterdir())
+    return path.name == LOCK_FILE or path.name.startswith(f".{CONFIG_FILE}.")
+
+
+@contextmanager
+def run_folder_of(out: Path, purpose: str) -> Iterator[None]:
+    """Hold a run folder: rank 0 locks it, and the error of a lock that another process holds is raised by all ranks.
+
+    Args:
+        out: the folder, which is made; it is gone again if nothing was written there.
+        purpose: what others are told, such as "dti train".
+
+    Raises:
+        RunExistsError: it is not a run folder.
+        LockedError: another process writes there; the message says which.
+    """
+    first_rank_does(lambda: check_is_ours(out))
+    made = [folder for folder in (out / CHECKPOINTS_FOLDER, out, *out.parents) if not folder.exists()]
+    with ExitStack() as stack:
+        first_rank_does(lambda: stack.enter_context(locked(out / LOCK_FILE, purpose)))
+        try:
+            yield
+        finally:
+            stack.close()
+            for folder in made:
+                with suppress(OSError):  # not empty: something has been written
+                    folder.rmdir()
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint that an earlier, killed call with the same settings left; None: start anew. Call it under the lock.
+
+    Raises:
+        RunExistsError: the folder belongs to a run with other settings, or to a finished one.
+        CheckpointError: the checkpoint is damaged.
+        ConfigFileError: config.yaml is.
+    """
+    check_is_ours(config.out)
+    if not (config.out / CONFIG_FILE).exists():
+        return None
+    if (config.out / METRICS_FILE).exists():
+        raise RunExistsError(f"{config.out} holds a finished run: choose another --out, or delete it")
+    checkpoint = last_checkpoint(config.out / CHECKPOINTS_FOLDER)
+    if checkpoint is None:
+        return None
+    _check_same_settings(config, places=False)
+    check_checkpoint(checkpoint)
+    # Where fingerprints were kept, they say more about data and model than where those are.
+    _check_same_settings(config, places=provenance_of(checkpoint) is None)
+    best = read_document(checkpoint / TRAINER_FILE).get("best_global_step")
+    if best and (best_folder := checkpoint.with_name(f"checkpoint-{best}")) != checkpoint:
+        check_checkpoint(best_folder, best=True)
+    return checkpoint
+
+
+def _check_same_settings(config: TrainConfig, places: bool) -> None:
+    if not TrainConfig.load(config.out).same_run(config, places):
+        raise RunExistsError(
+            f"{config.out} was started with other settings (see {CONFIG_FILE} there): choose another --out"
+        )
+
+
+def provenance_of(checkpoint: Path) -> Provenance | None:
+    """Of the run that wrote a checkpoint; None: version 0.1.0 did."""
+    kept = read_document(checkpoint / RUN_FILE).get("provenance")
+    return Provenance.from_dict(kept) if isinstance(kept, dict) else None
+
+
+def check_same_origin(checkpoint: Path, now: Provenance) -> None:
+    """Refuse to go on with other data, another tokenizer or another pretrained model.
+
+    Raises:
+        OtherOriginError: naming what changed.
+    """
+    before = provenance_of(checkpoint)
+    changed = None if before is None else before.differs(now)
+    if changed is not None:
+        raise OtherOriginError(
+            f"{changed} changed after {checkpoint} had been written: going on would mix two runs. Put the former back, or train "
+            "into another --out"
+        )

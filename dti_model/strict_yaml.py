@@ -1,0 +1,125 @@
+"""YAML that says one thing: a key that stands twice, an alias, a tag or endless nesting is an error that names the line.
+
+PyYAML keeps the last of two equal keys, so a block of settings would vanish without a word; and a few lines of aliases of aliases
+("billion laughs") stand for more values than memory holds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# A file of settings has a few kilobytes and five levels.
+MOST_CHARACTERS, MOST_LEVELS = 2**20, 50
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class StrictYAMLError(yaml.YAMLError, ValueError):  # type: ignore[misc]  # PyYAML has no types
+    """A text is no YAML, or says something twice; the message names the line."""
+
+
+def check_yaml(text: str) -> None:
+    """Refuse what `yaml.load` would take without a word.
+
+    Raises:
+        StrictYAMLError: no YAML, a key that stands twice, an alias, more than 50 levels, or more than 1 MiB.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise StrictYAMLError(f"has {len(text):,} characters: settings have at most {MOST_CHARACTERS:,}")
+    try:
+        _check_events(text)
+        for node in yaml.compose_all(text, Loader=_LOADER):
+            _check_keys(node)
+    except StrictYAMLError:
+        raise
+    except yaml.YAMLError as error:
+        raise StrictYAMLError(_in_one_line(error)) from error
+
+
+def _check_events(text: str) -> None:
+    level = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.AliasEvent):
+            raise StrictYAMLError(
+                f"line {event.start_mark.line + 1}: the alias *{event.anchor} is not accepted: write the value itself"
+            )
+        if getattr(event, "tag", None) is not None:
+            raise StrictYAMLError(
+                f"line {event.start_mark.line + 1}: the tag {event.tag} is not accepted: write plain values"
+            )
+        level += isinstance(event, yaml.CollectionStartEvent)
+        level -= isinstance(event, yaml.CollectionEndEvent)
+        if level > MOST_LEVELS:
+            raise StrictYAMLError(f"line {event.start_mark.line + 1}: more than {MOST_LEVELS} levels")
+
+
+def _check_keys(node: yaml.Node | None) -> None:
+    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and len(node.value) > 100:
+        # Python reads no integer of more than 4,300 digits, and says so without a place.
+        raise StrictYAMLError(f"line {node.start_mark.line + 1}: a number of {len(node.value):,} digits")
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[Any] = set()
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise StrictYAMLError(f"line {line}: a key must be a name")
+        if key.value in seen:
+            raise StrictYAMLError(f"line {line}: {key.value!r} stands there twice: keep one of them")
+        seen.add(key.value)
+        _check_keys(value)
+
+
+def _in_one_line(error: yaml.YAMLError) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is not None and problem:
+        return f"line {mark.line + 1}: {problem}"
+    return " ".join(str(error).split())
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: there is no such file, or it is no mapping from names to values; the message names it.
+        OSError: it cannot be read.
+    """
+    return parse_settings(read_text(path), path)
+
+
+def read_text(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        ValueError: no such file, or not UTF-8.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the YAML file in it")
+    if not path.exists():
+        raise ValueError(f"there is no file {path}")
+    with path.open("rb") as file:
+        content = file.read(MOST_CHARACTERS * 4 + 1)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not a text file in UTF-8 (byte {error.start}): settings are YAML"
+        ) from None
+
+
+def parse_settings(text: str, path: Path) -> dict[str, Any]:
+    """The mapping in the text of `path`; errors as `read_settings`."""
+    try:
+        check_yaml(text)
+        value = yaml.load(text, Loader=_LOADER)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        what = "is empty" if value is None else "is no mapping"
+        raise ValueError(f"{path} {what}: it must hold settings, a line `name: value` each")
+    return value
