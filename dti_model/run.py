@@ -53,7 +53,7 @@ from dti_model.files import (
 from dti_model.fingerprints import OtherOriginError, Provenance, base_model_fingerprint
 from dti_model.lora import add_lora, load_adapter, save_adapter
 from dti_model.metrics import click_metrics
-from dti_model.model_card import Description, plain_differences, token_window, write_card
+from dti_model.model_card import CARD_FILE, Description, plain_differences, token_window, write_card
 from dti_model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.prompts import PromptBuilder, PromptFormat
 from dti_model.references import HUB, PretrainedModelError, locate
@@ -187,20 +187,20 @@ class Run:
             else:
                 self.model.save_pretrained(temporary, state_dict=weights)
             self.tokenizer.save_pretrained(temporary)
-            self._describe(temporary)
+            description = self._description()
+            description.write(temporary)
             self.provenance.save(temporary)
-            write_checksums(temporary)  # last
+            (temporary / CARD_FILE).unlink(missing_ok=True)  # peft's
+            write_checksums(temporary)
+            # Behind the checksums, and not among them: people may edit it.
+            write_card(temporary, description, self.config.model, of_run=self.model.config)
 
-    def _describe(self, folder: Path) -> None:
-        """dti.json and a model card: plain transformers load the folder, and may give other probabilities."""
+    def _description(self) -> Description:
+        """What dti.json says: plain transformers load the model, and may give other probabilities."""
         prompt, config = self.builder.format, self.model.config
         differences = plain_differences(self.config.dti, prompt.window, config)
         item_text, fingerprint = self.data.text_rule, self.data.fingerprint
-        description = Description(
-            self.config.dti, prompt, item_text, fingerprint, differences, token_window(config)
-        )
-        description.write(folder)
-        write_card(folder, description, self.config.model, of_run=config)
+        return Description(self.config.dti, prompt, item_text, fingerprint, differences, token_window(config))
 
     def targets(self, split: str) -> npt.NDArray[np.int64]:
         """The rows of a split that this run is measured on: all targets, or `max_eval_targets` of them."""

@@ -281,6 +281,8 @@ def test_the_cards_of_other_modes_warn(
         assert text.startswith("---\nlibrary_name: transformers\ntags:\n")
         assert "**Plain transformers do not compute this model.**" in text
         assert "AutoModelForCausalLM" not in text
+    (run / MODEL_FOLDER / "README.md").write_text("mine")  # people may edit it
+    Scorer.from_run(run, device="cpu")
     monkeypatch.chdir(tmp_path / "out")
     names: dict[str, Any] = {}
     (block,) = python_of(Path("README.md"))
@@ -336,7 +338,7 @@ def test_items_by_a_template_and_other_data(small_folder: Path, tmp_path: Path) 
 def test_exports_of_runs_of_older_versions(small_folder: Path, tmp_path: Path) -> None:
     """Their model/ has no dti.json: the template then comes from the data, or is not known."""
     run = run_folder(tmp_path / "run", small_folder, RESET)
-    for name in ("dti.json", "README.md"):
+    for name in ("dti.json", "README.md", "checksums.json", "provenance.json"):
         (run / MODEL_FOLDER / name).unlink()
     out, told = export(run, library_only=True)
     assert told["item_text"] == {}
