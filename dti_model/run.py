@@ -187,20 +187,23 @@ class Run:
             else:
                 self.model.save_pretrained(temporary, state_dict=weights)
             self.tokenizer.save_pretrained(temporary)
-            description = self._description()
-            description.write(temporary)
             self.provenance.save(temporary)
-            (temporary / CARD_FILE).unlink(missing_ok=True)  # peft's
+            description = self._describe(temporary)
+            # The card is for people, who may edit it: it comes after the checksums, and in the place of peft's.
+            (temporary / CARD_FILE).unlink(missing_ok=True)
             write_checksums(temporary)
-            # Behind the checksums, and not among them: people may edit it.
             write_card(temporary, description, self.config.model, of_run=self.model.config)
 
-    def _description(self) -> Description:
-        """What dti.json says: plain transformers load the model, and may give other probabilities."""
+    def _describe(self, folder: Path) -> Description:
+        """dti.json: plain transformers load the folder, and may give other probabilities."""
         prompt, config = self.builder.format, self.model.config
         differences = plain_differences(self.config.dti, prompt.window, config)
         item_text, fingerprint = self.data.text_rule, self.data.fingerprint
-        return Description(self.config.dti, prompt, item_text, fingerprint, differences, token_window(config))
+        description = Description(
+            self.config.dti, prompt, item_text, fingerprint, differences, token_window(config)
+        )
+        description.write(folder)
+        return description
 
     def targets(self, split: str) -> npt.NDArray[np.int64]:
         """The rows of a split that this run is measured on: all targets, or `max_eval_targets` of them."""

@@ -203,7 +203,7 @@ def test_flipped_bits_in_the_model(config: TrainConfig, whole: dict[str, Any]) -
                 found += 1
             else:
                 assert run.metrics("test", run.score("test")) == whole["test"]
-    assert found >= 10 * len(names) - 3
+    assert found >= 10 * (len(names) - 1) - 3, "the card, README.md, is for people"
 
 
 def test_flipped_bits_in_config_yaml(config: TrainConfig, whole: dict[str, Any]) -> None:
