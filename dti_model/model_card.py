@@ -20,6 +20,7 @@ from dti_model.attention import DTIConfig
 from dti_model.config import ModelConfig
 from dti_model.files import DamagedFileError, write_json
 from dti_model.prompts import PromptFormat
+from dti_model.references import locate
 
 DESCRIPTION_FILE, CARD_FILE = "dti.json", "README.md"
 # Rotary frequencies that follow the longest prompt of a pass, so that a packed pass differs from a prompt alone.
@@ -166,7 +167,7 @@ def write_card(
 
 
 def _head(settings: ModelConfig, of_run: bool) -> str:
-    base = settings.pretrained
+    base = None if settings.pretrained is None else locate(settings.pretrained)
     is_adapter = of_run and settings.uses_lora
     lines = [
         f"library_name: {'peft' if is_adapter else 'transformers'}",
@@ -174,9 +175,9 @@ def _head(settings: ModelConfig, of_run: bool) -> str:
         "- click-prediction",
         "- dti",
     ]
-    if base is not None and base.count("/") == 1 and base[0] not in "./~" and not Path(base).exists():
-        lines.append(f"base_model: {base}")  # an id of the hub; metadata knows no folders
-    kind = f"fine-tuned from `{base}`" if base else "trained from scratch"
+    if base is not None and base.on_hub:
+        lines.append(f"base_model: {base.name}")  # metadata knows no folders
+    kind = "trained from scratch" if base is None else f"fine-tuned from `{base.name}`"
     return "\n".join(
         (
             "---",
@@ -224,9 +225,8 @@ def _load_lines(settings: ModelConfig, of_run: Any | None) -> str:
     lines = ["tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
     source, more = "FOLDER", ""
     if of_run is not None and settings.uses_lora:
-        path = Path(str(settings.pretrained))
-        is_gguf = path.suffix == ".gguf"
-        source = f"{str(path.parent)!r}, gguf_file={path.name!r}" if is_gguf else repr(settings.pretrained)
+        base = locate(str(settings.pretrained))
+        source = repr(base.source) + (f", gguf_file={base.gguf_file!r}" if base.gguf_file else "")
         more = f", dtype=torch.{settings.dtype}"
     if of_run is not None and token_window(of_run) is not None:
         lines.append(f"config = AutoConfig.from_pretrained({source})")

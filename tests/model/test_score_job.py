@@ -21,11 +21,14 @@ from typing import Any
 import pytest
 import torch
 
+from dti_model.cli import main
+from dti_model.data import prepare
 from dti_model.files import DamagedFileError, LockedError, WriteError, locked
 from dti_model.run import Run
 from dti_model.score_file import CHUNK_LINES
 from dti_model.score_job import Job
 from dti_model.scorer import Scorer
+from tests.model.movielens_files import some_ratings, write_1m
 from tests.model.scoring_jobs import (
     Stop,
     assert_same,
@@ -98,7 +101,7 @@ def test_another_job_is_told_what_differs(
     again.tokenizer.add_tokens(["Toy Story"])
     others.append(("tokenizer", Scorer(again)))
     again = Run.load(run_folder, device="cpu")
-    again.data.stats["files"] = {"interactions.arrow": {"bytes": 7, "sha256": "7"}}
+    again.data.stats["files"] = {"interactions.arrow": {"bytes": 7, "sha256": "0" * 64}}
     others.append(("prepared data", Scorer(again)))
     for name, other in others:
         with pytest.raises(
@@ -107,6 +110,36 @@ def test_another_job_is_told_what_differs(
             score(other, requests_file, output)
         assert partial.read_bytes() == kept
     assert score(run_scorer, requests_file, output).resumed == 2 * CHUNK_LINES
+
+
+def test_prepared_data_that_the_run_was_not_trained_on(
+    run_folder: Path,
+    run_scorer: Scorer,
+    requests_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another data set behind the same ids was scored without a word, also in the middle of a job."""
+    folder = tmp_path_factory.mktemp("other")
+    raw = write_1m(folder / "raw", some_ratings(num_users=60, seed=1))
+    prepare("ml-1m", folder / "data", raw, subset=True, vocab_size=400)
+    output = requests_file.with_name("out.jsonl")
+    broken_off(run_scorer, requests_file, output, monkeypatch)
+    arguments = [*command(run_folder, requests_file, output), f"--data={folder / 'data'}"]
+    capsys.readouterr()
+    for more, message in (
+        ([], "is not the prepared data that"),
+        (["--other-data"], "out.jsonl.partial belongs to a job with another prepared data: delete it"),
+    ):
+        assert main([*arguments, *more]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert (
+        main([*arguments[:3], f"--output={output.with_name('other.jsonl')}", *arguments[4:], "--other-data"])
+        == 0
+    )
 
 
 def test_a_moved_input_and_a_reloaded_run_are_the_same_job(
