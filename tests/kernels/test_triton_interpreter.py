@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -57,6 +58,34 @@ def test_parity_in_half_precision(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["prefix_only_first", "many_short_prompts", "gqa_4", "candidates"])
 def test_parity_at_other_tile_shapes(name: str, shape: str) -> None:
     interpret(parity, named(name), torch.float32, shape)
+
+
+def parity_with_approximate_exponentials(case: Case) -> None:
+    """exp2 and log2 as inexact as PTX allows ex2.approx and lg2.approx: relative 2**-22, and absolute 2**-22 near 1."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    rng = np.random.default_rng(0)
+
+    def exp2(x: np.ndarray) -> np.ndarray:
+        return (np.exp2(x) * (1 + 2.0**-22 * rng.uniform(-1, 1, x.shape))).astype(x.dtype)
+
+    def log2(x: np.ndarray) -> np.ndarray:
+        exact = np.log2(x)
+        return (exact + 2.0**-22 * np.maximum(1, np.abs(exact)) * rng.uniform(-1, 1, x.shape)).astype(x.dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in (("create_exp2", exp2), ("create_log2", log2)):
+            patch.setattr(
+                InterpreterBuilder, name, lambda self, x, function=function: self.unary_op(x, function)
+            )
+        parity(case, torch.float32, "64x32")
+
+
+@pytest.mark.parametrize(
+    "name", ["one_token", "one_prompt", "prefix", "many_short_prompts", "gqa_4", "candidates"]
+)
+def test_the_budget_knows_the_exponential_of_gpus(name: str) -> None:
+    interpret(parity_with_approximate_exponentials, named(name))
 
 
 def test_parity_over_several_tiles() -> None:
