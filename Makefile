@@ -14,7 +14,8 @@ TORCH_CPU = https://download.pytorch.org/whl/cpu
 .PHONY: quickstart test check install test-floors test-newest clean
 
 quickstart: install
-	test -f $(DATA)/stats.json || $(VENV)/bin/dti prepare ml-100k --out $(DATA)
+	$(VENV)/bin/python -c 'from dti_model.data import PreparedData; PreparedData.open("$(DATA)")' 2>/dev/null || \
+	  $(VENV)/bin/dti prepare ml-100k --out $(DATA)
 	$(VENV)/bin/dti train --data $(DATA) --out $(RUN) --config configs/quickstart.yaml
 
 test: install
