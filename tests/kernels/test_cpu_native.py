@@ -69,9 +69,9 @@ def test_variants_on_random_prompts(flags: tuple[str, ...]) -> None:
 
 LONG = Case(
     "long",
-    [[9, 4, 7, 12] * 40, [5, 8] * 30, [3] * 70],
-    [[1] * 160, [1] * 60, [1] * 70],
-    [150, 20, 1],
+    [[9, 4, 7, 12] * 20, [5, 8] * 15, [3] * 35],
+    [[1] * 80, [1] * 30, [1] * 35],
+    [75, 10, 1],
     window=20,
     prefix_lengths=[1, 4, 0],
     num_heads=4,

@@ -373,7 +373,11 @@ def test_sigkill_before_every_change_of_a_file(
 @pytest.mark.slow
 def test_sigkill_at_random_moments(run_folder: Path, requests_file: Path, whole_scores: bytes) -> None:
     output, rng, kills = requests_file.with_name("out.jsonl"), random.Random(0), 0
-    while not output.exists() or output.with_name("out.jsonl.job").exists():
+    for _ in range(60):
+        if output.exists() and not output.with_name("out.jsonl.job").exists():
+            if kills:
+                break
+            output.unlink()  # it ended before it could be killed
         process = started(run_command, command(run_folder, requests_file, output))
         before = _size(output)
         while process.is_alive() and _size(output) == before:
@@ -383,7 +387,6 @@ def test_sigkill_at_random_moments(run_folder: Path, requests_file: Path, whole_
         process.join()
         kills += process.exitcode == -signal.SIGKILL
         assert process.exitcode in (0, -signal.SIGKILL)
-        assert kills < 20
     assert kills
     assert output.read_bytes() == whole_scores
 
