@@ -16,7 +16,12 @@ TORCH_CPU = https://download.pytorch.org/whl/cpu
 quickstart: install
 	$(VENV)/bin/python -c 'from dti_model.data import PreparedData; PreparedData.open("$(DATA)")' 2>/dev/null || \
 	  $(VENV)/bin/dti prepare ml-100k --out $(DATA)
-	$(VENV)/bin/dti train --data $(DATA) --out $(RUN) --config configs/quickstart.yaml
+	@if test -f $(RUN)/metrics.json; then \
+	  echo "$(RUN) holds a finished run: delete it, or name another folder: make quickstart RUN=runs/another"; \
+	else \
+	  $(VENV)/bin/dti train --data $(DATA) --out $(RUN) --config configs/quickstart.yaml && \
+	  echo "$(RUN): model/, predictions (Parquet), metrics.json, report.png"; \
+	fi
 
 test: install
 	$(VENV)/bin/python -m pytest $(PYTEST)
