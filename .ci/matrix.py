@@ -162,6 +162,9 @@ def main(words: list[str]) -> int:
         wanted = [row for row in rows(Path(scratch)) if not words or any(word in row.name for word in words)]
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
             results = list(pool.map(run, wanted))
+    if not wanted:
+        print(f"no row is named like {' or '.join(words)}", file=sys.stderr)
+        return 2
     for row, (status, _, _, output) in zip(wanted, results):
         if status == "RED":
             print(f"--- {row.name}\n{output}")
