@@ -136,7 +136,8 @@ def amazon_category(name: str, folder: str | Path | None, **options: Any) -> Ama
         paths = [Path(folder) / f"{stem}{ending}" for ending in (".gz", "")]
         found += [path for path in paths if path.is_file()][:1]
     if len(found) != 2:
-        raise DataError(f"{folder}: no {name} files here. The folder must hold {wanted}. {way_out}")
+        problem = f"no {name} files here" if Path(folder).is_dir() else "no such folder"
+        raise DataError(f"{folder}: {problem}. The folder must hold {wanted}. {way_out}")
     return AmazonFiles(found[0], found[1], **options, name=name)
 
 

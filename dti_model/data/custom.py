@@ -71,7 +71,10 @@ class CustomFiles:
         if (self.label is None) == (self.rating is None):
             raise ValueError("name the column of the click: either label (0 or 1) or rating with a threshold")
         if (self.rating is None) != (self.threshold is None):
-            raise ValueError("threshold goes with rating: a rating above it is a click; a label needs none")
+            missing = "threshold" if self.threshold is None else "rating"
+            raise ValueError(
+                f"threshold goes with rating, and {missing} is not given: a rating above the threshold is a click; a label needs none"
+            )
         if (
             self.threshold is not None and not -MAX_THRESHOLD <= self.threshold <= MAX_THRESHOLD
         ):  # NaN is neither

@@ -133,7 +133,8 @@ def _folder_of(folder: Path, name: str, *choices: tuple[str, ...]) -> Path:
         if any(all((candidate / file).is_file() for file in files) for files in choices):
             return candidate
     wanted = " or ".join(" and ".join(files) for files in choices)
-    raise DataError(f"{folder}: no {name} files here. The folder must hold {wanted}.")
+    found = f"no {name} files here" if folder.is_dir() else "no such folder"
+    raise DataError(f"{folder}: {found}. The folder must hold {wanted}.")
 
 
 def _raw_data(

@@ -64,15 +64,18 @@ def open_table(path: Path, *, multiline: bool) -> Table:
     """The reader for a file, by the end of its name; `multiline` allows line ends inside quoted CSV values.
 
     Raises:
-        DataError: the name ends with nothing known, or the file cannot be read or has no header.
+        DataError: there is no such file, its name ends with nothing known, or it cannot be read or has no header.
     """
     ending = Path(path.name.removesuffix(".gz")).suffix.lower()
-    if ending in SEPARATORS:
-        return _Csv(path, SEPARATORS[ending], multiline)
-    if path.suffix.lower() in PARQUET:
-        return _Parquet(path)
-    known = ", ".join((*SEPARATORS, *PARQUET))
-    raise DataError(f"{path}: the name must end with one of {known}; .csv and .tsv may be followed by .gz")
+    is_parquet = path.suffix.lower() in PARQUET
+    if ending not in SEPARATORS and not is_parquet:
+        known = ", ".join((*SEPARATORS, *PARQUET))
+        raise DataError(
+            f"{path}: the name must end with one of {known}; .csv and .tsv may be followed by .gz"
+        )
+    if not path.is_file():
+        raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    return _Parquet(path) if is_parquet else _Csv(path, SEPARATORS[ending], multiline)
 
 
 class _Csv(Table):

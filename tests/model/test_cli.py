@@ -134,10 +134,10 @@ def test_help_at_every_level(command: list[str], capsys: pytest.CaptureFixture[s
         (["prepare", "ml-1m", "--raw-dir=nowhere", "--out=data"], "nowhere"),
         (["prepare", "ml-1m", "--meta=x", "--out=data"], "meta"),
         (["prepare", "amazon", "--subset", "--out=data"], "subset"),
-        (["prepare", "amazon-cds", "--raw-dir=nowhere", "--out=data"], "no amazon-cds files here"),
+        (["prepare", "amazon-cds", "--raw-dir=nowhere", "--out=data"], "nowhere: no such folder"),
         ([*CUSTOM, "--text={title", "--label=liked"], "Write column names in braces"),
         ([*CUSTOM, "--text={title}", "--label=liked", "--threshold=3"], "threshold goes with rating"),
-        ([*CUSTOM, "--text={title}", "--label=liked"], "nowhere.csv: cannot be read"),
+        ([*CUSTOM, "--text={title}", "--label=liked"], "nowhere.csv: no such file"),
         (["rank"], "rank"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from dti_model.data import AmazonFiles, CustomFiles, DataError, PreparedData, prepare, rows
 from dti_model.data.custom import parsed_times
+from dti_model.data.tables import open_table
 from dti_model.data.texts import Template, clean_text, shorten, template_text
 from tests.model.log_files import (
     CUSTOM_COLUMNS,
@@ -312,7 +314,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "not.parquet").write_text("PAR1")
     (tmp_path / "other.csv").write_text("item,title,genres,year\n77,x,y,1\n")
     cases = {
-        "nowhere.csv": "nowhere.csv: cannot be read",
+        "nowhere.csv": "nowhere.csv: no such file",
         "clicks.xlsx": "must end with one of .csv, .tsv, .parquet, .pq",
         "empty.csv": "empty.csv:1: the file is empty",
         "cut.csv.gz": "cut.csv.gz: cannot be read after line 0",
@@ -363,3 +365,18 @@ def test_text_of_an_item_given_by_its_fields(tmp_path: Path, ending: str) -> Non
         assert text == data.item_texts[data.item_ids.index(row["item"])]
     with pytest.raises(DataError, match="has the fields title"):
         template_text(template, {"titel": "x"}, 10)
+
+
+@pytest.mark.parametrize("name", ["clicks.csv", "clicks.tsv.gz", "clicks.parquet"])
+def test_a_missing_file_is_missing(tmp_path: Path, name: str) -> None:
+    """A missing Parquet file was called a damaged one."""
+    with pytest.raises(DataError, match=rf"{re.escape(name)}: no such file$"):
+        open_table(tmp_path / name, multiline=False)
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=rf"{re.escape(name)}: not a file$"):
+        open_table(tmp_path / name, multiline=False)
+
+
+def test_a_missing_folder_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: no such folder. The folder must hold"):
+        prepare("ml-100k", tmp_path / "out", tmp_path / "nowhere")
