@@ -98,7 +98,9 @@ def _exported(run: Path, out: Path, library_only: bool, base_model: str | None) 
         if base is None:
             for path in source.iterdir():
                 if path.name not in _OF_THE_RUN and path.is_file():
-                    shutil.copyfile(path, made / path.name)  # without its mode: the umask may be another by now
+                    shutil.copyfile(
+                        path, made / path.name
+                    )  # without its mode: the umask may be another by now
         else:
             merge(load_adapter(base, source)).save_pretrained(made)
             tokenizer.save_pretrained(made)

@@ -77,11 +77,11 @@ def whole_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
         with _named_errors(path):
             older = _mode(path)
             if older is not None:
-                os.fchmod(descriptor, older | stat.S_IRUSR | stat.S_IWUSR)
+                _set_mode(temporary, older | stat.S_IRUSR | stat.S_IWUSR)
             yield temporary
             _flush(temporary)
             if older is not None:
-                temporary.chmod(older)
+                _set_mode(temporary, older)
             if replace:
                 os.replace(temporary, path)
             else:
@@ -111,14 +111,14 @@ def whole_folder(
     with temporary_folder(path) as temporary, _named_errors(path):
         mode, older = stat.S_IMODE(temporary.stat().st_mode), _mode(path)
         if older is not None:
-            temporary.chmod(older | stat.S_IRWXU)
+            _set_mode(temporary, older | stat.S_IRWXU)
         yield temporary
         for written in temporary.rglob("*"):
             _open_to_others(written, mode & 0o666)
             _flush(written)
         _flush(temporary)
         if older is not None:
-            temporary.chmod(older)
+            _set_mode(temporary, older)
         if check is not None:
             check()
         if replace:
@@ -136,11 +136,16 @@ def _mode(path: Path) -> int | None:
         return None
 
 
+def _set_mode(path: Path, mode: int) -> None:
+    with suppress(OSError):  # a file system that knows no modes
+        path.chmod(mode)
+
+
 def _open_to_others(written: Path, mode: int) -> None:
     """Give a file the mode of the umask: some libraries write theirs for their user alone, whatever the umask says."""
     found = written.lstat().st_mode
     if stat.S_ISREG(found) and stat.S_IMODE(found) == 0o600:
-        written.chmod(mode)
+        _set_mode(written, mode)
 
 
 @contextmanager
@@ -159,6 +164,9 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
         with _named_errors(path):
             yield temporary
     finally:
+        _set_mode(
+            temporary, stat.S_IRWXU
+        )  # an older folder, which it may be by now, may be one that nobody writes to
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(descriptor)
 

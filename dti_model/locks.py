@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 
 _MAX_BYTES = 1000  # of a line that says who holds a lock
+_TRIES = 20  # some folders, such as /proc, say for ever that a file is not there that is to be made
 _HOLDER = re.compile(rb"[^\n(]{1,60} \(process \d+[^\n]*\)\n?")
 
 
@@ -94,25 +95,29 @@ def _lock_file(path: Path, written: Path) -> int:
 
 def _opened(path: Path) -> int:
     """A descriptor of a lock file that is new or of this program."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, flags, 0o666)
-            break
-        except FileNotFoundError:
-            continue  # whoever made the folder has removed it between our two calls
-        except OSError as error:
-            if error.errno == errno.ELOOP and path.is_symlink():
-                raise _foreign(path, "a link") from None
-            if path.exists() and not path.is_file():
-                raise _foreign(path, "no file") from None
-            raise
+    try:
+        descriptor = _created(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise _foreign(path, "a link") from None
+        if path.exists() and not path.is_file():
+            raise _foreign(path, "no file") from None
+        raise
     kind = _foreign_kind(descriptor)
     if kind is not None:
         os.close(descriptor)
         raise _foreign(path, kind)
     return descriptor
+
+
+def _created(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    for _ in range(_TRIES):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Whoever made the folder too may remove it between our two calls.
+        with suppress(FileNotFoundError):
+            return os.open(path, flags, 0o666)
+    return os.open(path, flags, 0o666)
 
 
 def _foreign_kind(descriptor: int) -> str | None:

@@ -117,7 +117,11 @@ def test_outputs_and_inputs_that_are_no_files(
         (requests_file, tmp_path, "is a folder: give the name of a file"),
         (requests_file, tmp_path / "pipe.jsonl", "pipe.jsonl is no regular file"),
         (requests_file, tmp_path / "loop.jsonl", "loop.jsonl cannot be made (Too many levels of symbolic"),
-        (requests_file, tmp_path / "loop.jsonl" / "a.jsonl", "a.jsonl cannot be made (Too many levels of symb"),
+        (
+            requests_file,
+            tmp_path / "loop.jsonl" / "a.jsonl",
+            "a.jsonl cannot be made (Too many levels of symb",
+        ),
         (requests_file, tmp_path / f"{'a' * 300}.jsonl", "cannot be made (File name too long"),
         (requests_file, tmp_path / "same.jsonl", "is the input itself"),
         (requests_file, tmp_path / "hard.jsonl", "is the input itself"),
