@@ -38,6 +38,7 @@ from dti_model.files import (
     DamagedFileError,
     WriteError,
     check_checksums,
+    is_temporary,
     remove_folder,
     whole_folder,
     write_checksums,
@@ -239,10 +240,9 @@ def tidy(folder: Path, keep: set[Path]) -> None:
     for path in _checkpoints(folder).values():
         if path not in keep:
             remove_folder(path)
-    for path in folder.glob(
-        ".checkpoint-*"
-    ):  # who trains here holds the run folder's lock: nobody is writing one
-        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".checkpoint-*"):
+        if is_temporary(path):  # who trains here holds the run folder's lock: nobody is writing one
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

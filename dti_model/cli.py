@@ -197,7 +197,7 @@ def _score_parser() -> ArgumentParser:
   {"history": [["50", 1], ["172", 0]], "candidates": ["181", {"title": "Brazil (1985)", "genres": ["Sci-Fi"]}]}
 
 A user without a history has the one of the prepared data. An item is an id of the prepared data, the fields that its
-item texts are made of, or {"text": "..."}; a label is 1 for a click and 0 for none, oldest interaction first. In
+item texts are made of, or its finished text, {"text": "..."}; a label is 1 for a click and 0 for none, oldest interaction first. In
 Parquet, history is a list of structs (item, label).
 
 Output, a record per line and in their order: {"line": 1, "user": "5", "probabilities": [0.71, 0.42]}.

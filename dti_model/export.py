@@ -20,6 +20,7 @@ from dti_model.config import TrainConfig
 from dti_model.data import DataError, PreparedData
 from dti_model.files import CHECKSUMS_FILE, check_checksums, whole_folder, write_checksums
 from dti_model.fingerprints import PROVENANCE_FILE
+from dti_model.locks import locked_beside
 from dti_model.lora import load_adapter, merge
 from dti_model.model_card import (
     CARD_FILE,
@@ -29,6 +30,7 @@ from dti_model.model_card import (
     without_token_window,
     write_card,
 )
+from dti_model.places import check_new_folder
 from dti_model.pretrained import load_causal_lm
 from dti_model.prompts import PromptFormat
 from dti_model.run import MODEL_FOLDER, model_settings_of
@@ -59,14 +61,19 @@ def export_run(
 
     Raises:
         FileNotFoundError: `run` is no run folder, or its training has not ended.
-        FileExistsError: `out` is not empty.
+        FileExistsError: `out` is not empty, also where something comes into it meanwhile, or it is the current folder.
         LibraryOnlyError: plain transformers would compute other probabilities, and `library_only` is False.
+        LockedError: another process makes `out`.
         PretrainedModelError: the base model cannot be loaded.
         OtherOriginError: it is another one.
         WriteError: the disk is full; nothing is left of the export.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not empty: choose another --out, or delete it")
+    check_new_folder(out)
+    with locked_beside(out, "dti export"):
+        return _exported(run, out, library_only, base_model)
+
+
+def _exported(run: Path, out: Path, library_only: bool, base_model: str | None) -> Description:
     config = TrainConfig.load(run)
     source = run / MODEL_FOLDER
     if not (source / "tokenizer.json").is_file():
@@ -87,9 +94,13 @@ def export_run(
             f"{' and '.join(description.differences)}. Give --library-only for one that only Scorer.from_export reads right, or "
             "train with --dti.mode dti-minus"
         )
-    with whole_folder(out) as made:
+    with whole_folder(out, lambda: check_new_folder(out), replace=False) as made:
         if base is None:
-            shutil.copytree(source, made, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_OF_THE_RUN))
+            for path in source.iterdir():
+                if path.name not in _OF_THE_RUN and path.is_file():
+                    shutil.copyfile(
+                        path, made / path.name
+                    )  # without its mode: the umask may be another by now
         else:
             merge(load_adapter(base, source)).save_pretrained(made)
             tokenizer.save_pretrained(made)

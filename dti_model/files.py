@@ -1,38 +1,42 @@
-"""Files and folders that appear whole or not at all, locks that end with their process, and checksums.
+"""Files and folders that appear whole or not at all, and checksums.
 
     with whole_file(path) as temporary: temporary.write_text(...)        flushed to the disk, then renamed to `path`
     with whole_folder(path) as temporary: ...                            likewise; an older folder of that name goes
     with temporary_folder(path) as temporary: ...                        removed at the end, or by the next one after a kill
-    with locked(folder / ".lock", "dti train"): ...                      one writer at a time; the kernel releases it on a kill
     write_sealed(path, {...}); read_sealed(path, "delete it")            JSON that carries its own sha256
 
-Temporary names are `.NAME.RANDOM.incomplete`, beside NAME. A process holds a lock on its own ones while it lives, so the next writer of
-NAME knows what a killed process left behind, and removes it.
+Temporary names are `.NAME.dti-<16 hexadecimal digits>.incomplete`, beside NAME: nobody else's look so. A process holds a lock on its
+own ones while it lives, so the next writer of NAME knows what a killed process left behind, and removes it. What is replaced leaves its
+mode to what comes.
 
 Cost: one fsync a file, one pass of sha256 over what is checked (about 1.5 GB/s where the processor has SHA instructions).
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-import socket
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from dti_model.locks import LockedError as LockedError
+from dti_model.locks import is_still
+from dti_model.locks import locked as locked
+from dti_model.renames import exchanged, rename_file_to_nothing, rename_folder_to_nothing
 
 CHECKSUMS_FILE = "checksums.json"
 _SEAL = "sha256"
 _INCOMPLETE, _REMOVED = ".incomplete", ".removed"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
+_TEMPORARY = re.compile(r"\..+\.dti-[0-9a-f]{16}(\.incomplete|\.removed)")
 # How a full disk, a quota or a size limit ends a write. Libraries written in Rust and C++ say it in words of their own.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_WORDS = (
@@ -49,19 +53,20 @@ class WriteError(OSError):
     """A file or folder cannot be written; the message names it, why, and the way out. What was there before is untouched."""
 
 
-class LockedError(RuntimeError):
-    """Another process writes here; the message says which."""
-
-
 class DamagedFileError(ValueError):
     """A file is not what was written; the message names it and the way out."""
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
     """A temporary path to write to; at the end it becomes `path`, at an error it is removed.
 
+    Args:
+        path: the file to make.
+        replace: an older `path` is replaced; False: it stays, also one that comes in the last moment.
+
     Raises:
+        FileExistsError: there is a `path` in the end, and `replace` is False.
         WriteError: the disk is full; an older `path` is untouched.
     """
     path = Path(os.path.realpath(path))  # through a link, so that the link stays one
@@ -70,9 +75,17 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temporary, descriptor = _temporary(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         with _named_errors(path):
+            older = _mode(path)
+            if older is not None:
+                _set_mode(temporary, older | stat.S_IRUSR | stat.S_IWUSR)
             yield temporary
             _flush(temporary)
-            os.replace(temporary, path)
+            if older is not None:
+                _set_mode(temporary, older)
+            if replace:
+                os.replace(temporary, path)
+            else:
+                rename_file_to_nothing(temporary, path)
             _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -80,24 +93,59 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path, check: Callable[[], object] | None = None) -> Iterator[Path]:
+def whole_folder(
+    path: str | Path, check: Callable[[], object] | None = None, replace: bool = True
+) -> Iterator[Path]:
     """An empty temporary folder to fill; at the end it becomes `path`, in the place of an older one; at an error it is removed.
 
     Args:
         path: the folder to make.
         check: called when everything is on the disk, right before an older `path` goes; what it raises keeps that one.
+        replace: an older `path` is replaced; False: only an empty one is, and anything else stays, also what comes in the last moment.
 
     Raises:
+        FileExistsError: there is a `path` that is not an empty folder in the end, and `replace` is False.
         WriteError: the disk is full; an older `path` is untouched.
     """
     path = Path(os.path.realpath(path))
     with temporary_folder(path) as temporary, _named_errors(path):
+        mode, older = stat.S_IMODE(temporary.stat().st_mode), _mode(path)
+        if older is not None:
+            _set_mode(temporary, older | stat.S_IRWXU)
         yield temporary
-        for written in (*temporary.rglob("*"), temporary):
+        for written in temporary.rglob("*"):
+            _open_to_others(written, mode & 0o666)
             _flush(written)
+        _flush(temporary)
+        if older is not None:
+            _set_mode(temporary, older)
         if check is not None:
             check()
-        _swap(temporary, path)
+        if replace:
+            _swap(temporary, path)
+        else:
+            rename_folder_to_nothing(temporary, path)
+            _flush(path.parent)
+
+
+def _mode(path: Path) -> int | None:
+    """Who may do what with a file or folder; None: there is none."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode) & 0o777
+    except FileNotFoundError:
+        return None
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    with suppress(OSError):  # a file system that knows no modes
+        path.chmod(mode)
+
+
+def _open_to_others(written: Path, mode: int) -> None:
+    """Give a file the mode of the umask: some libraries write theirs for their user alone, whatever the umask says."""
+    found = written.lstat().st_mode
+    if stat.S_ISREG(found) and stat.S_IMODE(found) == 0o600:
+        _set_mode(written, mode)
 
 
 @contextmanager
@@ -116,6 +164,9 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
         with _named_errors(path):
             yield temporary
     finally:
+        _set_mode(
+            temporary, stat.S_IRWXU
+        )  # an older folder, which it may be by now, may be one that nobody writes to
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(descriptor)
 
@@ -124,7 +175,7 @@ def _swap(new: Path, path: Path) -> None:
     """Put the folder `new` in the place of the folder `path`; where there is one, it ends up under a hidden name."""
     if not path.exists():
         new.rename(path)
-    elif not _exchanged(new, path):
+    elif not exchanged(new, path):
         hidden = _hidden(path, _REMOVED)
         path.rename(hidden)
         try:
@@ -136,16 +187,6 @@ def _swap(new: Path, path: Path) -> None:
     _flush(path.parent)
 
 
-def _exchanged(a: Path, b: Path) -> bool:
-    """Exchange two names in one step, so that a kill never finds one of them missing; False where that is unknown."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError):  # an old C library
-        return False
-    failed: int = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
-    return not failed
-
-
 def remove_folder(path: Path) -> None:
     """Rename a folder away, then delete it, so that a kill halfway never leaves something that looks complete."""
     if path.exists():
@@ -155,64 +196,25 @@ def remove_folder(path: Path) -> None:
 
 
 def _hidden(path: Path, ending: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{ending}")
+    return path.with_name(f".{path.name}.dti-{secrets.token_hex(8)}{ending}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a name is one that only this module gives."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed writers of `path` left beside it; what living ones are writing stays."""
+    """Remove what killed writers of `path` left beside it; what living ones are writing, and what is not ours, stays."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.dti-[0-9a-f]{{16}}({_INCOMPLETE}|{_REMOVED})")
     with suppress(OSError):
-        for leftover in path.parent.glob(f".{_glob_escaped(path.name)}.????????{_REMOVED}"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in path.parent.glob(f".{_glob_escaped(path.name)}.????????{_INCOMPLETE}"):
-            _remove_unlocked(leftover)
-
-
-@contextmanager
-def locked(path: Path, purpose: str, written: Path | None = None) -> Iterator[None]:
-    """Hold the lock file `path`, whose folder is made where it is missing; it is gone at the end, or free after a kill.
-
-    A file system that knows no locks is no reason to stop: there, nothing is held.
-
-    Args:
-        path: the lock file.
-        purpose: what the others are told, such as "dti train".
-        written: what is written meanwhile; None: the folder that `path` is in.
-
-    Raises:
-        LockedError: another process holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock_file(path, path.parent if written is None else written)
-    try:
-        os.ftruncate(descriptor, 0)
-        since = datetime.now().astimezone().isoformat(timespec="seconds")
-        holder = f"{purpose} (process {os.getpid()} on {socket.gethostname()}, since {since})\n"
-        with suppress(OSError):  # a full disk: then the others are told less
-            os.pwrite(descriptor, holder.encode(), 0)
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _lock_file(path: Path, written: Path) -> int:
-    """An open and locked descriptor of `path`."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
-            raise LockedError(
-                f"{written} is being written by {holder}: wait until it has ended, or choose another"
-            ) from None
-        except OSError:
-            return descriptor
-        # Whoever held it may have removed the file between our two calls: then ours is the lock of nothing.
-        if _is_still(path, descriptor):
-            return descriptor
-        os.close(descriptor)
+        for name in os.listdir(path.parent):
+            if not ours.fullmatch(name):
+                continue
+            if name.endswith(_REMOVED):
+                shutil.rmtree(path.parent / name, ignore_errors=True)
+            else:
+                _remove_unlocked(path.parent / name)
 
 
 def sha256_of(path: Path) -> str:
@@ -324,21 +326,14 @@ def _temporary(path: Path, flags: int) -> tuple[Path, int]:
         with suppress(OSError):  # a file system without locks: then nobody removes leftovers there
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Between creation and lock another writer may have taken it for a leftover.
-        if _is_still(temporary, descriptor):
+        if is_still(temporary, descriptor):
             return temporary, descriptor
         os.close(descriptor)
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
 def _remove_unlocked(leftover: Path) -> None:
     try:
-        descriptor = os.open(leftover, os.O_RDONLY)
+        descriptor = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:  # another user's, or gone by now
         return
     try:
@@ -380,7 +375,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _glob_escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

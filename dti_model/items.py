@@ -18,7 +18,7 @@ import numpy as np
 
 from dti_model.data import DataError
 from dti_model.data.movielens import movie_text
-from dti_model.data.texts import MISSING_TITLE, Template, template_text
+from dti_model.data.texts import FINISHED, MISSING_TITLE, Template, template_text
 from dti_model.data.tokens import plain_backend
 from dti_model.prompts import IntArray, PromptBuilder
 
@@ -70,7 +70,11 @@ def _movie(fields: Mapping[str, Any]) -> str:
         )
     if not isinstance(genres, Sequence) or isinstance(genres, str):
         raise ItemError(f"genres must be a list of names, got {shown(genres)}")
-    return movie_text(title, [str(genre) for genre in genres])
+    names = [genre for genre in genres if genre is not None]
+    for genre in names:
+        if not isinstance(genre, str):
+            raise ItemError(f"genres must be a list of names, but one is {shown(genre)}")
+    return movie_text(title, names)
 
 
 class ItemTokens:
@@ -146,8 +150,8 @@ class ItemTokens:
     def _rendered(self, fields: Mapping[str, Any]) -> str:
         """The item text of fields, as the data set's loader would make it."""
         _check_texts(fields)
-        if fields.keys() == {"text"} and isinstance(fields["text"], str):
-            return str(fields["text"])
+        if fields.keys() == {FINISHED}:
+            return self._finished(fields[FINISHED])
         if self._item_text is None:
             raise ItemError(
                 f'how fields become a text is not known here: give {{"text": ...}}, got {shown(fields)}'
@@ -158,6 +162,17 @@ class ItemTokens:
             return template_text(self._template, fields, self._item_text["max_chars"])
         except DataError as error:
             raise ItemError(str(error)) from error
+
+    def _finished(self, text: Any) -> str:
+        if self._template is not None and FINISHED in self._template.columns:  # prepared by version 0.1.0
+            raise ItemError(
+                f'{{"{FINISHED}": ...}} is a finished text and also a column of the item texts here (text template '
+                f"{self._template.template!r}). Give another field with it to mean the column, or prepare the data again with the "
+                "column renamed"
+            )
+        if not isinstance(text, str):
+            raise ItemError(f"a finished text must be a text, got {shown(text)}")
+        return text
 
     def _encoded(self, text: str) -> IntArray:
         ids = self._backend.encode(text, add_special_tokens=False).ids

@@ -95,7 +95,8 @@ def _add_custom(parser: ArgumentParser) -> None:
         "--text",
         type=str,
         required=True,
-        help='template of an item\'s text, columns in braces: "{title}; {genres}"; the first one is the title',
+        help='template of an item\'s text, columns in braces: "{title}; {genres}"; the first one is the title, and none may be '
+        'called text, since {"text": ...} is a finished text in requests',
     )
     parser.add_argument("--label", type=str, help="column with 0 or 1: was it a click?")
     parser.add_argument("--rating", type=str, help="instead of --label: column with a rating")

@@ -28,8 +28,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from dti_model.files import locked
 from dti_model.items import ItemError
+from dti_model.locks import locked
 from dti_model.score_job import Job
 from dti_model.score_lines import (
     InputChangedError,
@@ -83,7 +83,7 @@ def score_file(
     Raises:
         BadLineError: a bad line, named by number, where they are not skipped; what was scored before it is kept for a next call.
         DamagedFileError: OUTPUT.job is damaged. (A damaged OUTPUT.partial is computed anew from there.)
-        FileExistsError: the output is there, or OUTPUT.partial belongs to another job.
+        FileExistsError: the output is there, or comes meanwhile; or OUTPUT.partial or OUTPUT.job is of another job or somebody's own.
         FileNotFoundError: there is no such input.
         InputChangedError: the input changes meanwhile.
         LockedError: another process makes this output.
@@ -118,6 +118,12 @@ def score_file(
 
 def _checked_output(source: Path, output: Path) -> Path:
     """The output with links resolved; an existing one is left to the job."""
+    try:
+        output.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ValueError(f"{output} cannot be made ({error.strerror}): choose another --output") from None
     if source.exists() and output.exists() and source.samefile(output):
         raise ValueError(f"{output} is the input itself: choose another --output")
     if output.is_dir():

@@ -21,7 +21,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dti_model.files import DamagedFileError, WriteError, read_sealed, sha256_of, whole_file, write_sealed
+from dti_model.files import (
+    DamagedFileError,
+    WriteError,
+    read_sealed,
+    remove_leftovers,
+    sha256_of,
+    whole_file,
+    write_sealed,
+)
 from dti_model.score_lines import is_parquet
 
 OUTPUT_SCHEMA = pa.schema(
@@ -63,11 +71,13 @@ class Job:
         Raises:
             FileExistsError: the output is there, and another one.
         """
+        self._check_places()
         if not self.output.exists():
             return False
         if self.job.is_file():
             told = self._told()
             if told.get("identity") == self._identity and told.get("output") == _facts(self.output):
+                remove_leftovers(self.output)
                 self._remove()
                 return True
         raise FileExistsError(f"{self.output} exists: choose another --output, or delete it")
@@ -79,13 +89,18 @@ class Job:
             Lines that are done.
 
         Raises:
-            FileExistsError: the files belong to another job; the message says what differs.
+            FileExistsError: the files belong to another job, and the message says what differs; or they are somebody's own.
             DamagedFileError: OUTPUT.job is not what was written.
         """
+        self._check_places()
         if self.partial.exists() and not self.job.exists():
             raise FileExistsError(f"{self.partial} exists without {self.job.name}: delete it to start anew")
         if self.partial.exists():
             self._check_same()
+        elif self.job.exists() and not self._is_ours():
+            raise FileExistsError(
+                f"{self.job} exists and is not a file of `dti score`: move it away, or choose another --output"
+            )
         write_sealed(self.job, {"identity": self._identity, "skip_bad_lines": self._skip_bad_lines})
         self.partial.touch()
         kept = sum(sum(map(len, chunk)) + len(trailer) for chunk, trailer in self._chunks())
@@ -102,7 +117,7 @@ class Job:
         num_lines, chain = self._num_lines + len(lines), _next(self._chain, lines)
         data = memoryview(b"".join((*lines, _trailer(num_lines, chain))))
         try:
-            descriptor = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            descriptor = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
             try:
                 while data:
                     data = data[os.write(descriptor, data) :]
@@ -122,9 +137,10 @@ class Job:
 
         Raises:
             DamagedFileError: OUTPUT.partial is not what was written.
+            FileExistsError: something came in the place of the output; it stays, and so does the job.
             WriteError: the disk is full; the job is kept.
         """
-        with whole_file(self.output) as temporary:
+        with whole_file(self.output, replace=False) as temporary:
             if is_parquet(self.output):
                 with pq.ParquetWriter(temporary, OUTPUT_SCHEMA) as writer:
                     records = (json.loads(line) for line in self._checked_lines(num_lines))
@@ -145,6 +161,20 @@ class Job:
     def _remove(self) -> None:
         self.partial.unlink(missing_ok=True)
         self.job.unlink(missing_ok=True)
+
+    def _check_places(self) -> None:
+        for path in (self.partial, self.job):
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise FileExistsError(
+                    f"{path} must be a regular file of `dti score`, or not be there, but is a link or something else: move it away, "
+                    "or choose another --output"
+                )
+
+    def _is_ours(self) -> bool:
+        try:
+            return "identity" in self._told()
+        except DamagedFileError:
+            return False
 
     def _told(self) -> dict[str, Any]:
         return read_sealed(self.job, f"Delete it and {self.partial.name} to start anew")

@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -98,7 +99,13 @@ class InputFile:
 
     def _num_rows(self) -> int:
         with self._readable_parquet():
-            num_rows: int = pq.ParquetFile(self._file).metadata.num_rows
+            file = pq.ParquetFile(self._file)
+            num_rows: int = file.metadata.num_rows
+            twice = _repeated_column(file.schema_arrow)
+        if twice is not None:
+            raise ValueError(
+                f"{self.path} has two columns {twice}: which one counts is not known, so keep one"
+            )
         return num_rows
 
     def _rows(self) -> Iterator[dict[str, Any]]:
@@ -136,6 +143,23 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def _repeated_column(fields: Iterable[pa.Field]) -> str | None:
+    """A name that two columns have, or two fields of a struct in one."""
+    fields = list(fields)
+    name, count = Counter(field.name for field in fields).most_common(1)[0] if fields else ("", 0)
+    if count > 1:
+        return str(name)
+    below = (
+        field.type.fields if pa.types.is_struct(field.type) else _entries(field.type) for field in fields
+    )
+    return next(filter(None, map(_repeated_column, below)), None)
+
+
+def _entries(kind: pa.DataType) -> list[pa.Field]:
+    """Of a list type, what its entries are."""
+    return [kind.value_field] if pa.types.is_list(kind) or pa.types.is_large_list(kind) else []
+
+
 def _digest(file: BinaryIO) -> tuple[dict[str, Any], int]:
     """Facts of a file's content, and its lines up to the last that is not blank."""
     digest, size, num_ends, num_lines = hashlib.sha256(), 0, 0, 0
@@ -167,12 +191,14 @@ def fields_of(line: Line) -> Mapping[str, Any]:
     """A line's fields; those that are null are absent.
 
     Raises:
-        ItemError: no JSON, no object, nested without end, or with a field that no request has.
+        ItemError: no JSON, no object, nested without end, or with a field twice, or one that no request has.
     """
     value: Any = line
     if isinstance(line, bytes):
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_without_repeats)
+        except ItemError:
+            raise
         except ValueError as error:
             raise ItemError(f"not valid JSON ({error})") from None
         except RecursionError:
@@ -183,6 +209,15 @@ def fields_of(line: Line) -> Mapping[str, Any]:
     if unknown := fields.keys() - FIELDS:
         raise ItemError(f"unknown field {shown(min(unknown))}: a line has {', '.join(sorted(FIELDS))}")
     return fields
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands in it twice, readers take the first or the last value."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ItemError(f"the field {shown(name)} stands twice in one object")
+    return value
 
 
 def _without_nulls(value: Any, depth: int) -> Any:

@@ -24,6 +24,7 @@ import torch
 from dti_kernels import candidate_layout
 from dti_model.attention import token_logits
 from dti_model.click_model import ClickModel
+from dti_model.devices import check_device
 from dti_model.items import Item, ItemError, ItemTokens, shown
 from dti_model.past import LayerKeys, Past, concatenated
 from dti_model.prompts import IntArray, consecutive_batches
@@ -139,8 +140,9 @@ class Scorer:
         Raises:
             FileNotFoundError: no run folder, or its training has not ended.
             DataError: the prepared folder cannot be read.
-            ValueError: it is not the one that the run was trained on, and `other_data` is False.
+            ValueError: it is not the one that the run was trained on, and `other_data` is False; or there is no such device.
         """
+        check_device(device)
         run = Run.load(Path(folder), None if data is None else Path(data), device, other_data, base)
         return Scorer(run, token_budget)
 
@@ -170,7 +172,9 @@ class Scorer:
             FileNotFoundError: no folder made by `dti export`.
             DamagedFileError: a file of it is not what was written.
             DataError: the prepared folder cannot be read, or is another one.
+            ValueError: there is no such device.
         """
+        check_device(device)
         data = None if data is None else Path(data)
         return Scorer(ClickModel.of_export(Path(folder), data, device, other_data), token_budget)
 
@@ -210,14 +214,25 @@ class Scorer:
             return Request(history.interactions, tokens, history)
         return Request(self._tokens(history), tokens, None)
 
-    def score_many(self, requests: Sequence[Request]) -> list[Scores]:
-        """`score` of many users at once, packed into passes of at most the token budget; in the order of the requests."""
-        parts = [part for request in requests for part in self._parts(request)]
+    def score_many(
+        self, requests: Sequence[Request | tuple[History | HistoryState, Sequence[Item]]]
+    ) -> list[Scores]:
+        """`score` of many users at once, packed into passes of at most the token budget; in the order of the requests.
+
+        Args:
+            requests: of `request`, or what it takes: `(history, candidates)` pairs.
+
+        Raises:
+            ItemError: as in `score`; the message names the pair.
+            TypeError: one is neither.
+        """
+        checked = [self._checked(place, request) for place, request in enumerate(requests)]
+        parts = [part for request in checked for part in self._parts(request)]
         num_rows = np.asarray([rows for _, rows in parts], np.int64)
         batches = consecutive_batches(num_rows, self.token_budget)
         scores = [self._scores([parts[i][0] for i in batch]) for batch in batches]
         flat = np.concatenate([np.empty(0), *scores])
-        return np.split(flat, np.cumsum([len(request.candidates) for request in requests]))[: len(requests)]
+        return np.split(flat, np.cumsum([len(request.candidates) for request in checked]))[: len(checked)]
 
     def encode(self, history: History) -> HistoryState:
         """Compute a history's last n interactions once, for any number of calls of `score`.
@@ -273,6 +288,19 @@ class Scorer:
         return self._items.text(item)
 
     # Requests to parts: token ids, and no more than fits a pass.
+
+    def _checked(self, place: int, request: Any) -> Request:
+        if isinstance(request, Request):
+            return request
+        if not isinstance(request, (tuple, list)) or len(request) != 2:
+            raise TypeError(
+                f"requests[{place}] must be a (history, candidates) pair, or what scorer.request(history, candidates) makes of one, "
+                f"got {shown(request)}"
+            )
+        try:
+            return self.request(*request)
+        except ItemError as error:
+            raise ItemError(f"requests[{place}]: {error}") from None
 
     def _tokens(self, history: History) -> _Tokens:
         if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):

@@ -40,6 +40,7 @@ def test_python_blocks_run(
     assert len(ranked) == len(names["candidates"])
     probabilities = [float(line.split()[0]) for line in ranked]
     assert sorted(probabilities, reverse=True) == probabilities
+    assert [len(scores) for scores in names["of_two_users"]] == [len(names["candidates"]), 2]
     assert any(line.endswith("The Grand Budapest Hotel (2014); Comedy, Drama") for line in ranked)
 
 

@@ -42,7 +42,8 @@ from dti_model.data.split import CONTEXT, SPLIT_CODES, SplitKind, assign_split
 from dti_model.data.store import COLUMNS, PreparedData
 from dti_model.data.texts import MISSING_TITLE
 from dti_model.data.tokens import check_vocab_size, save_tokenizer, train_tokenizer
-from dti_model.files import WriteError, locked, temporary_folder, whole_folder, write_sealed
+from dti_model.files import WriteError, temporary_folder, whole_folder, write_sealed
+from dti_model.locks import locked_beside
 
 MOVIELENS: Mapping[str, Callable[[Path], RawData]] = {"ml-100k": load_100k, "ml-1m": load_1m}
 SOURCES = (*MOVIELENS, *AMAZON_CATEGORIES)
@@ -154,10 +155,9 @@ def _prepared(raw: RawData, provenance: dict[str, Any], rules: _Rules, out: Path
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Nobody else prepares `out` meanwhile; the lock is beside it, since `out` itself is replaced."""
-    real = Path(os.path.realpath(out))
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(real.with_name(f".{real.name}.lock"), "dti prepare", out))
+            stack.enter_context(locked_beside(out, "dti prepare"))
         except OSError as error:
             raise _cannot_be_written(out, error) from error
         yield

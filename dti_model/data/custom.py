@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from dti_model.data.rows import MAX_REJECTED, Interactions, check_max_rejected
 from dti_model.data.source import RawData, file_sha256
 from dti_model.data.tables import LINE, Table, open_table
-from dti_model.data.texts import MAX_CHARS, Template, items_with_text
+from dti_model.data.texts import FINISHED, MAX_CHARS, Template, as_text, items_with_text
 
 INTEGERS, NUMBERS, DATES = "the file's", "millionths of the file's", "microseconds"
 _TIME_RULES = {INTEGERS: "an integer", NUMBERS: "a number", DATES: "an ISO date-time"}
@@ -39,7 +38,7 @@ class CustomFiles:
     Attributes:
         interactions: one row an interaction; the name ends with .csv, .tsv (both also .gz), .parquet or .pq.
         items: one row an item.
-        text: template of an item's text, column names in braces: "{title}; {genres}". The first is the title.
+        text: template of an item's text, column names in braces: "{title}; {genres}". The first is the title; none is called `text`.
         label: column with 0 or 1 (or true and false, yes and no). Either this or `rating`.
         rating: column with numbers; one above `threshold` is a click.
         threshold: goes with `rating`.
@@ -87,7 +86,11 @@ class CustomFiles:
         check_max_rejected(self.max_rejected)
         if self.max_chars < 1:
             raise ValueError(f"max_chars must be at least 1, but is {self.max_chars}")
-        Template(self.text)
+        if FINISHED in Template(self.text).columns:
+            raise ValueError(
+                f'text template {self.text!r} names a column {FINISHED}, but {{"{FINISHED}": ...}} is a finished item text where items '
+                "are scored: rename that column in the item file and in the template"
+            )
 
     @property
     def _columns(self) -> list[str]:
@@ -163,7 +166,7 @@ class CustomFiles:
             ids = _ids(batch[f"={key}"])
             for line in batch[LINE].filter(ids.is_null()):
                 table.rejected.add(line, f"{key} must not be empty")
-            values = pl.DataFrame({name: _as_text(batch[f"={name}"]) for name in template.columns})
+            values = pl.DataFrame({name: as_text(batch[f"={name}"]) for name in template.columns})
             yield ids.drop_nulls(), values.filter(ids.is_not_null())
 
 
@@ -211,36 +214,18 @@ def _problem(column: str, name: str, rule: str, values: pl.Series | None = None)
     """The problem of the rows where `column` is null; `values` are shown."""
     text = pl.lit(f"{name} {rule}")
     if values is not None:
-        text = pl.concat_str(text, pl.lit(", but is "), pl.lit(_as_text(values).fill_null("empty")))
+        text = pl.concat_str(text, pl.lit(", but is "), pl.lit(as_text(values).fill_null("empty")))
     return pl.when(pl.col(column).is_null()).then(text)
-
-
-def _as_text(values: pl.Series) -> pl.Series:
-    """A column as text: whole numbers without a decimal point, lists joined by commas, NaN as null."""
-    frame = values.to_frame("value")
-    if isinstance(values.dtype, pl.List):
-        parts = pl.col("value").list.eval(_text(pl.element(), values.dtype.inner))
-        return frame.select(parts.list.drop_nulls().list.join(", ")).to_series()
-    return frame.select(_text(pl.col("value"), values.dtype)).to_series()
 
 
 def _one_value(values: pl.Series) -> pl.Series:
     """A column of lists as text, since neither a number nor a time is a list; other columns as they are."""
-    return _as_text(values).alias(values.name) if isinstance(values.dtype, pl.List) else values
-
-
-def _text(values: pl.Expr, dtype: Any) -> pl.Expr:
-    if not dtype.is_float():
-        return values.cast(pl.String)
-    whole = values.cast(pl.Int64, strict=False)
-    return (
-        pl.when(whole == values).then(whole.cast(pl.String)).otherwise(values.fill_nan(None).cast(pl.String))
-    )
+    return as_text(values).alias(values.name) if isinstance(values.dtype, pl.List) else values
 
 
 def _ids(values: pl.Series) -> pl.Series:
     """Ids as text without blanks around them; null where there is none."""
-    texts = _as_text(values).str.strip_chars()
+    texts = as_text(values).str.strip_chars()
     return texts.set(texts == "", None)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from dti_model.data.errors import DataError
 from dti_model.files import DamagedFileError, check_files, checksums, read_sealed, write_sealed
+from dti_model.places import why_irreplaceable
 
 FORMAT_VERSION = 2
 STATS_FILE = "stats.json"
@@ -28,7 +29,9 @@ AGAIN = "Make the folder again with: dti prepare"
 REMOVE = "Remove the folder and make it again with: dti prepare"
 _CONTENT = ("source", "files", "users", "items", "interactions")
 # Token ids, of this and of version 1, and what a killed writer of them leaves.
-_TOKENS = re.compile(r"\.?[0-9a-f]{16}(-[0-9a-f]{64})?\.arrow(\.\w{8}(\.incomplete)?)?")
+_TOKENS = re.compile(
+    r"\.?[0-9a-f]{16}(-[0-9a-f]{64})?\.arrow(\.\w{8}(\.incomplete)?|\.dti-[0-9a-f]{16}\.incomplete)?"
+)
 _NUM_NAMED = 3
 
 _whole: set[tuple[str, int, int, str]] = set()  # states of files that this process has found to be as written
@@ -152,20 +155,9 @@ def check_replaceable(out: Path) -> None:
         raise DataError(
             f"{out}: cannot be read ({error.strerror}). Name another folder with --out"
         ) from error
-    real = Path(os.path.realpath(out))
-    if os.path.ismount(real):
-        raise DataError(f"{out}: is a mount point, which cannot be replaced. Name a folder in it with --out")
-    if _current_folder().is_relative_to(real):
-        raise DataError(
-            f"{out}: is the current folder, or around it, and cannot be replaced. Name another one with --out"
-        )
-
-
-def _current_folder() -> Path:
-    try:
-        return Path(os.path.realpath(os.getcwd()))
-    except FileNotFoundError:  # somebody removed it
-        return Path()
+    reason = why_irreplaceable(out)
+    if reason is not None:
+        raise DataError(f"{out}: {reason}")
 
 
 def _own_files(out: Path) -> set[str] | None:

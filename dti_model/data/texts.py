@@ -10,9 +10,12 @@ brackets and dangling separators go. An item without any value has no text at al
 from __future__ import annotations
 
 import html
+import numbers
 import re
 import string
 from collections.abc import Collection, Mapping
+from datetime import date, time
+from decimal import Decimal
 from typing import Any
 
 import polars as pl
@@ -21,6 +24,7 @@ from dti_model.data.errors import DataError
 
 MISSING_TITLE = "Unknown title"
 MAX_CHARS = 200  # default length of one value: a window holds 20 items, and some titles are whole pages
+FINISHED = "text"  # of an item that is given as its finished text, and so no column of a template
 _TAG = re.compile(r"</?[a-zA-Z!][^<>]*>")
 _DANGLING = " ,:|/-"
 
@@ -123,22 +127,18 @@ class Template:
 
 
 def template_text(template: Template, fields: Mapping[str, Any], max_chars: int) -> str:
-    """The text of one item, as `items_with_text` makes it; lists are joined by commas.
+    """The text of one item, as `items_with_text` makes it of a column with such values.
 
     Raises:
-        DataError: a field that the template does not name, or no value at all.
+        DataError: a field that the template does not name, a value that no column has, or no value at all.
     """
     unknown = sorted(fields.keys() - set(template.columns))
-    if unknown or not any(fields.values()):
+    if unknown or not any(value not in (None, "", [], ()) for value in fields.values()):
         raise DataError(
             f"an item here has the fields {', '.join(template.columns)} (text template {template.template!r}), or the one field "
             f"text; got {dict(fields)}"
         )
-    values = {}
-    for name in template.columns:
-        value = fields.get(name)
-        shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        values[name] = [None if shown is None else str(shown)]
+    values = {name: [_value_text(name, fields.get(name))] for name in template.columns}
     frame, _, _ = items_with_text(
         pl.Series(["item"]),
         pl.DataFrame(values, schema=dict.fromkeys(values, pl.String)),
@@ -147,6 +147,46 @@ def template_text(template: Template, fields: Mapping[str, Any], max_chars: int)
     )
     text: str = frame["text"][0]
     return text
+
+
+def _value_text(name: str, value: Any) -> str | None:
+    """The text of a field; lists are joined by commas, without what is null in them."""
+    if isinstance(value, (list, tuple)):
+        parts = [_scalar_text(f"an entry of the field {name}", part) for part in value]
+        return ", ".join(part for part in parts if part is not None)
+    return _scalar_text(f"the field {name}", value)
+
+
+def _scalar_text(place: str, value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (numbers.Real, Decimal, date, time)):  # a bool is a number, a datetime a date
+        try:
+            text: str | None = as_text(pl.Series([value]))[0]
+            return text
+        except (pl.exceptions.PolarsError, OverflowError, TypeError, ValueError):
+            pass  # beyond what a column holds
+    raise DataError(
+        f"{place} must be a text or a number that a column can hold, or a list of them, but is {value!r:.200}"
+    )
+
+
+def as_text(values: pl.Series) -> pl.Series:
+    """A column as text: whole numbers without a decimal point, lists joined by commas, NaN as null."""
+    frame = values.to_frame("value")
+    if isinstance(values.dtype, pl.List):
+        parts = pl.col("value").list.eval(_text(pl.element(), values.dtype.inner))
+        return frame.select(parts.list.drop_nulls().list.join(", ")).to_series()
+    return frame.select(_text(pl.col("value"), values.dtype)).to_series()
+
+
+def _text(values: pl.Expr, dtype: Any) -> pl.Expr:
+    if not dtype.is_float():
+        return values.cast(pl.String)
+    whole = values.cast(pl.Int64, strict=False)
+    return (
+        pl.when(whole == values).then(whole.cast(pl.String)).otherwise(values.fill_nan(None).cast(pl.String))
+    )
 
 
 def items_with_text(

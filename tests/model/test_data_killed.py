@@ -59,7 +59,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "stats": (build, "write_stats"),
     "the token cache": (store, "encode"),
     "the disk": (files, "_flush"),
-    "the swap": (files, "_exchanged"),
+    "the swap": (files, "exchanged"),
     "the removal": (files.shutil, "rmtree"),
 }
 

@@ -90,7 +90,7 @@ def test_a_folder_that_is_replaced_is_never_missing(
 
     monkeypatch.setattr(files.shutil, "rmtree", deleting)
     if not exchange:  # as on file systems that cannot
-        monkeypatch.setattr(files, "_exchanged", lambda *_: False)
+        monkeypatch.setattr(files, "exchanged", lambda *_: False)
     folder.mkdir()
     (folder / "old").write_text("old")
     with files.whole_folder(folder) as temporary:
@@ -167,7 +167,7 @@ def test_a_leftover_of_another_user_does_not_keep_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a folder that users share, one that may not be opened ended the search for the rest."""
-    names = [f".out.{letter * 8}.incomplete" for letter in "abc"]
+    names = [f".out.dti-{letter * 16}.incomplete" for letter in "abc"]
     for name in names:
         (tmp_path / name).mkdir()
     os_open = os.open

@@ -94,7 +94,7 @@ def test_what_a_killed_start_leaves_is_a_fresh_folder(config: TrainConfig) -> No
     """The lock, an empty folder of checkpoints, and a config.yaml without its name."""
     (config.out / "checkpoints").mkdir(parents=True)
     (config.out / LOCK_FILE).write_text("dti train (process 1 on elsewhere)\n")
-    (config.out / ".config.yaml.0123abcd.incomplete").write_text("half")
+    (config.out / ".config.yaml.dti-0123456789abcdef.incomplete").write_text("half")
     train(config)
     assert not list(config.out.rglob(".*"))
 

@@ -110,11 +110,19 @@ def test_outputs_and_inputs_that_are_no_files(
     os.link(requests_file, tmp_path / "hard.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "not.parquet").write_text("no")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     for given, output, message in (
         (requests_file, Path("/dev/null"), "/dev/null is no regular file"),
         (requests_file, tmp_path / "folder.jsonl", "is a folder: give the name of a file"),
         (requests_file, tmp_path, "is a folder: give the name of a file"),
         (requests_file, tmp_path / "pipe.jsonl", "pipe.jsonl is no regular file"),
+        (requests_file, tmp_path / "loop.jsonl", "loop.jsonl cannot be made (Too many levels of symbolic"),
+        (
+            requests_file,
+            tmp_path / "loop.jsonl" / "a.jsonl",
+            "a.jsonl cannot be made (Too many levels of symb",
+        ),
+        (requests_file, tmp_path / f"{'a' * 300}.jsonl", "cannot be made (File name too long"),
         (requests_file, tmp_path / "same.jsonl", "is the input itself"),
         (requests_file, tmp_path / "hard.jsonl", "is the input itself"),
         (tmp_path / "pipe.jsonl", tmp_path / "out.jsonl", "pipe.jsonl is no regular file"),

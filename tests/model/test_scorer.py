@@ -277,3 +277,16 @@ def test_evaluation_gives_the_scores_of_a_prompt_per_target(small_folder: Path, 
     for token_budget in (100, 1 << 20):
         scores = score_targets(run.model, run.config.dti, run.builder, rows, token_budget)
         assert np.abs(scores - expected).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "warp", "cpu:x", ""])
+def test_a_device_that_is_not_there_is_one_line(run_folder: Path, device: str) -> None:
+    """It was a traceback, after the model had been loaded."""
+    if device == "cuda:7" and torch.cuda.device_count() > 7:
+        pytest.skip("there is one")
+    for load in (Scorer.from_run, Scorer.from_export):
+        with pytest.raises(
+            ValueError, match=r"^device .* cannot be used here \([^\n]*\): name another"
+        ) as raised:
+            load(run_folder, device=device)
+        assert "\n" not in str(raised.value)
