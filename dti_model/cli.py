@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -12,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
-from jsonargparse.typing import NonNegativeInt
 
 from dti_model.command_line import Parser, check_files, check_groups
-from dti_model.config_file import CONFIG_FILE
+from dti_model.evaluate_cli import add_evaluate, run_evaluate
 from dti_model.prepare_cli import add_prepare, run_prepare
 from dti_model.process import set_up_process
 
@@ -82,7 +80,7 @@ def _parser() -> ArgumentParser:
 
     add_prepare(commands)
     _add_train(commands)
-    _add_evaluate(commands)
+    add_evaluate(commands, _add_base)
     _add_score(commands)
     _add_search(commands)
     _add_models(commands)
@@ -100,34 +98,6 @@ def _add_train(commands: Any) -> None:
     )
     train.add_class_arguments(TrainConfig, fail_untyped=True)
     commands.add_subcommand("train", train, help="train a model into a run folder")
-
-
-def _add_evaluate(commands: Any) -> None:
-    evaluate = Parser(
-        description="Score the targets of a split with a trained run, one sliding-window prompt each unless --k says otherwise."
-    )
-    evaluate.add_argument("--run", type=Path, required=True, help="run folder made by `dti train`")
-    evaluate.add_argument(
-        "--data", type=Path, help="prepared folder; default: the one that the run was trained on"
-    )
-    evaluate.add_argument(
-        "--other-data",
-        action="store_true",
-        help="score prepared data that the run was not trained on; its targets may be among those trained on",
-    )
-    _add_base(evaluate)
-    evaluate.add_argument("--split", type=str, choices=["val", "test"], default="test", help="which targets")
-    evaluate.add_argument(
-        "--k",
-        type=NonNegativeInt,
-        default=1,
-        help="targets per prompt; 0: whole histories. Streaming prompts are many times faster, and a model of several layers "
-        "that was trained with them may score better with them",
-    )
-    evaluate.add_argument("--device", type=str, help="torch device; default: cuda where there is one")
-    evaluate.add_argument("--json", type=Path, help="also write the metrics to this file")
-    evaluate.add_argument("--progress", type=bool, default=True, help="show a progress bar")
-    commands.add_subcommand("evaluate", evaluate, help="metrics of a trained run beside lines without text")
 
 
 def _add_score(commands: Any) -> None:
@@ -261,47 +231,8 @@ def _search(options: Namespace) -> None:
 
 
 def _evaluate(options: Namespace) -> None:
-    from dti_model.files import write_json
-    from dti_model.report import metrics_table, sentence_about_baselines
-    from dti_model.train import evaluate_run
-
     _quiet_transformers()
-    if options.json is not None:
-        _check_replaceable(options.json)
-    result = evaluate_run(
-        options.run,
-        options.data,
-        options.split,
-        options.device,
-        options.progress,
-        options.k or None,
-        options.other_data,
-        options.base,
-    )
-    from dti_model.ranks import rank
-
-    if rank():
-        return
-    print(metrics_table(result))
-    print(sentence_about_baselines(result[options.split], result["baselines"][options.split]))
-    if options.json is not None:
-        write_json(options.json, result)
-
-
-def _check_replaceable(path: Path) -> None:
-    """Before hours of scoring: a file of metrics can be written here, and what is there is one of an earlier call, or nothing."""
-    if not path.parent.is_dir():
-        raise ValueError(f"--json {path}: there is no folder {path.parent}")
-    if not path.exists():
-        return
-    try:
-        known = json.loads(path.read_bytes()).keys() >= {"baselines"}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        known = False
-    if not known or (path.parent / CONFIG_FILE).exists():
-        raise ValueError(
-            f"--json {path} exists and is not a file that `dti evaluate` wrote: name another, or delete it"
-        )
+    run_evaluate(options)
 
 
 def _score(options: Namespace) -> None:
