@@ -18,6 +18,7 @@ from dti_model.config import OptimConfig, TrainConfig
 from dti_model.curves import curves
 from dti_model.data import DataError, PreparedData
 from dti_model.files import without_nan
+from dti_model.launch import let_settings_rule
 from dti_model.metrics import click_metrics
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import first_rank_does, rank, world_size
@@ -152,6 +153,7 @@ def _trainer(run: Run, arguments: TrainingArguments) -> StreamTrainer:
 
 
 def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
+    let_settings_rule(optim.bf16)
     often = "steps" if optim.validate_every else "epoch"
     special: dict[str, Any] = {}
     if optim.activation_checkpointing and not optim.fsdp:
