@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from dti_model.command_line import Parser, check_files, check_groups
+from dti_model.command_line import Parser, check_files, check_groups, check_numbers
 from dti_model.evaluate_cli import add_evaluate, run_evaluate
+from dti_model.output import unbreakable_output
 from dti_model.prepare_cli import add_prepare, run_prepare
 from dti_model.process import set_up_process
 
@@ -23,9 +23,23 @@ class _KeepLines(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; errors of the user are one line on stderr and exit status 2."""
-    set_up_process()
+    """Run one command; errors of the user are one line on stderr and exit status 2, Ctrl-C is one line and 130."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with unbreakable_output() as stdout:
+        status = _main(arguments)
+        stdout.flush()
+        is_lost = "evaluate" in arguments and not any(word.startswith("--json") for word in arguments)
+        if status == 0 and stdout.error is not None and is_lost:
+            print(
+                f"dti evaluate: error: the metrics cannot be printed ({stdout.error.strerror})",
+                file=sys.stderr,
+            )
+            return 2
+    return status
+
+
+def _main(arguments: Sequence[str]) -> int:
+    set_up_process()
     commands = {
         "prepare": run_prepare,
         "fetch-model": _fetch_model,
@@ -36,8 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "export": _export,
     }
     name = next((f" {word}" for word in arguments if word in commands), "")
+    options = Namespace()
     try:
         check_files(arguments)
+        check_numbers(arguments)
         parser = _parser()
         parsed = parser.parse_args(arguments)
         options = parsed[parsed.subcommand]
@@ -46,10 +62,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if "--debug" in arguments:
             raise
-        with suppress(OSError):  # its file may lie on the same full disk
-            print(f"dti{name}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"dti{name}: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if "--debug" in arguments:
+            raise
+        print(
+            f"\ndti{name}: interrupted: give the same command again {_where_it_goes_on(name, options)}",
+            file=sys.stderr,
+        )
+        return 130
     return 0
+
+
+def _where_it_goes_on(name: str, options: Namespace) -> str:
+    """Of a command that Ctrl-C ended. Imports nothing: that may be what was interrupted."""
+    if name in (" score", " search"):
+        return "to go on where it was"
+    if name == " train" and options.get("out") is not None:
+        folders = Path(options.out).expanduser().glob("checkpoints/checkpoint-*")
+        steps = [path.name.removeprefix("checkpoint-") for path in folders]
+        last = max((int(step) for step in steps if step.isascii() and step.isdigit()), default=None)
+        if last is not None:
+            return f"to go on from checkpoint {last}"
+    return "to start again"
 
 
 def _one_line(error: BaseException) -> str:
