@@ -25,6 +25,7 @@ _NUMBER_FLAGS = (
     "--min-item-count",
     "--vocab-size",
     "--threshold",
+    "--max-rejected",
 )
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 

@@ -23,7 +23,7 @@ from typing import Any
 from dti_model.config import TrainConfig
 from dti_model.data.tokens import plain_backend
 from dti_model.files import read_sealed, write_sealed
-from dti_model.references import Reference, locate
+from dti_model.references import PretrainedModelError, Reference, locate
 
 PROVENANCE_FILE = "provenance.json"
 _BLOCKS, _BLOCK_BYTES = 64, 4096
@@ -147,7 +147,14 @@ def base_model_fingerprint(place: Reference) -> str:
     if place.gguf_file is not None:
         return _digest({"weights": {"gguf": _sample(Path(place.source) / place.gguf_file)}})
     folder = place.folder
-    config = json.loads((folder / "config.json").read_bytes())
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise PretrainedModelError(f"{folder / 'config.json'} is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise PretrainedModelError(
+            f"{folder / 'config.json'} must hold an object, the configuration of a model"
+        )
     weights = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
     return _digest(
         {

@@ -42,6 +42,7 @@ from dti_model.attention import apply_dti
 from dti_model.config import CONFIG_FILE, ModelConfig, TrainConfig
 from dti_model.data import PreparedData
 from dti_model.data.split import SPLIT_CODES
+from dti_model.devices import device_named
 from dti_model.files import (
     DamagedFileError,
     check_checksums,
@@ -134,7 +135,9 @@ class Run:
             OtherOriginError: the data, the pretrained model or the settings are others.
             DamagedFileError: a file of the model is not what was written.
             PretrainedModelError: the pretrained model cannot be loaded.
+            ValueError: there is no such device.
         """
+        device = device_named(device)
         config = TrainConfig.load(folder)
         path = folder / MODEL_FOLDER
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -152,7 +155,6 @@ class Run:
         config = replace(config, data=data.path, model=model_settings_of(config, folder, base))
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = _load_model(config, path, tokenizer, device)
         except (
             SafetensorError,
