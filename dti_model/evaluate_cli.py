@@ -92,8 +92,10 @@ def check_destination(path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"--json {path}: there is no folder {path.parent}")
     real = Path(os.path.realpath(path))
-    if real.exists() and not _is_of_evaluate(real):
-        kind = "" if real.is_file() else " (it is no regular file)"
+    if path.exists() and not _is_of_evaluate(
+        path
+    ):  # by its own name: that of a pipe's descriptor leads to none
+        kind = "" if path.is_file() else " (it is no regular file)"
         raise ValueError(
             f"--json {path} exists and is not a file that `dti evaluate` wrote{kind}: name another, or delete it"
         )

@@ -6,7 +6,7 @@ another function. Who reads a run compares.
 
     data        `PreparedData.fingerprint`: the files that `dti prepare` wrote
     tokenizer   everything that decides the ids of a text, and the ids of its special tokens
-    settings    everything in config.yaml that decides the result: not where things are, nor bars
+    settings    what in config.yaml decides the result: not where things are, nor bars and log lines
     base model  its configuration, and of every file of weights the name, the size and 65 blocks of 4 KiB spread evenly: another model
                 differs in nearly all of them, and no one waits for many GiB to be hashed. One changed weight may go unseen
 """
@@ -30,6 +30,8 @@ _BLOCKS, _BLOCK_BYTES = 64, 4096
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 # What a copy of a model may differ in.
 _PASSING = ("transformers_version", "_name_or_path")
+# Of the settings, what decides neither weights nor metrics; of `optim`, save_steps.
+_WITHOUT_A_SAY = ("data", "out", "progress", "logging_steps", "report_to", "compare_steps")
 _DEFAULTS = asdict(TrainConfig(Path(), Path()))
 
 
@@ -97,13 +99,14 @@ class Provenance:
 
 
 def settings_fingerprint(config: TrainConfig) -> str:
-    """64 hexadecimal digits over the settings that decide a result; paths and bars have no say in it.
+    """64 hexadecimal digits over the settings that decide weights and metrics; places, bars, log lines and checkpoints have no say.
 
     A setting at its default is left out: one that a later version adds changes no fingerprint.
     """
     plain: dict[str, Any] = asdict(config)
-    for name in ("data", "out", "progress"):
+    for name in _WITHOUT_A_SAY:
         del plain[name]
+    plain["optim"] = {name: value for name, value in plain["optim"].items() if name != "save_steps"}
     plain["model"] = {**plain["model"], "pretrained": config.model.pretrained is not None}
     return _digest(_unlike(plain, _DEFAULTS))
 

@@ -83,6 +83,9 @@ def test_settings_that_decide_nothing(config: TrainConfig) -> None:
     before = settings_fingerprint(config)
     moved = dataclasses.replace(config, data=Path("a"), out=Path("b"), progress=True)
     assert settings_fingerprint(moved) == before
+    told = dataclasses.replace(config, logging_steps=1, report_to=("wandb",), compare_steps=3)
+    saved = dataclasses.replace(config, optim=dataclasses.replace(config.optim, save_steps=7))
+    assert settings_fingerprint(told) == settings_fingerprint(saved) == before
     rate = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip=1))
     assert settings_fingerprint(rate) == before
     for change in ({"seed": 1}, {"k": 4}, {"optim": OptimConfig(token_budget=600, bf16=True)}):
