@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
-from jsonargparse.typing import NonNegativeInt
 
-from dti_model.command_line import Parser, check_files, check_groups
-from dti_model.config_file import CONFIG_FILE
+from dti_model.command_line import Parser, check_files, check_groups, check_numbers
+from dti_model.evaluate_cli import add_evaluate, run_evaluate
+from dti_model.output import unbreakable_output
 from dti_model.prepare_cli import add_prepare, run_prepare
 from dti_model.process import set_up_process
 
@@ -25,9 +23,23 @@ class _KeepLines(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; errors of the user are one line on stderr and exit status 2."""
-    set_up_process()
+    """Run one command; errors of the user are one line on stderr and exit status 2, Ctrl-C is one line and 130."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with unbreakable_output() as stdout:
+        status = _main(arguments)
+        stdout.flush()
+        is_lost = "evaluate" in arguments and not any(word.startswith("--json") for word in arguments)
+        if status == 0 and stdout.error is not None and is_lost:
+            print(
+                f"dti evaluate: error: the metrics cannot be printed ({stdout.error.strerror})",
+                file=sys.stderr,
+            )
+            return 2
+    return status
+
+
+def _main(arguments: Sequence[str]) -> int:
+    set_up_process()
     commands = {
         "prepare": run_prepare,
         "fetch-model": _fetch_model,
@@ -38,8 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "export": _export,
     }
     name = next((f" {word}" for word in arguments if word in commands), "")
+    options = Namespace()
     try:
         check_files(arguments)
+        check_numbers(arguments)
         parser = _parser()
         parsed = parser.parse_args(arguments)
         options = parsed[parsed.subcommand]
@@ -48,10 +62,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if "--debug" in arguments:
             raise
-        with suppress(OSError):  # its file may lie on the same full disk
-            print(f"dti{name}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"dti{name}: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if "--debug" in arguments:
+            raise
+        print(
+            f"\ndti{name}: interrupted: give the same command again {_where_it_goes_on(name, options)}",
+            file=sys.stderr,
+        )
+        return 130
     return 0
+
+
+def _where_it_goes_on(name: str, options: Namespace) -> str:
+    """Of a command that Ctrl-C ended. Imports nothing: that may be what was interrupted."""
+    if name in (" score", " search"):
+        return "to go on where it was"
+    if name == " train" and options.get("out") is not None:
+        folders = Path(options.out).expanduser().glob("checkpoints/checkpoint-*")
+        steps = [path.name.removeprefix("checkpoint-") for path in folders]
+        last = max((int(step) for step in steps if step.isascii() and step.isdigit()), default=None)
+        if last is not None:
+            return f"to go on from checkpoint {last}"
+    return "to start again"
 
 
 def _one_line(error: BaseException) -> str:
@@ -82,7 +116,7 @@ def _parser() -> ArgumentParser:
 
     add_prepare(commands)
     _add_train(commands)
-    _add_evaluate(commands)
+    add_evaluate(commands, _add_base)
     _add_score(commands)
     _add_search(commands)
     _add_models(commands)
@@ -100,34 +134,6 @@ def _add_train(commands: Any) -> None:
     )
     train.add_class_arguments(TrainConfig, fail_untyped=True)
     commands.add_subcommand("train", train, help="train a model into a run folder")
-
-
-def _add_evaluate(commands: Any) -> None:
-    evaluate = Parser(
-        description="Score the targets of a split with a trained run, one sliding-window prompt each unless --k says otherwise."
-    )
-    evaluate.add_argument("--run", type=Path, required=True, help="run folder made by `dti train`")
-    evaluate.add_argument(
-        "--data", type=Path, help="prepared folder; default: the one that the run was trained on"
-    )
-    evaluate.add_argument(
-        "--other-data",
-        action="store_true",
-        help="score prepared data that the run was not trained on; its targets may be among those trained on",
-    )
-    _add_base(evaluate)
-    evaluate.add_argument("--split", type=str, choices=["val", "test"], default="test", help="which targets")
-    evaluate.add_argument(
-        "--k",
-        type=NonNegativeInt,
-        default=1,
-        help="targets per prompt; 0: whole histories. Streaming prompts are many times faster, and a model of several layers "
-        "that was trained with them may score better with them",
-    )
-    evaluate.add_argument("--device", type=str, help="torch device; default: cuda where there is one")
-    evaluate.add_argument("--json", type=Path, help="also write the metrics to this file")
-    evaluate.add_argument("--progress", type=bool, default=True, help="show a progress bar")
-    commands.add_subcommand("evaluate", evaluate, help="metrics of a trained run beside lines without text")
 
 
 def _add_score(commands: Any) -> None:
@@ -261,47 +267,8 @@ def _search(options: Namespace) -> None:
 
 
 def _evaluate(options: Namespace) -> None:
-    from dti_model.files import write_json
-    from dti_model.report import metrics_table, sentence_about_baselines
-    from dti_model.train import evaluate_run
-
     _quiet_transformers()
-    if options.json is not None:
-        _check_replaceable(options.json)
-    result = evaluate_run(
-        options.run,
-        options.data,
-        options.split,
-        options.device,
-        options.progress,
-        options.k or None,
-        options.other_data,
-        options.base,
-    )
-    from dti_model.ranks import rank
-
-    if rank():
-        return
-    print(metrics_table(result))
-    print(sentence_about_baselines(result[options.split], result["baselines"][options.split]))
-    if options.json is not None:
-        write_json(options.json, result)
-
-
-def _check_replaceable(path: Path) -> None:
-    """Before hours of scoring: a file of metrics can be written here, and what is there is one of an earlier call, or nothing."""
-    if not path.parent.is_dir():
-        raise ValueError(f"--json {path}: there is no folder {path.parent}")
-    if not path.exists():
-        return
-    try:
-        known = json.loads(path.read_bytes()).keys() >= {"baselines"}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        known = False
-    if not known or (path.parent / CONFIG_FILE).exists():
-        raise ValueError(
-            f"--json {path} exists and is not a file that `dti evaluate` wrote: name another, or delete it"
-        )
+    run_evaluate(options)
 
 
 def _score(options: Namespace) -> None:

@@ -20,6 +20,7 @@ from transformers import (
 from dti_model.attention import DTIConfig, apply_dti
 from dti_model.data import DataError, PreparedData
 from dti_model.data.tokens import plain_backend
+from dti_model.devices import device_named
 from dti_model.files import check_checksums
 from dti_model.model_card import Description
 from dti_model.prompts import PromptBuilder, PromptFormat
@@ -62,10 +63,10 @@ class ClickModel:
     @staticmethod
     def of_export(folder: Path, data: Path | None, device: str | None, other_data: bool) -> ClickModel:
         """Read a folder that `dti export` made; arguments and errors as in `Scorer.from_export`."""
+        device = device_named(device)
         description = Description.read(folder)
         check_checksums(folder, "Export the model again with `dti export`")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = apply_dti(AutoModelForCausalLM.from_pretrained(folder), description.dti)
         if description.dti.train_slopes:
             load_slopes(model, folder)

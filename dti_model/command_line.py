@@ -17,6 +17,17 @@ from dti_model.strict_yaml import StrictYAMLError, check_yaml, read_settings
 _MODE = "strict yaml"
 # Flags whose values may be names of YAML files.
 _FILE_FLAGS = ("--config", "--grid", *(f"--{group}" for group in GROUPS))
+# Flags of numbers that are no settings of a run.
+_NUMBER_FLAGS = (
+    "--token-budget",
+    "--max-chars",
+    "--min-context",
+    "--min-item-count",
+    "--vocab-size",
+    "--threshold",
+    "--max-rejected",
+)
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
 def _load(text: str) -> Any:
@@ -73,6 +84,24 @@ def check_files(arguments: Sequence[str]) -> None:
             read_settings(Path(text))
         except (ValueError, OSError) as error:
             raise ValueError(f"{name}: {' '.join(str(error).split())[:500]}") from None
+
+
+def check_numbers(arguments: Sequence[str]) -> None:
+    """Refuse numbers to base 60 in flags: YAML 1.1 reads 1:30 as 90.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for flag, value in zip(arguments, [*arguments[1:], ""]):
+        name, equals, rest = flag.partition("=")
+        text = rest if equals else value
+        if not name.startswith("--") or not _BASE_60.fullmatch(text):
+            continue
+        setting = name.removeprefix("--")
+        if setting in RULES and not RULES[setting].accepts(text):
+            raise ValueError(must_be(setting, text))
+        if name in _NUMBER_FLAGS:
+            raise ValueError(f"{name} must be a number, got {text}")
 
 
 def check_groups(options: Namespace) -> None:

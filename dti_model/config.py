@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dti_model.attention import DTIConfig, check_reset_layers
-from dti_model.bounds import PROJECTIONS, check_settings
+from dti_model.bounds import PROJECTIONS, check_settings, shown
 from dti_model.config_file import CONFIG_FILE, read_config, write_config
 from dti_model.references import located
 
@@ -229,12 +229,16 @@ class TrainConfig:
             other: the settings of the later call.
             places: compare where data and pretrained model are; False: their fingerprints say whether they are the same.
         """
+        return self.first_difference(other, places) is None
+
+    def first_difference(self, other: TrainConfig, places: bool = True) -> str | None:
+        """The first setting in which `same_run` finds a difference, in words; None: they are the same run."""
         mine, others = self.located(), other.located()
         mine = replace(mine, out=others.out, progress=others.progress)
         if not places:
             model = replace(mine.model, pretrained=mine.model.pretrained and others.model.pretrained)
             mine = replace(mine, data=others.data, model=model)
-        return mine == others
+        return _first_difference(mine, others, "")
 
     def save(self, folder: Path) -> None:
         """Write `config.yaml` into a folder, which is made where it is missing; paths become absolute."""
@@ -254,7 +258,26 @@ class TrainConfig:
             raise FileNotFoundError(
                 f"{path} does not exist: {folder} is not a run folder made by `dti train`"
             )
-        return read_config(path, TrainConfig)
+        # Version 0.1.0 wrote neither seals nor fingerprints: where there are fingerprints, there was a seal.
+        sealed = (folder / "model" / "provenance.json").is_file()
+        return read_config(path, TrainConfig, sealed)
+
+
+def _first_difference(mine: Any, others: Any, group: str) -> str | None:
+    for each in fields(mine):
+        before, now = getattr(mine, each.name), getattr(others, each.name)
+        if before == now:
+            continue
+        if is_dataclass(before) and is_dataclass(now):
+            return _first_difference(before, now, f"{group}{each.name}.")
+        return f"{group}{each.name} was {shown(_plain(before))} and is now {shown(_plain(now))}"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _absolute(path: Path) -> Path:

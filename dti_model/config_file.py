@@ -48,12 +48,13 @@ def write_config(settings: Any, path: Path) -> None:
         temporary.write_text(f"{text}# sha256 {_sha256(text)}\n")
 
 
-def read_config(path: Path, kind: type[Settings]) -> Settings:
+def read_config(path: Path, kind: type[Settings], sealed: bool = False) -> Settings:
     """Read what `write_config` or version 0.1.0 wrote.
 
     Args:
         path: the file.
         kind: the dataclass.
+        sealed: the folder is none of version 0.1.0, so that the file must have a seal.
 
     Raises:
         ConfigFileError: a setting is unknown, out of bounds or of another type, or the file does not fit its seal.
@@ -61,8 +62,8 @@ def read_config(path: Path, kind: type[Settings]) -> Settings:
     try:
         text = read_text(path)
         seal = _SEAL.search(text)
-        if seal is None and text.startswith(_FIRST_LINE):
-            raise ValueError(f"{path} is cut short: its last line is not its seal")
+        if seal is None and (sealed or text.startswith(_FIRST_LINE)):
+            raise ValueError(f"{path} is cut short or was written anew: its last line is not its seal")
         if seal is not None and _sha256(text[: seal.start()]) != seal[1]:
             raise ValueError(f"{path} was changed after the run had written it")
         raw = parse_settings(text, path)

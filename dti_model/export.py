@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenize
 
 from dti_model.config import TrainConfig
 from dti_model.data import DataError, PreparedData
-from dti_model.files import CHECKSUMS_FILE, check_checksums, whole_folder, write_checksums
+from dti_model.files import CHECKSUMS_FILE, whole_folder, write_checksums
 from dti_model.fingerprints import PROVENANCE_FILE
 from dti_model.locks import locked_beside
 from dti_model.lora import load_adapter, merge
@@ -33,7 +33,7 @@ from dti_model.model_card import (
 from dti_model.places import check_new_folder
 from dti_model.pretrained import load_causal_lm
 from dti_model.prompts import PromptFormat
-from dti_model.run import MODEL_FOLDER, model_settings_of
+from dti_model.run import MODEL_FOLDER, check_model, model_settings_of
 
 _OF_THE_RUN = (DESCRIPTION_FILE, CARD_FILE, CHECKSUMS_FILE, PROVENANCE_FILE)  # the export has its own
 
@@ -65,7 +65,8 @@ def export_run(
         LibraryOnlyError: plain transformers would compute other probabilities, and `library_only` is False.
         LockedError: another process makes `out`.
         PretrainedModelError: the base model cannot be loaded.
-        OtherOriginError: it is another one.
+        OtherOriginError: it is another one, or config.yaml is another run's.
+        DamagedFileError: a file of the run is not what was written.
         WriteError: the disk is full; nothing is left of the export.
     """
     check_new_folder(out)
@@ -80,7 +81,7 @@ def _exported(run: Path, out: Path, library_only: bool, base_model: str | None) 
         raise FileNotFoundError(
             f"{source} holds no model: the run has not ended. Give `dti train` the same settings again to go on"
         )
-    check_checksums(source, f"Put it back, or delete {run} and train again")
+    check_model(run, config)
     config = replace(config, model=model_settings_of(config, run, base_model))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     base = None

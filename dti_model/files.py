@@ -259,21 +259,23 @@ def write_checksums(folder: Path) -> None:
     write_sealed(folder / CHECKSUMS_FILE, {"files": checksums(folder)})
 
 
-def check_checksums(folder: Path, way_out: str) -> None:
-    """Check a folder against its `checksums.json`; one without (of version 0.1.0) passes.
+def check_checksums(folder: Path, way_out: str, required: bool = False) -> None:
+    """Check a folder against its `checksums.json`; one without (of version 0.1.0) passes unless it is `required`.
 
     Raises:
         DamagedFileError: as `check_files`.
     """
-    if (folder / CHECKSUMS_FILE).is_file():
+    if required or (folder / CHECKSUMS_FILE).is_file():
         check_files(folder, read_sealed(folder / CHECKSUMS_FILE, way_out)["files"], way_out)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A whole file of strict JSON: NaN and infinities, which JSON does not know, become null."""
+def write_json(path: Path, value: Mapping[str, Any], check: Callable[[], object] | None = None) -> None:
+    """A whole file of strict JSON: NaN and infinities, which JSON does not know, become null; `check` as in `whole_folder`."""
     text = json.dumps(without_nan(value), indent=2, allow_nan=False)
     with whole_file(path) as temporary:
         temporary.write_text(text + "\n")
+        if check is not None:
+            check()
 
 
 def without_nan(value: Any) -> Any:
@@ -285,10 +287,10 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and value - value != 0 else value
 
 
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+def write_sealed(path: Path, value: Mapping[str, Any], check: Callable[[], object] | None = None) -> None:
     """`write_json` of an object that also holds the sha256 of its other fields."""
     plain = json.loads(json.dumps(without_nan(value)))
-    write_json(path, {**plain, _SEAL: _seal_of(plain)})
+    write_json(path, {**plain, _SEAL: _seal_of(plain)}, check)
 
 
 def read_sealed(path: Path, way_out: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run was made of, as fingerprints: prepared data, tokenizer, pretrained model.
+"""What a run was made of, as fingerprints: prepared data, tokenizer, pretrained model, settings.
 
 A run folder's model, its checkpoints and its metrics carry them. Data that was prepared again, with another split perhaps, would put
 targets that were trained on into the test set without a word; another tokenizer or base model would make the weights those of
@@ -6,6 +6,7 @@ another function. Who reads a run compares.
 
     data        `PreparedData.fingerprint`: the files that `dti prepare` wrote
     tokenizer   everything that decides the ids of a text, and the ids of its special tokens
+    settings    what in config.yaml decides the result: not where things are, nor bars and log lines
     base model  its configuration, and of every file of weights the name, the size and 65 blocks of 4 KiB spread evenly: another model
                 differs in nearly all of them, and no one waits for many GiB to be hashed. One changed weight may go unseen
 """
@@ -19,15 +20,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dti_model.config import TrainConfig
 from dti_model.data.tokens import plain_backend
 from dti_model.files import read_sealed, write_sealed
-from dti_model.references import Reference, locate
+from dti_model.references import PretrainedModelError, Reference, locate
 
 PROVENANCE_FILE = "provenance.json"
 _BLOCKS, _BLOCK_BYTES = 64, 4096
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 # What a copy of a model may differ in.
 _PASSING = ("transformers_version", "_name_or_path")
+# Of the settings, what decides neither weights nor metrics; of `optim`, save_steps.
+_WITHOUT_A_SAY = ("data", "out", "progress", "logging_steps", "report_to", "compare_steps")
+_DEFAULTS = asdict(TrainConfig(Path(), Path()))
 
 
 class OtherOriginError(ValueError):
@@ -42,17 +47,22 @@ class Provenance:
         data: of the prepared data.
         tokenizer: of the tokenizer.
         base_model: of the pretrained model; None: trained from scratch.
+        settings: of the run's settings; None: not known.
     """
 
     data: str
     tokenizer: str
     base_model: str | None = None
+    settings: str | None = None
 
     @staticmethod
-    def of(data: Any, tokenizer: Any, pretrained: str | None) -> Provenance:
-        """Of prepared data, a fast tokenizer and a reference to a pretrained model."""
+    def of(data: Any, tokenizer: Any, config: TrainConfig) -> Provenance:
+        """Of prepared data, a fast tokenizer and the settings of a run."""
+        pretrained = config.model.pretrained
         base = None if pretrained is None else base_model_fingerprint(locate(pretrained))
-        return Provenance(data.fingerprint, tokenizer_fingerprint(tokenizer), base)
+        return Provenance(
+            data.fingerprint, tokenizer_fingerprint(tokenizer), base, settings_fingerprint(config)
+        )
 
     def save(self, folder: Path) -> None:
         """Write `provenance.json` into a folder."""
@@ -71,7 +81,11 @@ class Provenance:
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> Provenance:
         """From what `asdict` gave."""
-        return Provenance(fields["data"], fields["tokenizer"], fields["base_model"])
+        return Provenance(fields["data"], fields["tokenizer"], fields["base_model"], fields.get("settings"))
+
+    def has_settings_of(self, config: TrainConfig) -> bool:
+        """Whether the run had these settings, as far as is known."""
+        return self.settings in (None, settings_fingerprint(config))
 
     def differs(self, other: Provenance) -> str | None:
         """In words, what two runs do not share; None: nothing."""
@@ -79,7 +93,33 @@ class Provenance:
             return "the prepared data"
         if self.base_model != other.base_model:
             return "the pretrained model"
+        if None not in (self.settings, other.settings) and self.settings != other.settings:
+            return "the settings"
         return "the tokenizer" if self.tokenizer != other.tokenizer else None
+
+
+def settings_fingerprint(config: TrainConfig) -> str:
+    """64 hexadecimal digits over the settings that decide weights and metrics; places, bars, log lines and checkpoints have no say.
+
+    A setting at its default is left out: one that a later version adds changes no fingerprint.
+    """
+    plain: dict[str, Any] = asdict(config)
+    for name in _WITHOUT_A_SAY:
+        del plain[name]
+    plain["optim"] = {name: value for name, value in plain["optim"].items() if name != "save_steps"}
+    plain["model"] = {**plain["model"], "pretrained": config.model.pretrained is not None}
+    return _digest(_unlike(plain, _DEFAULTS))
+
+
+def _unlike(value: dict[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs from the defaults; 1 and 1.0 are one number."""
+    result: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, dict):
+            result[name] = _unlike(item, default.get(name, {}))
+        elif name not in default or item != default[name]:
+            result[name] = int(item) if isinstance(item, float) and item.is_integer() else item
+    return result
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -110,7 +150,14 @@ def base_model_fingerprint(place: Reference) -> str:
     if place.gguf_file is not None:
         return _digest({"weights": {"gguf": _sample(Path(place.source) / place.gguf_file)}})
     folder = place.folder
-    config = json.loads((folder / "config.json").read_bytes())
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise PretrainedModelError(f"{folder / 'config.json'} is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise PretrainedModelError(
+            f"{folder / 'config.json'} must hold an object, the configuration of a model"
+        )
     weights = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
     return _digest(
         {

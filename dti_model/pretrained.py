@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
@@ -56,7 +55,9 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = _from_cache_first(
             place, lambda source: AutoTokenizer.from_pretrained(source, **options)
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what a configuration of impossible values meets is anything
         raise PretrainedModelError(
             f"the tokenizer of {reference} cannot be loaded: {_first_line(error)}"
         ) from error
@@ -153,9 +154,9 @@ def _from_reference(reference: str, dtype: torch.dtype, more: dict[str, Any]) ->
             place,
             lambda source: AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **more),
         )
-    except PretrainedModelError:
+    except (PretrainedModelError, MemoryError):
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # what a configuration of impossible values meets is anything
         raise PretrainedModelError(
             f"{reference} cannot be loaded as a folder, a GGUF file or a model of the Hugging Face hub: {_first_line(error)}"
         ) from error

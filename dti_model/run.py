@@ -39,9 +39,10 @@ from transformers import (
 )
 
 from dti_model.attention import apply_dti
-from dti_model.config import ModelConfig, TrainConfig
+from dti_model.config import CONFIG_FILE, ModelConfig, TrainConfig
 from dti_model.data import PreparedData
 from dti_model.data.split import SPLIT_CODES
+from dti_model.devices import device_named
 from dti_model.files import (
     DamagedFileError,
     check_checksums,
@@ -50,17 +51,20 @@ from dti_model.files import (
     write_checksums,
     write_json,
 )
-from dti_model.fingerprints import OtherOriginError, Provenance, base_model_fingerprint
+from dti_model.fingerprints import (
+    PROVENANCE_FILE,
+    OtherOriginError,
+    Provenance,
+    base_model_fingerprint,
+)
 from dti_model.lora import add_lora, load_adapter, save_adapter
 from dti_model.metrics import click_metrics
 from dti_model.model_card import CARD_FILE, Description, plain_differences, token_window, write_card
 from dti_model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.prompts import PromptBuilder, PromptFormat
 from dti_model.references import HUB, PretrainedModelError, locate
-from dti_model.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
+from dti_model.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, MODEL_FOLDER, check_model_is_ours
 from dti_model.scoring import score_targets
-
-MODEL_FOLDER = "model"
 
 __all__ = [
     "CHECKPOINTS_FOLDER",
@@ -86,7 +90,7 @@ class Run:
     @cached_property
     def provenance(self) -> Provenance:
         """Fingerprints of data, tokenizer and pretrained model."""
-        return Provenance.of(self.data, self.tokenizer, self.config.model.pretrained)
+        return Provenance.of(self.data, self.tokenizer, self.config)
 
     @staticmethod
     def start(config: TrainConfig) -> Run:
@@ -128,10 +132,12 @@ class Run:
 
         Raises:
             FileNotFoundError: `folder` is no run folder, its training has not ended, or its data is not where it was.
-            OtherOriginError: the data or the pretrained model are others.
+            OtherOriginError: the data, the pretrained model or the settings are others.
             DamagedFileError: a file of the model is not what was written.
             PretrainedModelError: the pretrained model cannot be loaded.
+            ValueError: there is no such device.
         """
+        device = device_named(device)
         config = TrainConfig.load(folder)
         path = folder / MODEL_FOLDER
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -139,8 +145,7 @@ class Run:
                 f"{path} holds no model: the run has not ended. Give `dti train` the same settings again to go on"
             )
         way_out = f"Put it back, or delete {folder} and train again"
-        check_checksums(path, way_out)
-        made_of = Provenance.load(path, way_out)
+        made_of = check_model(folder, config)
         data = PreparedData.open(data_folder or _data_of(config, folder))
         if made_of is not None and data.fingerprint != made_of.data and not other_data:
             raise OtherOriginError(
@@ -150,7 +155,6 @@ class Run:
         config = replace(config, data=data.path, model=model_settings_of(config, folder, base))
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = _load_model(config, path, tokenizer, device)
         except (
             SafetensorError,
@@ -179,8 +183,10 @@ class Run:
 
         Raises:
             WriteError: the disk is full; an older folder is untouched.
+            RunExistsError: something else is there; it is untouched.
         """
-        with whole_folder(folder) as temporary:
+        check_model_is_ours(folder)  # before its link is followed
+        with whole_folder(folder, lambda: check_model_is_ours(folder)) as temporary:
             if isinstance(self.model, PeftModel):
                 assert self.config.model.pretrained is not None
                 save_adapter(self.model, temporary, locate(self.config.model.pretrained).name, weights)
@@ -242,6 +248,27 @@ class Run:
         )
         with whole_file(path) as temporary:
             table.write_parquet(temporary)
+
+
+def check_model(folder: Path, config: TrainConfig) -> Provenance | None:
+    """Check that `model/` of a run folder is what was written, and was trained with the settings of the run's config.yaml.
+
+    Returns:
+        What it was made of; None: version 0.1.0 wrote it.
+
+    Raises:
+        DamagedFileError: a file is not what was written, or missing.
+        OtherOriginError: it was trained with other settings.
+    """
+    path, way_out = folder / MODEL_FOLDER, f"Put it back, or delete {folder} and train again"
+    check_checksums(path, way_out, required=(path / PROVENANCE_FILE).is_file())
+    made_of = Provenance.load(path, way_out)
+    if made_of is not None and not made_of.has_settings_of(config):
+        raise OtherOriginError(
+            f"{folder / CONFIG_FILE} does not hold the settings that {path} was trained with: one of them is another run's. "
+            f"{way_out}"
+        )
+    return made_of
 
 
 def eval_targets(data: PreparedData, split: str, config: TrainConfig) -> npt.NDArray[np.int64]:

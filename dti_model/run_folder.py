@@ -7,6 +7,8 @@ runs never share a folder; the kernel releases it when a process is killed.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -14,11 +16,20 @@ from pathlib import Path
 from dti_model.checkpoint import RUN_FILE, TRAINER_FILE, check_checkpoint, last_checkpoint, read_document
 from dti_model.config import CONFIG_FILE, TrainConfig
 from dti_model.config_file import is_ours
-from dti_model.files import locked
+from dti_model.files import CHECKSUMS_FILE, locked, read_sealed
 from dti_model.fingerprints import OtherOriginError, Provenance
 from dti_model.ranks import first_rank_does
 
+CARD_FILE = "README.md"
 CHECKPOINTS_FOLDER, METRICS_FILE, LOCK_FILE = "checkpoints", "metrics.json", ".lock"
+MODEL_FOLDER = "model"
+# Of a model without checksums, which version 0.1.0 wrote.
+_MODEL_FILES = re.compile(
+    r"README\.md|(generation_|adapter_|tokenizer_)?config\.json|(adapter_)?model[\w.-]*\.safetensors(\.index\.json)?"
+    r"|tokenizer\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|dti\.json"
+)
+# What a run writes into its folder; through a link, it would write somewhere else.
+_WRITTEN = (CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, CHECKSUMS_FILE, "report.png")
 
 
 class RunExistsError(FileExistsError):
@@ -31,6 +42,7 @@ def check_is_ours(folder: Path) -> None:
     Raises:
         RunExistsError: naming what is there.
     """
+    check_is_no_broken_link(folder)
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -46,6 +58,59 @@ def check_is_ours(folder: Path) -> None:
         raise RunExistsError(
             f"{folder} exists, is not empty and is not a run folder (it holds {min(foreign)}): choose another --out"
         )
+
+
+def check_is_no_broken_link(folder: Path) -> None:
+    """Refuse a symbolic link to nothing, or to itself.
+
+    Raises:
+        RunExistsError: it is one.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise RunExistsError(
+            f"{folder} is a symbolic link to {os.readlink(folder)}, where no folder is: make that folder, or choose another --out"
+        )
+
+
+def check_nothing_foreign_goes(folder: Path) -> None:
+    """Refuse to train where the end of the run would put its files in the place of somebody's.
+
+    Raises:
+        RunExistsError: naming what is there.
+    """
+    for path in (*(folder / name for name in _WRITTEN), *folder.glob("predictions-*.parquet")):
+        if path.is_symlink():
+            raise RunExistsError(
+                f"{path} is a symbolic link, and the run writes a file or folder of that name: remove the link"
+            )
+    check_model_is_ours(folder / MODEL_FOLDER)
+
+
+def check_model_is_ours(path: Path) -> None:
+    """Refuse a model folder that holds anything that no run wrote: a newer model takes its place, with everything in it.
+
+    Raises:
+        RunExistsError: naming what is there.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise RunExistsError(
+            f"{path} is not a folder of a run's model: move it elsewhere, or choose another --out"
+        )
+    if not path.exists():
+        return
+    known = None
+    if (path / CHECKSUMS_FILE).is_file():
+        known = read_sealed(path / CHECKSUMS_FILE, f"Delete {path}, or choose another --out")["files"].keys()
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if known is None:
+            is_ours = _MODEL_FILES.fullmatch(name) is not None
+        else:
+            is_ours = name in (*known, CHECKSUMS_FILE, CARD_FILE)
+        if not is_ours or file.is_symlink():
+            raise RunExistsError(
+                f"{file} is no file of a run's model, and would go with the folder: move it elsewhere, or choose another --out"
+            )
 
 
 def _is_of_a_start(path: Path) -> bool:
@@ -93,24 +158,51 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         return None
     if (config.out / METRICS_FILE).exists():
         raise RunExistsError(f"{config.out} holds a finished run: choose another --out, or delete it")
+    check_nothing_foreign_goes(config.out)
     checkpoint = last_checkpoint(config.out / CHECKPOINTS_FOLDER)
     if checkpoint is None:
+        _check_same_as_model(config)
         return None
     _check_same_settings(config, places=False)
     check_checkpoint(checkpoint)
     # Where fingerprints were kept, they say more about data and model than where those are.
     _check_same_settings(config, places=provenance_of(checkpoint) is None)
+    _check_checkpoint_settings(config, checkpoint)
     best = read_document(checkpoint / TRAINER_FILE).get("best_global_step")
     if best and (best_folder := checkpoint.with_name(f"checkpoint-{best}")) != checkpoint:
         check_checkpoint(best_folder, best=True)
+        _check_checkpoint_settings(config, best_folder)
     return checkpoint
 
 
 def _check_same_settings(config: TrainConfig, places: bool) -> None:
-    if not TrainConfig.load(config.out).same_run(config, places):
+    difference = TrainConfig.load(config.out).first_difference(config, places)
+    if difference is not None:
         raise RunExistsError(
-            f"{config.out} was started with other settings (see {CONFIG_FILE} there): choose another --out"
+            f"{config.out} was started with other settings ({difference}; see {CONFIG_FILE} there): choose another --out"
         )
+
+
+def _check_checkpoint_settings(config: TrainConfig, checkpoint: Path) -> None:
+    """config.yaml beside it may be another run's."""
+    made_of = provenance_of(checkpoint)
+    if made_of is not None and not made_of.has_settings_of(config):
+        raise RunExistsError(
+            f"{checkpoint} is of a run with other settings than {CONFIG_FILE} beside it: choose another --out, or put the "
+            "run's own files back"
+        )
+
+
+def _check_same_as_model(config: TrainConfig) -> None:
+    """A start anew leaves an older model where it is until its own is written: with other settings they would not belong together."""
+    model = config.out / MODEL_FOLDER
+    if not model.is_dir() or not any(model.iterdir()):
+        return
+    made_of = Provenance.load(model, f"Delete {model}, or choose another --out")
+    if made_of is None:
+        _check_same_settings(config, places=True)
+    elif not made_of.has_settings_of(config):
+        raise RunExistsError(f"{model} was trained with other settings: choose another --out, or delete it")
 
 
 def provenance_of(checkpoint: Path) -> Provenance | None:

@@ -24,7 +24,6 @@ import torch
 from dti_kernels import candidate_layout
 from dti_model.attention import token_logits
 from dti_model.click_model import ClickModel
-from dti_model.devices import check_device
 from dti_model.items import Item, ItemError, ItemTokens, shown
 from dti_model.past import LayerKeys, Past, concatenated
 from dti_model.prompts import IntArray, consecutive_batches
@@ -142,7 +141,6 @@ class Scorer:
             DataError: the prepared folder cannot be read.
             ValueError: it is not the one that the run was trained on, and `other_data` is False; or there is no such device.
         """
-        check_device(device)
         run = Run.load(Path(folder), None if data is None else Path(data), device, other_data, base)
         return Scorer(run, token_budget)
 
@@ -174,7 +172,6 @@ class Scorer:
             DataError: the prepared folder cannot be read, or is another one.
             ValueError: there is no such device.
         """
-        check_device(device)
         data = None if data is None else Path(data)
         return Scorer(ClickModel.of_export(Path(folder), data, device, other_data), token_budget)
 

@@ -25,9 +25,16 @@ from dti_model.config import CONFIG_FILE, TrainConfig
 from dti_model.config_file import is_ours
 from dti_model.data import PreparedData
 from dti_model.files import DamagedFileError, check_checksums, locked, whole_file, write_json
-from dti_model.fingerprints import OtherOriginError
+from dti_model.fingerprints import PROVENANCE_FILE, OtherOriginError
 from dti_model.ranks import first_rank_does
-from dti_model.run_folder import LOCK_FILE, METRICS_FILE, RunExistsError, check_is_ours
+from dti_model.run_folder import (
+    LOCK_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    RunExistsError,
+    check_is_no_broken_link,
+    check_is_ours,
+)
 from dti_model.train import train
 
 MARKER_FILE = "search-folder.json"
@@ -102,6 +109,7 @@ def check_search_folder(folder: Path) -> None:
     Raises:
         RunExistsError: naming what is there.
     """
+    check_is_no_broken_link(folder)
     if folder.exists() and not folder.is_dir():
         raise RunExistsError(f"{folder} is not a folder: choose another --out")
     if not folder.exists() or (folder / MARKER_FILE).is_file():
@@ -174,16 +182,18 @@ def _finished(config: TrainConfig) -> dict[str, float] | None:
         return None
     check_is_ours(config.out)
     way_out = f"Delete {config.out} and give the same command again"
-    check_checksums(config.out, way_out)
+    is_new = (config.out / MODEL_FOLDER / PROVENANCE_FILE).is_file()  # version 0.1.0 had neither
+    check_checksums(config.out, way_out, required=is_new)
     try:
         result = json.loads(path.read_bytes())
         metrics: dict[str, float] = result["val"]
         kept = result.get("provenance")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"{path} is damaged ({error}). {way_out}") from error
-    if not TrainConfig.load(config.out).same_run(config, places=kept is None):
+    difference = TrainConfig.load(config.out).first_difference(config, places=kept is None)
+    if difference is not None:
         raise RunExistsError(
-            f"{config.out} holds a run with other settings (see {CONFIG_FILE} there): choose another --out"
+            f"{config.out} holds a run with other settings ({difference}; see {CONFIG_FILE} there): choose another --out"
         )
     if kept is not None and kept["data"] != PreparedData.open(config.data).fingerprint:
         raise OtherOriginError(

@@ -1,4 +1,4 @@
-"""YAML that says one thing: a key that stands twice, an alias, a tag or endless nesting is an error that names the line.
+"""YAML that says one thing: a key that stands twice, an alias, a tag, a number to base 60 or endless nesting is an error with its line.
 
 PyYAML keeps the last of two equal keys, so a block of settings would vanish without a word; and a few lines of aliases of aliases
 ("billion laughs") stand for more values than memory holds.
@@ -6,6 +6,8 @@ PyYAML keeps the last of two equal keys, so a block of settings would vanish wit
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import yaml
 
 # A file of settings has a few kilobytes and five levels.
 MOST_CHARACTERS, MOST_LEVELS = 2**20, 50
+_TAG = "tag:yaml.org,2002:"
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -32,6 +36,7 @@ def check_yaml(text: str) -> None:
         _check_events(text)
         for node in yaml.compose_all(text, Loader=_LOADER):
             _check_keys(node)
+            _check_paths(node)
     except StrictYAMLError:
         raise
     except yaml.YAMLError as error:
@@ -55,10 +60,25 @@ def _check_events(text: str) -> None:
             raise StrictYAMLError(f"line {event.start_mark.line + 1}: more than {MOST_LEVELS} levels")
 
 
-def _check_keys(node: yaml.Node | None) -> None:
-    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and len(node.value) > 100:
+def _check_number(node: yaml.ScalarNode) -> None:
+    """YAML 1.1 reads 1:30 as 90 and 010 as 8."""
+    line = node.start_mark.line + 1
+    if node.tag == f"{_TAG}int" and len(node.value) > 100:
         # Python reads no integer of more than 4,300 digits, and says so without a place.
-        raise StrictYAMLError(f"line {node.start_mark.line + 1}: a number of {len(node.value):,} digits")
+        raise StrictYAMLError(f"line {line}: a number of {len(node.value):,} digits")
+    if node.tag in (f"{_TAG}int", f"{_TAG}float") and ":" in node.value:
+        raise StrictYAMLError(
+            f"line {line}: {node.value} is a number to base 60 in YAML: write the number itself, or a text in quotes"
+        )
+    if node.tag == f"{_TAG}int" and _OCTAL.fullmatch(node.value):
+        raise StrictYAMLError(
+            f"line {line}: {node.value} is a number to base 8 in YAML: write it without the first 0"
+        )
+
+
+def _check_keys(node: yaml.Node | None) -> None:
+    if isinstance(node, yaml.ScalarNode):
+        _check_number(node)
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _check_keys(item)
@@ -69,10 +89,31 @@ def _check_keys(node: yaml.Node | None) -> None:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise StrictYAMLError(f"line {line}: a key must be a name")
+        if key.tag == f"{_TAG}merge":
+            raise StrictYAMLError(
+                f"line {line}: the merge key << is not accepted: write the settings themselves"
+            )
         if key.value in seen:
             raise StrictYAMLError(f"line {line}: {key.value!r} stands there twice: keep one of them")
         seen.add(key.value)
         _check_keys(value)
+
+
+def _check_paths(node: yaml.Node | None) -> None:
+    """A setting has two spellings, `optim.clip: 1` and `optim: {clip: 1}`: one of them, once."""
+    seen: set[str] = set()
+    for path, line in _leaves(node, ""):
+        if path in seen:
+            raise StrictYAMLError(f"line {line}: {path!r} stands there twice: keep one of them")
+        seen.add(path)
+
+
+def _leaves(node: yaml.Node | None, path: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode) and node.value:
+        for key, value in node.value:
+            yield from _leaves(value, f"{path}.{key.value}" if path else key.value)
+    elif node is not None:
+        yield path, node.start_mark.line + 1
 
 
 def _in_one_line(error: yaml.YAMLError) -> str:

@@ -18,7 +18,9 @@ from dti_model.config import OptimConfig, TrainConfig
 from dti_model.curves import curves
 from dti_model.data import DataError, PreparedData
 from dti_model.files import without_nan
+from dti_model.launch import let_settings_rule
 from dti_model.metrics import click_metrics
+from dti_model.output import unbreakable_output
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import first_rank_does, rank, world_size
 from dti_model.results import write_results
@@ -61,7 +63,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config = config.located()
     _check_splits(PreparedData.open(config.data), config)
     arguments = _arguments(config, config.optim)  # joins the other processes, where there are any
-    with run_folder_of(config.out, "dti train"):
+    with unbreakable_output(), run_folder_of(config.out, "dti train"):
         return _train_in(config, arguments)
 
 
@@ -152,6 +154,7 @@ def _trainer(run: Run, arguments: TrainingArguments) -> StreamTrainer:
 
 
 def _arguments(config: TrainConfig, optim: OptimConfig) -> TrainingArguments:
+    let_settings_rule(optim.bf16)
     often = "steps" if optim.validate_every else "epoch"
     special: dict[str, Any] = {}
     if optim.activation_checkpointing and not optim.fsdp:

@@ -177,6 +177,9 @@ def test_a_finished_cell_that_was_damaged_is_not_read(config: TrainConfig) -> No
     with pytest.raises(ValueError, match=r"metrics\.json .*Delete .*seed-0 and give the same command again"):
         search(config, {"k": [3]}, [0])
     (path.parent / "checksums.json").unlink()
+    with pytest.raises(ValueError, match=r"checksums\.json is missing. Delete .*seed-0"):
+        search(config, {"k": [3]}, [0])
+    (path.parent / "model" / "provenance.json").unlink()  # as version 0.1.0 left it
     path.write_text("{")
     with pytest.raises(ValueError, match=r"metrics\.json is damaged .*Delete .*seed-0"):
         search(config, {"k": [3]}, [0])

@@ -285,8 +285,6 @@ def test_a_device_that_is_not_there_is_one_line(run_folder: Path, device: str) -
     if device == "cuda:7" and torch.cuda.device_count() > 7:
         pytest.skip("there is one")
     for load in (Scorer.from_run, Scorer.from_export):
-        with pytest.raises(
-            ValueError, match=r"^device .* cannot be used here \([^\n]*\): name another"
-        ) as raised:
+        with pytest.raises(ValueError, match=r"^device .* cannot be used \([^\n]*\): name another") as raised:
             load(run_folder, device=device)
         assert "\n" not in str(raised.value)

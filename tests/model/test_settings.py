@@ -103,10 +103,23 @@ def test_a_group_of_settings_is_a_group(group: str, value: Any) -> None:
         (["--report_to=x"], "report_to must be some of tensorboard, wandb"),
         (["--optim=5"], "--optim: there is no file 5"),
         (["--k=!!python/object:os.system x"], "k must be"),
+        (["--k", "1:30"], "k must be >= 0 and <= 1,000,000,000 (an integer), got 1:30"),
+        (["--optim.clip=1:30.5"], "optim.clip must be > 0"),
     ],
 )  # fmt: skip
 def test_flags(arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
     assert message in error_of(arguments, tmp_path, monkeypatch, capsys)
+
+
+def test_colons_in_flags(capsys) -> None:
+    """Texts may hold them; numbers of the other commands are no clock times either."""
+    assert (
+        main(["train", "--data=1:30", "--out=2:30", "--model.pretrained=1:30", "--model.instruction", "1:30"])
+        == 2
+    )
+    assert "1:30: no such folder" in capsys.readouterr().err
+    assert main(["score", "--run=a", "--input=b", "--output=c", "--token-budget", "1:30"]) == 2
+    assert "--token-budget must be a number, got 1:30" in capsys.readouterr().err
 
 
 def error_of(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
@@ -136,6 +149,15 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("k: 3\nk: 4\n", "line 2: 'k' stands there twice"),
         ("optim:\n  epochs: 1\nk: 3\noptim:\n  patience: 1\n", "line 4: 'optim' stands there twice"),
         (LAUGHS, "line 2: the alias *a is not accepted"),
+        ("k: 1:30\n", "line 1: 1:30 is a number to base 60 in YAML: write the number itself"),
+        ("seed: 1\nk: -1:30:00\n", "line 2: -1:30:00 is a number to base 60"),
+        ("optim:\n  clip: 1:30.5\n", "line 2: 1:30.5 is a number to base 60"),
+        ("dti:\n  reset_layers: [1:10]\n", "line 2: 1:10 is a number to base 60"),
+        ("k: 010\n", "line 1: 010 is a number to base 8"),
+        ("optim.clip: 0.5\noptim:\n  clip: 1.0\n", "line 3: 'optim.clip' stands there twice"),
+        ("optim:\n  clip: 1.0\noptim.clip: 0.5\n", "line 3: 'optim.clip' stands there twice"),
+        ("model:\n  lora:\n    rank: 2\n  lora.rank: 3\n", "line 4: 'model.lora.rank' stands there twice"),
+        ("optim:\n  <<: {clip: 1}\n", "line 2: the merge key << is not accepted"),
         ("seed: null\n", "seed must be >= 0 and <= 4,294,967,295 (an integer), got null"),
         ("optim: 5\n", "optim must be a mapping of settings, name: value, got 5"),
         ("optim: null\n", "optim must be a mapping of settings, name: value, got null"),
@@ -177,6 +199,7 @@ def test_a_file_that_is_none(tmp_path: Path, monkeypatch, capsys) -> None:
 
 def test_aliases_and_keys_of_nested_yaml() -> None:
     check_yaml("a: {b: 1, c: [1, 2]}\nd: &d 1\n")
+    check_yaml("a: '1:30'\nb: \"<<\"\nc: 1:70\nd: 0\ne: -0.5\nf: 0x10\na.b: [0, 00.1]\n")
     for text in (
         "a: {b: 1, b: 2}",
         "[{x: 1}, {y: 1, y: 2}]",

@@ -1,0 +1,121 @@
+"""`dti evaluate --json`: a file of its own making may be replaced, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dti_model import train
+from dti_model.cli import main
+
+
+@pytest.fixture
+def run(run_folder: Path, tmp_path: Path) -> Path:
+    """A run folder of this test's own, with metrics."""
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    (folder / "metrics.json").write_text('{"baselines": {}, "test": {}, "val": {}}')
+    return folder
+
+
+def evaluate(run: Path, file: Path) -> int:
+    return main(
+        ["evaluate", f"--run={run}", "--split=val", "--progress=false", "--device=cpu", f"--json={file}"]
+    )
+
+
+@pytest.fixture
+def no_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "evaluate_run", lambda *_: pytest.fail("scored before the file was looked at"))
+
+
+@pytest.mark.usefixtures("no_scoring")
+def test_what_evaluate_did_not_write_stays(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """A link to a run's metrics.json, a copy of one and any JSON with a key `baselines` were written over."""
+    link, copy, other, loop = (
+        tmp_path / name for name in ("link.json", "copy.json", "other.json", "loop.json")
+    )
+    link.symlink_to(run / "metrics.json")
+    shutil.copy(run / "metrics.json", copy)
+    other.write_text('{"baselines": 1}')
+    loop.symlink_to(loop)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path in (link, copy, other, run / "metrics.json", run / "config.yaml", run, fifo):
+        before = path.read_bytes() if path.is_file() else b""
+        assert evaluate(run, path) == 2
+        assert "is not a file that `dti evaluate` wrote" in capsys.readouterr().err
+        assert (path.read_bytes() if path.is_file() else b"") == before
+    for path in (fifo, Path("/dev/null")):
+        assert evaluate(run, path) == 2
+        assert "it is no regular file" in capsys.readouterr().err
+    assert evaluate(run, loop) == 2
+    assert "is a symbolic link to nothing" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_scoring")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metrics.json",
+        "report.png",
+        "checksums.json",
+        "predictions-test.parquet",
+        "model/x.json",
+        "checkpoints",
+        ".lock",
+    ],
+)
+def test_names_of_a_run_folder_are_the_runs(run: Path, name: str, tmp_path: Path, capsys: Any) -> None:
+    """metrics.json in the folder of an unfinished run made it a finished one."""
+    (run / "metrics.json").unlink()
+    (tmp_path / "link").symlink_to(run)
+    for folder in (run, tmp_path / "link"):
+        assert evaluate(run, folder / name) == 2
+        assert "own files: choose another name" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_scoring")
+def test_a_place_that_cannot_be_written(run: Path, capsys: Any) -> None:
+    """It was noticed after the scoring."""
+    assert evaluate(run, Path("/proc/out.json")) == 2
+    assert "--json /proc/out.json cannot be written" in capsys.readouterr().err
+
+
+def test_the_file_may_lie_in_the_run_folder_and_is_replaced(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The second call said that evaluate had not written it; a stdout that was closed lost the file."""
+
+    class Broken:
+        def write(self, _: str) -> None:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    for _ in range(2):
+        assert evaluate(run, run / "eval.json") == 0
+    first = json.loads((run / "eval.json").read_text())
+    (run / "eval.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Broken())
+        evaluate(run, run / "eval.json")
+    assert json.loads((run / "eval.json").read_text()) == first
+    # Somebody puts a file there while it is scored.
+    (run / "eval.json").unlink()
+    real = train.evaluate_run
+
+    def meanwhile(*arguments: Any) -> Any:
+        (run / "eval.json").write_text("mine")
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "evaluate_run", meanwhile)
+    capsys.readouterr()
+    assert evaluate(run, run / "eval.json") == 2
+    assert (run / "eval.json").read_text() == "mine"

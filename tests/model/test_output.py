@@ -1,0 +1,118 @@
+"""Ctrl-C and a standard output that breaks: one line, and a run that ends as it would have."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tqdm.auto import tqdm
+
+from dti_model import evaluate_cli
+from dti_model import train as train_module
+from dti_model.cli import main
+from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.output import Output, unbreakable_output
+from dti_model.train import train
+
+
+class Broken(io.StringIO):
+    """A pipe that nobody reads, after some writes; or a full disk, which buffers show when they are flushed."""
+
+    def __init__(self, number: int, at_flush: bool = False) -> None:
+        super().__init__()
+        self.number, self.at_flush = number, at_flush
+
+    def write(self, text: str) -> int:
+        if not self.at_flush:
+            raise OSError(self.number, "broken")
+        return len(text)
+
+    def flush(self) -> None:
+        raise OSError(self.number, "broken")
+
+
+def streams() -> list[Any]:
+    return [Broken(errno.EPIPE), Broken(errno.ENOSPC, at_flush=True), None]
+
+
+def test_a_run_goes_on_without_its_lines(
+    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`dti train ... | true` ended at its first line and left a config.yaml."""
+    config = TrainConfig(
+        data=small_folder,
+        out=tmp_path / "run",
+        k=3,
+        window=3,
+        report_to=(),
+        logging_steps=1,
+        model=ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mlp_width=24),
+        optim=OptimConfig(epochs=1, token_budget=600),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Broken(errno.EPIPE))
+        patch.setattr(sys, "stderr", Broken(errno.EPIPE))  # progress bars
+        result = train(config)
+    assert json.loads((config.out / "metrics.json").read_text()) == result
+    assert (config.out / "model" / "model.safetensors").is_file()
+
+
+def test_streams_that_break_stay_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream in streams():
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            with unbreakable_output() as output:
+                print("a", flush=True)
+                tqdm.write("b")
+                with unbreakable_output() as inner:
+                    assert inner is output
+                assert (output.error is None) == (stream is None)
+            assert sys.stdout is stream
+    text = io.StringIO()
+    print("a", file=Output(text))
+    assert text.getvalue() == "a\n"
+
+
+def test_metrics_that_are_neither_printed_nor_written(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Exit status 0 would say that somebody has them."""
+    monkeypatch.setattr("dti_model.cli.run_evaluate", lambda _: print("metrics"))
+    assert main(["evaluate", "--run=x"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Broken(errno.ENOSPC, at_flush=True))
+        assert main(["evaluate", "--run=x"]) == 2
+        assert main(["evaluate", "--run=x", "--json=y"]) == 0
+    assert capsys.readouterr().err == "dti evaluate: error: the metrics cannot be printed (broken)\n"
+
+
+@pytest.mark.parametrize("checkpoints", [[], ["checkpoint-5", "checkpoint-12", "checkpoint-best"]])
+def test_ctrl_c_is_one_line(
+    checkpoints: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A hundred lines of traceback."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "train", interrupted)
+    for name in checkpoints:
+        (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+    command = ["train", "--data=x", f"--out={tmp_path / 'run'}"]
+    assert main(command) == 130
+    way = "go on from checkpoint 12" if checkpoints else "start again"
+    expected = f"\ndti train: interrupted: give the same command again to {way}\n"
+    assert capsys.readouterr().err == expected
+    with pytest.raises(KeyboardInterrupt):
+        main(["--debug", *command])
+    monkeypatch.setattr(evaluate_cli, "check_destination", interrupted)
+    assert main(["evaluate", "--run=x", "--json=y"]) == 130
+    assert capsys.readouterr().err.endswith(
+        "evaluate: interrupted: give the same command again to start again\n"
+    )
+    monkeypatch.setattr("dti_model.search.search", interrupted)
+    assert main(["search", "--grid={k: [1]}", "--data=x", "--out=y"]) == 130
+    assert capsys.readouterr().err.endswith("give the same command again to go on where it was\n")
