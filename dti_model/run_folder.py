@@ -26,7 +26,7 @@ MODEL_FOLDER = "model"
 # Of a model without checksums, which version 0.1.0 wrote.
 _MODEL_FILES = re.compile(
     r"README\.md|(generation_|adapter_|tokenizer_)?config\.json|(adapter_)?model[\w.-]*\.safetensors(\.index\.json)?"
-    r"|tokenizer\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|dti\.json"
+    r"|tokenizer\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|dti\.json|tokenizer\.model|vocab\.(json|txt)|merges\.txt"
 )
 # What a run writes into its folder; through a link, it would write somewhere else.
 _WRITTEN = (CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, CHECKSUMS_FILE, "report.png")
