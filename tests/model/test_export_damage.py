@@ -41,6 +41,11 @@ def test_a_flipped_bit_anywhere_in_an_export_is_named(small_folder: Path, tmp_pa
         path.write_bytes(whole)
     (out / "README.md").write_text("mine")
     Scorer.from_export(out, device="cpu")
+    checksums = (out / "checksums.json").read_bytes()
+    (out / "checksums.json").unlink()
+    with pytest.raises(DamagedFileError, match=r"checksums\.json is missing"):
+        Scorer.from_export(out, device="cpu")  # without it nothing was checked
+    (out / "checksums.json").write_bytes(checksums)
     (out / "dti.json").unlink()
     with pytest.raises(FileNotFoundError, match="is not a folder made by `dti export`"):
         Scorer.from_export(out)
