@@ -65,7 +65,9 @@ class ClickModel:
         """Read a folder that `dti export` made; arguments and errors as in `Scorer.from_export`."""
         device = device_named(device)
         description = Description.read(folder)
-        check_checksums(folder, "Export the model again with `dti export`", required=True)
+        # Exports of version 0.1.0 have neither checksums nor the data's fingerprint.
+        is_new = description.data is not None
+        check_checksums(folder, "Export the model again with `dti export`", required=is_new)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         model: Any = apply_dti(AutoModelForCausalLM.from_pretrained(folder), description.dti)
         if description.dti.train_slopes:
