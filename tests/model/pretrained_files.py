@@ -20,6 +20,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.utils import logging
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -76,6 +77,7 @@ def pretrained_folder(folder: Path, family: str = "smollm2", **more: Any) -> Pat
     }
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config_class(**{**settings, **special, **more}))
+    logging.disable_progress_bar()  # what a test reads of stderr is the command's own
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
