@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -116,17 +117,36 @@ def test_scores_of_two_ranks_are_those_of_one(config: TrainConfig, runs: dict[st
 
 @pytest.mark.slow
 def test_all_ranks_hear_of_another_run(small_folder: Path, tmp_path: Path) -> None:
-    """Rank 0 holds the lock of the run folder; the others wait for nobody."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "dti_model.cli", "train", f"--data={small_folder}", f"--out={tmp_path / 'run'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """Rank 0 holds the lock of the run folder; the others wait for nobody.
+
+    Without torchrun, which ends the second process as soon as the first has failed.
+    """
+    command = [sys.executable, "-m", "dti_model.cli", "train", f"--data={small_folder}"]
+    command.append(f"--out={tmp_path / 'run'}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     with locked(tmp_path / "run" / LOCK_FILE, "dti train"):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        processes = [
+            subprocess.Popen(
+                command,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **together, "PYTHONPATH": str(ROOT), "RANK": rank, "LOCAL_RANK": rank},
+            )
+            for rank in ("0", "1")
+        ]
+        errors = [process.communicate(timeout=120)[1] for process in processes]
         assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / LOCK_FILE]
-    assert done.returncode
-    errors = [line for line in done.stderr.splitlines() if "dti train: error:" in line]
-    assert len(errors) == 2, done.stderr
-    assert all(f"is being written by dti train (process {os.getpid()} on" in error for error in errors)
+    for process, error in zip(processes, errors):
+        assert process.returncode == 2
+        assert f"is being written by dti train (process {os.getpid()} on" in error
 
 
 def test_lora_of_a_tied_model_is_not_sharded(
