@@ -290,7 +290,7 @@ def without_nan(value: Any) -> Any:
 def write_sealed(path: Path, value: Mapping[str, Any], check: Callable[[], object] | None = None) -> None:
     """`write_json` of an object that also holds the sha256 of its other fields."""
     plain = json.loads(json.dumps(without_nan(value)))
-    write_json(path, {**plain, _SEAL: _seal_of(plain)}, check)
+    write_json(path, {**plain, _SEAL: sha256_of_json(plain)}, check)
 
 
 def read_sealed(path: Path, way_out: str) -> dict[str, Any]:
@@ -309,12 +309,13 @@ def read_sealed(path: Path, way_out: str) -> dict[str, Any]:
         raise DamagedFileError(f"{path} is missing. {way_out}") from None
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is damaged: not valid JSON ({error}). {way_out}") from None
-    if not isinstance(value, dict) or value.pop(_SEAL, None) != _seal_of(value):
+    if not isinstance(value, dict) or value.pop(_SEAL, None) != sha256_of_json(value):
         raise DamagedFileError(f"{path} is damaged: its content is not what was written. {way_out}")
     return value
 
 
-def _seal_of(value: Mapping[str, Any]) -> str:
+def sha256_of_json(value: Any) -> str:
+    """Of a value that JSON knows, whatever the order of its keys, in hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from dti_model.config import TrainConfig
 from dti_model.data.tokens import plain_backend
-from dti_model.files import read_sealed, write_sealed
+from dti_model.files import read_sealed, sha256_of_json, write_sealed
 from dti_model.references import PretrainedModelError, Reference, locate
 
 PROVENANCE_FILE = "provenance.json"
@@ -108,7 +108,7 @@ def settings_fingerprint(config: TrainConfig) -> str:
         del plain[name]
     plain["optim"] = {name: value for name, value in plain["optim"].items() if name != "save_steps"}
     plain["model"] = {**plain["model"], "pretrained": config.model.pretrained is not None}
-    return _digest(_unlike(plain, _DEFAULTS))
+    return sha256_of_json(_unlike(plain, _DEFAULTS))
 
 
 def _unlike(value: dict[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """
     parts = json.loads(plain_backend(tokenizer).to_str())
     special = getattr(tokenizer, "bos_token_id", None)
-    return _digest({"backend": parts, "bos": special})
+    return sha256_of_json({"backend": parts, "bos": special})
 
 
 def base_model_fingerprint(place: Reference) -> str:
@@ -148,7 +148,7 @@ def base_model_fingerprint(place: Reference) -> str:
         OSError: a file cannot be read.
     """
     if place.gguf_file is not None:
-        return _digest({"weights": {"gguf": _sample(Path(place.source) / place.gguf_file)}})
+        return sha256_of_json({"weights": {"gguf": _sample(Path(place.source) / place.gguf_file)}})
     folder = place.folder
     try:
         config = json.loads((folder / "config.json").read_bytes())
@@ -159,7 +159,7 @@ def base_model_fingerprint(place: Reference) -> str:
             f"{folder / 'config.json'} must hold an object, the configuration of a model"
         )
     weights = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
-    return _digest(
+    return sha256_of_json(
         {
             "config": {name: value for name, value in config.items() if name not in _PASSING},
             "weights": {path.name: _sample(path) for path in weights},
@@ -175,7 +175,3 @@ def _sample(path: Path) -> list[Any]:
             file.seek(max(0, size - _BLOCK_BYTES) * block // _BLOCKS)
             digest.update(file.read(_BLOCK_BYTES))
     return [size, digest.hexdigest()]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -27,6 +27,7 @@ from dti_model.files import (
     read_sealed,
     remove_leftovers,
     sha256_of,
+    sha256_of_json,
     whole_file,
     write_sealed,
 )
@@ -62,7 +63,7 @@ class Job:
         self.job = output.with_name(output.name + ".job")
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._skip_bad_lines = skip_bad_lines
-        self._chain = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
+        self._chain = sha256_of_json(self._identity)
         self._num_lines = 0
 
     def is_finished(self) -> bool:

@@ -17,8 +17,6 @@ a mapped file that somebody cuts short in place ends its readers with SIGBUS, wh
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +40,7 @@ from dti_model.data.folder import (
 from dti_model.data.split import SPLIT_CODES
 from dti_model.data.token_cache import TokenIds, cached_token_ids
 from dti_model.data.tokens import encode, fingerprint, plain_backend
+from dti_model.files import sha256_of_json
 
 COLUMNS: Mapping[str, pa.DataType] = {
     "item": pa.int32(),
@@ -119,7 +118,7 @@ class PreparedData:
             for name, facts in self.stats["files"].items()
             if name in TABLES or name.startswith(f"{TOKENIZER_FOLDER}/")
         }
-        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        return sha256_of_json(files)
 
     @property
     def text_rule(self) -> dict[str, Any]:

@@ -32,15 +32,6 @@ SMOLLM = dataclasses.replace(LLAMA, name="smollm_heads", num_heads=9, num_groups
 WIDE = dataclasses.replace(LLAMA, name="head_dim_256", num_heads=2, num_groups=2, head_dim=256)
 
 
-@pytest.fixture(autouse=True)
-def no_tensor_float():
-    """The eager run that the budget is made of multiplies float32 as float32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [LLAMA, SMOLLM, WIDE], ids=lambda case: case.name)
 def test_parity_at_real_heads(case: Case, dtype: torch.dtype) -> None:
