@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import signal
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 Result = TypeVar("Result")
+
+_LEAVE_S = 30  # seconds for the others to do their part of what an error has cut short
 
 
 def rank() -> int:
@@ -18,6 +22,19 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes work on this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@atexit.register
+def _leave() -> None:
+    """End gloo's threads while there is an interpreter: one that frees a tensor later aborts the process, after whatever success.
+
+    NCCL's are left to it: it would wait for ranks that have failed. gloo waits for what this rank has begun, so it has a limit.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_LEAVE_S)
+        dist.destroy_process_group()
+        signal.alarm(0)
 
 
 def first_rank_does(work: Callable[[], Result]) -> Result:

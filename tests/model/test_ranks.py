@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,14 +117,8 @@ def test_scores_of_two_ranks_are_those_of_one(config: TrainConfig, runs: dict[st
         assert alone[split] == runs[name][split]
 
 
-@pytest.mark.slow
-def test_all_ranks_hear_of_another_run(small_folder: Path, tmp_path: Path) -> None:
-    """Rank 0 holds the lock of the run folder; the others wait for nobody.
-
-    Without torchrun, which ends the second process as soon as the first has failed.
-    """
-    command = [sys.executable, "-m", "dti_model.cli", "train", f"--data={small_folder}"]
-    command.append(f"--out={tmp_path / 'run'}")
+def start_ranks(command: list[str], **environment: str) -> list[subprocess.Popen[str]]:
+    """Two processes, without torchrun, which ends the second one as soon as the first has failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -132,21 +128,85 @@ def test_all_ranks_hear_of_another_run(small_folder: Path, tmp_path: Path) -> No
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
+    return [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                **together,
+                "PYTHONPATH": str(ROOT),
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                **environment,
+            },
+        )
+        for rank in ("0", "1")
+    ]
+
+
+@pytest.mark.slow
+def test_all_ranks_hear_of_another_run(small_folder: Path, tmp_path: Path) -> None:
+    """Rank 0 holds the lock of the run folder; the others wait for nobody."""
+    command = [sys.executable, "-m", "dti_model.cli", "train", f"--data={small_folder}"]
+    command.append(f"--out={tmp_path / 'run'}")
     with locked(tmp_path / "run" / LOCK_FILE, "dti train"):
-        processes = [
-            subprocess.Popen(
-                command,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, **together, "PYTHONPATH": str(ROOT), "RANK": rank, "LOCAL_RANK": rank},
-            )
-            for rank in ("0", "1")
-        ]
+        processes = start_ranks(command)
         errors = [process.communicate(timeout=120)[1] for process in processes]
         assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / LOCK_FILE]
     for process, error in zip(processes, errors):
-        assert process.returncode == 2
+        assert process.returncode == 2, error
         assert f"is being written by dti train (process {os.getpid()} on" in error
+
+
+LEAVING = """
+import atexit, os, sys, time
+import torch
+import torch.distributed as dist
+
+atexit.register(lambda: print("in a group:", dist.is_initialized()))  # the last of all
+
+from dti_model import ranks
+
+dist.init_process_group("gloo")
+ranks.first_rank_does(lambda: None)
+if os.environ["RANK"] == "0" and "begun" in sys.argv:
+    ranks._LEAVE_S = 2
+    dist.all_reduce(torch.ones(1), async_op=True)
+if os.environ["RANK"] == "1" and "begun" in sys.argv:
+    time.sleep(8)
+if "error" in sys.argv:
+    raise ValueError("of every rank")
+if "alone" in sys.argv and os.environ["RANK"] == "0":
+    raise ValueError("of rank 0")
+if "alone" in sys.argv:
+    dist.barrier()
+sys.exit(75 if "stop" in sys.argv else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    "how, statuses",
+    [
+        ("end", (0, 0)),
+        ("stop", (75, 75)),
+        ("error", (1, 1)),
+        ("alone", (1, 1)),
+        ("begun", (-signal.SIGALRM, 0)),
+    ],
+)
+def test_ranks_leave_their_group_before_the_interpreter_ends(how: str, statuses: tuple[int, int]) -> None:
+    """Its threads aborted one process of twelve (SIGABRT) in the end, those of finished trainings too."""
+    processes = start_ranks([sys.executable, "-c", LEAVING, how])
+    started = time.monotonic()
+    for process, status in zip(processes, statuses):
+        printed, error = process.communicate(timeout=120)
+        assert process.returncode == status, error
+        if status != -signal.SIGALRM:
+            assert printed == "in a group: False\n"
+    assert time.monotonic() - started < 60
 
 
 def test_lora_of_a_tied_model_is_not_sharded(
