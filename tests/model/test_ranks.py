@@ -188,7 +188,7 @@ sys.exit(75 if "stop" in sys.argv else 0)
 
 
 @pytest.mark.parametrize(
-    "how, statuses",
+    ("how", "statuses"),
     [
         ("end", (0, 0)),
         ("stop", (75, 75)),
