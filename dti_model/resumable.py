@@ -57,14 +57,24 @@ class ResumableTrainer(Trainer):
     _resumed: dict[str, Any] | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; meanwhile SIGTERM asks for a checkpoint at the end of the step."""
+        """Trainer's; meanwhile SIGTERM asks for a checkpoint at the end of the step, and ends the process there (`Terminated`)."""
         if threading.current_thread() is not threading.main_thread():
             return super().train(*args, **kwargs)
         previous = signal.signal(signal.SIGTERM, self._note_sigterm)
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
         finally:
             signal.signal(signal.SIGTERM, previous)
+        if any(gather_from_ranks(self.terminate)):  # in or after the last step, where nothing looked at it
+            self._say(
+                "SIGTERM: stopped at the end of training, before scoring. Give the same command again to go on"
+            )
+            raise Terminated(TERMINATED_STATUS)
+        return result
+
+    def _say(self, line: str) -> None:
+        if self.state.is_world_process_zero:
+            print(line, flush=True)
 
     def _note_sigterm(self, *_: Any) -> None:
         self.terminate = True
@@ -186,9 +196,6 @@ class SaveInTime(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.stopping:
-            if state.is_world_process_zero:
-                print(
-                    f"SIGTERM: wrote {self.trainer._folder(state.global_step)} and stopped. Give the same command again to go on",
-                    flush=True,
-                )
+            folder = self.trainer._folder(state.global_step)
+            self.trainer._say(f"SIGTERM: wrote {folder} and stopped. Give the same command again to go on")
             raise Terminated(TERMINATED_STATUS)

@@ -25,9 +25,10 @@ from dti_model import checkpoint, files
 from dti_model import train as training
 from dti_model.checkpoint import OPTIMIZER_FILE, TRAINER_FILE, WEIGHTS_FILE, CheckpointError, last_checkpoint
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
-from dti_model.resumable import TERMINATED_STATUS
+from dti_model.resumable import TERMINATED_STATUS, Terminated
 from dti_model.run import CHECKPOINTS_FOLDER, METRICS_FILE
 from dti_model.train import train
+from dti_model.trainer import StreamTrainer
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -197,6 +198,34 @@ def test_sigterm_writes_a_checkpoint_and_says_so(
         config, out=folder, logging_steps=1, optim=dataclasses.replace(optim, save_steps=0)
     )
     assert train(again) == whole["metrics"]
+
+
+def test_sigterm_after_the_last_step_is_not_forgotten(
+    config: TrainConfig,
+    whole: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It went on to score, and a benchmark to its next training."""
+    broken = dataclasses.replace(config, out=tmp_path / "broken")
+    with monkeypatch.context() as patched:
+        load_best = StreamTrainer._load_best_model
+
+        def terminated(self: StreamTrainer) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            load_best(self)
+
+        patched.setattr(StreamTrainer, "_load_best_model", terminated)
+        with pytest.raises(Terminated) as end:
+            train(broken)
+    assert end.value.code == TERMINATED_STATUS
+    assert (
+        "stopped at the end of training, before scoring. Give the same command again"
+        in capsys.readouterr().out
+    )
+    assert not (broken.out / METRICS_FILE).exists()
+    assert_ends_like(broken, whole)
 
 
 def train_with_little_room(config: TrainConfig, pipe: Any) -> None:
