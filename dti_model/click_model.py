@@ -67,7 +67,7 @@ class ClickModel:
         description = Description.read(folder)
         # Exports of version 0.1.0 have neither checksums nor the data's fingerprint.
         is_new = description.data is not None
-        check_checksums(folder, "Export the model again with `dti export`", required=is_new)
+        check_checksums(folder, "Export the model again with `dti export`", required=is_new, is_model=True)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         model: Any = apply_dti(AutoModelForCausalLM.from_pretrained(folder), description.dti)
         if description.dti.train_slopes:

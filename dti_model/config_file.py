@@ -77,6 +77,11 @@ def read_config(path: Path, kind: type[Settings], sealed: bool = False) -> Setti
         ) from error
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a config.yaml has a seal, which version 0.1.0 did not write; whether it fits is for `read_config`."""
+    return _SEAL.search(read_text(path)) is not None
+
+
 def is_ours(path: Path) -> bool:
     """Whether a config.yaml is one of ours, perhaps a damaged one."""
     try:

@@ -23,7 +23,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ CHECKSUMS_FILE = "checksums.json"
 _SEAL = "sha256"
 _INCOMPLETE, _REMOVED = ".incomplete", ".removed"
 _TEMPORARY = re.compile(r"\..+\.dti-[0-9a-f]{16}(\.incomplete|\.removed)")
+# Files that transformers, tokenizers and peft look for in a folder: a new one would change what is loaded.
+_LOADED = re.compile(r"[^.].*\.(json|safetensors|bin|pt|model|jinja|gguf)|vocab\.txt|merges\.txt")
 # How a full disk, a quota or a size limit ends a write. Libraries written in Rust and C++ say it in words of their own.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_WORDS = (
@@ -259,14 +261,40 @@ def write_checksums(folder: Path) -> None:
     write_sealed(folder / CHECKSUMS_FILE, {"files": checksums(folder)})
 
 
-def check_checksums(folder: Path, way_out: str, required: bool = False) -> None:
+def check_checksums(folder: Path, way_out: str, required: bool = False, is_model: bool = False) -> None:
     """Check a folder against its `checksums.json`; one without (of version 0.1.0) passes unless it is `required`.
 
+    Args:
+        folder: where they are.
+        way_out: what the user can do, a sentence without its full stop.
+        required: whether the folder must have checksums.
+        is_model: whether a library loads it, which reads what it finds there (`check_nothing_added`).
+
     Raises:
-        DamagedFileError: as `check_files`.
+        DamagedFileError: as `check_files` and `check_nothing_added`.
     """
     if required or (folder / CHECKSUMS_FILE).is_file():
-        check_files(folder, read_sealed(folder / CHECKSUMS_FILE, way_out)["files"], way_out)
+        files = read_sealed(folder / CHECKSUMS_FILE, way_out)["files"]
+        check_files(folder, files, way_out)
+        if is_model:
+            check_nothing_added(folder, files)
+
+
+def check_nothing_added(folder: Path, known: Collection[str]) -> None:
+    """Refuse a file that loaders of models and tokenizers find by its name, and that nobody has checked.
+
+    Args:
+        folder: of a model or a tokenizer.
+        known: names of the files in it that are checked.
+
+    Raises:
+        DamagedFileError: naming the first one.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.name not in known and path.name != CHECKSUMS_FILE and _LOADED.fullmatch(path.name):
+            raise DamagedFileError(
+                f"{path} was added after the folder was written, and loading would read it. Move it elsewhere"
+            )
 
 
 def write_json(path: Path, value: Mapping[str, Any], check: Callable[[], object] | None = None) -> None:

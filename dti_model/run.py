@@ -40,6 +40,7 @@ from transformers import (
 
 from dti_model.attention import apply_dti
 from dti_model.config import CONFIG_FILE, ModelConfig, TrainConfig
+from dti_model.config_file import is_sealed
 from dti_model.data import PreparedData
 from dti_model.data.split import SPLIT_CODES
 from dti_model.devices import device_named
@@ -98,6 +99,7 @@ class Run:
         data = PreparedData.open(config.data)
         if config.model.pretrained is None:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(data.tokenizer_dir)
+            data.check_tokenizer()  # by its path: the folder may have been made again since it was opened
             torch.manual_seed(config.seed)
             plain: PreTrainedModel = LlamaForCausalLM(llama_config(config.model, tokenizer))
         else:
@@ -261,8 +263,13 @@ def check_model(folder: Path, config: TrainConfig) -> Provenance | None:
         OtherOriginError: it was trained with other settings.
     """
     path, way_out = folder / MODEL_FOLDER, f"Put it back, or delete {folder} and train again"
-    check_checksums(path, way_out, required=(path / PROVENANCE_FILE).is_file())
+    is_new = (path / PROVENANCE_FILE).is_file() or is_sealed(
+        folder / CONFIG_FILE
+    )  # version 0.1.0 had neither
+    check_checksums(path, way_out, required=is_new, is_model=True)
     made_of = Provenance.load(path, way_out)
+    if is_new and made_of is None:
+        raise DamagedFileError(f"{path / PROVENANCE_FILE} is missing. {way_out}")
     if made_of is not None and not made_of.has_settings_of(config):
         raise OtherOriginError(
             f"{folder / CONFIG_FILE} does not hold the settings that {path} was trained with: one of them is another run's. "

@@ -40,7 +40,7 @@ from dti_model.data.folder import (
 from dti_model.data.split import SPLIT_CODES
 from dti_model.data.token_cache import TokenIds, cached_token_ids
 from dti_model.data.tokens import encode, fingerprint, plain_backend
-from dti_model.files import sha256_of_json
+from dti_model.files import DamagedFileError, check_nothing_added, sha256_of_json
 
 COLUMNS: Mapping[str, pa.DataType] = {
     "item": pa.int32(),
@@ -102,6 +102,7 @@ class PreparedData:
         try:
             check_whole(path, stats["files"])
             data = cls(path, stats)
+            data.check_tokenizer()
         except DataError:
             if read_stats(path) == stats:
                 raise
@@ -109,6 +110,22 @@ class PreparedData:
             if read_stats(path) == stats:
                 return data
         return cls.open(path)  # it was made again meanwhile: what was read is of two folders
+
+    def check_tokenizer(self) -> None:
+        """Check the tokenizer's files against stats.json, also that none was added.
+
+        Cost: nothing is read that this process has found whole and that is as it was.
+
+        Raises:
+            DataError: a file is another one, missing or not of the tokenizer.
+        """
+        inside = f"{TOKENIZER_FOLDER}/"
+        files = {name: facts for name, facts in self.stats["files"].items() if name.startswith(inside)}
+        check_whole(self.path, files)
+        try:
+            check_nothing_added(self.tokenizer_dir, {name.removeprefix(inside) for name in files})
+        except DamagedFileError as error:
+            raise DataError(str(error)) from error
 
     @property
     def fingerprint(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from dti_model.checkpoint import CheckpointError, check_checkpoint, last_checkpoint
 from dti_model.cli import main
@@ -265,6 +266,12 @@ def test_settings_of_version_0_1_0_are_checked(
     assert_names(raised.value, tmp_path / "config.yaml")
 
 
+def unsealed(run: Path) -> None:
+    """Its config.yaml as version 0.1.0 wrote it."""
+    path = run / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()), sort_keys=False))
+
+
 def test_a_model_folder_without_checksums_is_read(
     config: TrainConfig, whole: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -272,6 +279,9 @@ def test_a_model_folder_without_checksums_is_read(
     shutil.copytree(config.out, tmp_path / "run")
     for name in ("checksums.json", "provenance.json"):
         (tmp_path / "run" / "model" / name).unlink()
+    with pytest.raises(DamagedFileError, match=r"checksums\.json is missing"):
+        Run.load(tmp_path / "run")  # its config.yaml has a seal: the run is newer
+    unsealed(tmp_path / "run")
     run = Run.load(tmp_path / "run")
     assert run.metrics("test", run.score("test")) == whole["test"]
     weights = tmp_path / "run" / "model" / "model.safetensors"

@@ -26,6 +26,7 @@ from dti_model.model_card import plain_differences
 from dti_model.run import MODEL_FOLDER, Run
 from dti_model.scorer import Scorer
 from tests.model.pretrained_files import pretrained_folder
+from tests.model.test_damage import unsealed
 
 # Strong resets in two of three layers, so that every mode that differs does so by more than rounding.
 RESET = DTIConfig(alpha_min=0.3, alpha_max=0.9, reset_layers=(1, 2))
@@ -332,6 +333,7 @@ def test_exports_of_runs_of_older_versions(small_folder: Path, tmp_path: Path) -
     run = run_folder(tmp_path / "run", small_folder, RESET)
     for name in ("dti.json", "README.md", "checksums.json", "provenance.json"):
         (run / MODEL_FOLDER / name).unlink()
+    unsealed(run)
     out, told = export(run, library_only=True)
     assert told["item_text"] == {}
     assert told["data"] == PreparedData.open(small_folder).fingerprint
