@@ -149,14 +149,13 @@ def _repeated_column(fields: Iterable[pa.Field]) -> str | None:
     name, count = Counter(field.name for field in fields).most_common(1)[0] if fields else ("", 0)
     if count > 1:
         return str(name)
-    below = (
-        field.type.fields if pa.types.is_struct(field.type) else _entries(field.type) for field in fields
-    )
-    return next(filter(None, map(_repeated_column, below)), None)
+    return next(filter(None, (_repeated_column(_entries(field.type)) for field in fields)), None)
 
 
 def _entries(kind: pa.DataType) -> list[pa.Field]:
-    """Of a list type, what its entries are."""
+    """Of a struct, its fields; of a list, what its entries are."""
+    if pa.types.is_struct(kind):
+        return [kind.field(index) for index in range(kind.num_fields)]
     return [kind.value_field] if pa.types.is_list(kind) or pa.types.is_large_list(kind) else []
 
 

@@ -75,7 +75,7 @@ LABELS = {
     "booleans": pa.array([True, False, True, None]),
     "decimals": pa.array([Decimal("1.00"), Decimal(0), Decimal(1), None], pa.decimal128(5, 2)),
     "wide decimals": pa.array([Decimal("1.00"), Decimal(0), Decimal(1), None], pa.decimal256(50, 2)),
-    "halves": pa.array([1, 0, 1, None], pa.float16()),
+    "halves": pa.array([np.float16(1), np.float16(0), np.float16(1), None], pa.float16()),
     "unsigned": pa.array([1, 0, 1, 2**64 - 1], pa.uint64()),
     "lists of one": pa.array([["yes"], ["no"], ["1"], []]),
 }
