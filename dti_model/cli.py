@@ -7,7 +7,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -36,6 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return 2
     return status
+
+
+def run() -> NoReturn:
+    """The program `dti`: `main`, and the end of the process."""
+    try:
+        status = main()
+    except SystemExit as end:  # a parser's, or SIGTERM in a training
+        if not isinstance(end.code, int):
+            raise
+        status = end.code
+    if "torch.distributed" in sys.modules:
+        from dti_model.ranks import exit_with
+
+        exit_with(status)
+    sys.exit(status)
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -314,4 +329,4 @@ def _export(options: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import atexit
-import signal
+import os
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
 Result = TypeVar("Result")
 
-_LEAVE_S = 30  # seconds for the others to do their part of what an error has cut short
+_status: int | None = None  # what `exit_with` was told
 
 
 def rank() -> int:
@@ -24,17 +26,26 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@atexit.register
-def _leave() -> None:
-    """End gloo's threads while there is an interpreter: one that frees a tensor later aborts the process, after whatever success.
+def exit_with(status: int) -> NoReturn:
+    """End this process; call it last in a program that torchrun starts, instead of `sys.exit`.
 
-    NCCL's are left to it: it would wait for ranks that have failed. gloo waits for what this rank has begun, so it has a limit.
+    One of several ranks runs its exit handlers and then ends at once, without the end of the interpreter: a thread of the process group
+    that frees its last tensor meanwhile would abort the process (SIGABRT), whatever it had achieved. Destroying the group does not
+    prevent it while a model or a mesh still refers to it.
     """
-    if dist.is_initialized() and dist.get_backend() == "gloo":
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(_LEAVE_S)
-        dist.destroy_process_group()
-        signal.alarm(0)
+    global _status
+    if dist.is_initialized():
+        _status = status
+    raise SystemExit(status)
+
+
+@atexit.register
+def _end_at_once() -> None:
+    if _status is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # closed, full or none at all
+                stream.flush()
+        os._exit(_status)
 
 
 def first_rank_does(work: Callable[[], Result]) -> Result:

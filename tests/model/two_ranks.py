@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from dti_model.config import TrainConfig
-from dti_model.ranks import rank
+from dti_model.ranks import exit_with, rank
 from dti_model.resumable import Terminated
 from dti_model.train import train
 from dti_model.trainer import StreamTrainer
@@ -65,3 +65,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    exit_with(0)
