@@ -137,7 +137,7 @@ def token_window(model_config: Any) -> int | None:
 def without_token_window(model_folder: Path) -> None:
     """Take a sliding window in tokens out of a folder's config.json: the library ignores it, its window is in interactions."""
     path = model_folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_bytes())
     changed = {**config}
     for name, off in (("sliding_window", None), ("use_sliding_window", False)):
         if name in config:
@@ -163,7 +163,7 @@ def write_card(
     text += _LIBRARY if of_run is None else _RUN
     if description.plain_transformers:
         text += _PLAIN.format(load=_load_lines(settings, of_run), **asdict(description.prompt))
-    (folder / CARD_FILE).write_text(text)
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 def _head(settings: ModelConfig, of_run: bool) -> str:

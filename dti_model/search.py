@@ -222,7 +222,7 @@ def _write(folder: Path, table: dict[str, Any]) -> None:
     writer.writeheader()
     writer.writerows(table["cells"])
     with whole_file(folder / "search.csv") as temporary:
-        temporary.write_text(text.getvalue())
+        temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
 def search_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
