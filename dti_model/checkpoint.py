@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from dti_model.files import (
     check_checksums,
     is_temporary,
     remove_folder,
+    remove_tree,
     whole_folder,
     write_checksums,
 )
@@ -242,7 +242,7 @@ def tidy(folder: Path, keep: set[Path]) -> None:
             remove_folder(path)
     for path in folder.glob(".checkpoint-*"):
         if is_temporary(path):  # who trains here holds the run folder's lock: nobody is writing one
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

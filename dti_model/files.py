@@ -164,10 +164,7 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
         with _named_errors(path):
             yield temporary
     finally:
-        _set_mode(
-            temporary, stat.S_IRWXU
-        )  # an older folder, which it may be by now, may be one that nobody writes to
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)  # an older folder by now, where there was one
         os.close(descriptor)
 
 
@@ -183,7 +180,7 @@ def _swap(new: Path, path: Path) -> None:
         except BaseException:
             hidden.rename(path)
             raise
-        shutil.rmtree(hidden, ignore_errors=True)
+        remove_tree(hidden)
     _flush(path.parent)
 
 
@@ -192,7 +189,19 @@ def remove_folder(path: Path) -> None:
     if path.exists():
         hidden = _hidden(path, _REMOVED)
         path.rename(hidden)
-        shutil.rmtree(hidden)
+        remove_tree(hidden, ignore_errors=False)
+
+
+def remove_tree(folder: Path, ignore_errors: bool = True) -> None:
+    """Delete a folder, also one that its owner made read-only, with all that is in it; links in it are not followed."""
+    below = [folder]
+    while below:
+        place = below.pop()
+        if place.is_dir() and not place.is_symlink():
+            _set_mode(place, stat.S_IRWXU)
+            with suppress(OSError):  # another user's
+                below += place.iterdir()
+    shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
 def _hidden(path: Path, ending: str) -> Path:
@@ -212,7 +221,7 @@ def remove_leftovers(path: Path) -> None:
             if not ours.fullmatch(name):
                 continue
             if name.endswith(_REMOVED):
-                shutil.rmtree(path.parent / name, ignore_errors=True)
+                remove_tree(path.parent / name)
             else:
                 _remove_unlocked(path.parent / name)
 
@@ -342,7 +351,7 @@ def _remove_unlocked(leftover: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove_tree(leftover)
         else:
             leftover.unlink(missing_ok=True)
     except OSError:  # somebody is writing it, or locks are unknown here
