@@ -38,6 +38,7 @@ from dti_model.files import (
     WriteError,
     check_checksums,
     is_temporary,
+    read_file,
     remove_folder,
     remove_tree,
     whole_folder,
@@ -260,7 +261,7 @@ def read_document(file: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read.
     """
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(read_file(file))
         if not isinstance(value, dict):
             raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:

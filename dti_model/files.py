@@ -25,6 +25,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -226,9 +227,32 @@ def remove_leftovers(path: Path) -> None:
                 _remove_unlocked(path.parent / name)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """A regular file, to read. A named pipe, which would wait for ever for somebody to write to it, is refused, as devices are.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is no regular file, as one of its name must be: move it elsewhere")
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file that `opened` opens; errors as there."""
+    with opened(path) as file:
+        return file.read()
+
+
 def sha256_of(path: Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
+    """Of a file's content, in hexadecimal digits; errors as `opened`."""
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -311,9 +335,10 @@ def read_sealed(path: Path, way_out: str) -> dict[str, Any]:
 
     Raises:
         DamagedFileError: it is missing, no JSON, or not what was written.
+        OSError: it is no regular file, or cannot be read.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_file(path))
     except FileNotFoundError:
         raise DamagedFileError(f"{path} is missing. {way_out}") from None
     except (ValueError, RecursionError) as error:

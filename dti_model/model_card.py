@@ -18,7 +18,7 @@ from typing import Any
 
 from dti_model.attention import DTIConfig
 from dti_model.config import ModelConfig
-from dti_model.files import DamagedFileError, write_json
+from dti_model.files import DamagedFileError, read_file, write_json
 from dti_model.prompts import PromptFormat
 from dti_model.references import locate
 
@@ -87,7 +87,7 @@ class Description:
                 f"{path} does not exist: {folder} is not a folder made by `dti export`. A run folder is read with Scorer.from_run"
             )
         try:
-            value = json.loads(path.read_bytes())
+            value = json.loads(read_file(path))
             dti, prompt = value["dti"], value["prompt"]
             prompt |= {name: tuple(prompt[name]) for name in ("prefix", "labels")}
             return Description(
