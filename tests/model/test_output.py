@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tqdm.auto import tqdm
 
+from dti_model import __main__ as command
 from dti_model import evaluate_cli
 from dti_model import train as train_module
 from dti_model.cli import main
@@ -170,3 +171,23 @@ def test_ctrl_c_is_one_line(
     monkeypatch.setattr("dti_model.search.search", interrupted)
     assert main(["search", "--grid={k: [1]}", "--data=x", "--out=y"]) == 130
     assert capsys.readouterr().err.endswith("give the same command again to go on where it was\n")
+
+
+def test_ctrl_c_while_modules_are_imported(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A traceback, in the first moments of a command."""
+
+    class Interrupted:
+        @staticmethod
+        def find_spec(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["dti", "--version"])
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        assert ended.value.code == 0
+        assert capsys.readouterr().out
+        patch.delitem(sys.modules, "dti_model.cli")
+        patch.setattr(sys, "meta_path", [Interrupted])
+        assert command.main() == 130
+    assert capsys.readouterr().err == "\ndti: interrupted: give the same command again to start again\n"
