@@ -1,7 +1,8 @@
 """Builds and calls `native/attention.cpp`, the compiled CPU implementation of the operators.
 
 It is C++ without dependencies (no PyTorch headers, so one build serves every PyTorch), compiled once per machine, in about six
-seconds, for the machine's own vector instructions, and kept in a cache folder. Where there is no compiler, `cpu.py` computes the
+seconds, for the machine's own vector instructions, and kept in a cache folder under a name that ends with its sha256: a damaged one
+is built again. A process reads it once for that, well under a millisecond. Where there is no compiler, `cpu.py` computes the
 same in PyTorch, and a warning says so once. Environment: `CXX` names the compiler, `DTI_CACHE_DIR` the folder (default
 `~/.cache/dti_kernels`), and `DTI_CPU=torch` chooses the PyTorch implementation, `DTI_CPU=native` makes a failed build an error.
 """
@@ -105,20 +106,45 @@ def _compiled() -> Path:
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
     sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
     identity = "\n".join([*sources, *command, version, _processor()])
-    name = f"cpu_native-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
-    library = _cache_folder() / name
-    if not library.exists():
-        # Several processes may build at once: each under a name of its own, renamed when complete.
-        with _scratch_folder(library.parent) as scratch:
-            made = scratch / name
-            subprocess.run(
-                [*command, "-o", str(made), str(SOURCES / "attention.cpp")],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            made.rename(library)
+    name, folder = f"cpu_native-{hashlib.sha256(identity.encode()).hexdigest()[:20]}", _cache_folder()
+    damaged = []
+    for kept in sorted(folder.glob(f"{name}-*.so")):
+        with suppress(OSError):  # removed meanwhile
+            if kept.is_file() and kept.name == _named(name, kept):
+                return kept
+        damaged.append(kept)
+    # Several processes may build at once: each under a name of its own, renamed when complete.
+    with _scratch_folder(folder) as scratch:
+        made = scratch / "made.so"
+        subprocess.run(
+            [*command, "-o", str(made), str(SOURCES / "attention.cpp")],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        library = folder / _named(name, made)
+        _flush(made)
+        made.rename(library)
+        _flush(folder)
+    for other in damaged:
+        if other != library:
+            with suppress(OSError):
+                other.unlink()
     return library
+
+
+def _named(name: str, library: Path) -> str:
+    """A library's name with what it must hold."""
+    return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()}.so"
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a name may outlive a power cut that its content does not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -17,9 +17,9 @@ Sharded weights are gathered one tensor at a time, so files do not depend on DDP
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ from dti_model.files import (
     WriteError,
     check_checksums,
     is_temporary,
+    read_file,
     remove_folder,
+    remove_tree,
     whole_folder,
     write_checksums,
 )
@@ -50,6 +52,7 @@ RUN_FILE, TRAINER_FILE = "run.json", "trainer_state.json"
 # Of run.json: 1 was without checksums.
 CHECKPOINT_VERSION = 2
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_FILES = {WEIGHTS_FILE, OPTIMIZER_FILE, RUN_FILE, TRAINER_FILE, CHECKSUMS_FILE}
 
 
 class CheckpointError(RuntimeError):
@@ -173,9 +176,15 @@ def write_checkpoint(
         documents: from the name of a JSON file to its content.
 
     Raises:
-        CheckpointError: a file cannot be written; earlier checkpoints are untouched and nothing is left behind.
+        CheckpointError: a file cannot be written, or somebody's own is in the way; earlier checkpoints are untouched and nothing is
+            left behind.
     """
-
+    foreign = foreign_in(folder) if os.path.lexists(folder) else None
+    if foreign is not None:
+        raise CheckpointError(
+            f"{foreign} is no file of a checkpoint, and in the way of one: move it elsewhere, and give the same command again to go "
+            "on from the last one"
+        )
     try:
         with whole_folder(folder) as temporary:
             for name, group in tensors.items():
@@ -199,16 +208,29 @@ def step_of(folder: Path) -> int | None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a folder of checkpoints."""
-    found = _checkpoints(folder)
-    return found[max(found)] if found else None
+    steps = [step for step, path in checkpoints_in(folder).items() if path.is_dir() and not path.is_symlink()]
+    return folder / f"checkpoint-{max(steps)}" if steps else None
 
 
-def _checkpoints(folder: Path) -> dict[int, Path]:
-    """By step. Other folders, `checkpoint-5.old` or `checkpoint-best`, are somebody's own."""
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """What has the name of a checkpoint, by step. Others, `checkpoint-5.old` or `checkpoint-best`, are somebody's own, and stay."""
     if not folder.is_dir():
         return {}
-    steps = {path: step_of(path) for path in folder.iterdir() if path.is_dir()}
+    steps = {path: step_of(path) for path in folder.iterdir()}
     return {step: path for path, step in steps.items() if step is not None}
+
+
+def foreign_in(folder: Path) -> Path | None:
+    """What no run wrote of what has the name of a checkpoint: something in the folder, or itself where it is none; None: nothing.
+
+    By names; `check_checkpoint` says whether files of these names are a checkpoint's.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return folder
+    for path in sorted(folder.iterdir()):
+        if path.name not in _FILES or path.is_symlink() or not path.is_file():
+            return path
+    return None
 
 
 def check_checkpoint(folder: Path, best: bool = False) -> None:
@@ -236,13 +258,16 @@ def check_checkpoint(folder: Path, best: bool = False) -> None:
 
 
 def tidy(folder: Path, keep: set[Path]) -> None:
-    """Remove all checkpoints but some, and what a killed run left half written or half removed."""
-    for path in _checkpoints(folder).values():
-        if path not in keep:
+    """Remove all checkpoints but some, and what a killed run left half written or half removed.
+
+    One that somebody put something into stays: the run's next start names it.
+    """
+    for path in checkpoints_in(folder).values():
+        if path not in keep and foreign_in(path) is None:
             remove_folder(path)
     for path in folder.glob(".checkpoint-*"):
         if is_temporary(path):  # who trains here holds the run folder's lock: nobody is writing one
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -260,7 +285,7 @@ def read_document(file: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read.
     """
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(read_file(file))
         if not isinstance(value, dict):
             raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:

@@ -45,7 +45,7 @@ def write_config(settings: Any, path: Path) -> None:
     """
     text = _FIRST_LINE + yaml.safe_dump(_plain(asdict(settings)), sort_keys=False, allow_unicode=True)
     with whole_file(path) as temporary:
-        temporary.write_text(f"{text}# sha256 {_sha256(text)}\n")
+        temporary.write_text(f"{text}# sha256 {_sha256(text)}\n", encoding="utf-8")
 
 
 def read_config(path: Path, kind: type[Settings], sealed: bool = False) -> Settings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,10 @@ from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
 from dti_model.command_line import Parser
-from dti_model.config_file import CONFIG_FILE, is_ours
 from dti_model.files import DamagedFileError, read_sealed, write_sealed
+from dti_model.places import why_owned
 
 WRITTEN_BY = "dti evaluate"
-# What `dti train` and `dti search` write into their folders.
-_OF_A_RUN = re.compile(
-    r"config\.yaml|metrics\.json|checksums\.json|report\.png|predictions-.*|model|checkpoints|tensorboard|\..*"
-)
-_OF_A_SEARCH, _SEARCH_MARKER = ("search.json", "search.csv", "search-folder.json"), "search-folder.json"
 
 
 def add_evaluate(commands: Any, add_base: Any) -> None:
@@ -99,9 +93,9 @@ def check_destination(path: Path) -> None:
         raise ValueError(
             f"--json {path} exists and is not a file that `dti evaluate` wrote{kind}: name another, or delete it"
         )
-    owner = _owner(real)
-    if owner is not None:
-        raise ValueError(f"--json {path} is a place of {owner}'s own files: choose another name")
+    owned = why_owned(path)
+    if owned is not None:
+        raise ValueError(f"--json {path} {owned}")
     try:
         with tempfile.TemporaryFile(dir=real.parent):
             pass
@@ -114,13 +108,3 @@ def _is_of_evaluate(path: Path) -> bool:
         return path.is_file() and read_sealed(path, "").get("written_by") == WRITTEN_BY
     except (DamagedFileError, OSError):
         return False
-
-
-def _owner(real: Path) -> Path | None:
-    """The run folder or the folder of a search that has this name, or a folder of this name, for itself."""
-    if real.name in _OF_A_SEARCH and (real.parent / _SEARCH_MARKER).exists():
-        return real.parent
-    for folder in real.parents:
-        if (folder / CONFIG_FILE).is_file() and is_ours(folder / CONFIG_FILE):
-            return folder if _OF_A_RUN.fullmatch(real.relative_to(folder).parts[0]) else None
-    return None

@@ -61,7 +61,8 @@ def export_run(
 
     Raises:
         FileNotFoundError: `run` is no run folder, or its training has not ended.
-        FileExistsError: `out` is not empty, also where something comes into it meanwhile, or it is the current folder.
+        FileExistsError: `out` is not empty, also where something comes into it meanwhile, it is the current folder, or a name that
+            means something in the folder of a run, a search or prepared data.
         LibraryOnlyError: plain transformers would compute other probabilities, and `library_only` is False.
         LockedError: another process makes `out`.
         PretrainedModelError: the base model cannot be loaded.

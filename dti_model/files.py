@@ -25,6 +25,7 @@ import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,7 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
         with _named_errors(path):
             yield temporary
     finally:
-        _set_mode(
-            temporary, stat.S_IRWXU
-        )  # an older folder, which it may be by now, may be one that nobody writes to
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)  # an older folder by now, where there was one
         os.close(descriptor)
 
 
@@ -185,7 +183,7 @@ def _swap(new: Path, path: Path) -> None:
         except BaseException:
             hidden.rename(path)
             raise
-        shutil.rmtree(hidden, ignore_errors=True)
+        remove_tree(hidden)
     _flush(path.parent)
 
 
@@ -194,7 +192,19 @@ def remove_folder(path: Path) -> None:
     if path.exists():
         hidden = _hidden(path, _REMOVED)
         path.rename(hidden)
-        shutil.rmtree(hidden)
+        remove_tree(hidden, ignore_errors=False)
+
+
+def remove_tree(folder: Path, ignore_errors: bool = True) -> None:
+    """Delete a folder, also one that its owner made read-only, with all that is in it; links in it are not followed."""
+    below = [folder]
+    while below:
+        place = below.pop()
+        if place.is_dir() and not place.is_symlink():
+            _set_mode(place, stat.S_IRWXU)
+            with suppress(OSError):  # another user's
+                below += place.iterdir()
+    shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
 def _hidden(path: Path, ending: str) -> Path:
@@ -214,14 +224,37 @@ def remove_leftovers(path: Path) -> None:
             if not ours.fullmatch(name):
                 continue
             if name.endswith(_REMOVED):
-                shutil.rmtree(path.parent / name, ignore_errors=True)
+                remove_tree(path.parent / name)
             else:
                 _remove_unlocked(path.parent / name)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """A regular file, to read. A named pipe, which would wait for ever for somebody to write to it, is refused, as devices are.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is no regular file, as one of its name must be: move it elsewhere")
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file that `opened` opens; errors as there."""
+    with opened(path) as file:
+        return file.read()
+
+
 def sha256_of(path: Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
+    """Of a file's content, in hexadecimal digits; errors as `opened`."""
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -330,9 +363,10 @@ def read_sealed(path: Path, way_out: str) -> dict[str, Any]:
 
     Raises:
         DamagedFileError: it is missing, no JSON, or not what was written.
+        OSError: it is no regular file, or cannot be read.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_file(path))
     except FileNotFoundError:
         raise DamagedFileError(f"{path} is missing. {way_out}") from None
     except (ValueError, RecursionError) as error:
@@ -370,7 +404,7 @@ def _remove_unlocked(leftover: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove_tree(leftover)
         else:
             leftover.unlink(missing_ok=True)
     except OSError:  # somebody is writing it, or locks are unknown here

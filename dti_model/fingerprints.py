@@ -22,7 +22,7 @@ from typing import Any
 
 from dti_model.config import TrainConfig
 from dti_model.data.tokens import plain_backend
-from dti_model.files import read_sealed, sha256_of_json, write_sealed
+from dti_model.files import read_file, read_sealed, sha256_of_json, write_sealed
 from dti_model.references import PretrainedModelError, Reference, locate
 
 PROVENANCE_FILE = "provenance.json"
@@ -151,7 +151,7 @@ def base_model_fingerprint(place: Reference) -> str:
         return sha256_of_json({"weights": {"gguf": _sample(Path(place.source) / place.gguf_file)}})
     folder = place.folder
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads(read_file(folder / "config.json"))
     except (ValueError, RecursionError) as error:
         raise PretrainedModelError(f"{folder / 'config.json'} is no JSON ({error})") from error
     if not isinstance(config, dict):

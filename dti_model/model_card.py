@@ -18,7 +18,7 @@ from typing import Any
 
 from dti_model.attention import DTIConfig
 from dti_model.config import ModelConfig
-from dti_model.files import DamagedFileError, write_json
+from dti_model.files import DamagedFileError, read_file, write_json
 from dti_model.prompts import PromptFormat
 from dti_model.references import locate
 
@@ -87,7 +87,7 @@ class Description:
                 f"{path} does not exist: {folder} is not a folder made by `dti export`. A run folder is read with Scorer.from_run"
             )
         try:
-            value = json.loads(path.read_bytes())
+            value = json.loads(read_file(path))
             dti, prompt = value["dti"], value["prompt"]
             prompt |= {name: tuple(prompt[name]) for name in ("prefix", "labels")}
             return Description(
@@ -137,7 +137,7 @@ def token_window(model_config: Any) -> int | None:
 def without_token_window(model_folder: Path) -> None:
     """Take a sliding window in tokens out of a folder's config.json: the library ignores it, its window is in interactions."""
     path = model_folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_bytes())
     changed = {**config}
     for name, off in (("sliding_window", None), ("use_sliding_window", False)):
         if name in config:
@@ -163,7 +163,7 @@ def write_card(
     text += _LIBRARY if of_run is None else _RUN
     if description.plain_transformers:
         text += _PLAIN.format(load=_load_lines(settings, of_run), **asdict(description.prompt))
-    (folder / CARD_FILE).write_text(text)
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 def _head(settings: ModelConfig, of_run: bool) -> str:

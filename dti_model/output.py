@@ -1,10 +1,14 @@
-"""Standard output and error that may break, as in `dti train ... | head` or on a full disk, without ending what is printed about."""
+"""Standard output and error that may break, as in `dti train ... | head` or on a full disk, without ending what is printed about.
+
+Nor does a character that their encoding lacks: `±` is printed as `\\xb1` where the locale knows ASCII only.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -25,21 +29,29 @@ class Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As a text stream's."""
-        if self.error is None:
-            try:
-                self._stream.write(text)
-            except OSError as error:
-                self._break(error)
+        """As a text stream's; characters that it cannot encode are written as escapes."""
+        self._try(self._write, text)
         return len(text)
 
     def flush(self) -> None:
         """As a text stream's."""
-        if self.error is None:
-            try:
-                self._stream.flush()
-            except OSError as error:
-                self._break(error)
+        self._try(self._stream.flush)
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError as error:
+            self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
+        if self.error is not None:
+            return
+        try:
+            action(*arguments)
+        except OSError as error:
+            self._break(error)
+        except ValueError as error:  # somebody has closed it
+            self._break(OSError(errno.EBADF, str(error)))
 
     def _break(self, error: OSError) -> None:
         self.error = error

@@ -1,9 +1,44 @@
-"""Where a command may make a folder."""
+"""Where a command may make a file or a folder."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+from dti_model.config_file import CONFIG_FILE, is_ours
+
+# What commands write into their folders.
+_OF_A_RUN = re.compile(
+    r"config\.yaml|metrics\.json|checksums\.json|report\.png|predictions-.*|model|checkpoints|tensorboard|\..*"
+)
+_OF_A_SEARCH = re.compile(r"search\.json|search\.csv|search-folder\.json|base|.*=.*|\..*")
+_OF_DATA = re.compile(r"stats\.json|(interactions|users|items)\.arrow|rejected\.csv|tokenizer|tokens|\..*")
+
+
+def why_owned(path: Path) -> str | None:
+    """Why an output may not have a name: it is one of a run's, a search's or prepared data's own; None: it is free.
+
+    A file there would be taken for theirs: `metrics.json` makes a run a finished one, and what lies in `model` goes with it.
+    """
+    real = Path(os.path.realpath(path))
+    for folder in real.parents:
+        names = _names_of(folder)
+        if names is not None:
+            is_own = names.fullmatch(real.relative_to(folder).parts[0]) is not None
+            return f"is a place of {folder}'s own files: choose another name" if is_own else None
+    return None
+
+
+def _names_of(folder: Path) -> re.Pattern[str] | None:
+    """The names that mean something in a folder of ours; None: it is none."""
+    if (folder / CONFIG_FILE).is_file() and is_ours(folder / CONFIG_FILE):
+        return _OF_A_RUN
+    if (folder / "search-folder.json").is_file():
+        return _OF_A_SEARCH
+    if (folder / "stats.json").is_file() and (folder / "interactions.arrow").is_file():
+        return _OF_DATA
+    return None
 
 
 def why_irreplaceable(out: Path) -> str | None:
@@ -17,11 +52,14 @@ def why_irreplaceable(out: Path) -> str | None:
 
 
 def check_new_folder(out: Path) -> None:
-    """Only nothing, or an empty folder, may be where a new folder is to be.
+    """Only nothing, or an empty folder, may be where a new folder is to be, and not where another command keeps its own.
 
     Raises:
         FileExistsError: something is there, or the place cannot be had.
     """
+    owned = why_owned(out)
+    if owned is not None:
+        raise FileExistsError(f"{out} {owned}")
     if not os.path.lexists(os.path.realpath(out)):
         return
     if not out.is_dir() or any(out.iterdir()):

@@ -12,6 +12,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from dti_kernels import StreamLayout
+from dti_model.run_folder import REPORT_MARK
 
 MODEL_COLOR, LINE_COLOR, SUM_COLOR = "#1f5fa8", "#8a8a8a", "#d1602b"
 
@@ -48,7 +49,7 @@ def plot_report(
     auc_axes.set(xlabel="epoch", ylabel="AUC", title="validation AUC")
     auc_axes.legend(fontsize=8, loc="lower right")
     _plot_calibration(calibration_axes, labels, probabilities)
-    figure.savefig(path, dpi=110, format="png")  # whatever the path ends in
+    figure.savefig(path, dpi=110, format="png", metadata=REPORT_MARK)  # whatever the path ends in
 
 
 def _plot_calibration(axes: Any, labels: npt.NDArray[Any], probabilities: npt.NDArray[np.float64]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import world_size
 from dti_model.report import metrics_table, sentence_about_baselines
 from dti_model.run import Run
-from dti_model.run_folder import METRICS_FILE
+from dti_model.run_folder import METRICS_FILE, REPORT_FILE, check_results_are_ours
 from dti_model.throughput import measure_training
 from dti_model.trainer import StreamTrainer
 
@@ -29,16 +30,18 @@ def write_results(
     """Write everything down; the content of metrics.json, which is the last file, so that a folder with one is finished.
 
     Raises:
+        RunExistsError: somebody's own file came into the place of one of these; it is untouched.
         WriteError: the disk is full.
     """
     config, data = run.config, run.data
+    check_results_are_ours(config.out)  # hours after the first look
     result: dict[str, Any] = {split: run.metrics(split, scores[split]) for split in scores}
     result["baselines"] = {split: baseline_metrics(data, split, run.targets(split)) for split in scores}
     for split in scores:
         run.write_predictions(config.out / f"predictions-{split}.parquet", split, scores[split])
     result["training"] = _training_facts(run, trainer)
     last = next(iter(scores))  # test, where it is scored
-    with whole_file(config.out / "report.png") as temporary:
+    with whole_file(config.out / REPORT_FILE) as temporary:
         plot_report(
             temporary,
             trainer.state.log_history,
@@ -50,19 +53,19 @@ def write_results(
     result = dict(without_nan(result))
     with whole_file(config.out / METRICS_FILE) as temporary:
         temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-        _write_checksums(config.out, temporary)
+        _write_checksums(config.out, [*scores], temporary)
     print(metrics_table(result))
     print(sentence_about_baselines(result[last], result["baselines"][last]))
     return result
 
 
-def _write_checksums(folder: Path, metrics: Path) -> None:
+def _write_checksums(folder: Path, splits: Sequence[str], metrics: Path) -> None:
     """Of the files in a run folder itself; `model/` and the checkpoints have their own.
 
     `metrics` is metrics.json before it has its name: with that the folder is finished, so this comes first.
     """
-    paths = {name: folder / name for name in (CONFIG_FILE, "report.png")}
-    paths |= {path.name: path for path in sorted(folder.glob("predictions-*.parquet"))}
+    names = [CONFIG_FILE, REPORT_FILE, *(f"predictions-{split}.parquet" for split in sorted(splits))]
+    paths = {name: folder / name for name in names}
     paths[METRICS_FILE] = metrics
     files = {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in paths.items()}
     write_sealed(folder / CHECKSUMS_FILE, {"files": files})

@@ -13,15 +13,30 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from dti_model.checkpoint import RUN_FILE, TRAINER_FILE, check_checkpoint, last_checkpoint, read_document
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dti_model.checkpoint import (
+    RUN_FILE,
+    TRAINER_FILE,
+    CheckpointError,
+    check_checkpoint,
+    checkpoints_in,
+    foreign_in,
+    last_checkpoint,
+    read_document,
+)
 from dti_model.config import CONFIG_FILE, TrainConfig
 from dti_model.config_file import is_ours
-from dti_model.files import CHECKSUMS_FILE, locked, read_sealed
-from dti_model.fingerprints import OtherOriginError, Provenance
+from dti_model.files import CHECKSUMS_FILE, locked, opened, read_sealed
+from dti_model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance
 from dti_model.ranks import first_rank_does
 
 CARD_FILE = "README.md"
 CHECKPOINTS_FOLDER, METRICS_FILE, LOCK_FILE = "checkpoints", "metrics.json", ".lock"
+REPORT_FILE = "report.png"
+REPORT_MARK = {"Software": "dti train"}  # a text in the PNG
+PREDICTION_COLUMNS = ["user", "item", "timestamp", "label", "probability"]
 MODEL_FOLDER = "model"
 # Of a model without checksums, which version 0.1.0 wrote.
 _MODEL_FILES = re.compile(
@@ -29,7 +44,7 @@ _MODEL_FILES = re.compile(
     r"|tokenizer\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|dti\.json|tokenizer\.model|vocab\.(json|txt)|merges\.txt"
 )
 # What a run writes into its folder; through a link, it would write somewhere else.
-_WRITTEN = (CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, CHECKSUMS_FILE, "report.png")
+_WRITTEN = (CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, CHECKSUMS_FILE, REPORT_FILE)
 
 
 class RunExistsError(FileExistsError):
@@ -73,17 +88,51 @@ def check_is_no_broken_link(folder: Path) -> None:
 
 
 def check_nothing_foreign_goes(folder: Path) -> None:
-    """Refuse to train where the end of the run would put its files in the place of somebody's.
+    """Refuse to train where the run would put its files in the place of somebody's, or remove them with old checkpoints.
 
     Raises:
         RunExistsError: naming what is there.
     """
-    for path in (*(folder / name for name in _WRITTEN), *folder.glob("predictions-*.parquet")):
+    check_results_are_ours(folder)
+    for path in checkpoints_in(folder / CHECKPOINTS_FOLDER).values():
+        foreign = foreign_in(path)
+        if foreign is not None:
+            raise RunExistsError(
+                f"{foreign} is no file of a run's checkpoint, and would go with it: move it elsewhere, or choose another --out"
+            )
+    check_model_is_ours(folder / MODEL_FOLDER)
+
+
+def check_results_are_ours(folder: Path) -> None:
+    """Refuse files that are somebody's where a run writes its results, or links to them.
+
+    Raises:
+        RunExistsError: naming what is there.
+    """
+    predictions = [folder / f"predictions-{split}.parquet" for split in ("test", "val")]
+    for path in (*(folder / name for name in _WRITTEN), *predictions):
         if path.is_symlink():
             raise RunExistsError(
                 f"{path} is a symbolic link, and the run writes a file or folder of that name: remove the link"
             )
-    check_model_is_ours(folder / MODEL_FOLDER)
+    for path in (folder / CHECKSUMS_FILE, folder / REPORT_FILE, *predictions):
+        if path.exists() and not _is_result(path):
+            raise RunExistsError(
+                f"{path} is no file of a run, and the run writes one of that name: move it elsewhere, or choose another --out"
+            )
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file with the name of a result is one, which a run that was killed at its end has left; by what it holds."""
+    try:
+        with opened(path) as file:
+            if path.name == CHECKSUMS_FILE:
+                return bool(CONFIG_FILE in read_sealed(path, "").get("files", ()))
+            if path.name == REPORT_FILE:
+                return REPORT_MARK["Software"].encode() in file.read(1000)
+            return bool(pq.read_schema(file).names == PREDICTION_COLUMNS)
+    except (OSError, ValueError, TypeError, pa.ArrowException):
+        return False
 
 
 def check_model_is_ours(path: Path) -> None:
@@ -101,6 +150,10 @@ def check_model_is_ours(path: Path) -> None:
     known = None
     if (path / CHECKSUMS_FILE).is_file():
         known = read_sealed(path / CHECKSUMS_FILE, f"Delete {path}, or choose another --out")["files"].keys()
+        if PROVENANCE_FILE not in known:  # an export
+            raise RunExistsError(
+                f"{path} is not a folder of a run's model: move it elsewhere, or choose another --out"
+            )
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if known is None:
@@ -149,7 +202,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     """The checkpoint that an earlier, killed call with the same settings left; None: start anew. Call it under the lock.
 
     Raises:
-        RunExistsError: the folder belongs to a run with other settings, or to a finished one.
+        RunExistsError: the folder belongs to a run with other settings, or to a finished one, or something in it is no run's.
         CheckpointError: the checkpoint is damaged.
         ConfigFileError: config.yaml is.
     """
@@ -169,10 +222,25 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     _check_same_settings(config, places=provenance_of(checkpoint) is None)
     _check_checkpoint_settings(config, checkpoint)
     best = read_document(checkpoint / TRAINER_FILE).get("best_global_step")
-    if best and (best_folder := checkpoint.with_name(f"checkpoint-{best}")) != checkpoint:
+    best_folder = checkpoint.with_name(f"checkpoint-{best}") if best else checkpoint
+    if best_folder != checkpoint:
         check_checkpoint(best_folder, best=True)
         _check_checkpoint_settings(config, best_folder)
+    for other in checkpoints_in(checkpoint.parent).values():
+        if other not in (checkpoint, best_folder):
+            _check_may_go(config, other)
     return checkpoint
+
+
+def _check_may_go(config: TrainConfig, checkpoint: Path) -> None:
+    """The next save removes it: whatever is not an older checkpoint of this run is somebody's."""
+    try:
+        check_checkpoint(checkpoint)
+    except CheckpointError as error:
+        raise RunExistsError(
+            f"{checkpoint} is no whole checkpoint of this run, and would be removed: move it elsewhere, or choose another --out ({error})"
+        ) from error
+    _check_checkpoint_settings(config, checkpoint)
 
 
 def _check_same_settings(config: TrainConfig, places: bool) -> None:

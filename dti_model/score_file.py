@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from dti_model.items import ItemError
 from dti_model.locks import locked
+from dti_model.places import why_owned
 from dti_model.score_job import Job
 from dti_model.score_lines import (
     InputChangedError,
@@ -136,6 +137,9 @@ def _checked_output(source: Path, output: Path) -> Path:
         raise ValueError(f"{output.parent} is a file, so there is no folder for {output.name}")
     for path in (source, output):
         is_parquet(path)
+    owned = why_owned(output)
+    if owned is not None:
+        raise ValueError(f"{output} {owned}")
     return Path(os.path.realpath(output))
 
 

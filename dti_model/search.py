@@ -24,7 +24,7 @@ from dti_model.bounds import RULES, must_be, shown
 from dti_model.config import CONFIG_FILE, TrainConfig
 from dti_model.config_file import is_ours
 from dti_model.data import PreparedData
-from dti_model.files import DamagedFileError, check_checksums, locked, whole_file, write_json
+from dti_model.files import DamagedFileError, check_checksums, locked, read_file, whole_file, write_json
 from dti_model.fingerprints import PROVENANCE_FILE, OtherOriginError
 from dti_model.ranks import first_rank_does
 from dti_model.run_folder import (
@@ -130,7 +130,7 @@ def check_search_folder(folder: Path) -> None:
 
 def _is_table(path: Path) -> bool:
     try:
-        return set(json.loads(path.read_bytes())) == {"cells", "best"}
+        return set(json.loads(read_file(path))) == {"cells", "best"}
     except (OSError, ValueError, TypeError):
         return False
 
@@ -185,7 +185,7 @@ def _finished(config: TrainConfig) -> dict[str, float] | None:
     is_new = (config.out / MODEL_FOLDER / PROVENANCE_FILE).is_file()  # version 0.1.0 had neither
     check_checksums(config.out, way_out, required=is_new)
     try:
-        result = json.loads(path.read_bytes())
+        result = json.loads(read_file(path))
         metrics: dict[str, float] = result["val"]
         kept = result.get("provenance")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -222,7 +222,7 @@ def _write(folder: Path, table: dict[str, Any]) -> None:
     writer.writeheader()
     writer.writerows(table["cells"])
     with whole_file(folder / "search.csv") as temporary:
-        temporary.write_text(text.getvalue())
+        temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
 def search_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:

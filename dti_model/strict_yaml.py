@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from dti_model.files import opened
+
 # A file of settings has a few kilobytes and five levels.
 MOST_CHARACTERS, MOST_LEVELS = 2**20, 50
 _TAG = "tag:yaml.org,2002:"
@@ -137,13 +139,15 @@ def read_text(path: Path) -> str:
     """A file's text.
 
     Raises:
-        ValueError: no such file, or not UTF-8.
+        ValueError: no such file, no regular one, or not UTF-8.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the YAML file in it")
     if not path.exists():
         raise ValueError(f"there is no file {path}")
-    with path.open("rb") as file:
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file: settings are read from one")
+    with opened(path) as file:
         content = file.read(MOST_CHARACTERS * 4 + 1)
     try:
         return content.decode()

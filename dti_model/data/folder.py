@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dti_model.data.errors import DataError
-from dti_model.files import DamagedFileError, check_files, checksums, read_sealed, write_sealed
+from dti_model.files import DamagedFileError, check_files, checksums, read_file, read_sealed, write_sealed
 from dti_model.places import why_irreplaceable
 
 FORMAT_VERSION = 2
@@ -63,7 +63,7 @@ def read_stats(folder: Path) -> dict[str, Any]:
             f"{folder}: not a prepared folder, it has no {STATS_FILE}. Make one with: dti prepare"
         )
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_file(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -164,7 +164,7 @@ def _own_files(out: Path) -> set[str] | None:
     """The files that the stats.json of a prepared folder names, of this format or of version 1; None: it is none of ours."""
     path = out / STATS_FILE
     try:
-        stats = json.loads(path.read_bytes())
+        stats = json.loads(read_file(path))
         if not isinstance(stats, dict) or stats.get("format_version") != 1:
             stats = read_sealed(path, REMOVE)
     except (OSError, ValueError, RecursionError):

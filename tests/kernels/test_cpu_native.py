@@ -251,3 +251,36 @@ def test_it_is_built_once(tmp_path: Path) -> None:
     assert built[0] == built[1]
     assert built[2][0] != built[0][0], "other flags are another library"
     assert sorted(tmp_path.iterdir()) == sorted({path for path, _ in built})
+
+
+def test_a_damaged_library_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut short it ended the process with SIGBUS, always; a flipped bit gave other results without a word."""
+    monkeypatch.setenv("DTI_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cpu_native, "FLAGS", (*cpu_native.FLAGS, "-O0"))
+    library = cpu_native._compiled()
+    whole = library.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content in (whole[: len(whole) // 2], b"", bytes(flipped)):
+        library.unlink()
+        library.write_bytes(content)
+        again = cpu_native._compiled()
+        assert cpu_native._named(again.name[: len("cpu_native-") + 20], again) == again.name
+        assert list(tmp_path.iterdir()) == [again]
+    modified = again.stat().st_mtime_ns
+    assert cpu_native._compiled() == again
+    assert again.stat().st_mtime_ns == modified, "a whole one stays"
+
+
+def test_a_library_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut left a name without content."""
+    monkeypatch.setenv("DTI_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cpu_native, "FLAGS", (*cpu_native.FLAGS, "-O0"))
+    events: list[str] = []
+    rename, flush = Path.rename, cpu_native._flush
+    monkeypatch.setattr(cpu_native, "_flush", lambda path: (events.append(path.name), flush(path)))
+    monkeypatch.setattr(Path, "rename", lambda path, target: (events.append("rename"), rename(path, target)))
+    cpu_native._compiled()
+    assert events == ["made.so", "rename", tmp_path.name]

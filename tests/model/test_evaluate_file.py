@@ -80,6 +80,48 @@ def test_names_of_a_run_folder_are_the_runs(run: Path, name: str, tmp_path: Path
         assert "own files: choose another name" in capsys.readouterr().err
 
 
+OWN_NAMES = {
+    "run": [
+        "metrics.json",
+        "predictions-test.parquet",
+        "model.json",
+        "model",
+        "tensorboard/x.jsonl",
+        ".x.jsonl",
+    ],
+    "data": ["stats.json", "tokens/x.jsonl", "tokenizer"],
+    "search": ["search.json", "k=3/seed-0/x.jsonl", "base", "search-folder.json"],
+}
+
+
+@pytest.mark.usefixtures("no_scoring")
+@pytest.mark.parametrize(("folder", "name"), [(a, b) for a, names in OWN_NAMES.items() for b in names])
+def test_outputs_of_commands_have_no_names_that_mean_something(
+    run: Path, small_folder: Path, folder: str, name: str, tmp_path: Path, capsys: Any
+) -> None:
+    """A file of scores called metrics.json made a run a finished one; an export was evaluated as a run's model, and deleted."""
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "search-folder.json").write_text("{}")
+    shutil.copytree(small_folder, tmp_path / "data")
+    (run / "metrics.json").unlink()
+    (tmp_path / "in.jsonl").write_text('{"user": "1", "candidates": ["1"]}\n')
+    path = tmp_path / folder / name
+    is_own = name != "model.json"
+    commands = [["export", f"--run={run}", f"--out={path}", "--library-only"]]
+    if path.suffix:
+        commands.append(
+            ["score", f"--run={run}", "--device=cpu", f"--input={tmp_path / 'in.jsonl'}", f"--output={path}"]
+        )
+    for command in commands:
+        for _ in range(2):
+            before = sorted(tmp_path.rglob("*"))
+            assert main(command) == (2 if is_own else 0)
+            assert ("own files: choose another name" in capsys.readouterr().err) == is_own
+            assert (sorted(tmp_path.rglob("*")) == before) == is_own
+            if not is_own:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @pytest.mark.usefixtures("no_scoring")
 def test_a_place_that_cannot_be_written(run: Path, capsys: Any) -> None:
     """It was noticed after the scoring."""

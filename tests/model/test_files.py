@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from dti_model import files
+from tests.conftest import ROOT
 
 
 def hold_in_another_process(code: str) -> subprocess.Popen:
@@ -183,6 +185,57 @@ def test_a_leftover_of_another_user_does_not_keep_the_others(
             (tmp_path / name).mkdir(exist_ok=True)
         files.remove_leftovers(tmp_path / "out")
         assert os.listdir(tmp_path) == [names[refused]]
+
+
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+from dti_model import files
+folder, elsewhere = Path("folder"), Path("elsewhere")
+elsewhere.mkdir()
+elsewhere.chmod(0o500)
+
+def make_read_only(folder):
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "a" / "b" / "file").touch()
+    (folder / "a" / "link").symlink_to(elsewhere.absolute())
+    for path in (folder / "a" / "b", folder / "a", folder):
+        path.chmod(0o500)
+
+make_read_only(folder)
+if os.access(folder, os.W_OK):
+    sys.exit("all may write")
+with files.whole_folder(folder):
+    pass
+folder.rmdir()
+for ending in ("removed", "incomplete"):
+    make_read_only(Path(f".folder.dti-0123456789abcdef.{ending}"))
+with files.temporary_folder(folder) as temporary:
+    make_read_only(temporary / "below")
+make_read_only(folder)
+files.remove_folder(folder)
+print(*os.listdir(), oct(elsewhere.stat().st_mode & 0o777))
+"""
+
+
+def test_folders_that_nobody_writes_to_are_removed(tmp_path: Path) -> None:
+    """Their subfolders were not: hidden ones stayed for ever, and a run could not go on over read-only checkpoints."""
+    ordinary: list[str] = []
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("no setpriv")
+        ordinary = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"]
+    ended = subprocess.run(
+        [*ordinary, sys.executable, "-c", READ_ONLY],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "all may write" in ended.stderr or "setpriv" in ended.stderr:
+        pytest.skip("permissions do not hold here")
+    assert (ended.stdout, ended.stderr) == ("elsewhere 0o500\n", "")
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:

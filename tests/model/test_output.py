@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ from typing import Any
 import pytest
 from tqdm.auto import tqdm
 
+from dti_model import __main__ as command
 from dti_model import evaluate_cli
 from dti_model import train as train_module
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.output import Output, unbreakable_output
 from dti_model.train import train
+from tests.conftest import ROOT
 
 
 class Broken(io.StringIO):
@@ -78,6 +82,57 @@ def test_streams_that_break_stay_silent(monkeypatch: pytest.MonkeyPatch) -> None
     assert text.getvalue() == "a\n"
 
 
+def test_what_an_encoding_lacks_is_printed_as_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UnicodeEncodeError is a ValueError: a finished command ended with status 2, and SIGTERM with that in the place of 75."""
+    bytes_of = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(bytes_of, encoding="ascii"))
+        with unbreakable_output() as output:
+            print("0.75 ± 0.01", "r\udcfcn", flush=True)
+            print("next", flush=True)
+            assert output.error is None
+    assert bytes_of.getvalue() == b"0.75 \\xb1 0.01 r\\udcfcn\nnext\n"
+    closed = io.StringIO()
+    closed.close()
+    print("a", file=Output(closed), flush=True)
+
+
+@pytest.mark.parametrize("named", ["PYTHONIOENCODING", "LC_ALL"])
+def test_commands_where_the_output_knows_ascii_only(small_folder: Path, tmp_path: Path, named: str) -> None:
+    """Status 2 after all the work."""
+    ascii_only = {
+        "PYTHONIOENCODING": {"PYTHONIOENCODING": "ascii"},
+        "LC_ALL": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    }[named]
+    # YAML refuses names of files that such a locale cannot read.
+    letter = "ö" if named == "PYTHONIOENCODING" else "o"
+    run, settings = tmp_path / f"r{letter}", tmp_path / "settings.yaml"
+    settings.write_text(
+        f"data: {small_folder}\nk: 3\nwindow: 3\nprogress: false\nreport_to: []\noptim: {{epochs: 1, token_budget: 600}}\n"
+        "model: {layers: 1, width: 16, heads: 2, kv_heads: 1, mlp_width: 24}\n",
+    )
+    (tmp_path / "in.jsonl").write_text('{"user": "1", "candidates": ["1"]}\n')
+    commands = [
+        ["train", f"--config={settings}", f"--out={run}"],
+        ["search", f"--config={settings}", f"--out={tmp_path / 's'}", "--grid={k: [3]}", "--seeds=[0, 1]"],
+        ["score", f"--run={run}", f"--input={tmp_path / 'in.jsonl'}", f"--output={run}.jsonl"],
+        ["export", f"--run={run}", f"--out={run}-export", "--library-only"],
+    ]
+    code = f"import sys\nfrom dti_model.cli import main\nsys.exit(max(map(main, {commands!a})))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | ascii_only
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert " \\xb1 0." in ended.stdout
+    assert ascii(f"{run}-export")[1:-1] in ended.stdout
+
+
 def test_metrics_that_are_neither_printed_nor_written(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Exit status 0 would say that somebody has them."""
     monkeypatch.setattr("dti_model.cli.run_evaluate", lambda _: print("metrics"))
@@ -116,3 +171,25 @@ def test_ctrl_c_is_one_line(
     monkeypatch.setattr("dti_model.search.search", interrupted)
     assert main(["search", "--grid={k: [1]}", "--data=x", "--out=y"]) == 130
     assert capsys.readouterr().err.endswith("give the same command again to go on where it was\n")
+
+
+def test_ctrl_c_while_modules_are_imported(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A traceback, in the first moments of a command."""
+
+    class Interrupted:
+        @staticmethod
+        def find_spec(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["dti", "--version"])
+        with pytest.raises(SystemExit) as ended:
+            command.run()
+        assert ended.value.code == 0
+        assert capsys.readouterr().out
+        patch.delitem(sys.modules, "dti_model.cli")
+        patch.setattr(sys, "meta_path", [Interrupted])
+        with pytest.raises(SystemExit) as ended:
+            command.run()
+        assert ended.value.code == 130
+    assert capsys.readouterr().err == "\ndti: interrupted: give the same command again to start again\n"

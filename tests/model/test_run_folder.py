@@ -6,20 +6,28 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import polars as pl
 import pytest
 
+from dti_model import run as run_module
+from dti_model.checkpoint import CheckpointError
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
-from dti_model.files import LockedError, locked
+from dti_model.export import export_run
+from dti_model.files import LockedError, locked, write_checksums
 from dti_model.run_folder import LOCK_FILE, RunExistsError
 from dti_model.search import search
 from dti_model.train import train
+from dti_model.trainer import StreamTrainer
 from tests.conftest import ROOT
 
 
@@ -42,7 +50,7 @@ def content(folder: Path) -> dict[str, tuple[str, int]]:
     return {
         path.relative_to(folder).as_posix(): (
             hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
-            path.stat().st_mtime_ns,
+            path.lstat().st_mtime_ns,
         )
         for path in [folder, *folder.rglob("*")]
     }
@@ -106,11 +114,165 @@ def test_folders_of_others_among_the_checkpoints_stay(config: TrainConfig) -> No
     for name in kept:
         (config.out / "checkpoints" / name).mkdir(parents=True)
         (config.out / "checkpoints" / name / "file").write_text("x")
-    (config.out / "checkpoints" / "checkpoint-9").write_text("a file")
     train(config)
     for name in kept:
         assert (config.out / "checkpoints" / name / "file").read_text() == "x"
-    assert (config.out / "checkpoints" / "checkpoint-9").read_text() == "a file"
+
+
+class Interrupted(Exception):
+    """Stands for a killed process."""
+
+
+@pytest.fixture(scope="module")
+def interrupted(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run that was killed after its second step, at which it had been saved for the second time."""
+    config = TrainConfig(
+        data=small_folder,
+        out=tmp_path_factory.mktemp("interrupted") / "run",
+        k=3,
+        window=3,
+        progress=False,
+        report_to=(),
+        model=ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mlp_width=24),
+        optim=OptimConfig(epochs=1, token_budget=600, save_steps=1),
+    )
+    training_step = StreamTrainer.training_step
+
+    def killed(self: StreamTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            raise Interrupted
+        return training_step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamTrainer, "training_step", killed)
+        with pytest.raises(Interrupted):
+            train(config)
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["checkpoint-2"]
+    return config
+
+
+def copied(folder: Path, step: int) -> Path:
+    return shutil.copytree(folder / "checkpoint-2", folder / f"checkpoint-{step}")
+
+
+def other_settings(folder: Path) -> None:
+    """A whole checkpoint of another run."""
+    path = copied(folder, 1)
+    run = json.loads((path / "run.json").read_text())
+    run["provenance"]["settings"] = "0" * 64
+    (path / "run.json").write_text(json.dumps(run))
+    state = json.loads((path / "trainer_state.json").read_text())
+    (path / "trainer_state.json").write_text(json.dumps({**state, "global_step": 1}))
+    (path / "checksums.json").unlink()
+    write_checksums(path)
+
+
+def damaged(folder: Path) -> None:
+    (copied(folder, 1) / "weights.safetensors").write_bytes(b"x")
+
+
+FOREIGN_IN_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "notes": (lambda folder: (folder / "checkpoint-2" / "notes.txt").write_text("x"), "checkpoint-2/notes.txt"),
+    "a folder": (lambda folder: (folder / "checkpoint-2" / "mine").mkdir(), "checkpoint-2/mine"),
+    "notes in another": (lambda folder: (copied(folder, 1) / "own.txt").write_text("x"), "checkpoint-1/own.txt"),
+    "another's": (lambda folder: copied(folder, 1), "checkpoint-1 is no whole checkpoint of this run"),
+    "another's of another size": (damaged, "checkpoint-1 is no whole checkpoint of this run"),
+    "another run's": (other_settings, "checkpoint-1 is of a run with other settings"),
+    "an empty folder": (lambda folder: (folder / "checkpoint-1").mkdir(), "checkpoint-1 is no whole checkpoint"),
+    "a link": (lambda folder: (folder / "checkpoint-1").symlink_to(folder.parent), "checkpoint-1 is no file"),
+    "a later link": (lambda folder: (folder / "checkpoint-3").symlink_to("nothing"), "checkpoint-3 is no file"),
+    "a file": (lambda folder: (folder / "checkpoint-9").write_text("x"), "checkpoint-9 is no file"),
+    "a pipe": (lambda folder: os.mkfifo(folder / "checkpoint-2" / "x"), "checkpoint-2/x"),
+    "a report": (lambda folder: (folder.parent / "report.png").write_bytes(b"\x89PNG mine"), "report.png"),
+    "a pipe as a report": (lambda folder: os.mkfifo(folder.parent / "report.png"), "report.png"),
+    "checksums": (lambda folder: (folder.parent / "checksums.json").write_text("{}"), "checksums.json"),
+    "predictions": (
+        lambda folder: (folder.parent / "predictions-val.parquet").write_bytes(b"PAR1"),
+        "predictions-val.parquet",
+    ),
+    "predictions of others": (
+        lambda folder: pl.DataFrame({"a": [1]}).write_parquet(folder.parent / "predictions-test.parquet"),
+        "predictions-test.parquet",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN_IN_CHECKPOINTS)
+def test_what_is_somebody_s_in_an_interrupted_run_is_named(
+    interrupted: TrainConfig, tmp_path: Path, name: str
+) -> None:
+    """It went with old checkpoints, or under the run's results, without a word; a link was renamed, and ended the run."""
+    config = dataclasses.replace(interrupted, out=shutil.copytree(interrupted.out, tmp_path / "run"))
+    make, named = FOREIGN_IN_CHECKPOINTS[name]
+    make(config.out / "checkpoints")
+    before = content(config.out)
+    with pytest.raises(RunExistsError, match=re.escape(named)) as raised:
+        train(config)
+    assert "another --out" in str(raised.value)
+    after = content(config.out)
+    del before["."], after["."]  # the lock came and went
+    assert after == before
+
+
+def test_what_comes_into_a_run_that_is_trained_stays(
+    interrupted: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A note in an old checkpoint, a link that the next one would have followed, and a report."""
+    config = dataclasses.replace(interrupted, out=shutil.copytree(interrupted.out, tmp_path / "run"))
+    checkpoints, training_step = config.out / "checkpoints", StreamTrainer.training_step
+
+    def meanwhile(self: StreamTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            (checkpoints / "checkpoint-2" / "note").touch()
+            (checkpoints / "checkpoint-3").symlink_to(tmp_path)
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(StreamTrainer, "training_step", meanwhile)
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-3 is no file of a checkpoint, and in the way of one"
+    ):
+        train(config)
+    assert (checkpoints / "checkpoint-2" / "note").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (checkpoints / "checkpoint-3").unlink()
+    with pytest.raises(RunExistsError, match="checkpoint-2/note is no file of a run's checkpoint"):
+        train(config)
+    (checkpoints / "checkpoint-2" / "note").unlink()
+    monkeypatch.undo()
+    save_model = run_module.Run.save_model
+
+    def and_a_report(self: Any, *args: Any) -> None:
+        save_model(self, *args)
+        (config.out / "report.png").write_text("mine")
+
+    monkeypatch.setattr(run_module.Run, "save_model", and_a_report)
+    with pytest.raises(RunExistsError, match=r"report\.png is no file of a run"):
+        train(config)
+    assert (config.out / "report.png").read_text() == "mine"
+    (config.out / "report.png").unlink()
+    monkeypatch.undo()
+    with (
+        monkeypatch.context() as patch
+    ):  # killed between its results and its end: they are known for the run's
+        patch.setattr("dti_model.results._write_checksums", lambda *_: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            train(config)
+    assert (config.out / "report.png").exists()
+    train(config)
+    assert (config.out / "metrics.json").exists()
+
+
+def test_an_export_is_no_model_of_a_run(interrupted: TrainConfig, run_folder: Path, tmp_path: Path) -> None:
+    """`dti evaluate` reported it for a run that had not ended, and the run deleted it."""
+    config = dataclasses.replace(interrupted, out=shutil.copytree(interrupted.out, tmp_path / "run"))
+    with pytest.raises(FileExistsError, match="model is a place of .*run's own files: choose another name"):
+        export_run(run_folder, config.out / "model", library_only=True)
+    assert not (config.out / "model").exists()
+    export_run(run_folder, config.out / "exported", library_only=True)
+    shutil.copytree(config.out / "exported", config.out / "model")
+    with pytest.raises(RunExistsError, match="model is not a folder of a run's model"):
+        train(config)
+    assert content(config.out / "model").keys() == content(config.out / "exported").keys()
 
 
 def test_a_run_that_fails_at_its_start_leaves_no_folder(config: TrainConfig, tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
-"""Devices that are not there, and base models whose configuration is none: one line that names them."""
+"""Devices that are not there, base models whose configuration is none, and named pipes: one line that names them."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 import torch
 
 from dti_model.cli import main
+from dti_model.files import read_sealed
 from dti_model.fingerprints import base_model_fingerprint
 from dti_model.references import PretrainedModelError, locate
 from tests.model.pretrained_files import pretrained_folder
@@ -62,3 +67,84 @@ def test_a_fingerprint_of_no_configuration(text: str, tmp_path: Path) -> None:
     (base / "config.json").write_text(text)
     with pytest.raises(PretrainedModelError, match=r"config\.json"):
         base_model_fingerprint(locate(str(base)))
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """What waits for ever fails."""
+
+    def fail(*_: Any) -> None:
+        pytest.fail("waits for somebody to write to a pipe")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(60)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def refused(command: list[str], capsys: Any) -> str:
+    """The one line of an error."""
+    capsys.readouterr()
+    assert main(command) == 2, command
+    error: str = capsys.readouterr().err
+    assert len(error.splitlines()) == 1, error
+    return error
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_pipe_in_the_place_of_a_file_of_a_run(
+    run_folder: Path, small_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Commands waited for ever."""
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    command = ["evaluate", f"--run={run}", "--progress=false", "--device=cpu"]
+    settings = ["train", f"--config={run / 'config.yaml'}", f"--out={run}"]
+    for file in sorted(path for path in run.rglob("*") if path.is_file() and path.name != "README.md"):
+        content = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        assert str(file.parent) in refused(command, capsys)
+        if file.parent == run:
+            assert "config.yaml is no regular file" in refused(settings, capsys)
+            train = ["train", f"--data={small_folder}", f"--out={run}"]
+            assert "its config.yaml is another program's" in refused(train, capsys)
+        file.unlink()
+        file.write_bytes(content)
+    assert main(command) == 0
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_pipe_in_the_place_of_a_file_of_prepared_data(
+    run_folder: Path, small_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    data = shutil.copytree(small_folder, tmp_path / "data")
+    command = ["evaluate", f"--run={run_folder}", f"--data={data}", "--progress=false", "--device=cpu"]
+    again = ["prepare", "ml-1m", f"--raw-dir={tmp_path}", f"--out={data}"]
+    for file in sorted(
+        data / name for name in (*read_sealed(data / "stats.json", "")["files"], "stats.json")
+    ):
+        content = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        assert str(file.parent) in refused(command, capsys)
+        refused(again, capsys)
+        file.unlink()
+        file.write_bytes(content)
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("name", ["search.json", "search-folder.json", "k=3/seed-0/config.yaml"])
+def test_a_pipe_in_the_folder_of_a_search(small_folder: Path, tmp_path: Path, name: str, capsys: Any) -> None:
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    os.mkfifo(tmp_path / "out" / name)
+    command = [
+        "search",
+        f"--data={small_folder}",
+        f"--out={tmp_path / 'out'}",
+        "--grid={k: [3]}",
+        "--seeds=[0]",
+    ]
+    assert "is not the folder of a search" in refused(command, capsys)
