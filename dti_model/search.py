@@ -39,7 +39,8 @@ from dti_model.run_folder import (
 )
 from dti_model.train import train
 
-MARKER_FILE = "search-folder.json"
+MARKER_FILE, TABLE_FILE, CSV_FILE = "search-folder.json", "search.json", "search.csv"
+MARKER = {"made by": "dti search"}
 METRICS = ("auc", "log_loss", "gauc")
 # What a search sets itself.
 RESERVED = ("data", "out", "seed", "score_test")
@@ -78,7 +79,7 @@ def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence
     first_rank_does(lambda: check_search_folder(base.out))
     with ExitStack() as stack:
         first_rank_does(lambda: stack.enter_context(locked(base.out / LOCK_FILE, "dti search")))
-        first_rank_does(lambda: write_json(base.out / MARKER_FILE, {"made by": "dti search"}))
+        first_rank_does(lambda: write_json(base.out / MARKER_FILE, MARKER))
         rows = _train_cells(base, cells, configs, seeds)
     best = {name: rows[0][name] for name in grid}
     print(search_table(rows, list(grid)))
@@ -120,14 +121,15 @@ def check_search_folder(folder: Path) -> None:
     check_is_no_broken_link(folder)
     if folder.exists() and not folder.is_dir():
         raise RunExistsError(f"{folder} is not a folder: choose another --out")
-    if not folder.exists() or (folder / MARKER_FILE).is_file():
+    _check_written(folder)
+    if not folder.exists() or _json(folder / MARKER_FILE) == MARKER:
         return
     # Of version 0.1.0: folders of runs, and the tables.
     foreign = [
         path.name
         for path in folder.iterdir()
         if not path.name.startswith(("." + MARKER_FILE, LOCK_FILE, ".search."))
-        and not (path.name in ("search.json", "search.csv") and _is_table(folder / "search.json"))
+        and not (path.name in (TABLE_FILE, CSV_FILE) and _is_table(folder / TABLE_FILE))
         and not any(is_ours(config) for config in path.glob(f"seed-*/{CONFIG_FILE}"))
     ]
     if foreign:
@@ -136,11 +138,25 @@ def check_search_folder(folder: Path) -> None:
         )
 
 
+def _check_written(folder: Path) -> None:
+    """Through a link, a search would write somewhere else."""
+    for path in (folder / name for name in (MARKER_FILE, TABLE_FILE, CSV_FILE)):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            kind = "a symbolic link" if path.is_symlink() else "no regular file"
+            raise RunExistsError(f"{path} is {kind}, and the search writes a file of that name: move it away")
+
+
 def _is_table(path: Path) -> bool:
+    table = _json(path)
+    return isinstance(table, dict) and table.keys() == {"cells", "best"}
+
+
+def _json(path: Path) -> Any:
+    """What a file holds; None: no JSON, or there is none."""
     try:
-        return set(json.loads(path.read_bytes())) == {"cells", "best"}
-    except (OSError, ValueError, TypeError):
-        return False
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def cell_config(base: TrainConfig, cell: Mapping[str, Any], seed: int) -> TrainConfig:
@@ -264,12 +280,13 @@ def _summary(metrics: Sequence[Mapping[str, float | None]]) -> dict[str, float |
 
 
 def _write(folder: Path, table: dict[str, Any]) -> None:
-    write_json(folder / "search.json", table)
+    _check_written(folder)
+    write_json(folder / TABLE_FILE, table)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(table["cells"][0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table["cells"])
-    with whole_file(folder / "search.csv") as temporary:
+    with whole_file(folder / CSV_FILE) as temporary:
         temporary.write_text(text.getvalue())
 
 

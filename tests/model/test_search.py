@@ -128,8 +128,9 @@ def test_the_command_reads_a_grid_file(
     assert "best: --optim.learning_rate 0.001 --dti.reset_layers" in printed
 
 
-def test_names_of_cells_stay() -> None:
+def test_names_of_cells_and_the_marker_stay() -> None:
     """Folders of searches go on."""
+    assert searching.MARKER == {"made by": "dti search"}
     assert cell_name({}) == "base"
     assert (
         cell_name({"optim.learning_rate": 0.001, "dti.alpha_max": 0.5}) == "learning_rate=0.001,alpha_max=0.5"
@@ -165,3 +166,50 @@ def test_a_finished_cell_of_another_base_model_is_refused(
             search(of(name), {"k": [2, 3]}, [0])
         assert "give the former one, or search into another --out" in str(error.value)
         assert (base.out / "search.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["search.csv", "search.json", "search-folder.json"])
+def test_a_search_writes_through_no_link(
+    base: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What they pointed to was written over, also by a search that had begun before the link came."""
+    mine = tmp_path / "mine"
+    mine.write_text(
+        '{"made by": "dti search"}' if name == "search-folder.json" else '{"cells": 1, "best": 1}'
+    )
+    before = mine.read_bytes()
+
+    def train(_: TrainConfig) -> dict:
+        (base.out / name).unlink(missing_ok=True)
+        (base.out / name).symlink_to(mine)
+        return {"val": {"auc": 0.5, "log_loss": 0.5, "gauc": 0.5}}
+
+    monkeypatch.setattr(searching, "train", train)
+    for _ in range(2):
+        with pytest.raises(RunExistsError, match=f"{name} is a symbolic link, and the search writes a file"):
+            search(base, {"k": [3]}, [0])
+        monkeypatch.setattr(searching, "train", lambda _: pytest.fail("trained"))
+    (base.out / name).unlink()
+    (base.out / name).mkdir()
+    with pytest.raises(RunExistsError, match=f"{name} is no regular file"):
+        search(base, {"k": [3]}, [0])
+    assert mine.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", ["", "mine", "[]", '{"made by": "me"}', '{"made by": "dti search", "a": 1}']
+)
+def test_a_marker_of_something_else_makes_no_search_folder(
+    base: TrainConfig, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    """A file of that name was enough, whatever it held: the tables beside it were replaced."""
+    monkeypatch.setattr(searching, "train", lambda _: pytest.fail("trained"))
+    base.out.mkdir()
+    files = {"search-folder.json": content, "search.csv": "a,b\n", "search.json": "{}"}
+    for name, text in files.items():
+        (base.out / name).write_text(text)
+    with pytest.raises(
+        RunExistsError, match=r"is not the folder of a search \(it holds search-folder.json\)"
+    ):
+        search(base, {"k": [3]}, [0])
+    assert {path.name: path.read_text() for path in base.out.iterdir()} == files
