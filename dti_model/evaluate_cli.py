@@ -46,7 +46,12 @@ def add_evaluate(commands: Any, add_base: Any) -> None:
         help="targets per prompt; 0: whole histories. Streaming prompts are many times faster, and a model of several layers "
         "that was trained with them may score better with them",
     )
-    evaluate.add_argument("--device", type=str, help="torch device; default: cuda where there is one")
+    evaluate.add_argument(
+        "--device",
+        type=str,
+        help="torch device; default: cuda where there is one. Of several processes (torchrun) each has a device of its own, and "
+        "this is its type: cpu or cuda",
+    )
     evaluate.add_argument("--json", type=Path, help="also write the metrics to this file")
     evaluate.add_argument("--progress", type=bool, default=True, help="show a progress bar")
     commands.add_subcommand("evaluate", evaluate, help="metrics of a trained run beside lines without text")

@@ -27,7 +27,8 @@ from dti_model.config_file import is_ours
 from dti_model.data import PreparedData
 from dti_model.files import DamagedFileError, check_checksums, locked, whole_file, write_json
 from dti_model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance
-from dti_model.ranks import first_rank_does
+from dti_model.launch import let_settings_rule
+from dti_model.ranks import first_rank_does, join_ranks, rank
 from dti_model.run import tokenizer_of
 from dti_model.run_folder import (
     LOCK_FILE,
@@ -47,7 +48,7 @@ RESERVED = ("data", "out", "seed", "score_test")
 
 
 def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> dict[str, Any]:
-    """Train every cell of a grid with every seed; the test split is not scored.
+    """Train every cell of a grid with every seed; the test split is not scored. Several processes share every training.
 
     Args:
         base: settings of all cells; `out` is the folder of the search.
@@ -76,14 +77,17 @@ def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence
     configs = [cell_config(base, cell, base.seed) for cell in cells]  # all are checked before the first run
     _check_distinct(cells, configs)
     PreparedData.open(base.data)
+    let_settings_rule(base.optim.bf16)
+    join_ranks()
     first_rank_does(lambda: check_search_folder(base.out))
     with ExitStack() as stack:
         first_rank_does(lambda: stack.enter_context(locked(base.out / LOCK_FILE, "dti search")))
         first_rank_does(lambda: write_json(base.out / MARKER_FILE, MARKER))
         rows = _train_cells(base, cells, configs, seeds)
     best = {name: rows[0][name] for name in grid}
-    print(search_table(rows, list(grid)))
-    print(f"best: {_flags(best)}")
+    if rank() == 0:
+        print(search_table(rows, list(grid)))
+        print(f"best: {_flags(best)}")
     return {"cells": rows, "best": best}
 
 
@@ -103,7 +107,11 @@ def _train_cells(
     for index, (cell, of_cell) in enumerate(zip(cells, runs)):
         metrics = []
         for run in of_cell:
-            print(f"search: cell {index + 1} of {len(cells)}, {cell_name(cell)}, seed {run.seed}", flush=True)
+            if rank() == 0:
+                print(
+                    f"search: cell {index + 1} of {len(cells)}, {cell_name(cell)}, seed {run.seed}",
+                    flush=True,
+                )
             metrics.append(finished.get(run.out) or train(run)["val"])
         rows.append({**cell, "seeds": len(seeds), **_summary(metrics)})
         rows.sort(key=lambda row: -row["val_auc_mean"])
