@@ -95,7 +95,7 @@ def _where_it_goes_on(name: str, options: Namespace) -> str:
     if name in (" score", " search"):
         return "to go on where it was"
     if name == " train" and options.get("out") is not None:
-        folders = Path(options.out).expanduser().glob("checkpoints/checkpoint-*")
+        folders = Path(options.out).glob("checkpoints/checkpoint-*")
         steps = [path.name.removeprefix("checkpoint-") for path in folders]
         last = max((int(step) for step in steps if step.isascii() and step.isdigit()), default=None)
         if last is not None:

@@ -1,7 +1,9 @@
-"""The command line's parser: YAML read strictly, and every error in one line that names the setting and its bounds."""
+"""The command line's parser: YAML read strictly, `~` expanded in every path, and every error in one line that names the setting and its
+bounds."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -39,11 +41,22 @@ def _load(text: str) -> Any:
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's, with strict YAML, and errors of one line instead of a page of usage."""
+    """jsonargparse's, with strict YAML, and errors of one line instead of a page of usage.
+
+    Whatever has the type Path may begin with `~`, which shells leave as it is in `--out=~/x`, and YAML files always.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         set_loader(_MODE, _load, (StrictYAMLError,))
         super().__init__(*args, **{"parser_mode": _MODE, **kwargs})
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """As jsonargparse's."""
+        parsed = super().parse_args(*args, **kwargs)
+        for name, value in list(parsed.items()):
+            if isinstance(value, Path):
+                parsed[name] = Path(os.path.expanduser(value))
+        return parsed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with status 2."""
@@ -78,10 +91,11 @@ def check_files(arguments: Sequence[str]) -> None:
         if name not in _FILE_FLAGS:
             continue
         text = rest if equals else value
+        path = Path(os.path.expanduser(text))
         try:
-            if any(sign in text for sign in "{[:\n") and not Path(text).exists():
+            if any(sign in text for sign in "{[:\n") and not path.exists():
                 continue  # YAML itself
-            read_settings(Path(text))
+            read_settings(path)
         except (ValueError, OSError) as error:
             raise ValueError(f"{name}: {' '.join(str(error).split())[:500]}") from None
 

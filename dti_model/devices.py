@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+from dti_model.ranks import join_ranks
 
 
 def device_named(name: str | None) -> str:
@@ -24,3 +28,28 @@ def device_named(name: str | None) -> str:
             f"device {name!r} cannot be used ({reason:.200}): name another, such as cpu, or leave it out"
         ) from error
     return name
+
+
+def device_of_rank(name: str | None) -> str:
+    """The device of this process, which joins the other ones that a launcher started, where there are any.
+
+    Args:
+        name: as `device_named` has it; where there are several processes its type alone, since each has a device of its own.
+
+    Raises:
+        ValueError: there is no such device, or there are several processes and it is no type of theirs.
+    """
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes < 2:
+        return device_named(name)
+    kind, _, index = (name or device_named(None)).partition(":")
+    if index:
+        raise ValueError(
+            f"device {name!r} is one device, and each of {num_processes} processes has its own: say {kind}, or leave it out"
+        )
+    joined = join_ranks(cpu=kind == "cpu")
+    if joined.type != kind:
+        raise ValueError(
+            f"device {name!r} cannot be used: the {num_processes} processes have {joined.type}. Say that, or leave it out"
+        )
+    return str(joined)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
 from dti_model.command_line import Parser
-from dti_model.files import DamagedFileError, read_sealed, write_sealed
+from dti_model.files import DamagedFileError, read_sealed, temporary_folder, write_sealed
+from dti_model.locks import locked_beside
 from dti_model.places import why_owned
 
 WRITTEN_BY = "dti evaluate"
@@ -40,37 +41,53 @@ def add_evaluate(commands: Any, add_base: Any) -> None:
         help="targets per prompt; 0: whole histories. Streaming prompts are many times faster, and a model of several layers "
         "that was trained with them may score better with them",
     )
-    evaluate.add_argument("--device", type=str, help="torch device; default: cuda where there is one")
+    evaluate.add_argument(
+        "--device",
+        type=str,
+        help="torch device; default: cuda where there is one. Of several processes (torchrun) each has a device of its own, and "
+        "this is its type: cpu or cuda",
+    )
     evaluate.add_argument("--json", type=Path, help="also write the metrics to this file")
     evaluate.add_argument("--progress", type=bool, default=True, help="show a progress bar")
     commands.add_subcommand("evaluate", evaluate, help="metrics of a trained run beside lines without text")
 
 
 def run_evaluate(options: Namespace) -> None:
-    """Score, write the file, then print: a closed stdout loses nothing that was asked for."""
-    from dti_model.ranks import rank
+    """Score, write the file, then print: a closed stdout loses nothing that was asked for, nor does a file that cannot be written."""
+    from dti_model.devices import device_of_rank
+    from dti_model.ranks import first_rank_does, rank
     from dti_model.report import metrics_table, sentence_about_baselines
     from dti_model.train import evaluate_run
 
-    if options.json is not None:
-        check_destination(options.json)
-    result = evaluate_run(
-        options.run,
-        options.data,
-        options.split,
-        options.device,
-        options.progress,
-        options.k or None,
-        options.other_data,
-        options.base,
-    )
-    if rank():
-        return
-    if options.json is not None:
-        written = {"written_by": WRITTEN_BY, **result}
-        write_sealed(options.json, written, check=lambda: check_destination(options.json))
-    print(metrics_table(result))
-    print(sentence_about_baselines(result[options.split], result["baselines"][options.split]))
+    device_of_rank(options.device)  # joins the other processes, so that one of them holds the file
+    with ExitStack() as stack:
+        if options.json is not None:
+            first_rank_does(lambda: _take(options.json, stack))
+        result = evaluate_run(
+            options.run,
+            options.data,
+            options.split,
+            options.device,
+            options.progress,
+            options.k or None,
+            options.other_data,
+            options.base,
+        )
+        if rank():
+            return
+        try:
+            if options.json is not None:
+                written = {"written_by": WRITTEN_BY, **result}
+                write_sealed(options.json, written, check=lambda: check_destination(options.json))
+        finally:
+            print(metrics_table(result))
+            print(sentence_about_baselines(result[options.split], result["baselines"][options.split]))
+
+
+def _take(path: Path, stack: ExitStack) -> None:
+    """Hold the file of metrics against other processes until `stack` ends."""
+    check_destination(path)
+    stack.enter_context(locked_beside(path, WRITTEN_BY))
 
 
 def check_destination(path: Path) -> None:
@@ -97,10 +114,12 @@ def check_destination(path: Path) -> None:
     if owned is not None:
         raise ValueError(f"--json {path} {owned}")
     try:
-        with tempfile.TemporaryFile(dir=real.parent):
+        with temporary_folder(real):  # its name is as long as the temporary file's
             pass
     except OSError as error:
-        raise ValueError(f"--json {path} cannot be written ({error.strerror}): name another") from None
+        raise ValueError(
+            f"--json {path} cannot be written ({error.strerror or error}): name another"
+        ) from None
 
 
 def _is_of_evaluate(path: Path) -> bool:

@@ -1,4 +1,7 @@
-"""The processes (ranks) of one run, as torchrun or accelerate started them; a run of one process has rank 0 only."""
+"""The processes (ranks) of one run, as torchrun or accelerate started them; a run of one process has rank 0 only.
+
+Until it has joined the others (`join_ranks`, or TrainingArguments), every process takes itself for rank 0 of one.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,31 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 Result = TypeVar("Result")
 
+_WAIT = timedelta(minutes=30)  # for the first rank's work; as TrainingArguments have it
 _status: int | None = None  # what `exit_with` was told
+
+
+def join_ranks(cpu: bool | None = None) -> torch.device:
+    """Join the processes that a launcher started, where there are any; call it before anything that asks for `rank`.
+
+    Args:
+        cpu: all compute on CPUs; None: where there is no CUDA.
+
+    Returns:
+        The device of this process. A second call changes nothing.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available() if cpu is None else cpu, timeout=_WAIT)
+    device: torch.device = state.device
+    return device
 
 
 def rank() -> int:

@@ -97,13 +97,11 @@ class Run:
     def start(config: TrainConfig) -> Run:
         """A new model over the run's data; weights follow the seed."""
         data = PreparedData.open(config.data)
+        tokenizer = tokenizer_of(config.model.pretrained, data)
         if config.model.pretrained is None:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(data.tokenizer_dir)
-            data.check_tokenizer()  # by its path: the folder may have been made again since it was opened
             torch.manual_seed(config.seed)
             plain: PreTrainedModel = LlamaForCausalLM(llama_config(config.model, tokenizer))
         else:
-            tokenizer = load_tokenizer(config.model.pretrained)
             plain = load_causal_lm(config.model, tokenizer)
         model = apply_dti(plain, config.dti, config.model.dropout_rate)
         if model.config.tie_word_embeddings:
@@ -250,6 +248,15 @@ class Run:
         )
         with whole_file(path) as temporary:
             table.write_parquet(temporary)
+
+
+def tokenizer_of(pretrained: str | None, data: PreparedData) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run starts with: that of its pretrained model, or, from scratch, of its data."""
+    if pretrained is not None:
+        return load_tokenizer(pretrained)
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(data.tokenizer_dir)
+    data.check_tokenizer()  # by its path: the folder may have been made again since it was opened
+    return tokenizer
 
 
 def check_model(folder: Path, config: TrainConfig) -> Provenance | None:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from dti_model.config import CONFIG_FILE, TrainConfig
 from dti_model.config_file import is_ours
 from dti_model.data import PreparedData
 from dti_model.files import DamagedFileError, check_checksums, locked, read_file, whole_file, write_json
-from dti_model.fingerprints import PROVENANCE_FILE, OtherOriginError
-from dti_model.ranks import first_rank_does
+from dti_model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance
+from dti_model.launch import let_settings_rule
+from dti_model.ranks import first_rank_does, join_ranks, rank
+from dti_model.run import tokenizer_of
 from dti_model.run_folder import (
     LOCK_FILE,
     METRICS_FILE,
@@ -37,14 +40,15 @@ from dti_model.run_folder import (
 )
 from dti_model.train import train
 
-MARKER_FILE = "search-folder.json"
+MARKER_FILE, TABLE_FILE, CSV_FILE = "search-folder.json", "search.json", "search.csv"
+MARKER = {"made by": "dti search"}
 METRICS = ("auc", "log_loss", "gauc")
 # What a search sets itself.
 RESERVED = ("data", "out", "seed", "score_test")
 
 
 def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> dict[str, Any]:
-    """Train every cell of a grid with every seed; the test split is not scored.
+    """Train every cell of a grid with every seed; the test split is not scored. Several processes share every training.
 
     Args:
         base: settings of all cells; `out` is the folder of the search.
@@ -55,7 +59,8 @@ def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence
         {"cells": rows, best first, "best": settings of the first}; the same is written to search.json.
 
     Raises:
-        ValueError: a setting does not exist, or a value is not one of its.
+        ValueError: a setting does not exist, a value is not one of its, or two cells are one or would share a folder.
+        OtherOriginError: a finished cell was trained with other data, another tokenizer or another pretrained model.
         RunExistsError: a cell's folder holds a run with other settings, or the folder is not a search's.
         LockedError: another search writes there.
         DamagedFileError: a finished cell is not what was written.
@@ -70,15 +75,19 @@ def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence
     base = base.located()
     cells = [dict(zip(grid, values)) for values in product(*grid.values())]
     configs = [cell_config(base, cell, base.seed) for cell in cells]  # all are checked before the first run
+    _check_distinct(cells, configs)
     PreparedData.open(base.data)
+    let_settings_rule(base.optim.bf16)
+    join_ranks()
     first_rank_does(lambda: check_search_folder(base.out))
     with ExitStack() as stack:
         first_rank_does(lambda: stack.enter_context(locked(base.out / LOCK_FILE, "dti search")))
-        first_rank_does(lambda: write_json(base.out / MARKER_FILE, {"made by": "dti search"}))
+        first_rank_does(lambda: write_json(base.out / MARKER_FILE, MARKER))
         rows = _train_cells(base, cells, configs, seeds)
     best = {name: rows[0][name] for name in grid}
-    print(search_table(rows, list(grid)))
-    print("best: " + " ".join(f"--{name} {value}" for name, value in best.items()))
+    if rank() == 0:
+        print(search_table(rows, list(grid)))
+        print(f"best: {_flags(best)}")
     return {"cells": rows, "best": best}
 
 
@@ -90,12 +99,20 @@ def _train_cells(
 ) -> list[dict[str, Any]]:
     """Rows of all cells, best first; the tables are written after every cell."""
     rows: list[dict[str, Any]] = []
-    for index, (cell, config) in enumerate(zip(cells, configs)):
+    runs = [
+        [replace(config, seed=seed, out=base.out / cell_name(cell) / f"seed-{seed}") for seed in seeds]
+        for cell, config in zip(cells, configs)
+    ]
+    finished = first_rank_does(lambda: _finished_runs([run for of_cell in runs for run in of_cell]))
+    for index, (cell, of_cell) in enumerate(zip(cells, runs)):
         metrics = []
-        for seed in seeds:
-            run = replace(config, seed=seed, out=base.out / cell_name(cell) / f"seed-{seed}")
-            print(f"search: cell {index + 1} of {len(cells)}, {cell_name(cell)}, seed {seed}", flush=True)
-            metrics.append(_finished(run) or train(run)["val"])
+        for run in of_cell:
+            if rank() == 0:
+                print(
+                    f"search: cell {index + 1} of {len(cells)}, {cell_name(cell)}, seed {run.seed}",
+                    flush=True,
+                )
+            metrics.append(finished.get(run.out) or train(run)["val"])
         rows.append({**cell, "seeds": len(seeds), **_summary(metrics)})
         rows.sort(key=lambda row: -row["val_auc_mean"])
         table = {"cells": rows, "best": {name: rows[0][name] for name in cell}}
@@ -112,14 +129,15 @@ def check_search_folder(folder: Path) -> None:
     check_is_no_broken_link(folder)
     if folder.exists() and not folder.is_dir():
         raise RunExistsError(f"{folder} is not a folder: choose another --out")
-    if not folder.exists() or (folder / MARKER_FILE).is_file():
+    _check_written(folder)
+    if not folder.exists() or _json(folder / MARKER_FILE) == MARKER:
         return
     # Of version 0.1.0: folders of runs, and the tables.
     foreign = [
         path.name
         for path in folder.iterdir()
         if not path.name.startswith(("." + MARKER_FILE, LOCK_FILE, ".search."))
-        and not (path.name in ("search.json", "search.csv") and _is_table(folder / "search.json"))
+        and not (path.name in (TABLE_FILE, CSV_FILE) and _is_table(folder / TABLE_FILE))
         and not any(is_ours(config) for config in path.glob(f"seed-*/{CONFIG_FILE}"))
     ]
     if foreign:
@@ -128,11 +146,25 @@ def check_search_folder(folder: Path) -> None:
         )
 
 
+def _check_written(folder: Path) -> None:
+    """Through a link, a search would write somewhere else."""
+    for path in (folder / name for name in (MARKER_FILE, TABLE_FILE, CSV_FILE)):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            kind = "a symbolic link" if path.is_symlink() else "no regular file"
+            raise RunExistsError(f"{path} is {kind}, and the search writes a file of that name: move it away")
+
+
 def _is_table(path: Path) -> bool:
+    table = _json(path)
+    return isinstance(table, dict) and table.keys() == {"cells", "best"}
+
+
+def _json(path: Path) -> Any:
+    """What a file holds; None: no JSON, or there is none."""
     try:
-        return set(json.loads(read_file(path))) == {"cells", "best"}
-    except (OSError, ValueError, TypeError):
-        return False
+        return json.loads(read_file(path))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def cell_config(base: TrainConfig, cell: Mapping[str, Any], seed: int) -> TrainConfig:
@@ -175,31 +207,71 @@ def cell_name(cell: Mapping[str, Any]) -> str:
     return ",".join(parts).replace("/", "_").replace(" ", "") or "base"
 
 
-def _finished(config: TrainConfig) -> dict[str, float] | None:
-    """Validation metrics of a cell that an earlier call has finished."""
-    path = config.out / METRICS_FILE
-    if not path.is_file():
-        return None
+def _check_distinct(cells: Sequence[Mapping[str, Any]], configs: Sequence[TrainConfig]) -> None:
+    """0.001 and 1e-3 are one value, and `b/x` and `b_x` would be one folder."""
+    by_settings: dict[TrainConfig, int] = {}
+    by_folder: dict[str, int] = {}
+    for index, (cell, config) in enumerate(zip(cells, configs)):
+        same = by_settings.setdefault(config.located(), index)
+        if same != index:
+            raise ValueError(
+                f"the grid holds one cell twice, {_flags(cells[same])} and {_flags(cell)}: leave one of them out"
+            )
+        folder = cell_name(cell)
+        other = by_folder.setdefault(folder, index)
+        if other != index:
+            raise ValueError(
+                f"the cells {_flags(cells[other])} and {_flags(cell)} would share the folder {folder}: search them into "
+                "two --out"
+            )
+
+
+def _flags(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in settings.items())
+
+
+def _finished_runs(runs: Sequence[TrainConfig]) -> dict[Path, dict[str, float]]:
+    """Validation metrics of the runs that earlier calls have finished, by folder; all are looked at before anything is trained."""
+    data, metrics = PreparedData.open(runs[0].data), {}
+
+    @cache  # a GGUF file's takes seconds to read
+    def tokenizer(pretrained: str | None) -> Any:
+        return tokenizer_of(pretrained, data)
+
+    for run in runs:
+        if not (run.out / METRICS_FILE).is_file():
+            continue
+        metrics[run.out], kept = _finished(run)
+        if kept is not None:
+            differs = kept.differs(Provenance.of(data, tokenizer(run.model.pretrained), run))
+            if differs is not None:
+                raise OtherOriginError(
+                    f"{differs} of this search is not what {run.out} was trained with: give the former one, or search into "
+                    "another --out"
+                )
+    return metrics
+
+
+def _finished(config: TrainConfig) -> tuple[dict[str, float], Provenance | None]:
+    """Validation metrics of a finished run, and what it was made of; None: version 0.1.0 trained it."""
     check_is_ours(config.out)
     way_out = f"Delete {config.out} and give the same command again"
     is_new = (config.out / MODEL_FOLDER / PROVENANCE_FILE).is_file()  # version 0.1.0 had neither
     check_checksums(config.out, way_out, required=is_new)
+    path = config.out / METRICS_FILE
     try:
         result = json.loads(read_file(path))
         metrics: dict[str, float] = result["val"]
         kept = result.get("provenance")
+        made_of = None if kept is None else Provenance.from_dict(kept)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"{path} is damaged ({error}). {way_out}") from error
-    difference = TrainConfig.load(config.out).first_difference(config, places=kept is None)
+    difference = TrainConfig.load(config.out).first_difference(config, places=made_of is None)
     if difference is not None:
         raise RunExistsError(
             f"{config.out} holds a run with other settings ({difference}; see {CONFIG_FILE} there): choose another --out"
         )
-    if kept is not None and kept["data"] != PreparedData.open(config.data).fingerprint:
-        raise OtherOriginError(
-            f"{config.out} was trained on other prepared data than {config.data}: choose another --out"
-        )
-    return metrics
+    return metrics, made_of
 
 
 def _summary(metrics: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
@@ -216,12 +288,13 @@ def _summary(metrics: Sequence[Mapping[str, float | None]]) -> dict[str, float |
 
 
 def _write(folder: Path, table: dict[str, Any]) -> None:
-    write_json(folder / "search.json", table)
+    _check_written(folder)
+    write_json(folder / TABLE_FILE, table)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(table["cells"][0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table["cells"])
-    with whole_file(folder / "search.csv") as temporary:
+    with whole_file(folder / CSV_FILE) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -17,6 +15,7 @@ from dti_model.baselines import baseline_metrics, item_user_auc
 from dti_model.config import OptimConfig, TrainConfig
 from dti_model.curves import curves
 from dti_model.data import DataError, PreparedData
+from dti_model.devices import device_of_rank
 from dti_model.files import without_nan
 from dti_model.launch import let_settings_rule
 from dti_model.metrics import click_metrics
@@ -222,10 +221,8 @@ def evaluate_run(
     base: str | None = None,
 ) -> dict[str, Any]:
     """Score a split with a trained run, `k` targets per prompt (None: whole histories); metrics of the model and of the lines on the
-    same targets. Other arguments and errors as `Run.load`."""
-    if device is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        device = str(PartialState(cpu=not torch.cuda.is_available()).device)  # joins the other processes
-    run = Run.load(folder, data_folder, device, other_data, base)
+    same targets. The processes of a launcher share the work, and `device` is then a type. Other arguments and errors as `Run.load`."""
+    run = Run.load(folder, data_folder, device_of_rank(device), other_data, base)
     scores = run.score(split, k, progress=progress)
     baselines = baseline_metrics(run.data, split, run.targets(split))
     result = {

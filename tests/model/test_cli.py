@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jsonargparse import ArgumentParser
 
-from dti_model.cli import main
+from dti_model.cli import _parser, main
 from dti_model.prepare_cli import HELP
 from tests.conftest import ROOT
 from tests.model.log_files import CUSTOM_COLUMNS, ITEM_COLUMNS, custom_rows, item_rows, write_csv
@@ -158,3 +160,62 @@ def test_errors_are_short_and_exit_with_2(
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir()), "a failed command left something behind"
+
+
+# Options of text that name no file; where a pretrained model is, `references.locate` expands itself.
+NO_PATHS = {
+    *("--text", "--label", "--rating", "--user", "--item", "--timestamp", "--items-key"),
+    *("--split", "--device", "--dti.mode", "--model.instruction", "--base", "--model.pretrained", "name"),
+}
+
+
+def commands_of(parser: ArgumentParser, *words: str) -> Iterator[tuple[tuple[str, ...], ArgumentParser]]:
+    """Every command that a parser knows, by its words, with the parser of its options."""
+    subcommands = next((a.choices for a in parser._actions if a.dest in ("subcommand", "source")), None)
+    if subcommands is None:
+        yield words, parser
+    for name, each in (subcommands or {}).items():
+        yield from commands_of(each, *words, name)
+
+
+@pytest.mark.parametrize("words", [words for words, _ in commands_of(_parser())], ids=" ".join)
+def test_every_path_may_begin_with_a_tilde(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All commands but train made or read a folder called `~`: shells leave it as it is in --out=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments, paths, texts = [], set(), set()
+    for action in dict(commands_of(_parser()))[words]._actions:
+        kind, name = str(getattr(action, "_typehint", None)), (action.option_strings or [action.dest])[0]
+        if "Path" in kind:
+            paths.add(action.dest)
+            arguments.append(f"{name}=~/{action.dest}")
+        elif "str'" in kind or "str |" in kind:
+            texts.add(name)
+        if name in ("--text", "--grid"):
+            arguments.append(f"{name}={{k: [3]}}")
+        elif name == "name":
+            arguments.append("x")
+    assert paths
+    assert texts <= NO_PATHS, "give what names a file or a folder the type Path, and list what does not"
+    parsed = _parser().parse_args([*words, *arguments])
+    for word in words:
+        parsed = parsed[word]
+    assert {name: parsed[name] for name in paths} == {name: tmp_path / name for name in paths}
+
+
+def test_yaml_files_and_paths_in_them_may_begin_with_a_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--config=~/run.yaml was looked for in a folder called `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("data: ~/nowhere\n")
+    (tmp_path / "optim.yaml").write_text("epochs: 1\n")
+    (tmp_path / "grid.yaml").write_text("k: [3]\n")
+    common = ["--config=~/run.yaml", "--optim=~/optim.yaml", "--out=~/out"]
+    for command in (["train"], ["search", "--grid=~/grid.yaml"]):
+        assert main([*command, *common]) == 2
+        assert f"{tmp_path / 'nowhere'}: no such folder" in capsys.readouterr().err
+    options = _parser().parse_args(["search", "--grid=~/grid.yaml", *common]).search
+    assert (options.grid["k"], options.optim.epochs, options.data) == ([3], 1, tmp_path / "nowhere")

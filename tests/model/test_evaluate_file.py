@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from dti_model import train
+from dti_model import evaluate_cli, train
 from dti_model.cli import main
+from dti_model.files import WriteError, write_sealed
+from dti_model.locks import locked_beside
 
 
 @pytest.fixture
@@ -127,6 +130,50 @@ def test_a_place_that_cannot_be_written(run: Path, capsys: Any) -> None:
     """It was noticed after the scoring."""
     assert evaluate(run, Path("/proc/out.json")) == 2
     assert "--json /proc/out.json cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_scoring")
+def test_a_name_that_is_too_long_for_what_is_written_beside_it(
+    run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """It was noticed after the scoring, and the metrics were lost."""
+    for length in (223, 245, 255):
+        assert evaluate(run, tmp_path / ("x" * length)) == 2
+        assert re.search(r"x cannot be written \(.*long", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.usefixtures("no_scoring")
+def test_a_second_evaluation_into_one_file_is_told_of_the_first(
+    run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Both ended well, and the file had the metrics of the later one."""
+    (tmp_path / "link.json").symlink_to(tmp_path / "out.json")
+    write_sealed(tmp_path / "out.json", {"written_by": "dti evaluate"})
+    with locked_beside(tmp_path / "out.json", "dti evaluate"):
+        for name in ("out.json", "link.json"):
+            assert evaluate(run, tmp_path / name) == 2
+            assert (
+                f"{name} is being written by dti evaluate (process {os.getpid()} on"
+                in capsys.readouterr().err
+            )
+
+
+def test_metrics_are_printed_where_the_file_cannot_be_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Hours of scoring were lost on a disk that became full meanwhile."""
+
+    def full(*_: Any, **__: Any) -> None:
+        assert (tmp_path / ".out.json.lock").exists(), "held while it is scored and written"
+        raise WriteError("out.json cannot be written (No space left on device)")
+
+    monkeypatch.setattr(evaluate_cli, "write_sealed", full)
+    assert evaluate(run, tmp_path / "out.json") == 2
+    printed = capsys.readouterr()
+    assert "AUC" in printed.out
+    assert "out.json cannot be written (No space left on device)" in printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_file_may_lie_in_the_run_folder_and_is_replaced(

@@ -124,7 +124,9 @@ def test_other_data_between_training_and_evaluation(
 def test_a_search_does_not_mix_data(config: TrainConfig, other_data: Path) -> None:
     search(config, {"k": [3]}, [0])
     replace_folder(config.data, other_data)
-    with pytest.raises(OtherOriginError, match="was trained on other prepared data"):
+    with pytest.raises(
+        OtherOriginError, match="the prepared data of this search is not what .* was trained with"
+    ):
         search(config, {"k": [3]}, [0])
 
 

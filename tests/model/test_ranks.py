@@ -18,7 +18,9 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
+from dti_model import devices
 from dti_model.config import LoraSettings, ModelConfig, OptimConfig, TrainConfig
+from dti_model.devices import device_of_rank
 from dti_model.files import locked
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.run import Run
@@ -146,6 +148,15 @@ def start_ranks(command: list[str], **environment: str) -> list[subprocess.Popen
     ]
 
 
+def ends_of(processes: list[subprocess.Popen[str]]) -> list[tuple[str, str, int]]:
+    """What each printed on stdout and stderr, and its status; none is left when one waits for ever."""
+    try:
+        return [(*process.communicate(timeout=240), process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 @pytest.mark.slow
 def test_all_ranks_hear_of_another_run(small_folder: Path, tmp_path: Path) -> None:
     """Rank 0 holds the lock of the run folder; the others wait for nobody."""
@@ -158,6 +169,69 @@ def test_all_ranks_hear_of_another_run(small_folder: Path, tmp_path: Path) -> No
     for process, error in zip(processes, errors):
         assert process.returncode == 2, error
         assert f"is being written by dti train (process {os.getpid()} on" in error
+
+
+@pytest.fixture(scope="module")
+def searched(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """The folder of a search by two processes, and how the command ended when it was given twice."""
+    out = tmp_path_factory.mktemp("ranks") / "search"
+    command = [sys.executable, "-m", "dti_model.cli", "search", f"--data={small_folder}", f"--out={out}"]
+    command += ["--grid={k: [2, 3]}", "--seeds=[0]", "--window=3", "--progress=false", "--report_to=[]"]
+    command += ["--model.layers=1", "--model.width=16", "--model.heads=2", "--model.kv_heads=1"]
+    command += ["--model.mlp_width=24", "--optim.epochs=1", "--optim.token_budget=600"]
+    return out, [ends_of(start_ranks(command)) for _ in range(2)]
+
+
+@pytest.mark.slow
+def test_two_ranks_search(searched: tuple[Path, list[Any]]) -> None:
+    """Each took itself for the first, and the second ended with "is being written by dti search"."""
+    out, calls = searched
+    for call in calls:
+        assert [status for _, _, status in call] == [0, 0], call
+        assert call[0][0].count("best: --k ") == 1
+        assert call[1][0] == "", "the first rank prints"
+    assert "epoch 1: " in calls[0][0][0]
+    assert "epoch 1: " not in calls[1][0][0], "all is finished"
+    cells = json.loads((out / "search.json").read_text())["cells"]
+    assert {cell["k"] for cell in cells} == {2, 3}
+    for cell in cells:
+        metrics = json.loads((out / f"k={cell['k']}" / "seed-0" / "metrics.json").read_text())
+        assert metrics["training"]["processes"] == 2
+        assert metrics["val"]["auc"] == cell["val_auc_mean"]
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.slow
+def test_two_ranks_evaluate_on_a_device_that_is_named(
+    searched: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    """With --device they joined nobody: both scored, printed and wrote all."""
+    run = searched[0] / "k=3" / "seed-0"
+    command = [sys.executable, "-m", "dti_model.cli", "evaluate", f"--run={run}", "--split=val"]
+    command += ["--progress=false", f"--json={tmp_path / 'out.json'}"]
+    ends = ends_of(start_ranks([*command, "--device=cpu"]))
+    assert [status for _, _, status in ends] == [0, 0], ends
+    assert "AUC" in ends[0][0]
+    assert ends[1][0] == ""
+    metrics = json.loads((run / "metrics.json").read_text())["val"]
+    assert json.loads((tmp_path / "out.json").read_text())["val"] == metrics
+    for _, error, status in ends_of(start_ranks([*command, "--device=cpu:0"])):
+        assert status == 2
+        assert "device 'cpu:0' is one device, and each of 2 processes has its own: say cpu" in error
+
+
+def test_processes_have_one_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that contradicts it is refused, not ignored."""
+    monkeypatch.setattr(devices, "join_ranks", lambda cpu: torch.device("cpu" if cpu else "cuda:1"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert device_of_rank("cpu") == "cpu"
+    assert device_of_rank("cuda") == "cuda:1"
+    for name, message in (
+        ("cuda:1", "each of 2 processes has its own: say cuda"),
+        ("mps", "processes have cuda"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            device_of_rank(name)
 
 
 LEAVING = """

@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from dti_model import search as searching
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
-from dti_model.search import search
+from dti_model.fingerprints import OtherOriginError
+from dti_model.search import cell_name, search
 from dti_model.train import RunExistsError
+from tests.model.pretrained_files import pretrained_folder
 
 GRID = {"optim.learning_rate": [0.001, 0.03], "dti.alpha_max": [0.5]}
 
@@ -76,11 +80,35 @@ def test_goes_on_and_chooses_on_validation(base: TrainConfig, monkeypatch: pytes
         ({"optim.learning_rate": [-1.0]}, [0], "learning_rate must be > 0"),
         ({"k": []}, [0], "a value of every setting"),
         ({"k": [5]}, [], "at least one seed"),
+        (
+            {"k": [5], "optim.learning_rate": [0.001, "1e-3"]},
+            [0],
+            r"one cell twice, --k 5 --optim.learning_rate 0.001 and --k 5 --optim.learning_rate 1e-3:",
+        ),
+        ({"model.pretrained": ["b/x", "./b/x/"]}, [0], "one cell twice"),
+        (
+            {"model.pretrained": ["b/x", "b_x"]},
+            [0],
+            "--model.pretrained b/x and --model.pretrained b_x would share the folder pretrained=b_x:",
+        ),
+        ({"model.instruction": ["a b", "ab"]}, [0], "would share the folder instruction=ab:"),
     ],
 )
 def test_what_is_no_search_is_refused_before_the_first_run(
-    base: TrainConfig, grid: dict, seeds: list[int], message: str
+    base: TrainConfig,
+    grid: dict,
+    seeds: list[int],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Two cells in one folder, or one cell twice, were found out after hours, or not at all."""
+    monkeypatch.chdir(tmp_path)
+    if any(name.startswith("model.") for name in grid):
+        for name in ("b/x", "b_x"):
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "config.json").touch()
+        base = dataclasses.replace(base, model=ModelConfig(pretrained="b/x"))
     with pytest.raises(ValueError, match=message):
         search(base, grid, seeds)
     assert not base.out.exists()
@@ -98,3 +126,90 @@ def test_the_command_reads_a_grid_file(
     printed = capsys.readouterr().out
     assert "cell 2 of 2, learning_rate=0.001,reset_layers=" in printed
     assert "best: --optim.learning_rate 0.001 --dti.reset_layers" in printed
+
+
+def test_names_of_cells_and_the_marker_stay() -> None:
+    """Folders of searches go on."""
+    assert searching.MARKER == {"made by": "dti search"}
+    assert cell_name({}) == "base"
+    assert (
+        cell_name({"optim.learning_rate": 0.001, "dti.alpha_max": 0.5}) == "learning_rate=0.001,alpha_max=0.5"
+    )
+    assert cell_name({"dti.reset_layers": [0, -1]}) == "reset_layers=[0,-1]"
+    assert cell_name({"model.pretrained": "models/x"}) == "pretrained=models_x"
+
+
+def test_a_finished_cell_of_another_base_model_is_refused(
+    base: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its metrics were reported as those of the model that was asked for, and nothing was trained."""
+    one = pretrained_folder(tmp_path / "one")
+    shutil.copytree(one, tmp_path / "moved")
+    pretrained_folder(tmp_path / "two", initializer_range=0.1)
+    shutil.copytree(one, tmp_path / "tokens")
+    tokenizer = AutoTokenizer.from_pretrained(one)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(tmp_path / "tokens")
+
+    def of(name: str) -> TrainConfig:
+        return dataclasses.replace(base, model=ModelConfig(pretrained=str(tmp_path / name)))
+
+    table = search(of("one"), {"k": [3]}, [0])
+    monkeypatch.setattr(searching, "train", lambda _: pytest.fail("trained"))
+    assert search(of("moved"), {"k": [3]}, [0]) == table
+    for name, what in (("two", "pretrained model"), ("tokens", "tokenizer")):
+        before = (base.out / "search.json").read_bytes()
+        # Also where another cell, which is not finished, comes before it.
+        with pytest.raises(
+            OtherOriginError, match=f"the {what} of this search is not what .*k=3/seed-0 was"
+        ) as error:
+            search(of(name), {"k": [2, 3]}, [0])
+        assert "give the former one, or search into another --out" in str(error.value)
+        assert (base.out / "search.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["search.csv", "search.json", "search-folder.json"])
+def test_a_search_writes_through_no_link(
+    base: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What they pointed to was written over, also by a search that had begun before the link came."""
+    mine = tmp_path / "mine"
+    mine.write_text(
+        '{"made by": "dti search"}' if name == "search-folder.json" else '{"cells": 1, "best": 1}'
+    )
+    before = mine.read_bytes()
+
+    def train(_: TrainConfig) -> dict:
+        (base.out / name).unlink(missing_ok=True)
+        (base.out / name).symlink_to(mine)
+        return {"val": {"auc": 0.5, "log_loss": 0.5, "gauc": 0.5}}
+
+    monkeypatch.setattr(searching, "train", train)
+    for _ in range(2):
+        with pytest.raises(RunExistsError, match=f"{name} is a symbolic link, and the search writes a file"):
+            search(base, {"k": [3]}, [0])
+        monkeypatch.setattr(searching, "train", lambda _: pytest.fail("trained"))
+    (base.out / name).unlink()
+    (base.out / name).mkdir()
+    with pytest.raises(RunExistsError, match=f"{name} is no regular file"):
+        search(base, {"k": [3]}, [0])
+    assert mine.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", ["", "mine", "[]", '{"made by": "me"}', '{"made by": "dti search", "a": 1}']
+)
+def test_a_marker_of_something_else_makes_no_search_folder(
+    base: TrainConfig, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    """A file of that name was enough, whatever it held: the tables beside it were replaced."""
+    monkeypatch.setattr(searching, "train", lambda _: pytest.fail("trained"))
+    base.out.mkdir()
+    files = {"search-folder.json": content, "search.csv": "a,b\n", "search.json": "{}"}
+    for name, text in files.items():
+        (base.out / name).write_text(text)
+    with pytest.raises(
+        RunExistsError, match=r"is not the folder of a search \(it holds search-folder.json\)"
+    ):
+        search(base, {"k": [3]}, [0])
+    assert {path.name: path.read_text() for path in base.out.iterdir()} == files
