@@ -23,17 +23,16 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from dti_model.bounds import RULES, must_be, shown
 from dti_model.config import CONFIG_FILE, TrainConfig
-from dti_model.config_file import is_ours
+from dti_model.config_file import is_ours, is_sealed
 from dti_model.data import PreparedData
 from dti_model.files import DamagedFileError, check_checksums, locked, read_file, whole_file, write_json
-from dti_model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance
+from dti_model.fingerprints import OtherOriginError, Provenance
 from dti_model.launch import let_settings_rule
 from dti_model.ranks import first_rank_does, join_ranks, rank
 from dti_model.run import tokenizer_of
 from dti_model.run_folder import (
     LOCK_FILE,
     METRICS_FILE,
-    MODEL_FOLDER,
     RunExistsError,
     check_is_no_broken_link,
     check_is_ours,
@@ -256,8 +255,9 @@ def _finished(config: TrainConfig) -> tuple[dict[str, float], Provenance | None]
     """Validation metrics of a finished run, and what it was made of; None: version 0.1.0 trained it."""
     check_is_ours(config.out)
     way_out = f"Delete {config.out} and give the same command again"
-    is_new = (config.out / MODEL_FOLDER / PROVENANCE_FILE).is_file()  # version 0.1.0 had neither
-    check_checksums(config.out, way_out, required=is_new)
+    check_checksums(
+        config.out, way_out, required=is_sealed(config.out / CONFIG_FILE)
+    )  # version 0.1.0 had neither
     path = config.out / METRICS_FILE
     try:
         result = json.loads(read_file(path))
