@@ -179,8 +179,7 @@ def run_cell(cell: Cell, data: Path, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    run.model.save_pretrained(folder / MODEL_FOLDER)
-    run.tokenizer.save_pretrained(folder / MODEL_FOLDER)
+    run.save_model(folder / MODEL_FOLDER)
     config.save(folder)
     result = {
         "settings": asdict(cell),

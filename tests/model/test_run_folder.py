@@ -29,6 +29,7 @@ from dti_model.search import search
 from dti_model.train import train
 from dti_model.trainer import StreamTrainer
 from tests.conftest import ROOT
+from tests.model.test_damage import unsealed
 
 
 @pytest.fixture
@@ -341,7 +342,8 @@ def test_a_finished_cell_that_was_damaged_is_not_read(config: TrainConfig) -> No
     (path.parent / "checksums.json").unlink()
     with pytest.raises(ValueError, match=r"checksums\.json is missing. Delete .*seed-0"):
         search(config, {"k": [3]}, [0])
-    (path.parent / "model" / "provenance.json").unlink()  # as version 0.1.0 left it
+    (path.parent / "model" / "provenance.json").unlink()
+    unsealed(path.parent)  # as version 0.1.0 left it
     path.write_text("{")
     with pytest.raises(ValueError, match=r"metrics\.json is damaged .*Delete .*seed-0"):
         search(config, {"k": [3]}, [0])
