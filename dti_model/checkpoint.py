@@ -38,6 +38,7 @@ from dti_model.files import (
     DamagedFileError,
     WriteError,
     check_checksums,
+    is_passing,
     is_temporary,
     read_file,
     remove_folder,
@@ -228,6 +229,8 @@ def foreign_in(folder: Path) -> Path | None:
     if folder.is_symlink() or not folder.is_dir():
         return folder
     for path in sorted(folder.iterdir()):
+        if is_passing(path):
+            continue
         if path.name not in _FILES or path.is_symlink() or not path.is_file():
             return path
     return None

@@ -39,7 +39,13 @@ _SEAL = "sha256"
 _INCOMPLETE, _REMOVED = ".incomplete", ".removed"
 _TEMPORARY = re.compile(r"\..+\.dti-[0-9a-f]{16}(\.incomplete|\.removed)")
 # Files that transformers, tokenizers and peft look for in a folder: a new one would change what is loaded.
-_LOADED = re.compile(r"[^.].*\.(json|safetensors|bin|pt|model|jinja|gguf)|vocab\.txt|merges\.txt")
+_LOADED = re.compile(
+    r".*\.safetensors(\.index\.json)?|(pytorch_model|adapter_model).*\.bin(\.index\.json)?|merges\.txt|(spiece|sentencepiece.*)\.model"
+    r"|(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)"
+    r"\.(json|jinja|txt|model)"
+)
+# What file browsers, notebooks and network file systems leave in any folder: nobody's work.
+_PASSING = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-f]+|\.ipynb_checkpoints|Thumbs\.db|desktop\.ini")
 # How a full disk, a quota or a size limit ends a write. Libraries written in Rust and C++ say it in words of their own.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_WORDS = (
@@ -214,6 +220,11 @@ def _hidden(path: Path, ending: str) -> Path:
 def is_temporary(path: Path) -> bool:
     """Whether a name is one that only this module gives."""
     return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def is_passing(path: Path) -> bool:
+    """Whether a file or folder is one that programs leave behind wherever somebody looks, and that goes with its folder."""
+    return _PASSING.fullmatch(path.name) is not None
 
 
 def remove_leftovers(path: Path) -> None:

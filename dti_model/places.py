@@ -10,8 +10,9 @@ from dti_model.config_file import CONFIG_FILE, is_ours
 
 # What commands write into their folders.
 _OF_A_RUN = re.compile(
-    r"config\.yaml|metrics\.json|checksums\.json|report\.png|predictions-.*|model|checkpoints|tensorboard|\..*"
+    r"config\.yaml|metrics\.json|checksums\.json|report\.png|predictions-(test|val)\.parquet|model|checkpoints|tensorboard|\..*"
 )
+_MADE_BY_A_RUN = ("checkpoints", "metrics.json", "model/provenance.json", ".lock")
 _OF_A_SEARCH = re.compile(r"search\.json|search\.csv|search-folder\.json|base|.*=.*|\..*")
 _OF_DATA = re.compile(r"stats\.json|(interactions|users|items)\.arrow|rejected\.csv|tokenizer|tokens|\..*")
 
@@ -32,7 +33,8 @@ def why_owned(path: Path) -> str | None:
 
 def _names_of(folder: Path) -> re.Pattern[str] | None:
     """The names that mean something in a folder of ours; None: it is none."""
-    if (folder / CONFIG_FILE).is_file() and is_ours(folder / CONFIG_FILE):
+    # A config.yaml alone may be a copy whose settings somebody uses again.
+    if any((folder / name).exists() for name in _MADE_BY_A_RUN) and is_ours(folder / CONFIG_FILE):
         return _OF_A_RUN
     if (folder / "search-folder.json").is_file():
         return _OF_A_SEARCH

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -20,7 +21,6 @@ from accelerate import PartialState
 Result = TypeVar("Result")
 
 _WAIT = timedelta(minutes=30)  # for the first rank's work; as TrainingArguments have it
-_status: int | None = None  # what `exit_with` was told
 
 
 def join_ranks(cpu: bool | None = None) -> torch.device:
@@ -48,25 +48,20 @@ def world_size() -> int:
 
 
 def exit_with(status: int) -> NoReturn:
-    """End this process; call it last in a program that torchrun starts, instead of `sys.exit`.
+    """End this process; call it last in a program that torchrun starts, instead of `sys.exit`, with its own files closed.
 
-    One of several ranks runs its exit handlers and then ends at once, without the end of the interpreter: a thread of the process group
-    that frees its last tensor meanwhile would abort the process (SIGABRT), whatever it had achieved. Destroying the group does not
-    prevent it while a model or a mesh still refers to it.
+    One of several ranks ends as multiprocessing's children do: threads are waited for, exit handlers run, output is flushed, and the
+    process is gone, without the end of the interpreter. A thread of the process group that frees its last tensor meanwhile would abort
+    the process (SIGABRT), whatever it had achieved. Destroying the group does not prevent it while a model or a mesh refers to it.
     """
-    global _status
-    if dist.is_initialized():
-        _status = status
-    raise SystemExit(status)
-
-
-@atexit.register
-def _end_at_once() -> None:
-    if _status is not None:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError, AttributeError):  # closed, full or none at all
-                stream.flush()
-        os._exit(_status)
+    if not dist.is_initialized():
+        raise SystemExit(status)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # full, closed or none at all
+            stream.flush()
+    os._exit(status)
 
 
 def first_rank_does(work: Callable[[], Result]) -> Result:

@@ -28,7 +28,7 @@ from dti_model.checkpoint import (
 )
 from dti_model.config import CONFIG_FILE, TrainConfig
 from dti_model.config_file import is_ours
-from dti_model.files import CHECKSUMS_FILE, locked, opened, read_sealed
+from dti_model.files import CHECKSUMS_FILE, is_passing, locked, opened, read_sealed
 from dti_model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance
 from dti_model.ranks import first_rank_does
 
@@ -155,6 +155,8 @@ def check_model_is_ours(path: Path) -> None:
                 f"{path} is not a folder of a run's model: move it elsewhere, or choose another --out"
             )
     for file in sorted(path.rglob("*")):
+        if is_passing(file) or any(is_passing(folder) for folder in file.relative_to(path).parents):
+            continue
         name = file.relative_to(path).as_posix()
         if known is None:
             is_ours = _MODEL_FILES.fullmatch(name) is not None

@@ -131,13 +131,14 @@ def check_search_folder(folder: Path) -> None:
     _check_written(folder)
     if not folder.exists() or _json(folder / MARKER_FILE) == MARKER:
         return
-    # Of version 0.1.0: folders of runs, and the tables.
+    # Of version 0.1.0, or with a damaged marker: folders of runs, and the tables.
+    cells = {path for path in folder.iterdir() if any(map(is_ours, path.glob(f"seed-*/{CONFIG_FILE}")))}
     foreign = [
         path.name
-        for path in folder.iterdir()
+        for path in sorted({*folder.iterdir()} - cells)
         if not path.name.startswith(("." + MARKER_FILE, LOCK_FILE, ".search."))
         and not (path.name in (TABLE_FILE, CSV_FILE) and _is_table(folder / TABLE_FILE))
-        and not any(is_ours(config) for config in path.glob(f"seed-*/{CONFIG_FILE}"))
+        and not (path.name == MARKER_FILE and cells and _json(path) is None)
     ]
     if foreign:
         raise RunExistsError(

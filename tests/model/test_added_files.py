@@ -45,6 +45,7 @@ ADD: dict[str, Callable[[Path], object]] = {
     "adapter_config.json": add_adapter,
     "added_tokens.json": lambda folder: (folder / "added_tokens.json").write_text('{"<new>": 400}'),
     "model.safetensors.index.json": lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+    "more.safetensors": lambda folder: shutil.copy(folder / "model.safetensors", folder / "more.safetensors"),
     "special_tokens_map.json": lambda folder: (folder / "special_tokens_map.json").write_text(OTHER_UNKNOWN),
 }
 
@@ -72,7 +73,14 @@ def test_what_nothing_loads_may_lie_there(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "export"
     export_run(run, out, library_only=True)
     for folder in (mine / "model", out):
-        for name in ("LICENSE", "notes.txt", "curve.png", ".gitattributes", ".index.json"):
+        for name in (
+            "LICENSE",
+            "notes.txt",
+            "metrics.json",
+            "training_args.bin",
+            "clicks.gguf",
+            ".gitattributes",
+        ):
             (folder / name).write_text("mine")
     Run.load(mine)
     Scorer.from_export(out, device="cpu")

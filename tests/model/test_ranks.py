@@ -236,6 +236,7 @@ def test_processes_have_one_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> N
 
 LEAVING = """
 import atexit, os, sys, threading
+atexit.register(lambda: print("handlers run"))
 from dti_model import ranks
 import torch.distributed as dist
 
@@ -245,7 +246,6 @@ class Freed:
 
 kept = Freed()
 sys.modules["kept"] = kept  # until the end of the interpreter
-atexit.register(lambda: print("handlers run"))
 dist.init_process_group("gloo")
 ranks.first_rank_does(lambda: None)
 threading.Thread(target=lambda: print("threads end")).start()

@@ -24,6 +24,7 @@ from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.export import export_run
 from dti_model.files import LockedError, locked, write_checksums
+from dti_model.places import why_owned
 from dti_model.run_folder import LOCK_FILE, RunExistsError
 from dti_model.search import search
 from dti_model.train import train
@@ -274,6 +275,33 @@ def test_an_export_is_no_model_of_a_run(interrupted: TrainConfig, run_folder: Pa
     with pytest.raises(RunExistsError, match="model is not a folder of a run's model"):
         train(config)
     assert content(config.out / "model").keys() == content(config.out / "exported").keys()
+
+
+def test_a_folder_with_a_copied_configuration_is_no_run(run_folder: Path, tmp_path: Path) -> None:
+    """Settings that are used again with `--config config.yaml`: every output beside them was refused."""
+    shutil.copy(run_folder / "config.yaml", tmp_path / "config.yaml")
+    for name in ("metrics.json", "model", "predictions-new.jsonl", "checkpoints"):
+        assert why_owned(tmp_path / name) is None
+        assert (why_owned(run_folder / name) is None) == (name == "predictions-new.jsonl")
+    (tmp_path / "checkpoints").mkdir()  # an interrupted run
+    assert why_owned(tmp_path / "model" / "v1") is not None
+
+
+def test_what_programs_leave_everywhere_does_not_stop_a_run(interrupted: TrainConfig, tmp_path: Path) -> None:
+    """A restart by a scheduler has nobody who moves them away."""
+    config = dataclasses.replace(interrupted, out=shutil.copytree(interrupted.out, tmp_path / "run"))
+    for name in (
+        ".DS_Store",
+        "._run.json",
+        ".nfs0000000000a1",
+        "Thumbs.db",
+        ".ipynb_checkpoints/run-checkpoint.json",
+    ):
+        path = config.out / "checkpoints" / "checkpoint-2" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    train(config)
+    assert "checkpoint-2" not in os.listdir(config.out / "checkpoints")
 
 
 def test_a_run_that_fails_at_its_start_leaves_no_folder(config: TrainConfig, tmp_path: Path) -> None:

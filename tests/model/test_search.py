@@ -213,3 +213,12 @@ def test_a_marker_of_something_else_makes_no_search_folder(
     ):
         search(base, {"k": [3]}, [0])
     assert {path.name: path.read_text() for path in base.out.iterdir()} == files
+
+
+def test_a_search_goes_on_over_a_damaged_marker(base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells say whose the folder is."""
+    table = search(base, {"k": [3]}, [0])
+    (base.out / "search-folder.json").write_text("")
+    monkeypatch.setattr(searching, "train", lambda _: pytest.fail("trained"))
+    assert search(base, {"k": [3]}, [0]) == table
+    assert json.loads((base.out / "search-folder.json").read_text()) == searching.MARKER
