@@ -29,8 +29,7 @@ def test_python_blocks_run(
     folder.mkdir(parents=True)
     config.save(folder)
     run = Run.start(config)
-    run.model.save_pretrained(folder / MODEL_FOLDER)
-    run.tokenizer.save_pretrained(folder / MODEL_FOLDER)
+    run.save_model(folder / MODEL_FOLDER)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in PYTHON_BLOCKS:
