@@ -136,8 +136,8 @@ _forced: dict[str, Tile] = {}
 
 def choose_tile(kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype, mean_span: int) -> Tile:
     """The tile of one of `KERNELS` on `device`."""
-    if kernel in _forced:
-        return _forced[kernel]
+    if tile := forced_tile(kernel):
+        return tile
     if device.type == "cpu":
         return _INTERPRETED
     return table_tile(architecture(device), kernel, head_dim, dtype.itemsize * 8, mean_span)
@@ -170,6 +170,11 @@ def architecture(device: torch.device) -> str:
         stacklevel=2,
     )
     return safe
+
+
+def forced_tile(kernel: str) -> Tile | None:
+    """The tile of `forced`, where one is."""
+    return _forced.get(kernel)
 
 
 @contextmanager

@@ -83,7 +83,6 @@ def backward_launches(
         "q_ptr": batch.q,
         "v_ptr": batch.v,
         "do_ptr": grad_out,
-        "lse_ptr": lse,
         "delta_ptr": grads.delta,
     }
     saved |= {"lse_tile_ptr": grads.lse_tile, **strides(q=batch.q, v=batch.v, do=grad_out)}

@@ -10,6 +10,7 @@ import triton.language as tl
 from dti_kernels.triton_tile import (
     PER_BATCH,
     ROW_STOP,
+    UNSEEN,
     exponential,
     inner,
     key_ranges,
@@ -123,21 +124,29 @@ def ctx_dkv_kernel(
     offs_q = lane_offsets(stride_qt, stride_qh, PACK, BLOCK_M)
     offs_do = lane_offsets(stride_dot, stride_doh, PACK, BLOCK_M)
 
+    # Rows are counted in lanes from key_0 on, PACK a row: no lane is divided by PACK in the loop. A key beyond the last is seen by none.
+    lane = tl.arange(0, BLOCK_M)
+    lane_first = (key - key_0) * PACK
+    lane_stop = (tl.maximum(row_stop, key) - key_0) * PACK
     for i in range(0, num_tiles * (GROUP // PACK)):
         tile, head_0 = tile_of_loop(i, num_tiles, GROUP, PACK)
         first = key_0 + tile * (BLOCK_M // PACK)
-        row, lane = tile_rows(first, num_context, PACK, BLOCK_M)
-        valid = row < num_context
+        valid = lane < tl.minimum(num_context - first, BLOCK_M // PACK) * PACK
         base_q = offsets(first, group * GROUP + head_0, stride_qt, stride_qh)
         base_do = offsets(first, group * GROUP + head_0, stride_dot, stride_doh)
         q = load_tile(q_ptr + base_q, offs_q, valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
         do = load_tile(do_ptr + base_do, offs_do, valid, HEAD_DIM, BLOCK_D, True)
-        offs_tile = packed_offsets(row, group, head_0 + lane, first, num_rows, GROUP, PACK)
+        offs_tile = packed_offsets(
+            first + lane // PACK, group, head_0 + lane % PACK, first, num_rows, GROUP, PACK
+        )
         lse = tl.load(lse_tile_ptr + offs_tile, mask=valid, other=0.0)
         delta = tl.load(delta_ptr + offs_tile, mask=valid, other=0.0)
         s = inner(k, q)  # [N, M]
         p = exponential(s * exponent_scale - lse[None, :], NATURAL)
-        p = tl.where(visible(row[None, :], key[:, None], row_stop[:, None]), p, 0.0)
+        index = lane + tile * (BLOCK_M // PACK * PACK)
+        if BLOCK_M % PACK != 0:
+            index = tl.where(valid, index, UNSEEN)
+        p = tl.where(visible(index[None, :], lane_first[:, None], lane_stop[:, None]), p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dp = inner(v, do)
         ds = p * (dp - delta[None, :])

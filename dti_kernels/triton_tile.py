@@ -37,6 +37,8 @@ SUM_STOP = tl.constexpr(layout.SUM_STOP)
 # exp2 is the hardware's exponential: scores carry log2(e), the log-sum-exp in memory is natural.
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# An index that no span holds.
+UNSEEN = tl.constexpr(-(2**31))
 
 # Arguments that change from batch to batch: compiled once, whatever their value or alignment.
 PER_BATCH = [
@@ -47,7 +49,6 @@ PER_BATCH = [
     "rows_ptr",
     "keys_ptr",
     "lse_ptr",
-    "delta_ptr",
     "scale",
 ]
 # A tile's rows are addressed with 32-bit offsets inside the tile (64-bit between tiles).
@@ -59,11 +60,12 @@ MAX_HEAD_DIM = 256
 
 @triton.jit
 def visible(index, first, stop):
-    """The rule of visibility: does `index` lie in the span `[first, stop)`?
+    """The rule of visibility: does `index` lie in the span `[first, stop)`, where `first <= stop`?
 
-    Forward and dQ ask it of a key and a row's spans, dK/dV of a row and the key's inverse span.
+    Forward and dQ ask it of a key and a row's spans, dK/dV of a row and the key's inverse span. One comparison: below `first` the
+    difference wraps to a large number.
     """
-    return (index >= first) & (index < stop)
+    return (index - first).to(tl.uint32) < (stop - first).to(tl.uint32)
 
 
 @triton.jit
@@ -102,7 +104,7 @@ def packed_offsets(row, group, lane, first, num_queries, GROUP: tl.constexpr, PA
     Laid out like a tile, so that a tile of whole groups is contiguous: dK/dV reads it in its inner loop.
     """
     base = tl.cast(group, tl.int64) * num_queries * GROUP
-    if PACK == GROUP and row.shape[0] % PACK == 0:
+    if PACK == GROUP:  # lanes behind the tile's last whole row are masked
         return base + tl.cast(first, tl.int64) * GROUP + tl.arange(0, row.shape[0])
     else:
         return base + tl.cast(row, tl.int64) * GROUP + lane
