@@ -87,7 +87,7 @@ def recorded(arch: str) -> Iterator[list[Any]]:
         for module in (triton_tile, triton_fwd, triton_bwd):
             stack.enter_context(mock.patch.object(module, "run_all", record))
         stack.enter_context(mock.patch.object(triton_tile, "choose_tile", choose))
-        stack.enter_context(mock.patch.object(ops, "_interpreting", lambda: True))
+        stack.enter_context(mock.patch.object(ops, "_interpreting", return_value=True))
         stack.enter_context(mock.patch.object(ops, "_widened", list))
         yield launches
 
@@ -170,7 +170,7 @@ def build(launch: Any) -> Build:
 
 
 @functools.cache
-def available() -> str:
+def unavailable() -> str:
     """Why kernels cannot be compiled here, or nothing."""
     try:
         import triton
@@ -178,4 +178,6 @@ def available() -> str:
         return f"triton is not installed: {error}"
     from dti_kernels.triton_tile import visible
 
-    return "" if isinstance(visible, triton.JITFunction) else "TRITON_INTERPRET is set: kernels are interpreted"
+    return (
+        "" if isinstance(visible, triton.JITFunction) else "TRITON_INTERPRET is set: kernels are interpreted"
+    )
