@@ -103,6 +103,8 @@ def run_steps(steps: Sequence[Step], call: Call) -> list[dict[str, Any]]:
         _note_origin(summary, places)
         write_summary(places, summary)
         pack(places)
+    with suppress(OSError):
+        places.kept.rmdir()  # where it is empty
     return entries
 
 
