@@ -90,6 +90,7 @@ _STAND_INS: dict[str, Any] = {
 def _start() -> None:
     for name, stand_in in _STAND_INS.items():
         setattr(torch.cuda, name, stand_in)
+    torch.cuda.profiler.start = torch.cuda.profiler.stop = _nothing
 
 
 if REHEARSING:
