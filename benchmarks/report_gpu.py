@@ -165,7 +165,10 @@ def attention(rows: Rows) -> str:
         if "rows" in facts:
             title += f": {facts['rows']:,} rows that see {facts['mean_span']:,.0f} keys each on average"
         parts += [title, "\n".join([head, "|---|---|---|---|---|---|", *lines])]
-    notes = "P50 of the device's time; useful TFLOP/s count visible pairs only."
+    notes = (
+        "P50 of the device's time; useful TFLOP/s count visible pairs only. No baseline has ALiBi or keys of [SUM] rows' own; those "
+        "with a scalar window compute a cheaper, wrong mask: a lower bound on time."
+    )
     if any(_host_in(row) for row in _of(rows, "attention")):
         notes += " \\*: the host was not ahead of the device in every repeat, so its time may be in it."
     return "\n\n".join([*parts, notes])

@@ -114,7 +114,7 @@ def roofline(rows: Rows, path: Path, peak: tuple[float, float] | None) -> None:
     if peak is not None:
         tflops, gb_s = peak
         x = np.geomspace(min(intensities) / 4, max(max(intensities), 1000 * tflops / gb_s) * 2, 200)
-        axes.plot(x, np.minimum(tflops, x * gb_s / 1000), color=COLORS[4], label="published peak")
+        axes.plot(x, np.minimum(tflops, x * gb_s / 1000), color="black", label="published peak")
     names = dict.fromkeys(row["provider"] for row in chosen)
     for i, provider in enumerate(names):
         color, marker = COLORS[i % len(COLORS)], "osv^DPX*"[i % 8]
