@@ -133,11 +133,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="on a CPU")
     parser.add_argument("--lengths", type=int, nargs=2, default=CPU_LENGTHS, help="rows T on a CPU")
     parser.add_argument("--seconds", type=float, default=200.0, help="on a GPU: start no workload after this")
+    parser.add_argument("--resume", action="store_true", help="on a GPU: leave out what --out has already")
+    parser.add_argument("--only", choices=("ours",), help="on a GPU: measure no baseline")
     options = parse_measuring(parser, "attention-{device}", {"lengths": SMOKE_LENGTHS, "repeats": 1})
     if options.device == "cuda":
         from benchmarks import attention_gpu
 
-        attention_gpu.run(options.rows, options.seconds)
+        attention_gpu.run(options.rows, options.seconds, options.resume, options.only == "ours")
         return
     workloads = [
         Workload(f"cpu_T{length}", length, None, num_heads=4, num_groups=4, head_dim=64)

@@ -1,6 +1,7 @@
 """Scoring: candidates of one user in one pass, and evaluation of a test split, each beside what one would do without.
 
     python -m benchmarks.bench_score [--data DIR] [--part candidates evaluation] [--device cuda] [--out ROWS.jsonl] [--record] [--size smoke]
+    python -m benchmarks.bench_score --part candidates --shape smollm --device cuda        (`benchmarks/score_shape.py`)
 
 `candidates`: 1 to 500 candidates of a real user with a history of 20: one pass; an encoded history, with which only candidates are
 computed; and one sliding-window prompt per candidate, packed, with the same model and attention.
@@ -16,20 +17,21 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.made_up import made_up_data
+from benchmarks import score_shape
 from benchmarks.measure import interleaved_ms, parse_measuring
+from benchmarks.rehearsal import DEVICE
 from dti_model.attention import DTIConfig
-from dti_model.config import ModelConfig, TrainConfig
-from dti_model.prompts import Prompts
-from dti_model.run import Run, llama_config
-from dti_model.scorer import Scorer
-from dti_model.scoring import score_targets
+
+# What reads prepared data is imported where it is used: `--shape` runs where the packages that read it are missing.
+if TYPE_CHECKING:
+    from dti_model.config import ModelConfig
+    from dti_model.run import Run
 
 HISTORY = 20
 # Repeats by number of candidates: enough for a p99 where a call is short.
@@ -40,6 +42,9 @@ BATCH = 32
 
 def new_run(data: Path, model: ModelConfig, dti: DTIConfig, device: str) -> Run:
     """An untrained run, on a device."""
+    from dti_model.config import TrainConfig
+    from dti_model.run import Run
+
     run = Run.start(TrainConfig(data=data, out=Path("unused"), window=HISTORY, model=model, dti=dti))
     run.model.to(device).eval()
     return run
@@ -47,6 +52,8 @@ def new_run(data: Path, model: ModelConfig, dti: DTIConfig, device: str) -> Run:
 
 def measure_candidates(run: Run, device: str, repeats_of: dict[int, int]) -> list[dict[str, Any]]:
     """Rows of every number of candidates and provider."""
+    from dti_model.scorer import Scorer
+
     scorer = Scorer(run)
     user = next(u for u in run.data.user_ids if len(scorer.history_of(u)) >= HISTORY)
     history = scorer.history_of(user)[-HISTORY:]
@@ -118,6 +125,10 @@ def padded_scores(
 
 def measure_evaluation(run: Run, device: str, repeats: int, user_step: int) -> list[dict[str, Any]]:
     """Rows of all ways to score the test split, or a slice of it; `speedup` is over the plain loop."""
+    from dti_model.prompts import Prompts
+    from dti_model.run import llama_config
+    from dti_model.scoring import score_targets
+
     assert run.config.dti.mode == "dti-minus"
     plain = LlamaForCausalLM(llama_config(run.config.model, run.tokenizer))
     plain.load_state_dict(run.model.state_dict())
@@ -169,8 +180,32 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3, help="of the evaluation")
     parser.add_argument("--user-step", type=int, default=1, help="evaluate targets of every n-th user")
+    parser.add_argument(
+        "--shape", choices=("smollm",), help="of a pretrained model, with random ids: no data"
+    )
     smoke = {"layers": 1, "width": 16, "repeats": 1, "user_step": 40}
     options = parse_measuring(parser, "score-{device}", smoke)
+    if options.shape is not None:
+        if options.part != ["candidates"]:
+            parser.error(
+                "--shape has random ids, which there is nothing to evaluate with: give --part candidates"
+            )
+        rows = score_shape.measure(options.shape, options.device == "cuda")
+    else:
+        rows = measure_data(options)
+    for row in rows:
+        task = f"{row['candidates']} candidates" if "candidates" in row else f"{row['targets']} targets"
+        print(f"{task:>14}  {row['provider']:38} p50 {row['p50_ms']:9.1f} ms  {row['speedup']:6.2f} x")
+    options.rows.append(rows)
+    print(f"rows: {options.rows}")
+
+
+def measure_data(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the parts asked for, on prepared data or on made-up data."""
+    from benchmarks.made_up import made_up_data
+    from dti_model.config import ModelConfig
+
+    device = DEVICE if options.device == "cuda" else "cpu"
     model = ModelConfig(
         layers=options.layers,
         width=options.width,
@@ -182,19 +217,13 @@ def main() -> None:
     rows = []
     for part in options.part or ("candidates", "evaluation"):
         if part == "candidates":
-            dti = DTIConfig(alpha_max=0.5)
-            run = new_run(options.data, model, dti, options.device)
+            run = new_run(options.data, model, DTIConfig(alpha_max=0.5), device)
             repeats_of = SMOKE_REPEATS if options.size == "smoke" else REPEATS
-            rows += measure_candidates(run, options.device, repeats_of)
+            rows += measure_candidates(run, device, repeats_of)
         else:
-            run = new_run(options.data, model, DTIConfig("dti-minus"), options.device)
-            rows += measure_evaluation(run, options.device, options.repeats, options.user_step)
-    for row in rows:
-        row["model"] = f"{options.layers} x {options.width}"
-        task = f"{row['candidates']} candidates" if "candidates" in row else f"{row['targets']} targets"
-        print(f"{task:>14}  {row['provider']:38} p50 {row['p50_ms']:9.1f} ms  {row['speedup']:6.2f} x")
-    options.rows.append(rows)
-    print(f"rows: {options.rows}")
+            run = new_run(options.data, model, DTIConfig("dti-minus"), device)
+            rows += measure_evaluation(run, device, options.repeats, options.user_step)
+    return [{**row, "model": f"{options.layers} x {options.width}"} for row in rows]
 
 
 if __name__ == "__main__":

@@ -1,25 +1,31 @@
 """Training steps with random weights: streaming prompts beside sliding-window prompts, targets per second.
 
-    python -m benchmarks.bench_training [--model llama8b-slice] [--device cuda] [--seconds 80] [--out ROWS.jsonl] [--record]
+    python -m benchmarks.bench_training [--model llama8b-slice] [--device cuda] [--seconds 80] [--profile TRACE.json.gz] [--out ROWS.jsonl]
 
 Both kinds get the same model, the same packed batches of about as many tokens, the same attention and the same optimizer; steps
-are interleaved. `llama8b-slice` is Llama-3.1-8B's shape with two layers, `smollm` all of SmolLM2-135M's, in bfloat16.
+are interleaved. `llama8b-slice` is Llama-3.1-8B's shape with two layers, `smollm` all of SmolLM2-135M's, in bfloat16. Beside the ratio of
+targets/s stands that of FLOPs per target, counted as the training's own MFU is (`dti_model/speed.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.device_time import check_device, failure
 from benchmarks.measure import parse_measuring, percentiles_ms
+from benchmarks.rehearsal import DEVICE, REHEARSING
 from benchmarks.workloads import Workload
 from dti_kernels import StreamLayout
 from dti_model.attention import DTIConfig, apply_dti, token_logits
+from dti_model.speed import StepCost, peak_flops
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama8b-slice": {
@@ -48,7 +54,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 64,
     },
 }
-KINDS = {"streaming_k50": 50, "sliding_window": 1}
+STREAMING, SLIDING = "streaming_k50", "sliding_window"
+KINDS = {STREAMING: 50, SLIDING: 1}
+# Of a step's kernels, the longest ones that a profile's row names.
+_LONGEST = 10
+_ATTENTION = ("ctx_fwd", "ctx_dq", "ctx_dkv", "sum_fwd", "sum_dq", "sum_dkv", "sum_self")
 
 
 def batch(kind: str, num_tokens: int, device: str, vocab_size: int) -> tuple[torch.Tensor, StreamLayout]:
@@ -58,62 +68,161 @@ def batch(kind: str, num_tokens: int, device: str, vocab_size: int) -> tuple[tor
     return torch.randint(vocab_size, (layout.num_rows,), device=device, generator=generator), layout
 
 
-def measure(name: str, device: str, num_tokens: int, num_steps: int, seconds: float) -> list[dict[str, Any]]:
-    """One row per kind of prompt."""
-    torch.manual_seed(0)
-    config = LlamaConfig(max_position_embeddings=1 << 20, use_cache=False, **MODELS[name])
-    with torch.device(device):
-        model = LlamaForCausalLM(config).to(torch.bfloat16 if device == "cuda" else torch.float32)
-    dti = DTIConfig()
-    model = apply_dti(model, dti).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
-    batches = {kind: batch(kind, num_tokens, device, config.vocab_size) for kind in KINDS}
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    peak = dict.fromkeys(KINDS, 0.0)
-    deadline = time.monotonic() + seconds
-    for step in range(num_steps + 2):
-        if step > 3 and time.monotonic() > deadline:
-            break
-        for kind, (ids, layout) in batches.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            logits = token_logits(model, ids, layout, dti)
-            labels = torch.zeros(len(logits), dtype=torch.long, device=device)
-            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            value = float(loss.detach())  # waits for the device
-            if not np.isfinite(value):
-                raise RuntimeError(f"{name}, {kind}: loss {value} at step {step}")
-            if step > 1:
-                times[kind].append(1e3 * (time.perf_counter() - start))
-            if device == "cuda":
-                peak[kind] = torch.cuda.max_memory_allocated() / 2**20
-    rows = []
-    for kind, (ids, layout) in batches.items():
-        timing = percentiles_ms(np.asarray(times[kind]))
-        rows.append(
-            {
-                "benchmark": "training",
-                "model": name,
-                "kind": kind,
-                "tokens": len(ids),
-                "targets": layout.num_sum,
-                "steps": len(times[kind]),
-                **timing,
-                "targets_per_s": round(1e3 * layout.num_sum / timing["p50_ms"], 1),
-                "tokens_per_s": round(1e3 * len(ids) / timing["p50_ms"]),
-                "peak_mib": round(peak[kind]),
-            }
-        )
+class Bench:
+    """One model, and a packed batch of each kind of prompt.
+
+    Attributes:
+        name: a key of `MODELS`.
+        on_gpu: bfloat16, fused optimizer and peak memory; otherwise float32.
+        cost: FLOPs of a step.
+        batches: token ids and layout by kind.
+    """
+
+    def __init__(self, name: str, on_gpu: bool, num_tokens: int) -> None:
+        self.name, self.on_gpu = name, on_gpu
+        device = DEVICE if on_gpu else "cpu"
+        torch.manual_seed(0)
+        config = LlamaConfig(max_position_embeddings=1 << 20, use_cache=False, **MODELS[name])
+        with torch.device(device):
+            model = LlamaForCausalLM(config).to(torch.bfloat16 if on_gpu else torch.float32)
+        self.dti = DTIConfig()
+        self.model = apply_dti(model, self.dti).train()
+        self.cost = StepCost.of(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=on_gpu)
+        self.batches = {kind: batch(kind, num_tokens, device, config.vocab_size) for kind in KINDS}
+        self.times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        self.peak_mib = dict.fromkeys(KINDS, 0.0)
+
+    def step(self, kind: str) -> float:
+        """Forward, backward and update; the loss, for which the device is waited for."""
+        ids, layout = self.batches[kind]
+        logits = token_logits(self.model, ids, layout, self.dti)
+        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def timed_step(self, kind: str) -> float:
+        """Milliseconds of a step, from a device at rest to a device at rest.
+
+        Raises:
+            RuntimeError: the loss is not finite.
+        """
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        loss = self.step(kind)
+        ms = 1e3 * (time.perf_counter() - start)
+        if not np.isfinite(loss):
+            raise RuntimeError(f"{self.name}, {kind}: loss {loss}")
+        if self.on_gpu:
+            self.peak_mib[kind] = torch.cuda.max_memory_allocated() / 2**20
+        return ms
+
+    def run(self, num_steps: int, seconds: float) -> None:
+        """Steps of all kinds by turns, two of which are not counted."""
+        deadline = time.monotonic() + seconds
+        for step in range(num_steps + 2):
+            if step > 3 and time.monotonic() > deadline:
+                break
+            for kind in KINDS:
+                ms = self.timed_step(kind)
+                if step > 1:
+                    self.times[kind].append(ms)
+
+    def flops(self, kind: str) -> int:
+        """Of a step."""
+        return self.cost.flops(self.batches[kind][1].to("cpu"))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per kind; that of streaming prompts has its ratios to sliding windows."""
+        rows = [self._row(kind) for kind in KINDS]
+        streaming, sliding = rows
+        speedup = streaming["targets_per_s"] / sliding["targets_per_s"]
+        flops_ratio = sliding["gflop_per_target"] / streaming["gflop_per_target"]
+        streaming |= {"speedup": round(speedup, 2), "flops_ratio": round(flops_ratio, 2)}
+        streaming["share_of_flops_ratio"] = round(speedup / flops_ratio, 3)
+        return rows
+
+    def _row(self, kind: str) -> dict[str, Any]:
+        ids, layout = self.batches[kind]
+        timing = percentiles_ms(np.asarray(self.times[kind]))
+        seconds, flops = timing["p50_ms"] / 1e3, self.flops(kind)
+        peak = peak_flops(torch.device(DEVICE), bf16=True) if self.on_gpu else None
+        return {
+            "benchmark": "training",
+            "model": self.name,
+            "kind": kind,
+            "tokens": len(ids),
+            "targets": layout.num_sum,
+            "steps": len(self.times[kind]),
+            **timing,
+            "targets_per_s": round(layout.num_sum / seconds, 1),
+            "tokens_per_s": round(len(ids) / seconds),
+            "gflop_per_target": round(flops / layout.num_sum / 1e9, 6),
+            "mfu": None if peak is None else round(flops / seconds / peak, 4),
+            "peak_mib": round(self.peak_mib[kind]),
+        }
+
+
+def profile(step: Callable[[], Any], path: Path) -> dict[str, Any]:
+    """Trace one step.
+
+    Args:
+        step: what to trace; it waits for the device.
+        path: of the trace, in Chrome's format, compressed.
+
+    Returns:
+        The device's milliseconds, the share of ours among them, and the longest kernels with their milliseconds and calls. A
+        rehearsal has no kernels: it lists operators.
+    """
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiling
+
+    activities = [ProfilerActivity.CPU] if REHEARSING else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profiling(activities=activities) as found:
+        step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.export_chrome_trace(str(path))
+    own_time = "self_cpu_time_total" if REHEARSING else "self_device_time_total"
+    kernels = [
+        (event.key, getattr(event, own_time) / 1e3, event.count)
+        for event in found.key_averages()
+        if REHEARSING or event.device_type != DeviceType.CPU
+    ]
+    kernels.sort(key=lambda kernel: -kernel[1])
+    total = sum(ms for _, ms, _ in kernels)
+    ours = sum(ms for name, ms, _ in kernels if name.startswith(_ATTENTION))
+    longest = [{"kernel": name[:120], "ms": round(ms, 3), "calls": n} for name, ms, n in kernels[:_LONGEST]]
+    return {
+        "device_ms": round(total, 3),
+        "attention_share": round(ours / total, 4) if total else None,
+        "kernels": longest,
+    }
+
+
+def measure(name: str, options: argparse.Namespace, seconds: float) -> list[dict[str, Any]]:
+    """Rows of a model: one per kind of prompt, and that of a profiled step."""
+    bench = Bench(name, options.device == "cuda", options.tokens)
+    bench.run(options.steps, seconds)
+    rows = bench.rows()
+    if options.profile is not None:
+        path = options.profile.with_name(f"{name}-{options.profile.name}")
+        try:
+            found = profile(lambda: bench.step(STREAMING), path)
+        except Exception as error:  # tracing is a tool of its own: the times above stand
+            check_device(error)
+            found = {"failed": failure(error)}
+        rows.append({"benchmark": "profile", "model": name, "kind": STREAMING, **found})
     return rows
 
 
 def main() -> None:
-    """Measure, print and keep the rows."""
+    """Measure, print and keep the rows; exit with 1 if a model failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -122,18 +231,30 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=80.0)
+    parser.add_argument(
+        "--profile", type=Path, help="trace one step of each model: MODEL-NAME beside this name"
+    )
+    if REHEARSING:
+        parser.set_defaults(model=["tiny"], tokens=1024, steps=2)
     options = parse_measuring(parser, "training-{device}")
+    # Whoever asks for deterministic algorithms gets every empty buffer filled with NaN besides: a pass over memory that is no training.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    failed = False
     for name in options.model:
-        rows = measure(
-            name, options.device, options.tokens, options.steps, options.seconds / len(options.model)
-        )
+        try:
+            rows = measure(name, options, options.seconds / len(options.model))
+            print(f"{name}: streaming over sliding window {rows[0]['speedup']:.2f} x", flush=True)
+        except Exception as error:  # one model does not fit: the other is still measured
+            check_device(error)
+            rows, failed = [{"benchmark": "training", "model": name, "failed": failure(error)}], True
         for row in rows:
             print(row, flush=True)
-        print(
-            f"{name}: streaming over sliding window {rows[0]['targets_per_s'] / rows[1]['targets_per_s']:.2f} x"
-        )
         options.rows.append(rows)
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
     print(f"rows: {options.rows}")
+    if failed:
+        raise SystemExit("a model failed: see its row")
 
 
 if __name__ == "__main__":

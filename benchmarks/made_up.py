@@ -1,12 +1,14 @@
-"""Data for benchmarks where there is none: no network, no files."""
+"""Data, and a pretrained model, for benchmarks where there is none: no network, no files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dti_model.data import prepare
+from dti_model.data import PreparedData, prepare
 
 
 def made_up_data(folder: Path) -> Path:
@@ -27,3 +29,22 @@ def made_up_data(folder: Path) -> Path:
     (raw / "ratings.dat").write_text("".join(lines))
     prepare("ml-1m", folder / "data", raw, subset=True)
     return folder / "data"
+
+
+def made_up_model(folder: Path, data: Path) -> Path:
+    """A folder with a tiny Llama of random weights and the tokenizer of a prepared folder, as transformers writes them."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(PreparedData.open(data).tokenizer_dir)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

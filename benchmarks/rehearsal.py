@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +39,23 @@ class _Event:
         pass
 
 
+class _Stream:
+    """A `torch.cuda.Stream` that everything has already happened on."""
+
+    def wait_stream(self, *_: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _Graph:
+    """A `torch.cuda.CUDAGraph`: what was captured has been computed, and a replay would give it again."""
+
+    def replay(self) -> None:
+        pass
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     pass
 
@@ -56,6 +74,11 @@ _STAND_INS: dict[str, Any] = {
     "memory_allocated": _zero,
     "max_memory_allocated": _zero,
     "current_device": _zero,
+    "Stream": _Stream,
+    "current_stream": lambda *_: _Stream(),
+    "stream": lambda *_: nullcontext(),
+    "CUDAGraph": _Graph,
+    "graph": lambda *_, **__: nullcontext(),
     "get_device_name": lambda *_: "rehearsal (no GPU)",
     "get_device_capability": lambda *_: CAPABILITY,
     "get_device_properties": lambda *_: SimpleNamespace(
@@ -67,6 +90,7 @@ _STAND_INS: dict[str, Any] = {
 def _start() -> None:
     for name, stand_in in _STAND_INS.items():
         setattr(torch.cuda, name, stand_in)
+    torch.cuda.profiler.start = torch.cuda.profiler.stop = _nothing
 
 
 if REHEARSING:

@@ -1,54 +1,95 @@
-"""Time candidate tiles of every kernel on this GPU and print rows for `dti_kernels/tiles.py`.
+"""Time candidate tiles of every kernel on this GPU: rows for `dti_kernels/tiles.py`, and a file of winners that it can read.
 
-    python -m benchmarks.tune_tiles [--heads llama8b] [--k 50] [--seconds 60] [--out ROWS.jsonl] [--record]
+    python -m benchmarks.tune_tiles [--heads llama8b] [--k 50] [--seconds 600] [--out ROWS.jsonl] [--record]
+    python -m benchmarks.tune_tiles --slot --seconds 25 --winners TILES.json [--out ROWS.jsonl]
+    DTI_TILES=TILES.json python -m benchmarks.bench_attention --device cuda
 
-Each candidate runs a kernel by itself, exactly as the operator launches it. The table's own tile comes first; a candidate that the
-device has no room for is skipped. Read the result beside `benchmarks.compile_report`: a tile that spills may win here and lose on
-another shape.
+Each candidate runs a kernel by itself, exactly as the operator launches it, all candidates of a kernel by turns. The table's own tile is
+always among them, and another one must be faster by more than 2 % to replace it. A candidate that the compiler or the device refuses is
+a row that says why. `--slot` takes the workloads of the GPU suite, context kernels first. Read the result beside
+`benchmarks.compile_report`: a tile that spills may win here and lose on another shape.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import os
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.attention_gpu import HEADS, device_ms
-from benchmarks.measure import parse_measuring, percentiles_ms
-from benchmarks.workloads import AttentionInputs, Workload
-from dti_kernels import tiles, triton_bwd, triton_fwd
-from dti_kernels.tiles import KERNELS, Tile, choose_tile
-from dti_kernels.triton_tile import Batch, Launch
+from benchmarks.device_time import check_device, device_times, failure
+from benchmarks.measure import parse_measuring
+from benchmarks.rehearsal import DEVICE, REHEARSING
+from benchmarks.workloads import HEADS, SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
+from dti_kernels import tiles
+from dti_kernels.tiles import KERNELS, Tile
+from dti_model.files import whole_file
 
-# (rows, keys, warps, stages); the likely ones first, since time may run out.
-CANDIDATES: dict[str, list[tuple[int, int, int, int]]] = {
-    "ctx_fwd": [
-        (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 4),
-        (64, 128, 4, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 128, 4, 3),
-    ],
-    "ctx_dq": [
-        (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 2),
-    ],
-    "ctx_dkv": [
-        (64, 64, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2), (64, 64, 8, 3), (32, 128, 8, 3), (32, 64, 4, 2),
-        (128, 64, 8, 2),
-    ],
-    "sum_fwd": [(32, 64, 4, 2), (32, 32, 4, 2), (16, 64, 4, 2), (64, 64, 4, 2)],
-    "sum_dq": [(32, 32, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2)],
-    "sum_dkv": [(32, 32, 4, 2), (32, 64, 8, 2), (16, 32, 4, 2)],
+if TYPE_CHECKING:
+    from dti_kernels.triton_tile import Launch
+
+# Share of the table's time that another tile has to save before it replaces the table's: less is the noise of a sweep.
+MARGIN = 0.02
+# Wall-clock seconds for each candidate: some twenty repeats behind their pauses.
+_SHARE = 0.01 if REHEARSING else 0.06
+
+# (rows, keys, warps, stages) by kernel and head_dim (up to), the likely ones first, since time may run out. Not among them: eight warps
+# over 64 x 64, whose two groups of warps compute the same products; four over 128 x 64 at head_dim 128, which spill; and one head a tile.
+_CANDIDATES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
+    "ctx_fwd": {
+        64: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 4), (64, 128, 4, 3)],
+        128: [(128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (128, 64, 8, 4)],
+        256: [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2)],
+    },
+    "ctx_dq": {
+        64: [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
+        128: [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2)],
+        256: [(64, 64, 8, 1), (64, 32, 4, 2), (64, 32, 8, 2)],
+    },
+    "ctx_dkv": {
+        64: [(64, 128, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 2), (32, 128, 8, 3)],
+        128: [(32, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 4, 3)],
+        256: [(64, 64, 8, 1), (32, 64, 8, 2), (32, 64, 4, 2)],
+    },
+    "sum_fwd": {256: [(32, 32, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (64, 64, 4, 2)]},
+    "sum_dq": {256: [(32, 64, 4, 2), (32, 32, 4, 2), (16, 64, 4, 2)]},
+    "sum_dkv": {256: [(32, 32, 4, 2), (16, 32, 4, 2), (32, 64, 8, 2)]},
 }  # fmt: skip
-# Heads of a group that share a tile: the whole group, or one head.
-PACKS = (16, 1)
+# Tiles whose speed was predicted before anything had run on a GPU: timed in every sweep, so that the predictions can be checked.
+_PREDICTED: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
+    "ctx_fwd": {64: [(128, 64, 8, 3), (128, 128, 8, 3)], 128: [(128, 64, 8, 3)]},
+    "ctx_dq": {64: [(64, 64, 4, 2), (128, 64, 8, 2)], 128: [(128, 64, 8, 2)]},
+    "ctx_dkv": {64: [(64, 64, 4, 2), (64, 128, 8, 2)], 128: [(64, 64, 8, 2)]},
+}
+
+
+def _up_to(
+    by_head_dim: dict[int, list[tuple[int, int, int, int]]], head_dim: int
+) -> list[tuple[int, int, int, int]]:
+    return next((found for largest, found in sorted(by_head_dim.items()) if head_dim <= largest), [])
+
+
+def candidates_of(kernel: str, head_dim: int) -> list[Tile]:
+    """Tiles of one of `KERNELS` that a sweep times beside the table's own, each once, likely ones first and predicted ones last."""
+    predicted = _up_to(_PREDICTED.get(kernel, {}), head_dim)
+    return [Tile(*tile) for tile in dict.fromkeys(_up_to(_CANDIDATES[kernel], head_dim) + predicted)]
 
 
 def launches(x: AttentionInputs) -> dict[str, Launch]:
-    """All launches of forward and backward with the tiles now in force, by kernel. Buffers hold anything: only time is asked."""
+    """All launches of forward and backward with the tiles now in force, by kernel. Only time is asked: what they read is zeros."""
+    from dti_kernels import triton_bwd, triton_fwd, triton_tile
+
+    if x.q.device.type == "cpu":
+        triton_tile.repair_interpreter()
     reset = x.reset
     ratios = None if reset is None else reset.ratios(x.layout.window, torch.float32, x.q.device)
-    batch = Batch.of(
+    batch = triton_tile.Batch.of(
         *(z.detach() for z in (x.q, x.k, x.v, x.k_sum)),
         None if reset is None else reset.k_initial.detach(),
         None if reset is None else reset.v_initial.detach(),
@@ -59,43 +100,129 @@ def launches(x: AttentionInputs) -> dict[str, Launch]:
         x.q.shape[-1] ** -0.5,
         x.layout.mean_span,
     )
-    out = torch.empty_like(batch.q)
-    lse = torch.empty(batch.q.shape[1], batch.num_rows, device=out.device)
+    out = torch.zeros_like(batch.q)
+    lse = torch.zeros(batch.q.shape[1], batch.num_rows, device=out.device)
     all_launches = triton_fwd.forward_launches(batch, out, lse)
     grads = triton_bwd.Gradients.of(batch)
+    for buffer in vars(
+        grads
+    ).values():  # not what lay there: NaNs multiply at another power, so at another clock
+        if buffer is not None:
+            buffer.zero_()
     all_launches += triton_bwd.backward_launches(batch, grads, x.grad_out, out, lse)
     return {launch.kernel.fn.__name__.removesuffix("_kernel"): launch for launch in all_launches}
 
 
-def candidates(kernel: str, x: AttentionInputs) -> Iterator[Tile]:
-    """The table's tile, then the others, each once."""
-    seen = [choose_tile(kernel, x.q.device, x.q.shape[2], x.q.dtype, x.layout.mean_span)]
-    yield seen[0]
-    for pack in PACKS:
-        for candidate in CANDIDATES[kernel]:
-            tile = Tile(*candidate, pack=pack)
-            if tile not in seen:
-                seen.append(tile)
-                yield tile
+def _as_list(tile: Tile) -> list[int]:
+    return [tile.block_m, tile.block_n, tile.warps, tile.stages, tile.pack]
 
 
-def tune(kernel: str, x: AttentionInputs, deadline: float) -> list[dict[str, Any]]:
-    """Rows of one kernel: every candidate that fits, in the order tried."""
-    rows = []
-    for tile in candidates(kernel, x):
-        if rows and time.monotonic() > deadline:
-            break
-        with tiles.forced({kernel: tile}):
-            launch = launches(x)[kernel]
-        row: dict[str, Any] = {"benchmark": "tiles", "kernel": kernel, "tile": repr(tile)}
-        try:
-            launch.run()
-            torch.cuda.synchronize()
-            row |= percentiles_ms(device_ms({kernel: launch.run}, 12)[kernel])
-        except Exception as error:  # out of resources, or a compiler's refusal: the others still count
-            row["failed"] = f"{type(error).__name__}: {error}"[:200]
-        rows.append(row)
-    return rows
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """One kernel under one workload.
+
+    Attributes:
+        workload: its name.
+        kernel: one of `KERNELS`.
+        x: inputs.
+        arch: whose rows of the table are meant.
+    """
+
+    workload: str
+    kernel: str
+    x: AttentionInputs
+    arch: str
+
+    @property
+    def table_tile(self) -> Tile:
+        """What the frozen table says."""
+        bits = 8 * self.x.q.element_size()
+        return tiles.table_tile(self.arch, self.kernel, self.x.q.shape[2], bits, self.x.layout.mean_span)
+
+    def candidates(self) -> list[Tile]:
+        """The table's tile first, then the others, each once."""
+        others = candidates_of(self.kernel, self.x.q.shape[2])
+        found = list(dict.fromkeys([self.table_tile, *others]))
+        return found[:2] if REHEARSING else found
+
+    def run(self, deadline: float) -> list[dict[str, Any]]:
+        """Rows of all candidates; after `deadline` (of `time.monotonic`) no further one is compiled."""
+        predicted = _up_to(_PREDICTED.get(self.kernel, {}), self.x.q.shape[2])
+        rows: dict[Tile, dict[str, Any]] = {}
+        calls: dict[Tile, Callable[[], None]] = {}
+        for tile in self.candidates():
+            row = rows[tile] = {"benchmark": "tiles", "workload": self.workload, "kernel": self.kernel}
+            row |= {"arch": self.arch, "head_dim": self.x.q.shape[2], "tile": _as_list(tile)}
+            row |= {
+                "in_table": tile == self.table_tile,
+                "predicted": _as_list(tile)[:4] in map(list, predicted),
+            }
+            if calls and time.monotonic() > deadline:
+                row["failed"] = "left out: time is up"
+                continue
+            try:
+                with tiles.forced({self.kernel: tile}):
+                    launch = launches(self.x)[self.kernel]
+                launch.run()
+                torch.cuda.synchronize()
+                calls[tile] = launch.run
+            except Exception as error:  # out of resources, or a compiler's refusal: the others still count
+                row["failed"] = failure(error)
+                check_device(error)
+        for tile, timing in device_times(calls, _SHARE).items():
+            rows[tile] |= timing.row()
+        winner = self.winner(list(rows.values()))
+        return [{**row, "won": row is winner} for row in rows.values()]
+
+    def winner(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """The row of the tile to run with: the fastest, or the table's where that is within `MARGIN`. None: nothing was timed."""
+        timed = [row for row in rows if "p50_ms" in row]
+        if not timed:
+            return None
+        best = min(timed, key=lambda row: row["p50_ms"])
+        kept = next((row for row in timed if row["in_table"]), None)
+        return kept if kept is not None and best["p50_ms"] > (1 - MARGIN) * kept["p50_ms"] else best
+
+    def entry(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """The winner as `dti_kernels.tiles` reads it from the file that DTI_TILES names."""
+        won = next((row for row in rows if row["won"]), None)
+        if won is None:
+            return None
+        head_dim = self.x.q.shape[2]
+        return {
+            "arch": self.arch,
+            "kernel": self.kernel,
+            # Keys of the table's rows, as `table_tile` finds them.
+            "head_dim": 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256,
+            "bits": 8 * self.x.q.element_size(),
+            "short_span": self.x.layout.mean_span <= 256,
+            "tile": won["tile"],
+        }
+
+
+def slot_workloads() -> list[Workload]:
+    """What the GPU suite tunes for; with a reset, so that the [SUM] kernels run all they have."""
+    return [
+        gpu_workload("llama8b_k50_16k", "llama8b", 16384, 50, reset=True),
+        gpu_workload("smollm_k50_16k", "smollm", 16384, 50, reset=True),
+        gpu_workload("smollm_span300_k50_16k", "smollm", 16384, 50, reset=True, **SHORT_TOKENS),
+    ]
+
+
+def sweeps(workloads: list[Workload]) -> list[Sweep]:
+    """All kernels under all workloads: the context kernels of every workload, then those of [SUM] rows."""
+    if REHEARSING:  # the interpreter computes with NumPy, which has no bfloat16
+        workloads = [dataclasses.replace(workload, dtype=torch.float16) for workload in workloads[1:2]]
+    arch = tiles.architecture(torch.device(DEVICE))
+    inputs = [(workload.name, AttentionInputs.of(workload, DEVICE)) for workload in workloads]
+    ordered = sorted(KERNELS, key=lambda kernel: kernel.startswith("sum"))
+    return [Sweep(name, kernel, x, arch) for kernel in ordered for name, x in inputs]
+
+
+def _write(winners: list[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text("[\n" + ",\n".join(map(json.dumps, winners)) + "\n]\n")
 
 
 def main() -> None:
@@ -107,28 +234,36 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument(
+        "--slot", action="store_true", help="the GPU suite's workloads instead of --heads, --k"
+    )
+    parser.add_argument("--winners", type=Path, help="file of the best tiles, for DTI_TILES")
     options = parse_measuring(parser, "tiles")
-    share = options.seconds / (len(options.heads) * len(KERNELS))
-    for heads in options.heads:
-        workload = Workload(
-            f"{heads}_k{options.k}",
-            options.tokens,
-            options.k,
-            *HEADS[heads],
-            reset=True,
-            dtype=torch.bfloat16,
-        )
-        x = AttentionInputs.of(workload, "cuda")
-        best = []
-        for kernel in KERNELS:
-            rows = [{**row, "workload": workload.name} for row in tune(kernel, x, time.monotonic() + share)]
-            for row in rows:
-                print(row, flush=True)
-            options.rows.append(rows)
-            timed = [row for row in rows if "p50_ms" in row]
-            best.append(min(timed, key=lambda row: row["p50_ms"])["tile"] if timed else "none fits")
-        print(f"best for {workload.name}, in the order of KERNELS:")
-        print(*best, sep="\n", flush=True)
+    if REHEARSING:
+        os.environ["TRITON_INTERPRET"] = "1"
+    workloads = slot_workloads()
+    if not options.slot:
+        workloads = [
+            gpu_workload(f"{heads}_k{options.k}", heads, options.tokens, options.k, reset=True)
+            for heads in options.heads
+        ]
+    deadline = time.monotonic() + options.seconds
+    todo, winners = sweeps(workloads), []
+    for i, sweep in enumerate(todo):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            print(f"left out: time is up before {sweep.kernel} of {sweep.workload}", flush=True)
+            break
+        rows = sweep.run(time.monotonic() + left / (len(todo) - i))
+        options.rows.append(rows)
+        for row in rows:
+            said = row.get("failed") or f"p50 {row['p50_ms']:8.4f} ms{'  <- best' if row['won'] else ''}"
+            print(f"{sweep.workload:24} {sweep.kernel:8} {row['tile']!s:24} {said}", flush=True)
+        entry = sweep.entry(rows)
+        if entry is not None:
+            winners.append(entry)
+            if options.winners is not None:
+                _write(winners, options.winners)
     print(f"rows: {options.rows}")
 
 

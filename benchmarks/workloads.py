@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.rehearsal import REHEARSING
 from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes
+
+# Query heads, key heads and head_dim of Llama-3.1-8B and SmolLM2-135M.
+HEADS = {"llama8b": (32, 8, 128), "smollm": (9, 3, 64)}
+# Mean and deviation of the tokens of an interaction of MovieLens-1M with SmolLM2's tokenizer: windows of about 300 tokens.
+SHORT_TOKENS = {"mean_tokens": 15.0, "std_tokens": 4.0}
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,31 @@ class Workload:
         labels = [[1] * len(prompt) for prompt in items]
         targets = [len(prompt) if self.k is None else self.k for prompt in items]
         return StreamLayout.build(items, labels, targets, self.window, device=device)
+
+
+def gpu_workload(
+    name: str, heads: str, num_tokens: int, k: int | None, *, reset: bool = False, **tokens: float
+) -> Workload:
+    """A workload in bfloat16 with the heads of a model; in a rehearsal its shape with few heads, tokens and interactions.
+
+    Args:
+        name: how rows call it, also in a rehearsal.
+        heads: a key of `HEADS`.
+        num_tokens: context tokens of the batch, about.
+        k: targets per prompt; None: one prompt of the whole batch.
+        reset: whether [SUM] rows read two streams.
+        tokens: `mean_tokens` and `std_tokens` of an interaction, where they are not the usual ones.
+    """
+    num_heads, num_groups, head_dim = HEADS[heads]
+    workload = Workload(
+        name, num_tokens, k, num_heads, num_groups, head_dim, reset=reset, dtype=torch.bfloat16
+    )
+    workload = replace(workload, **tokens)  # type: ignore[arg-type]
+    if not REHEARSING:
+        return workload
+    group = num_heads // num_groups
+    toy = {"num_tokens": num_tokens // 256, "num_heads": group, "num_groups": 1, "window": 2}
+    return replace(workload, **toy, mean_tokens=workload.mean_tokens / 5, std_tokens=1.0)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,11 +19,24 @@ def check_parity(
     case: Case, dtype: torch.dtype, implementation: Callable[..., Tensor], device: torch.device | str = "cpu"
 ) -> None:
     """`implementation` in `dtype` on `device` against the float64 reference: output and every gradient of `case`."""
+    check_shares(parity_shares(case, dtype, implementation, device), dtype)
+
+
+def check_shares(shares: Mapping[str, float], dtype: torch.dtype) -> None:
+    """Raise AssertionError, with the shares of all tensors, unless each is at most 1."""
+    listed = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+    assert all(share <= 1 for share in shares.values()), f"{dtype}: error / budget {listed}"
+
+
+def parity_shares(
+    case: Case, dtype: torch.dtype, implementation: Callable[..., Tensor], device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """By tensor, the share of its error budget that `implementation` uses; above 1 it is not within it."""
     actual = case.inputs(dtype, device).run(implementation)
     # Triton's interpreter computes bfloat16 in float32.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.float16
     rounds_factors = interpreted or torch.device(device).type != "cpu"
-    testing.assert_within_budget(actual, *golden_and_budgets(case, dtype, rounds_factors), dtype)
+    return testing.shares(actual, *golden_and_budgets(case, dtype, rounds_factors), dtype)
 
 
 def golden_and_budgets(

@@ -1,0 +1,291 @@
+"""A pretrained language model fine-tuned on clicks within a time limit: what streaming prompts cost and what comes of them on a GPU.
+
+    python -m benchmarks.finetune_gpu --data DATA --weights FOLDER_OR_GGUF [--k 50] [--epochs 1] [--seconds 200] [--out ROWS.jsonl]
+
+All weights are trained, in float32 with bfloat16 products. Validation comes before the first step and after every epoch; the best epoch is
+scored on the test targets once: all of them in prompts of 50 targets, and some with a prompt each. Rows are appended as they come. The
+learning rate falls to zero at the last step or at the time limit, whichever comes first, so a run that is cut short ends well too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from benchmarks.made_up import made_up_data, made_up_model
+from benchmarks.measure import RowFiles, parse_measuring
+from benchmarks.rehearsal import DEVICE, REHEARSING
+from dti_model.attention import DTIConfig
+from dti_model.baselines import item_user_auc
+from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.metrics import click_metrics
+from dti_model.prompts import PackedPrompts, Prompts
+from dti_model.run import Run, eval_targets
+from dti_model.scoring import score_targets
+from dti_model.trainer import RunLog, StreamTrainer
+
+INSTRUCTION = "Films that one user rated, and whether the user liked each of them:\n"
+# Targets of a prompt in validation and test; and how many test targets get a prompt of their own, whose rows are some ten times as many.
+STREAMING_K, ONE_PROMPT_EACH = 50, 6000
+# Above this many rows a second, two epochs of half of MovieLens-1M fit into a slot.
+ROWS_PER_S_FOR_TWO_EPOCHS = 120_000
+WARMUP = 0.05
+
+
+@dataclass
+class TimeLimit:
+    """What ends a training: its steps, or the clock."""
+
+    seconds: float
+    start: float
+
+    def left_s(self) -> float:
+        """Seconds."""
+        return self.start + self.seconds - time.monotonic()
+
+
+class TimedTrainer(StreamTrainer):
+    """Its learning rate rises, then falls as a cosine, over the share of steps or of time that is used, whichever is larger."""
+
+    def __init__(self, *, limit: TimeLimit, **kwargs: Any) -> None:
+        self.limit = limit
+        self.first_step: float | None = None
+        super().__init__(**kwargs)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        """Called by Trainer."""
+        chosen: Any = optimizer or self.optimizer
+
+        def rate(step: int) -> float:
+            now = time.monotonic()
+            if step and self.first_step is None:
+                self.first_step = now
+            used = 0.0 if self.first_step is None else now - self.first_step
+            left = max(0.0, self.limit.left_s())
+            return rate_after(max(step / max(1, num_training_steps), used / max(1e-9, used + left)))
+
+        self.lr_scheduler = LambdaLR(chosen, rate)
+        return self.lr_scheduler
+
+
+def rate_after(share: float) -> float:
+    """The learning rate's share of its peak after a share of the training."""
+    if share < WARMUP:
+        return share / WARMUP
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (share - WARMUP) / (1 - WARMUP))))
+
+
+class Watch(TrainerCallback):
+    """Ends training in time, notes every validation, and keeps the weights of the best one after the first step."""
+
+    def __init__(self, limit: TimeLimit, note: Any) -> None:
+        self.limit, self.note = limit, note
+        self.best_auc = -1.0
+        self.best: dict[str, torch.Tensor] = {}
+        self.cut = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.limit.left_s() < 0:
+            self.cut = control.should_training_stop = True
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], model: torch.nn.Module, **_: Any
+    ) -> None:
+        named = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        named["epoch"] = round(state.epoch or 0.0, 3)
+        self.note(part="validation", step=state.global_step, **named)
+        if state.global_step and named["auc"] > self.best_auc:
+            self.best_auc = named["auc"]
+            self.best = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+
+def settings(options: argparse.Namespace, epochs: int) -> TrainConfig:
+    """Of the run; a rehearsal takes a few steps."""
+    return TrainConfig(
+        data=Path(options.data),
+        out=Path("unused"),
+        k=options.k,
+        max_item_tokens=32,
+        validation_k=STREAMING_K,
+        max_eval_targets=200 if REHEARSING else 0,
+        logging_steps=1 if REHEARSING else 10,
+        report_to=(),
+        progress=False,
+        dti=DTIConfig(alpha_max=0.0),
+        model=ModelConfig(pretrained=str(options.weights), finetune="full", instruction=INSTRUCTION),
+        optim=OptimConfig(
+            epochs=epochs,
+            max_steps=3 if REHEARSING else 0,
+            learning_rate=options.learning_rate,
+            weight_decay=0.01,
+            token_budget=4096 if REHEARSING else options.tokens,
+            bf16=DEVICE == "cuda",
+        ),
+    )
+
+
+def epochs_by_speed(rows: Path) -> int:
+    """Two where rows of `benchmarks.bench_training` say that a model of this size is fast enough, else one."""
+    found = []
+    for line in rows.read_text().splitlines() if rows.is_file() else ():
+        row = json.loads(line)
+        if row.get("benchmark") == "training" and row.get("model") == "smollm":
+            found.append(row.get("tokens_per_s") or 0)
+    return 2 if max(found, default=0) > ROWS_PER_S_FOR_TWO_EPOCHS else 1
+
+
+def trainer_of(run: Run, limit: TimeLimit, watch: Watch, folder: str) -> TimedTrainer:
+    """Trainer over the run's packed prompts; it writes no checkpoints, into a folder that goes."""
+    config, optim = run.config, run.config.optim
+    prompts = Prompts.streaming(run.data, run.data.targets("train"), config.window, config.targets_per_prompt)
+    dataset = PackedPrompts(run.builder, prompts, optim.token_budget, config.seed)
+    validation = run.targets("val")
+    arguments = TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=optim.epochs,
+        max_steps=optim.max_steps or -1,
+        per_device_train_batch_size=1,
+        learning_rate=optim.learning_rate,
+        weight_decay=optim.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=optim.clip,
+        bf16=optim.bf16,
+        eval_strategy="epoch",
+        eval_on_start=True,
+        save_strategy="no",
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=DEVICE == "cpu",
+    )
+    trainer = TimedTrainer(
+        limit=limit,
+        model=run.model,
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=dataset,  # Trainer wants one; `validate` knows the validation targets
+        callbacks=[RunLog(False, item_user_auc(run.data, validation)), watch],
+        dti=config.dti,
+        answers=run.builder.format.labels,
+        validate=lambda: scored(run, validation, STREAMING_K),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def scored(run: Run, rows: np.ndarray, k: int) -> dict[str, float]:
+    """Metrics of targets, `k` of them a prompt, and seconds."""
+    start = time.monotonic()
+    budget = run.config.optim.token_budget
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+        scores = score_targets(run.model, run.config.dti, run.builder, rows, budget, k)
+    metrics = click_metrics(run.data.label[rows], scores, run.data.users_of(rows))
+    return {**metrics, "seconds": round(time.monotonic() - start, 2)}
+
+
+def finetune(config: TrainConfig, limit: TimeLimit, files: RowFiles) -> None:
+    """Train and score; every row says what the run is."""
+    common = {"benchmark": "finetune", "model": Path(str(config.model.pretrained)).name, "k": config.k}
+
+    def note(**row: Any) -> None:
+        files.append([{**common, **row}])
+        print({name: value for name, value in row.items() if name != "losses"}, flush=True)
+
+    set_seed(config.seed)
+    run = Run.start(config)
+    watch = Watch(limit, note)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(run, limit, watch, folder)
+        dataset = trainer.train_dataset
+        note(
+            part="start",
+            seconds=round(limit.seconds - limit.left_s(), 1),
+            data=run.data.stats["source"]["name"],
+            parameters=sum(p.numel() for p in run.model.parameters()),
+            train_targets=int(dataset.prompts.num_targets.sum()),
+            epoch_rows=int(dataset.num_rows.sum()),
+            epoch_steps=len(dataset),
+            epochs=config.optim.epochs,
+            learning_rate=config.optim.learning_rate,
+            token_budget=config.optim.token_budget,
+        )
+        torch.cuda.reset_peak_memory_stats()
+        start = time.monotonic()
+        trainer.train()
+        note(part="training", cut_by_time=watch.cut, **trained(trainer, time.monotonic() - start))
+    run.model.load_state_dict(watch.best)
+    test(run, note)
+
+
+def trained(trainer: TimedTrainer, seconds: float) -> dict[str, Any]:
+    """Steps, speed (the median over log lines) and losses."""
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    row: dict[str, Any] = {"steps": trainer.state.global_step, "seconds": round(seconds, 1)}
+    for name in ("targets_per_s", "tokens_per_s", "mfu"):
+        values = [line[name] for line in lines if name in line]
+        row[name] = round(float(np.median(values)), 4) if values else None
+    row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    row["losses"] = [[line["step"], round(line["loss"], 4)] for line in lines]
+    return row
+
+
+def test(run: Run, note: Any) -> None:
+    """The test targets with the best epoch's weights, beside the line that reads no text."""
+    whole = run.targets("test")
+    few = eval_targets(
+        run.data, "test", replace(run.config, max_eval_targets=100 if REHEARSING else ONE_PROMPT_EACH)
+    )
+    for rows, k in ((whole, STREAMING_K), (few, 1)):
+        line = item_user_auc(run.data, rows)
+        note(part="test", test_k=k, item_user_auc=line, **scored(run, rows, k))
+
+
+def main() -> None:
+    """Fine-tune, print and keep the rows."""
+    start = time.monotonic()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="", help="folder made by `dti prepare`; a rehearsal can do without")
+    parser.add_argument("--weights", default="", help="folder or GGUF file; a rehearsal can do without")
+    parser.add_argument("--k", type=int, default=STREAMING_K, help="targets per prompt; 1: sliding windows")
+    parser.add_argument(
+        "--epochs", type=int, default=1, help="0: two where the rows say it is fast, else one"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=200.0, help="training ends this long after the start"
+    )
+    parser.add_argument("--tokens", type=int, default=16384, help="rows of a packed batch")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    options = parse_measuring(parser, "finetune-gpu")
+    if not REHEARSING and not (options.data and options.weights):
+        parser.error("--data and --weights are needed")
+    with tempfile.TemporaryDirectory() as folder:
+        options.data = options.data or made_up_data(Path(folder))
+        options.weights = options.weights or made_up_model(Path(folder) / "model", Path(options.data))
+        config = settings(options, options.epochs or epochs_by_speed(options.rows.paths[0]))
+        finetune(config, TimeLimit(options.seconds, start), options.rows)
+
+
+if __name__ == "__main__":
+    main()

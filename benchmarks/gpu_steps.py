@@ -1,0 +1,262 @@
+"""What `benchmarks.gpu_suite` does on a GPU, step by step: the command of each, the seconds that it may take, and what it gives.
+
+Slot A is everything about the kernels, slot B a fine-tuned language model. A step is a module with a `main`, run in a process of its own.
+It appends its rows to the one file of rows, prints what a person wants to read, and ends with status 0, or with `SKIPPED` where the
+machine cannot do it, after a last line that says why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# What automake's tests return where they cannot run.
+SKIPPED = 77
+SLOTS = ("A", "B")
+
+
+@dataclass(frozen=True)
+class Places:
+    """The files of a folder of results. There are five, and `kept/`, whose content the archive has too: so that few files travel."""
+
+    out: Path
+
+    @property
+    def rows(self) -> Path:
+        """Rows of all steps, JSON lines."""
+        return self.out / "rows.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What all steps print."""
+        return self.out / "log.txt"
+
+    @property
+    def summary(self) -> Path:
+        """How each step ended."""
+        return self.out / "summary.json"
+
+    @property
+    def tiles(self) -> Path:
+        """The winners among the tiles, which steps after `tiles` run with."""
+        return self.out / "tiles.json"
+
+    @property
+    def kept(self) -> Path:
+        """What is bulky: profiles and reports of other programs."""
+        return self.out / "kept"
+
+    @property
+    def archive(self) -> Path:
+        """`kept/`, packed."""
+        return self.out / "kept.tar.xz"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the plan.
+
+    Attributes:
+        name: in summary and log.
+        module: what runs, by `python -m`.
+        arguments: of the command. `{rows}`, `{kept}`, `{tiles}` and `{out}` stand for places, `{jobs}` for processes, `{data}`, `{weights}`,
+            `{k}` and `{epochs}` for options, and `{seconds}` for the seconds that the step gets, less `spare`.
+        limit: the most seconds it may take.
+        gives: what for, in a few words.
+        least: it is left out where fewer seconds are left.
+        spare: seconds for a start, an end, and what cannot be cut short.
+        rehearsed: arguments of a rehearsal; None: the same.
+        resumed: more arguments where a former call's rows are there.
+        gives_rows: whether it appends rows whenever it ends well.
+        stops: where it fails, nothing after it makes sense.
+        always: run it again in a resumed call: what it leaves is not in the folder, but on the machine.
+        old_table: run with the tiles of the table, whatever won.
+        interpreted: in a rehearsal, run the kernels in Triton's interpreter.
+        jobs: most processes of `{jobs}`.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    limit: float
+    gives: str
+    least: float = 10
+    spare: float = 0
+    rehearsed: tuple[str, ...] | None = None
+    resumed: tuple[str, ...] = ()
+    gives_rows: bool = True
+    stops: bool = False
+    always: bool = False
+    old_table: bool = False
+    interpreted: bool = False
+    jobs: int = 1
+
+    def command(
+        self, places: Places, values: Mapping[str, str], seconds: float, *, rehearse: bool, resume: bool
+    ) -> list[str]:
+        """The command line, from the interpreter on.
+
+        Args:
+            places: where the results are.
+            values: of `{data}`, `{weights}`, `{k}` and `{epochs}`, as far as the step has them.
+            seconds: that it gets.
+            rehearse: take the arguments of a rehearsal.
+            resume: add the arguments of a resumed call.
+        """
+        arguments = self.rehearsed if rehearse and self.rehearsed is not None else self.arguments
+        jobs = 2 if rehearse else max(1, min(self.jobs, os.cpu_count() or 1))
+        known = {
+            **values,
+            "out": str(places.out),
+            "rows": str(places.rows),
+            "kept": str(places.kept),
+            "tiles": str(places.tiles),
+            "seconds": f"{max(1.0, seconds - self.spare):.0f}",
+            "jobs": str(jobs),
+        }
+        filled = [argument.format_map(known) for argument in (*arguments, *(self.resumed if resume else ()))]
+        return [sys.executable, "-m", self.module, *filled]
+
+    @property
+    def exists(self) -> bool:
+        """Whether this checkout has its module."""
+        return importlib.util.find_spec(self.module) is not None
+
+
+def _rows(*arguments: str) -> tuple[str, ...]:
+    return (*arguments, "--out", "{rows}")
+
+
+_DEVICE = Step(
+    "device", "benchmarks.device_gpu", _rows(), 40, "versions, card, clocks; is the carried cache good", least=5, always=True, stops=True
+)  # fmt: skip
+
+
+def _precompile(name: str, *sets: str) -> Step:
+    return Step(
+        name,
+        "benchmarks.precompile",
+        _rows("--set", *sets, "--jobs", "{jobs}"),
+        110,
+        "all kernels compiled in parallel, into Triton's cache",
+        rehearsed=_rows("--set", "smoke", "--jobs", "{jobs}"),
+        gives_rows=False,
+        always=True,
+        jobs=15,
+    )
+
+
+SLOT_A = (
+    _DEVICE,
+    _precompile("precompile", "smoke", "tests", "tune", "bench", "train", "score"),
+    Step(
+        "smoke",
+        "benchmarks.smoke_gpu",
+        _rows(),
+        50,
+        "does it work at all: three cases, output and gradients, error / budget",
+        stops=True,
+    ),
+    Step(
+        "gpu-tests",
+        "benchmarks.gpu_tests",
+        _rows("--select", "not inductor", "--jobs", "{jobs}"),
+        100,
+        "parity, equal runs, leaks, unwritten memory, offsets beyond 2**31",
+        rehearsed=_rows("--select", "(one_token and bfloat16) or never_read", "--jobs", "{jobs}"),
+        interpreted=True,
+        jobs=10,
+    ),
+    Step(
+        "tiles",
+        "benchmarks.tune_tiles",
+        _rows("--slot", "--seconds", "{seconds}", "--winners", "{tiles}"),
+        50,
+        "the fastest tile of each kernel, for all steps after this",
+        spare=25,
+        least=35,
+        interpreted=True,
+    ),
+    Step(
+        "attention",
+        "benchmarks.bench_attention",
+        _rows("--device", "cuda", "--seconds", "{seconds}"),
+        140,
+        "attention alone, beside all others",
+        spare=30,
+        least=45,
+        resumed=("--resume",),
+    ),
+    Step(
+        "attention-old-table",
+        "benchmarks.bench_attention",
+        _rows("--device", "cuda", "--seconds", "{seconds}", "--only", "ours"),
+        35,
+        "the same with the table's tiles: were the predictions right",
+        spare=20,
+        least=25,
+        old_table=True,
+    ),
+    Step(
+        "training",
+        "benchmarks.bench_training",
+        _rows("--seconds", "{seconds}", "--profile", "{kept}/training-step.json.gz"),
+        80,
+        "targets a second, streaming against sliding windows; one profiled step",
+        spare=35,
+        least=50,
+    ),
+    Step("host", "benchmarks.host_gpu", _rows(), 45, "host microseconds a call"),
+    Step(
+        "score",
+        "benchmarks.bench_score",
+        _rows("--part", "candidates", "--device", "cuda", "--shape", "smollm"),
+        55,
+        "milliseconds for 1, 100 and 500 candidates",
+        least=20,
+    ),
+    Step(
+        "ncu",
+        "benchmarks.ncu_gpu",
+        _rows("--kept", "{kept}"),
+        60,
+        "why the context kernels are as fast as they are",
+        least=20,
+    ),
+    Step(
+        "inductor",
+        "benchmarks.gpu_tests",
+        _rows("--select", "inductor", "--jobs", "1"),
+        75,
+        "torch.compile, where time is left",
+        least=30,
+    ),
+)
+
+
+def slot_b(k: str) -> tuple[Step, ...]:
+    """Slot B at `k` targets per prompt; the name of its step says which, so that two of them share a folder."""
+    return (
+        _DEVICE,
+        _precompile("precompile-training", "train", "score"),
+        Step(
+            f"finetune-k{k}",
+            "benchmarks.finetune_gpu",
+            _rows(
+                "--data", "{data}", "--weights", "{weights}", "--k", "{k}", "--epochs", "{epochs}", "--seconds", "{seconds}"
+            ),
+            290,
+            "a language model fine-tuned on clicks: validation before and after, test once",
+            spare=60,
+            least=100,
+        ),
+    )  # fmt: skip
+
+
+def steps_of(slot: str, k: str = "50") -> tuple[Step, ...]:
+    """The steps of slot "A" or "B", in order."""
+    return SLOT_A if slot == "A" else slot_b(k)

@@ -1,0 +1,123 @@
+"""The tests that need a GPU, in several processes, with a row for each as it ends.
+
+    python -m benchmarks.gpu_tests [--select "not inductor"] [--jobs 10] [--out ROWS.jsonl]
+
+A run that is ended halfway has the rows of the tests that were done. A row holds what the test recorded: of parity tests the share of
+its error budget that each tensor uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from benchmarks.measure import RowFiles, parse_measuring
+from benchmarks.rehearsal import REHEARSING
+
+TESTS = "tests/kernels/test_gpu.py"
+
+
+class TestRows:
+    """A plugin of pytest, in its first process."""
+
+    __test__ = False  # pytest looks for tests in classes of such names
+
+    def __init__(self, files: RowFiles) -> None:
+        self.files = files
+        self.outcomes: Counter[str] = Counter()
+        self.largest: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A row for the test itself, and for a set-up or an end that fails or skips it."""
+        if report.when != "call" and report.passed:
+            return
+        row: dict[str, Any] = {
+            "benchmark": "gpu_tests",
+            "test": report.nodeid.split("::", 1)[-1],
+            "outcome": report.outcome,
+            "seconds": round(report.duration, 2),
+        }
+        row |= dict(report.user_properties)
+        if report.failed:
+            row["failed"] = message_of(report)
+        elif report.skipped:
+            row["reason"] = str(
+                report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+            )
+        self.outcomes[report.outcome] += 1
+        for name, share in row.get("shares", {}).items():
+            self.largest[name] = max(self.largest.get(name, 0.0), share)
+        self.files.append([row])
+        print(f"\n{line_of(row)}", end=" ", flush=True)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A row for a file that cannot be collected."""
+        if report.failed:
+            self.outcomes["failed"] += 1
+            row = {
+                "benchmark": "gpu_tests",
+                "test": report.nodeid,
+                "outcome": "failed",
+                "failed": message_of(report),
+            }
+            self.files.append([row])
+            print(f"\n{line_of(row)}", end=" ", flush=True)
+
+
+def message_of(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """What went wrong: the exception, without the way there, which pytest prints."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(crash.message if crash is not None else report.longreprtext)[:600]
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """One test in one line."""
+    line = f"{row['outcome'].upper()} {row['test']}, {row.get('seconds', 0.0)} s"
+    if "shares" in row:
+        line += ": error / budget " + ", ".join(
+            f"{name} {share:.2f}" for name, share in row["shares"].items()
+        )
+    for name in ("failed", "reason"):
+        if name in row:
+            line += f": {(row[name].splitlines() or [''])[0]}"
+    return line
+
+
+def main() -> None:
+    """Run them; the exit status is pytest's, and 1 where no test ran."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--select", default="", help="as pytest's -k")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    options = parse_measuring(parser, "gpu-tests")
+    plugin = TestRows(options.rows)
+    arguments = ["-m", "gpu", TESTS, "-k", options.select, "--durations=10", "--tb=short"]
+    if REHEARSING:
+        arguments += [
+            "-W",
+            "ignore::RuntimeWarning",
+        ]  # the interpreter's NumPy warns of overflows in masked lanes
+    if options.jobs > 1 and importlib.util.find_spec("xdist") is not None:
+        arguments += ["-n", str(options.jobs)]
+    code = int(pytest.main(arguments, plugins=[plugin]))
+    print("\nlargest error / budget by tensor:")
+    print(
+        ", ".join(f"{name} {share:.2f}" for name, share in sorted(plugin.largest.items())) or "none recorded"
+    )
+    counts = {outcome: plugin.outcomes[outcome] for outcome in ("passed", "failed", "skipped")}
+    options.rows.append([{"benchmark": "gpu_tests", "test": "all", "outcome": "counts", **counts}])
+    print(counts, flush=True)
+    if code == 0 and not counts["passed"]:
+        print("no test ran")
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

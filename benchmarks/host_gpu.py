@@ -1,0 +1,174 @@
+"""What a call of `windowed_attn` costs the host on a GPU: microseconds per call at a size that the device is done with at once.
+
+    python -m benchmarks.host_gpu [--out ROWS.jsonl] [--record]
+
+It is the floor of scoring, where a request is a few hundred rows. Forward alone and with its backward, with and without the hidden-state
+reset, beside SDPA; eager, through `torch.compile`, and the forward as a captured CUDA graph, whose replay costs the host next to nothing.
+What cannot be compiled or captured is a row that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.device_time import check_device, failure
+from benchmarks.measure import RowFiles, parse_measuring
+from benchmarks.providers import OURS
+from benchmarks.rehearsal import DEVICE, REHEARSING
+from benchmarks.workloads import AttentionInputs, Workload
+from dti_kernels import windowed_attn
+
+# One prompt of a few interactions, heads as few as a group: no kernel of it takes longer than its launch.
+TINY = Workload("host", 48, 3, 4, 1, 64, window=2, mean_tokens=8.0, std_tokens=1.0, dtype=torch.bfloat16)
+# Calls of a timed batch: few enough that no queue of launches fills up, which would make the host wait for the device.
+_CALLS, _BATCHES, _WARMUP = (2, 2, 1) if REHEARSING else (20, 50, 3)
+SDPA = "sdpa_causal"
+
+
+def host_us(call: Callable[[], Any]) -> dict[str, float]:
+    """P10 and P50 of microseconds of the host per call, the device at rest before each batch of calls, and P50 until it is done."""
+    for _ in range(_WARMUP):
+        call()
+    host, both = [], []
+    for _ in range(_BATCHES):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(_CALLS):
+            call()
+        host.append(1e6 * (time.perf_counter() - start) / _CALLS)
+        torch.cuda.synchronize()
+        both.append(1e6 * (time.perf_counter() - start) / _CALLS)
+    # Where the device needs longer than the host, `p50_us_synchronized` is far above `p50_us`.
+    return {
+        "p10_us": round(float(np.percentile(host, 10)), 1),
+        "p50_us": round(float(np.percentile(host, 50)), 1),
+        "p50_us_synchronized": round(float(np.percentile(both, 50)), 1),
+    }
+
+
+def forwards(x: AttentionInputs) -> dict[str, Callable[[], torch.Tensor]]:
+    """Ours and SDPA on the same queries, keys and values."""
+
+    def ours() -> torch.Tensor:
+        return windowed_attn(
+            x.q, x.k, x.v, x.layout, k_sum=x.k_sum, alibi_slopes=x.alibi_slopes, reset=x.reset
+        )
+
+    def sdpa() -> torch.Tensor:
+        q, k, v = (z.transpose(0, 1)[None] for z in (x.q, x.k, x.v))
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+    return {OURS: ours} if x.reset is not None else {OURS: ours, SDPA: sdpa}
+
+
+def with_backward(forward: Callable[[], torch.Tensor], x: AttentionInputs) -> Callable[[], Any]:
+    """Forward and backward in one call."""
+    return lambda: torch.autograd.grad(forward(), x.leaves(), x.grad_out, allow_unused=True)
+
+
+def without_gradient(forward: Callable[[], torch.Tensor]) -> Callable[[], Any]:
+    """The forward as scoring calls it."""
+
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return forward()
+
+    return call
+
+
+def captured(forward: Callable[[], torch.Tensor]) -> Callable[[], Any]:
+    """The forward as a CUDA graph; calling it replays the graph.
+
+    Raises:
+        AssertionError: a replay computes something else than an eager call.
+        RuntimeError: something in the call cannot be captured: a copy from pageable memory, or waiting for the device.
+    """
+    call = without_gradient(forward)
+    expected = call()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # capture wants warm caches of its stream
+        for _ in range(_WARMUP):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected), "the graph's replay gives another output than an eager call"
+    return graph.replay
+
+
+def compiled(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Through `torch.compile`, as one graph; in a rehearsal traced only."""
+    return torch.compile(forward, fullgraph=True, backend="eager" if REHEARSING else "inductor")
+
+
+def ways(x: AttentionInputs) -> list[tuple[str, str, str, Callable[[], Callable[[], Any]]]]:
+    """Provider, way, mode and what makes the call; compiling takes longest, so it comes last."""
+    eager: list[tuple[str, str, str, Callable[[], Callable[[], Any]]]] = []
+    graphs: list[tuple[str, str, str, Callable[[], Callable[[], Any]]]] = []
+    for provider, forward in forwards(x).items():
+        eager.append((provider, "eager", "forward", lambda f=forward: without_gradient(f)))
+        eager.append((provider, "eager", "forward+backward", lambda f=forward: with_backward(f, x)))
+        graphs.append((provider, "graph", "forward", lambda f=forward: captured(f)))
+    ours = forwards(x)[OURS]
+    through = [
+        (OURS, "compiled", "forward", lambda: without_gradient(compiled(ours))),
+        (OURS, "compiled", "forward+backward", lambda: with_backward(compiled(ours), x)),
+    ]
+    return [*eager, *graphs, *through]
+
+
+def measure(files: RowFiles, seconds: float) -> bool:
+    """Append a row per provider, way and mode; whether ours ran eagerly.
+
+    Args:
+        files: to append to.
+        seconds: after which nothing more is started.
+    """
+    deadline = time.monotonic() + seconds
+    batches = {reset: AttentionInputs.of(replace(TINY, reset=reset), DEVICE) for reset in (False, True)}
+    todo = [(reset, x, *way) for reset, x in batches.items() for way in ways(x)]
+    todo.sort(key=lambda entry: ("eager", "graph", "compiled").index(entry[3]))
+    ran = True
+    for reset, x, provider, way, mode, make in todo:
+        row: dict[str, Any] = {"benchmark": "host", "provider": provider, "reset": reset, "way": way}
+        row |= {"mode": mode, "rows": x.layout.num_rows}
+        if time.monotonic() > deadline:
+            row["failed"] = "left out: time is up"
+        else:
+            try:
+                row |= host_us(make())
+            except Exception as error:  # what cannot be captured or compiled is what is asked here
+                row["failed"] = failure(error)
+                check_device(error)
+                ran &= (provider, way) != (OURS, "eager")
+        files.append([row])
+        print(row, flush=True)
+    return ran
+
+
+def main() -> None:
+    """Measure, print and keep the rows; exit with 1 if ours did not run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="start nothing after this")
+    options = parse_measuring(parser, "host-gpu")
+    if not measure(options.rows, options.seconds):
+        raise SystemExit("windowed_attn failed: see its rows")
+    print(f"rows: {options.rows}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Does the operator work on this GPU at all? Three cases with the heads of real models in bfloat16, output and every gradient.
+
+    python -m benchmarks.smoke_gpu [--out ROWS.jsonl]
+
+Each tensor is held to the dense reference in float64 by the one tolerance rule (`dti_kernels.testing`), and the share of its budget is
+printed. It takes seconds, so it comes first: where it fails, nothing else needs to be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import parse_measuring
+from benchmarks.rehearsal import DEVICE, REHEARSING
+from benchmarks.workloads import AttentionInputs, Workload
+from dti_kernels import windowed_attn, windowed_attn_reference
+from dti_kernels.testing import error_budgets, shares
+
+
+def workloads() -> tuple[Workload, ...]:
+    """Long spans with a reset, short spans with groups of three, and sliding windows without a reset."""
+    real = (
+        Workload("smoke_llama8b_k50", 2048, 50, 32, 8, 128, reset=True, dtype=torch.bfloat16),
+        Workload("smoke_smollm_k50", 1024, 50, 9, 3, 64, mean_tokens=15, reset=True, dtype=torch.bfloat16),
+        Workload("smoke_llama8b_k1", 1024, 1, 32, 8, 128, dtype=torch.bfloat16),
+    )
+    if not REHEARSING:
+        return real
+    small = {
+        "num_tokens": 60,
+        "window": 2,
+        "mean_tokens": 5,
+        "std_tokens": 1,
+        "num_heads": 3,
+        "num_groups": 1,
+    }
+    return tuple(dataclasses.replace(workload, **small, head_dim=16) for workload in real)
+
+
+def inputs(workload: Workload) -> AttentionInputs:
+    """Of a workload, with a gradient of the slopes too."""
+    x = AttentionInputs.of(workload, DEVICE)
+    return dataclasses.replace(x, alibi_slopes=x.alibi_slopes.requires_grad_())
+
+
+def as_float64(x: AttentionInputs) -> AttentionInputs:
+    """The same numbers in float64."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+    changed = {name: cast(getattr(x, name)) for name in ("q", "k", "v", "k_sum", "alibi_slopes", "grad_out")}
+    reset = x.reset and dataclasses.replace(
+        x.reset, k_initial=cast(x.reset.k_initial), v_initial=cast(x.reset.v_initial)
+    )
+    return dataclasses.replace(x, reset=reset, **changed)
+
+
+def results(x: AttentionInputs, attention: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Output and gradients by name."""
+    out = attention(x.q, x.k, x.v, x.layout, x.k_sum, x.alibi_slopes, x.reset)
+    names = [f"d{name}" for name, leaf in x.named().items() if leaf.requires_grad]
+    return {"out": out.detach()} | dict(zip(names, torch.autograd.grad(out, x.leaves(), x.grad_out)))
+
+
+def check(workload: Workload) -> dict[str, Any]:
+    """The row of one workload: by tensor, the share of its error budget; seconds of the first call and of the second."""
+    low = inputs(workload)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        actual = results(low, windowed_attn)
+        torch.cuda.synchronize()
+        seconds.append(round(time.perf_counter() - start, 3))
+    exact = as_float64(low)
+    budgets = error_budgets(
+        exact.named(),
+        exact.grad_out,
+        exact.layout,
+        workload.dtype,
+        exact.reset,
+        rounds_factors=DEVICE != "cpu",
+    )
+    found = shares(actual, results(exact, windowed_attn_reference), budgets, workload.dtype)
+    return {
+        "shares": {name: round(share, 3) for name, share in found.items()},
+        "within_budget": all(share <= 1 for share in found.values()),
+        "first_call_s": seconds[0],
+        "second_call_s": seconds[1],
+    }
+
+
+def main() -> None:
+    """Check all, print and keep the rows; exit with 1 if one is not within its budget or raises."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options = parse_measuring(parser, "smoke-gpu")
+    failures = []
+    for workload in workloads():
+        row: dict[str, Any] = {"benchmark": "smoke", "workload": workload.name}
+        try:
+            row |= check(workload)
+        except Exception as error:  # the other cases say how far it goes
+            traceback.print_exc()
+            row["failed"] = f"{type(error).__name__}: {error}"[:600]
+        options.rows.append([row])
+        print(row, flush=True)
+        if not row.get("within_budget"):
+            failures.append(row.get("failed") or f"not within the error budget: {row['shares']}")
+    if failures:
+        print(f"AssertionError: {len(failures)} of {len(workloads())} cases failed; the first: {failures[0]}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""Steps of the GPU suite by themselves: what they make of programs and machines that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import device_gpu, ncu_gpu, smoke_gpu
+from benchmarks.finetune_gpu import TimedTrainer, TimeLimit, epochs_by_speed, rate_after
+from benchmarks.gpu_steps import SKIPPED
+from benchmarks.workloads import Workload
+from tests.conftest import ROOT
+
+TESTS = """
+import pytest
+pytestmark = pytest.mark.gpu
+
+def test_good(record_property):
+    record_property("shares", {"out": 0.5, "dq": 0.25})
+
+@pytest.mark.parametrize("x", [1])
+def test_bad(x, record_property):
+    record_property("shares", {"out": 1.5, "dq": 0.1})
+    assert x == 2, "over budget"
+
+def test_skipped():
+    pytest.skip("no such card")
+
+@pytest.fixture
+def broken():
+    raise OSError("no memory")
+
+def test_without_its_fixture(broken):
+    pass
+
+def test_not_selected():
+    raise AssertionError
+"""
+# What ncu prints as CSV: a heading, units, one line a kernel.
+RAW_PAGE = """==PROF== Connected
+"ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread","launch__uuid"
+"","","us","register/thread",""
+"0","ctx_fwd_kernel","1,023.5","255","1"
+"1","ctx_dq_kernel","12.25","n/a","2"
+"""
+FAKE_NCU = """#!/usr/bin/env python3
+import pathlib, sys
+words = sys.argv[1:]
+if "--import" in words:
+    print({raw!r} if "raw" in words else "Duration 1 ms")
+elif {fails!r}:
+    print({fails!r})
+    sys.exit(1)
+else:
+    pathlib.Path(words[words.index("--export") + 1] + ".ncu-rep").write_text("report")
+    print("profiled", words[-1])
+"""
+
+
+def fake_ncu(folder: Path, fails: str = "") -> str:
+    path = folder / "ncu"
+    path.write_text(FAKE_NCU.format(raw=RAW_PAGE, fails=fails))
+    path.chmod(0o755)
+    return str(path)
+
+
+def run_tests(tmp_path: Path, select: str, jobs: int) -> tuple[int, list[dict], str]:
+    """`benchmarks.gpu_tests` over a file of tests of our own; its status, rows and output."""
+    (tmp_path / "test_made_up.py").write_text(TESTS)
+    code = (
+        f"import sys; from benchmarks import gpu_tests; gpu_tests.TESTS = {str(tmp_path / 'test_made_up.py')!r}; "
+        f"sys.argv = ['gpu_tests', '--select', {select!r}, '--jobs', '{jobs}', '--out', {str(tmp_path / 'rows.jsonl')!r}]; "
+        "gpu_tests.main()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    return done.returncode, rows, done.stdout
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_every_gpu_test_has_a_row(tmp_path: Path, jobs: int) -> None:
+    """With its shares of the budget, whether it passed or not, and with its message where it failed; also from other processes."""
+    code, rows, printed = run_tests(tmp_path, "not not_selected", jobs)
+    assert code == 1
+    by_name = {row["test"]: row for row in rows}
+    assert by_name["test_good"]["shares"] == {"out": 0.5, "dq": 0.25}
+    assert by_name["test_bad[1]"]["shares"]["out"] == 1.5
+    assert "over budget" in by_name["test_bad[1]"]["failed"]
+    assert by_name["test_skipped"]["reason"] == "Skipped: no such card"
+    assert by_name["test_without_its_fixture"]["failed"] == "OSError: no memory"
+    counts = {name: by_name["all"][name] for name in ("passed", "failed", "skipped")}
+    assert counts == {"passed": 1, "failed": 2, "skipped": 1}
+    assert "\nFAILED test_bad[1], " in printed
+    assert "error / budget out 1.50, dq 0.10: AssertionError: over budget" in printed
+    assert "dq 0.25, out 1.50" in printed
+
+
+def test_nothing_tested_is_a_failure(tmp_path: Path) -> None:
+    """All tests skip themselves where PyTorch sees no GPU, and pytest calls that a success."""
+    code, rows, printed = run_tests(tmp_path, "test_skipped", 1)
+    assert code == 1
+    assert rows[-1]["passed"] == 0
+    assert printed.splitlines()[-1] == "no test ran"
+
+
+def test_ncu_gives_a_report_and_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ncu = fake_ncu(tmp_path)
+    report = tmp_path / "kept" / "ctx.ncu-rep"
+    assert ncu_gpu.profile(ncu, report) == "profiled --launch\n"
+    assert report.read_text() == "report"
+    rows = ncu_gpu.rows_of(ncu_gpu.read(ncu, report, "--page", "raw", "--csv"))
+    registers = "launch__registers_per_thread [register/thread]"
+    assert rows == [
+        {
+            "benchmark": "ncu",
+            "kernel": "ctx_fwd_kernel",
+            "gpu__time_duration.sum [us]": 1023.5,
+            registers: 255.0,
+        },
+        {
+            "benchmark": "ncu",
+            "kernel": "ctx_dq_kernel",
+            "gpu__time_duration.sum [us]": 12.25,
+            registers: "n/a",
+        },
+    ]
+    assert ncu_gpu.rows_of("==ERROR== nothing was profiled") == []
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "said"),
+    [
+        ("==ERROR== ERR_NVGPUCTRPERM - no permission", SKIPPED, "skipped: the driver does not give"),
+        ("==ERROR== no kernel", 1, "RuntimeError: ncu ended with 1 and no report"),
+    ],
+)
+def test_ncu_that_cannot(
+    message: str, status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a permission that only the machine's owner gives, the step is skipped; every other failure is one."""
+    with pytest.raises(SystemExit) as exit_:
+        ncu_gpu.profile(fake_ncu(tmp_path, message), tmp_path / "ctx.ncu-rep")
+    assert exit_.value.code == status
+    assert capsys.readouterr().out.splitlines()[-1].startswith(said)
+
+
+@pytest.mark.parametrize(("hip", "said"), [(None, "no ncu here"), ("7.0", "ncu profiles NVIDIA GPUs")])
+def test_ncu_says_why_it_is_skipped(
+    hip: str | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(ncu_gpu, "find_ncu", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["ncu_gpu"])
+    with pytest.raises(SystemExit) as exit_:
+        ncu_gpu.main()
+    assert exit_.value.code == SKIPPED
+    assert capsys.readouterr().out == f"skipped: {said}\n"
+
+
+def test_a_carried_cache_is_compared_with_its_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert device_gpu.cache_state(tmp_path / "nowhere") == "empty"
+    (tmp_path / "KERNEL").mkdir()
+    assert device_gpu.cache_state(tmp_path) == "1 entries, no stamp"
+    monkeypatch.setattr(sys, "argv", ["device_gpu", "--stamp"])
+    device_gpu.main()
+    assert device_gpu.cache_state(device_gpu.cache_folder()) == "1 entries, good"
+    monkeypatch.setattr(device_gpu, "ROOT", tmp_path)
+    assert device_gpu.cache_state(tmp_path) == "1 entries, other checkout, sources"
+
+
+def test_the_driver_of_either_vendor_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first program that is there; without one, or with a broken one, nothing raises."""
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    assert device_gpu.state((("amd-smi-of-nobody",),)) == ""
+    program = tmp_path / "amd-smi"
+    program.write_text('#!/bin/sh\necho "$@"\necho odd >&2\nexit 3\n')
+    program.chmod(0o755)
+    assert device_gpu.state() == "metric --clock --power --temperature\nodd"
+    program.write_text("no program")
+    assert device_gpu.state().startswith("amd-smi: ")
+
+
+def test_without_a_gpu_the_suite_has_nothing_to_do() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match="PyTorch sees no GPU"):
+        device_gpu.card()
+
+
+def test_smoke_finds_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wrong number in a gradient, an exception in another case: rows for all, and status 1."""
+    tiny = {
+        "num_tokens": 40,
+        "num_heads": 2,
+        "num_groups": 1,
+        "head_dim": 16,
+        "window": 2,
+        "mean_tokens": 5,
+        "std_tokens": 1,
+    }
+    cases = [Workload(name, k=4, dtype=torch.bfloat16, **tiny) for name in ("good", "wrong", "raises")]  # fmt: skip
+    right = smoke_gpu.windowed_attn
+
+    def attention(q: torch.Tensor, *args: object) -> torch.Tensor:
+        calls.append(q)
+        if len(calls) > 4:
+            raise RuntimeError("out of resources")
+        return right(q, *args) * (1.1 if len(calls) > 2 else 1.0)
+
+    calls: list[torch.Tensor] = []
+    monkeypatch.setattr(smoke_gpu, "windowed_attn", attention)
+    monkeypatch.setattr(smoke_gpu, "workloads", lambda: cases)
+    monkeypatch.setattr(smoke_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["smoke_gpu", "--out", str(tmp_path / "rows.jsonl")])
+    with pytest.raises(SystemExit) as exit_:
+        smoke_gpu.main()
+    assert exit_.value.code == 1
+    good, wrong, raises = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert good["within_budget"]
+    assert good["shares"].keys() == {"out", "dq", "dk", "dv", "dk_sum", "dalibi_slopes"}
+    assert not wrong["within_budget"]
+    assert wrong["shares"]["out"] > 1
+    assert raises["failed"] == "RuntimeError: out of resources"
+
+
+def test_learning_rate_rises_and_falls_to_zero() -> None:
+    rates = [rate_after(share / 100) for share in range(101)]
+    assert rates[0] == 0
+    assert rates[5] == 1
+    assert rates[1:6] == sorted(rates[1:6])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] == rate_after(1.5) < 1e-9
+
+
+def test_learning_rate_follows_the_clock_where_time_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After half the time between the first step and the limit it is where half the steps would have it, and at the limit zero."""
+    now = [100.0]
+    monkeypatch.setattr("benchmarks.finetune_gpu.time.monotonic", lambda: now[0])
+    trainer = TimedTrainer.__new__(TimedTrainer)
+    trainer.limit, trainer.first_step = TimeLimit(50, 100.0), None
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = trainer.create_scheduler(1000, optimizer)
+
+    def rate_at(seconds: float) -> float:
+        now[0] = 100.0 + seconds
+        optimizer.step()
+        scheduler.step()
+        return scheduler.get_last_lr()[0]
+
+    rate_at(10)  # validation before training took this long
+    assert rate_at(30) == pytest.approx(rate_after(0.5))
+    assert rate_at(50) == pytest.approx(rate_after(1.0))
+
+
+def test_epochs_follow_the_speed_of_training(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    assert epochs_by_speed(rows) == 1
+    for model, speed, epochs in (
+        ("llama8b-slice", 500_000, 1),
+        ("smollm", 100_000, 1),
+        ("smollm", 130_000, 2),
+    ):
+        with rows.open("a") as file:
+            file.write(json.dumps({"benchmark": "training", "model": model, "tokens_per_s": speed}) + "\n")
+        assert epochs_by_speed(rows) == epochs
+
+
+def test_finetuning_stops_in_time(tmp_path: Path) -> None:
+    """At its limit after one step: that step's weights are validated and tested all the same."""
+    rows = tmp_path / "rows.jsonl"
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.finetune_gpu", "--seconds", "0", "--k", "4", "--out", str(rows)],
+        cwd=ROOT,
+        env=os.environ | {"DTI_REHEARSE": "1", "TMPDIR": str(tmp_path)},
+        check=True,
+        capture_output=True,
+    )
+    parts = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["part"] for row in parts] == ["start", "validation", "validation", "training", "test", "test"]
+    assert [row["step"] for row in parts if row["part"] == "validation"] == [0, 1]
+    training = parts[3]
+    assert (training["steps"], training["cut_by_time"], len(training["losses"])) == (1, True, 1)
+    assert [(row["test_k"], row["targets"]) for row in parts[4:]] == [(50, 200), (1, 100)]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
