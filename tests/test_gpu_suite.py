@@ -373,5 +373,6 @@ def test_rehearsal(slot: str, tmp_path: Path) -> None:
             assert entries[step.name]["rows"] > 0, step.name
     assert sum(entry["rows"] for entry in entries.values()) == len(rows)
     assert not list(elsewhere.iterdir())
-    assert not list(temporary.iterdir())
+    # PyTorch's own cache, wherever that is.
+    assert all(path.name.startswith("torchinductor_") for path in temporary.iterdir())
     assert file_hashes(ROOT) == before
