@@ -131,7 +131,8 @@ def run_step(step: Step, call: Call, seconds: float) -> dict[str, Any]:
     elif entry["status"] == "skipped":
         entry["error"] = last_line(printed)
     elif entry["status"] == "failed":
-        entry["error"] = first_error(printed)
+        crash = f"{signal.Signals(-code).name}: " if code < 0 else ""
+        entry["error"] = crash + first_error(printed)
     if "error" in entry:
         entry["error"] = _without_places(str(entry["error"]), places)[:300]
     if entry["status"] in ("failed", "timed out"):

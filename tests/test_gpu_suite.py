@@ -86,7 +86,7 @@ def test_failures_are_recorded_and_the_next_step_runs(tmp_path: Path, make_step:
     assert [entry["status"] for entry in entries] == ["failed", "failed", "timed out", "skipped", "ok"]
     errors = [entry.get("error") for entry in entries]
     assert errors == [
-        "so far",
+        "SIGABRT: so far",
         "ValueError: no rows.jsonl",
         "stopped after 1 s",
         "skipped: no such card",
