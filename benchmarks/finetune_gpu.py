@@ -30,6 +30,7 @@ from benchmarks.rehearsal import DEVICE, REHEARSING
 from dti_model.attention import DTIConfig
 from dti_model.baselines import item_user_auc
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.launch import let_settings_rule
 from dti_model.metrics import click_metrics
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.run import Run, eval_targets
@@ -154,6 +155,7 @@ def trainer_of(run: Run, limit: TimeLimit, watch: Watch, folder: str) -> TimedTr
     prompts = Prompts.streaming(run.data, run.data.targets("train"), config.window, config.targets_per_prompt)
     dataset = PackedPrompts(run.builder, prompts, optim.token_budget, config.seed)
     validation = run.targets("val")
+    let_settings_rule(optim.bf16)
     arguments = TrainingArguments(
         output_dir=folder,
         num_train_epochs=optim.epochs,

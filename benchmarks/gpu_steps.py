@@ -132,7 +132,7 @@ def _rows(*arguments: str) -> tuple[str, ...]:
 
 
 _DEVICE = Step(
-    "device", "benchmarks.device_gpu", _rows(), 40, "versions, card, clocks; is the carried cache good", least=5, always=True, stops=True
+    "device", "benchmarks.device_gpu", _rows(), 60, "versions, card, clocks; is the carried cache good", least=5, always=True, stops=True
 )  # fmt: skip
 
 
