@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention_gpu, bench_training, clocks, device_time, rehearsal, tune_tiles
+from benchmarks import attention_gpu, bench_training, clocks, device_time, flex_tuned, rehearsal, tune_tiles
 from benchmarks.device_time import LONGEST_PAUSE, PAUSE, device_times
 from benchmarks.measure import RowFiles
 from benchmarks.workloads import AttentionInputs, Workload
@@ -172,6 +172,35 @@ def test_a_failure_of_ours_is_a_row_and_the_status(
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["failed"] for row in rows] == ["AssertionError: not within the error budget"] * 2
     assert len(rows) == 2
+
+
+def test_options_that_are_refused_in_one_mode_count_in_the_others(
+    card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch 2.11 refuses FlexAttention's backward with fine blocks of the mask; its forward is the fastest of all."""
+
+    def prepare(x: AttentionInputs, options: flex_tuned.Options) -> Any:
+        def call(y: AttentionInputs) -> torch.Tensor:
+            if options.name == "long rows" or (torch.is_grad_enabled() and options.name == "fine mask"):
+                raise NotImplementedError("no valid choices")
+            time.sleep(0.0 if options.name == "fine mask" else 0.01)
+            return y.q * 1.0
+
+        return call
+
+    monkeypatch.setattr(flex_tuned, "prepare", prepare)
+    x = AttentionInputs.of(SMALL)
+    best, rows = flex_tuned.tune(x, 60.0)
+    assert best["forward"].name == "fine mask"
+    assert {best["backward"].name, best["forward+backward"].name} <= {"default", "fine keys"}
+    by_name = {row["options"]: row for row in rows}
+    for mode in ("forward", "backward", "forward+backward"):
+        assert by_name["long rows"][mode] == {"failed": "NotImplementedError: no valid choices"}
+        assert ("failed" in by_name["fine mask"][mode]) == (mode != "forward")
+    assert json.dumps(rows)
+    late, rows = flex_tuned.tune(x, -1.0)
+    assert {options.name for options in late.values()} == {"default"}
+    assert [row.get("failed") for row in rows] == [None] + ["left out: time is up"] * (len(rows) - 1)
 
 
 def test_runs_that_differ_are_found(card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
