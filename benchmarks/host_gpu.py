@@ -95,9 +95,8 @@ def captured(forward: Callable[[], torch.Tensor]) -> Callable[[], Any]:
     expected = call()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(
-        stream
-    ):  # capture wants warm caches of its stream, and one that fails does not leave it
+    # Capture wants warm caches of its stream. One that fails stays on it: the outer context is what leaves it.
+    with torch.cuda.stream(stream):
         for _ in range(_WARMUP):
             call()
         with torch.cuda.graph(graph, stream=stream):
