@@ -26,6 +26,7 @@ from benchmarks.device_time import Timing, check_device, device_times, failure
 from benchmarks.measure import RowFiles
 from benchmarks.providers import GPU_PROVIDERS, MODES, OURS, Unavailable, by_mode, settle
 from benchmarks.rehearsal import DEVICE, REHEARSING
+from benchmarks.tune_tiles import numbers_of
 from benchmarks.workloads import HEADS as HEADS
 from benchmarks.workloads import SHORT_TOKENS, AttentionInputs, Workload, gpu_workload, useful_flops
 from dti_kernels.tiles import KERNELS, choose_tile
@@ -76,16 +77,9 @@ def workloads() -> Iterator[Workload]:
 
 
 def tiles_in_force(x: AttentionInputs, mode: str) -> dict[str, list[int]]:
-    """(rows, keys, warps, stages, pack) of the kernels that a mode launches."""
-    tiles = {
-        kernel: choose_tile(kernel, x.q.device, x.q.shape[2], x.q.dtype, x.layout.mean_span)
-        for kernel in KERNELS
-        if _launches(kernel, mode)
-    }
-    return {
-        kernel: [tile.block_m, tile.block_n, tile.warps, tile.stages, tile.pack]
-        for kernel, tile in tiles.items()
-    }
+    """The tiles of the kernels that a mode launches, as the tuner writes them."""
+    about = x.q.device, x.q.shape[2], x.q.dtype, x.layout.mean_span
+    return {kernel: numbers_of(choose_tile(kernel, *about)) for kernel in KERNELS if _launches(kernel, mode)}
 
 
 def _launches(kernel: str, mode: str) -> bool:

@@ -234,12 +234,19 @@ def tile_table(rows: Rows) -> str:
     if not lines:
         return ""
     head = "| kernel | workload | tile of the table | ms | faster tile | ms |\n|---|---|---|---|---|---|"
-    return "\n".join(["Tiles (rows x keys, warps, stages) that beat the table's:", "", head, *lines])
+    return "\n".join(
+        [
+            "Tiles (rows x keys, warps, stages; `ahead`: the next scores are computed ahead) that beat the table's:",
+            "",
+            head,
+            *lines,
+        ]
+    )
 
 
 def _tile(row: dict[str, Any]) -> str:
-    rows, keys, warps, stages = row["tile"][:4]
-    return f"{rows} x {keys}, {warps}, {stages}"
+    rows, keys, warps, stages, _, *ahead = row["tile"]
+    return f"{rows} x {keys}, {warps}, {stages}{', ahead' if any(ahead) else ''}"
 
 
 def training(rows: Rows) -> str:

@@ -16,6 +16,7 @@ from benchmarks import attention_gpu, bench_training, clocks, device_time, flex_
 from benchmarks.device_time import LONGEST_PAUSE, PAUSE, device_times
 from benchmarks.measure import RowFiles
 from benchmarks.workloads import AttentionInputs, Workload
+from dti_kernels import tiles
 from dti_kernels.tiles import Tile
 
 SMALL = Workload("small", 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2)
@@ -218,8 +219,6 @@ def test_runs_that_differ_are_found(card: SimpleNamespace, monkeypatch: pytest.M
 def test_a_tile_that_is_refused_is_a_row_and_the_others_are_timed(
     card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dti_kernels import tiles
-
     def launches(x: AttentionInputs) -> dict[str, Any]:
         tile = tiles._forced["ctx_fwd"]
 
@@ -233,9 +232,7 @@ def test_a_tile_that_is_refused_is_a_row_and_the_others_are_timed(
     monkeypatch.setattr(tune_tiles, "_SHARE", 0.01)
     sweep = tune_tiles.Sweep("small", "ctx_fwd", AttentionInputs.of(SMALL), "sm_90")
     rows = sweep.run(time.monotonic() + 60)
-    assert [row["tile"][:4] for row in rows] == [
-        [tile.block_m, tile.block_n, tile.warps, tile.stages] for tile in sweep.candidates()
-    ]
+    assert [row["tile"] for row in rows] == [tune_tiles.numbers_of(tile) for tile in sweep.candidates()]
     for row in rows:
         assert ("failed" in row) == (row["tile"][1] == 128)
     assert sum(row["won"] for row in rows) == 1
@@ -244,15 +241,19 @@ def test_a_tile_that_is_refused_is_a_row_and_the_others_are_timed(
     assert late[1]["failed"] == "left out: time is up"
 
 
-def test_winners_are_written_as_the_table_reads_them(tmp_path: Path) -> None:
+def test_winners_are_written_as_the_table_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"arch": "sm_90", "kernel": "ctx_fwd", "head_dim": 64, "bits": 16, "short_span": True}
     entries = [
-        {**entry, "tile": [128, 64, 8, 3, 16]},
+        {**entry, "tile": [128, 64, 8, 3, 16, 1]},
         {**entry, "kernel": "ctx_dq", "tile": [64, 64, 4, 3, 16]},
     ]
     tune_tiles._write(entries, tmp_path / "new" / "tiles.json")
     assert json.loads((tmp_path / "new" / "tiles.json").read_text()) == entries
-    assert Tile(*entries[0]["tile"]).pack == 16
+    monkeypatch.setenv("DTI_TILES", str(tmp_path / "new" / "tiles.json"))
+    tiles._tuned_tiles.cache_clear()
+    found = [tiles.table_tile("sm_90", kernel, 64, 16, 256) for kernel in ("ctx_fwd", "ctx_dq")]
+    tiles._tuned_tiles.cache_clear()
+    assert found == [Tile(128, 64, 8, 3, ahead=True), Tile(64, 64, 4, 3)]
 
 
 NVIDIA_SMI = "1980, 2619, 412.35\n"
