@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,7 @@ from benchmarks.measure import RowFiles
 from benchmarks.workloads import AttentionInputs, Workload
 from dti_kernels import tiles
 from dti_kernels.tiles import Tile
+from tests.conftest import ROOT
 
 SMALL = Workload("small", 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2)
 
@@ -296,6 +300,25 @@ def test_clocks_come_from_whatever_tool_there_is(
     monkeypatch.setattr(clocks, "_output", lambda command: output if command[0] == tool else None)
     monkeypatch.setattr(clocks, "_nvml", lambda: (_ for _ in ()).throw(ImportError("pynvml")))
     assert tuple(clocks.card_state().values()) == expected
+
+
+def test_a_gpu_machine_needs_no_package_that_reads_raw_data(tmp_path: Path) -> None:
+    """Where the suite runs there may be neither network nor all dependencies; and triton is imported by a launch, never before."""
+    rows = tmp_path / "rows.jsonl"
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'polars', 'msgspec', 'jsonargparse', 'gguf'): sys.modules[name] = None\n"
+        "from benchmarks import attention_gpu, bench_score, bench_training, flex_tuned, host_gpu, tune_tiles\n"
+        "bench_score.main()\n"
+    )
+    arguments = ["--part", "candidates", "--shape", "smollm", "--device", "cuda", "--out", str(rows)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"DTI_REHEARSE": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=environment, cwd=tmp_path)
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["provider"] for row in found[:3]] == ["one pass", "encoded history", "one prompt each"]
+    assert all(row["p99_ms"] >= row["p50_ms"] > 0 for row in found)
+    assert {row["machine"] for row in found} == {"rehearsal (no GPU)"}
 
 
 def test_a_model_that_fails_leaves_the_other_its_row(
