@@ -286,15 +286,6 @@ def measured(paths: tuple[Path, ...], table: str) -> set[str]:
     return found
 
 
-def _settings() -> None:
-    # They are no attributes of torch until somebody imports them.
-    import torch._dynamo.config
-    import torch._functorch.config
-
-    torch._functorch.config.donated_buffer = False  # FlexAttention's graph is differentiated more than once
-    torch._dynamo.config.recompile_limit = 64  # it is compiled for every set of options and heads
-
-
 def run(files: RowFiles, seconds: float, resume: bool = False, only_ours: bool = False) -> None:
     """Measure until the time is up; each workload's rows are saved as it ends.
 
@@ -309,7 +300,7 @@ def run(files: RowFiles, seconds: float, resume: bool = False, only_ours: bool =
         RuntimeError: the device no longer answers.
     """
     deadline = time.monotonic() + seconds
-    _settings()
+    flex_tuned.configure()
     session = Session(files, seconds, only_ours)
     done = measured(files.paths, session.table) if resume else set()
     todo = [plan for plan in plans() if plan.workload.name not in done]

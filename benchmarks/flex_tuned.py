@@ -80,6 +80,16 @@ OPTIONS: tuple[Options, ...] = (
 )
 
 
+def configure() -> None:
+    """Settings of the compiler: the same wherever something is compiled, since they are part of what caches are asked for."""
+    # They are no attributes of torch until somebody imports them.
+    import torch._dynamo.config
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False  # FlexAttention's graph is differentiated more than once
+    torch._dynamo.config.recompile_limit = 64  # it is compiled for every set of options and heads
+
+
 def prepare(x: AttentionInputs, options: Options) -> Call:
     """The call under these options."""
     return flex_with(x, options.kernel, options.block)
@@ -173,6 +183,7 @@ def main() -> None:
     parser.add_argument("--heads", choices=HEADS, required=True)
     parser.add_argument("--options", choices=[*(options.name for options in OPTIONS), _MASK], required=True)
     given = parser.parse_args()
+    configure()
     x = AttentionInputs.of(gpu_workload("warm", given.heads, 16384, 50), DEVICE)
     if given.options == _MASK:
         flex_with_mask_construction(x)(x)

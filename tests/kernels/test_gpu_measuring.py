@@ -115,7 +115,7 @@ def run(
     monkeypatch.setattr(attention_gpu, "plans", lambda: iter(plans))
     monkeypatch.setattr(attention_gpu, "_SHARE", 0.01)
     monkeypatch.setattr(attention_gpu, "_EQUAL_RUNS", 3)
-    monkeypatch.setattr(attention_gpu, "_settings", lambda: None)
+    monkeypatch.setattr(flex_tuned, "configure", lambda: None)
 
     def run(seconds: float = 100.0, **more: bool) -> list[dict[str, Any]]:
         path = tmp_path / "rows.jsonl"
