@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import stand_in
 from benchmarks.workloads import Workload
-from dti_kernels import StreamLayout, tiles
+from dti_kernels import HiddenStateReset, StreamLayout, tiles, windowed_attn
 from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, ROW_STOP, START, STOP, SUM_START, SUM_STOP
 from dti_kernels.tiles import KERNELS, TABLE, Tile
 
@@ -36,7 +37,6 @@ SHARED_MEMORY = {
 }
 # The workload whose useful fractions are quoted: Llama-3.1-8B heads, k = 50, n = 20, 35 +- 8 tokens per interaction.
 QUOTED = Workload("llama8b_k50_16k", 16384, 50, num_heads=32, num_groups=8, head_dim=128)
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,17 @@ class Compiled:
     shared_bytes: int
     assembly: str  # PTX, or the AMD assembly
     cubin: bytes
+    log: str  # of ptxas
 
     @property
     def uses_wgmma(self) -> bool:
         """Whether Hopper's warp-group matrix instructions are used."""
         return "wgmma.mma_async" in self.assembly
+
+    @property
+    def serialized(self) -> bool:
+        """Whether ptxas waits for every warp-group instruction before the next (its warnings C7510 to C7519)."""
+        return re.search(r"C751\d|wgmma.*serializ", self.log) is not None
 
 
 def table_rows() -> Iterator[TableRow]:
@@ -83,75 +89,38 @@ def table_rows() -> Iterator[TableRow]:
 
 
 def compile_row(row: TableRow, group: int = 4) -> Compiled:
-    """Compile a row's kernel for its architecture with everything switched on: ALiBi, reset, [SUM] rows."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    with tiles.forced({row.kernel: row.tile}):
-        launch = _launches(row.head_dim, row.dtype, group)[row.kernel]
-    is_hip = row.arch.startswith("gfx")
-    target = GPUTarget("hip", row.arch, 64) if is_hip else GPUTarget("cuda", int(row.arch[3:]), 32)
-    options = {"num_warps": row.tile.warps, "num_stages": row.tile.stages, "enable_fp_fusion": True}
-    kernel = triton.compile(_source(launch), target=target, options=options)
-    shared = kernel.metadata.shared
-    if is_hip:
-        assembly = kernel.asm["amdgcn"]
+    """Compile a row's kernel for its architecture through the just-in-time path, with everything switched on: ALiBi, reset, [SUM] rows."""
+    with stand_in.driver_of(row.arch):
+        built = stand_in.build(_launch(row, group))
+    shared, assembly = built.kernel.metadata.shared, built.kernel.asm
+    if row.arch.startswith("gfx"):
+        text = assembly["amdgcn"]
         registers, spilled = (
-            _number(r"\.vgpr_count:\s+(\d+)", assembly),
-            _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
+            _number(r"\.vgpr_count:\s+(\d+)", text),
+            _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
         )
-        return Compiled(registers, spilled, shared, assembly, b"")
-    cubin = kernel.asm["cubin"]
+        return Compiled(registers, spilled, shared, text, b"", "")
+    cubin = assembly["cubin"]
     usage = _cuobjdump("--dump-resource-usage", cubin)
-    return Compiled(
-        _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage), shared, kernel.asm["ptx"], cubin
-    )
+    registers, spilled = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+    return Compiled(registers, spilled, shared, assembly["ptx"], cubin, built.log)
 
 
-def _launches(head_dim: int, dtype: torch.dtype, group: int) -> dict[str, Any]:
-    """The launches of a small batch, by kernel."""
-    from dti_kernels import triton_bwd, triton_fwd
-    from dti_kernels.triton_tile import Batch
-
+def _launch(row: TableRow, group: int) -> Any:
+    """A row's launch on a small batch: strides divisible by 16, as those of every model."""
     layout = StreamLayout.build([[3, 3]], [[1, 1]], [1], 2)
-    num_rows, num_context, num_groups = layout.num_rows, layout.num_context, 2
 
     def zeros(rows: int, heads: int) -> torch.Tensor:
-        return torch.zeros(rows, heads, head_dim, dtype=dtype)
+        return torch.zeros(rows, heads, row.head_dim, dtype=row.dtype, requires_grad=True)
 
-    q, out = zeros(num_rows, num_groups * group), zeros(num_rows, num_groups * group)
-    keys = [zeros(num_rows, num_groups) for _ in range(3)] + [
-        zeros(num_context, num_groups) for _ in range(2)
-    ]
-    batch = Batch.of(
-        q, *keys, torch.zeros(3), torch.zeros(q.shape[1]), layout.rows, layout.keys, head_dim**-0.5, 512
-    )
-    lse = torch.zeros(q.shape[1], num_rows)
-    launches = triton_fwd.forward_launches(batch, out, lse)
-    launches += triton_bwd.backward_launches(batch, triton_bwd.Gradients.of(batch), out, out, lse)
-    return {launch.kernel.fn.__name__.removesuffix("_kernel"): launch for launch in launches}
-
-
-def _source(launch: Any) -> Any:
-    """The launch as the just-in-time compiler would specialise it: aligned pointers, strides divisible by 16."""
-    from triton.compiler import ASTSource
-
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value, varies = launch.arguments[parameter.name], parameter.do_not_specialize
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + _TYPES[value.dtype]
-        else:
-            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
-        divisible = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if divisible and not varies:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes)
+    q = zeros(layout.num_rows, 2 * group)
+    k, v, k_sum = (zeros(layout.num_rows, 2) for _ in range(3))
+    initial = zeros(layout.num_context, 2), zeros(layout.num_context, 2)
+    reset = HiddenStateReset(*initial, alpha_min=0.0, alpha_max=0.5)
+    slopes = torch.zeros(2 * group, requires_grad=True)
+    with stand_in.recorded(row.arch) as launches, tiles.forced({row.kernel: row.tile}):
+        windowed_attn(q, k, v, layout, k_sum, slopes, reset).sum().backward()
+    return next(x for x in launches if x.kernel.fn.__name__ == f"{row.kernel}_kernel")
 
 
 def _cuobjdump(option: str, cubin: bytes) -> str:

@@ -7,7 +7,6 @@ machine cannot do it, after a last line that says why.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping
@@ -120,11 +119,6 @@ class Step:
         }
         filled = [argument.format_map(known) for argument in (*arguments, *(self.resumed if resume else ()))]
         return [sys.executable, "-m", self.module, *filled]
-
-    @property
-    def exists(self) -> bool:
-        """Whether this checkout has its module."""
-        return importlib.util.find_spec(self.module) is not None
 
 
 def _rows(*arguments: str) -> tuple[str, ...]:

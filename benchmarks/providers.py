@@ -30,7 +30,7 @@ _CAUSAL_BACKEND = SDPBackend.MATH if REHEARSING else SDPBackend.CUDNN_ATTENTION
 
 MODES = ("forward", "backward", "forward+backward")
 # Compilers and caches settle in these many calls.
-WARMUP = 2
+WARMUP = 1 if REHEARSING else 2
 
 
 class Unavailable(Exception):
@@ -143,9 +143,11 @@ def flex_with_mask_construction(x: AttentionInputs) -> Call:
 
 @cache
 def _compiled_flex() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from torch.nn.attention import flex_attention as module
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if REHEARSING:
+        module._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # it traces even where nobody compiles it
         return flex_attention, create_block_mask
     # One compilation for all lengths: FlexAttention is given what we claim for ourselves.
     return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)

@@ -4,6 +4,8 @@
     python -m benchmarks.report --check              fail if they differ from the recorded results
     python -m benchmarks.report --record-run RUN [--name quickstart] [--command "make quickstart"]
                                                      record a finished run: its metrics, its plot, and the command that made it
+    python -m benchmarks.report --record-gpu DIR/rows.jsonl
+                                                     record what `benchmarks.gpu_suite` measured on a GPU
 
 A generated part of README.md stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
 """
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report_gpu
 from benchmarks.bench_attention import ratios
 from benchmarks.measure import RESULTS, provenance
 from benchmarks.report_plots import attention_over_rows, auc_over_k, last_run, leak_by_layers, time_over_k
@@ -121,6 +124,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "train-cpu": train_cpu,
     "attention-cpu": attention_cpu,
     "score-cpu": score_cpu,
+    "gpu": report_gpu.gpu,
     "quality": quality,
     "leak": leak,
 }
@@ -166,6 +170,7 @@ def draw_plots() -> None:
         leak_by_layers(random_weights, RESULTS / "leak.png")
     if rows := training_rows():
         time_over_k(rows, RESULTS / "train-cpu.png")
+    report_gpu.draw()
 
 
 def record_run(run: Path, name: str, command: str) -> None:
@@ -191,7 +196,14 @@ def main() -> int:
     parser.add_argument("--record-run", type=Path, help="run folder of `dti train`")
     parser.add_argument("--name", default=QUICKSTART.stem, help="of the recorded run")
     parser.add_argument("--command", default="make quickstart", help="that made the recorded run")
+    parser.add_argument("--record-gpu", type=Path, help="file of rows of the GPU suite")
     options = parser.parse_args()
+    if options.record_gpu is not None:
+        try:
+            written = report_gpu.record(options.record_gpu)
+        except ValueError as error:
+            parser.error(str(error))
+        print("rows:", *written)
     if options.record_run is not None:
         record_run(options.record_run, options.name, options.command)
     text = README.read_text()

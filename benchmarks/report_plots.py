@@ -96,16 +96,37 @@ def attention_over_rows(rows: Rows, path: Path) -> None:
     _save(figure, path)
 
 
-def roofline(rows: Rows, path: Path, peak_tflops: float, gb_s: float) -> None:
-    """Useful TFLOP/s of attention over FLOPs per byte of q, k, v and out, below a GPU's peak and bandwidth."""
-    figure, axes = _axes("attention on a GPU", "useful FLOPs per byte", "useful TFLOP/s")
-    x = np.geomspace(1, 4096, 50)
-    axes.plot(x, np.minimum(peak_tflops, x * gb_s / 1000), color=COLORS[4], label="published peak")
-    for color, marker, provider in zip(COLORS, "osv^D", dict.fromkeys(row["provider"] for row in rows)):
-        points = [
-            (row["flops_per_byte"], row["useful_tflops"]) for row in rows if row["provider"] == provider
-        ]
-        axes.scatter(*zip(*points), color=color, marker=marker, label=provider)
+def roofline(rows: Rows, path: Path, peak: tuple[float, float] | None) -> None:
+    """Useful TFLOP/s of attention over FLOPs per byte of q, k, v and out, below a GPU's peak and bandwidth.
+
+    Args:
+        rows: with `provider`, `mode`, `flops_per_byte` and `useful_tflops`.
+        path: of the picture.
+        peak: TFLOP/s and GB/s; None: not known, and not drawn.
+    """
+    figure, axes = _axes(
+        "attention on a GPU (hollow: forward and backward)",
+        "useful FLOPs per byte of q, k, v and out",
+        "useful TFLOP/s",
+    )
+    chosen = [row for row in rows if row["mode"] in ("forward", "forward+backward")]
+    intensities = [max(row["flops_per_byte"], 1.0) for row in chosen]
+    if peak is not None:
+        tflops, gb_s = peak
+        x = np.geomspace(min(intensities) / 4, max(max(intensities), 1000 * tflops / gb_s) * 2, 200)
+        axes.plot(x, np.minimum(tflops, x * gb_s / 1000), color="black", label="published peak")
+    names = dict.fromkeys(row["provider"] for row in chosen)
+    for i, provider in enumerate(names):
+        color, marker = COLORS[i % len(COLORS)], "osv^DPX*"[i % 8]
+        for mode, face in (("forward", color), ("forward+backward", "none")):
+            points = [
+                (row["flops_per_byte"], row["useful_tflops"])
+                for row in chosen
+                if (row["provider"], row["mode"]) == (provider, mode)
+            ]
+            label = provider if mode == "forward" else None
+            if points:
+                axes.scatter(*zip(*points), edgecolors=color, facecolors=face, marker=marker, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.legend(fontsize=8)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # Entries of a table that is not worth cutting.
 _SHORT_TABLE = 4096
+# More settings than a process of a few models has; a search over settings must not keep them all.
+_MAX_TABLES = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,16 +63,39 @@ class HiddenStateReset:
         """`a(d)` for d = 0 .. n, at least two: a table, so that no kernel evaluates a sigmoid.
 
         `farthest`: no distance is larger, so a table longer than that is cut off behind it; a window of 10^9 would be one of 8 GB.
+
+        The table is kept and shared by equal settings: do not write to it. A GPU gets it once, not with every call of every layer, so
+        that calls wait for no copy and can be captured in a CUDA graph.
         """
         length = max(window, 1) + 1
         if farthest is not None and length > _SHORT_TABLE:
             # Whole vectors: the last elements of a tensor go through another exp, which may differ in the last bit.
             length = min(length, -(-(farthest + 1) // 64) * 64)
-        distance = torch.arange(length, dtype=torch.float64)
-        logistic = torch.sigmoid((distance - window / 2) * self.steepness)
-        ratio = self.alpha_min + (self.alpha_max - self.alpha_min) * logistic
-        ratio[0] = self.alpha_own
-        return ratio.to(device=device, dtype=dtype, non_blocking=True)
+        settings = (self.alpha_min, self.alpha_max, self.steepness, self.alpha_own, window, length)
+        if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:  # traced, or without data
+            return _ratio_table(*settings).to(device=device, dtype=dtype)
+        key = (*settings, dtype, device)
+        table = _tables.get(key)
+        if table is None:
+            with torch.inference_mode(False):  # training may use it next
+                table = _ratio_table(*settings).to(device=device, dtype=dtype)
+            if len(_tables) >= _MAX_TABLES:
+                _tables.clear()
+            _tables[key] = table
+        return table
+
+
+_tables: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _ratio_table(
+    alpha_min: float, alpha_max: float, steepness: float, alpha_own: float, window: int, length: int
+) -> Tensor:
+    distance = torch.arange(length, dtype=torch.float64)
+    logistic = torch.sigmoid((distance - window / 2) * steepness)
+    ratio = alpha_min + (alpha_max - alpha_min) * logistic
+    ratio[0] = alpha_own
+    return ratio
 
 
 def default_alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:

@@ -8,10 +8,14 @@ costs what the hundredth does. Every row compiles without spills that matter (te
 from __future__ import annotations
 
 import functools
+import json
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +30,8 @@ class Tile:
         warps: per program.
         stages: of the software pipeline.
         pack: most heads of a group that share a tile.
+        ahead: the forward of context rows multiplies the next tile of keys while this one's softmax runs. Hopper's matrix units work on
+            by themselves, so both take their time at once; elsewhere the second tile of scores only costs registers.
     """
 
     block_m: int
@@ -33,6 +39,7 @@ class Tile:
     warps: int
     stages: int
     pack: int = 16
+    ahead: bool = False
 
 
 KERNELS = ("ctx_fwd", "ctx_dq", "ctx_dkv", "sum_fwd", "sum_dq", "sum_dkv")
@@ -41,9 +48,10 @@ KERNELS = ("ctx_fwd", "ctx_dq", "ctx_dkv", "sum_fwd", "sum_dq", "sum_dkv")
 _Rows = dict[tuple[int, int, bool], tuple[Tile, Tile, Tile, Tile, Tile, Tile]]
 
 
-def _row(*tiles: tuple[int, int, int, int]) -> tuple[Tile, Tile, Tile, Tile, Tile, Tile]:
-    """Six (rows, keys, warps, stages) in the order of KERNELS."""
+def _row(*tiles: tuple[int, int, int, int], ahead: bool = False) -> tuple[Tile, Tile, Tile, Tile, Tile, Tile]:
+    """Six (rows, keys, warps, stages) in the order of KERNELS; `ahead` of the first."""
     first, second, third, fourth, fifth, sixth = (Tile(*tile) for tile in tiles)
+    first = replace(first, ahead=ahead)
     return first, second, third, fourth, fifth, sixth
 
 
@@ -74,23 +82,48 @@ _SM80: _Rows = _FLOAT32 | {
 _SM86: _Rows = _SM80
 _SM90: _Rows = _FLOAT32 | {
     (64, 16, True): _row(
-        (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)
+        (128, 64, 8, 3),
+        (64, 64, 4, 3),
+        (64, 64, 4, 3),
+        (32, 32, 4, 2),
+        (32, 64, 4, 2),
+        (32, 32, 4, 2),
+        ahead=True,
     ),
     (64, 16, False): _row(
-        (128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (32, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)
+        (128, 64, 8, 3),
+        (128, 64, 8, 3),
+        (64, 128, 8, 3),
+        (32, 32, 4, 2),
+        (32, 64, 4, 2),
+        (32, 32, 4, 2),
+        ahead=True,
     ),
+    # 64 x 64 with eight warps would compute every product of dK/dV twice, once in each of the two groups of warps.
     (128, 16, False): _row(
-        (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)
+        (128, 64, 8, 3),
+        (128, 64, 8, 3),
+        (32, 128, 8, 3),
+        (32, 32, 4, 2),
+        (32, 32, 4, 2),
+        (16, 32, 4, 2),
+        ahead=True,
     ),
     (256, 16, False): _row(
         (128, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (16, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)
     ),
 }
-# 128 keys of head_dim 64 spill 8 bytes with Triton 3.9.
-_SM100: _Rows = _SM90 | {
-    (64, 16, False): _row(
-        (128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (32, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)
+_SM100: _Rows = _FLOAT32 | {
+    (64, 16, True): _row(
+        (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)
     ),
+    (64, 16, False): _row(
+        (128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (32, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)
+    ),
+    (128, 16, False): _row(
+        (128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3), (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)
+    ),
+    (256, 16, False): _SM90[256, 16, False],
 }
 # 64 KiB of local memory, waves of 64, and matrix units that take float32.
 _GFX942: _Rows = {
@@ -136,19 +169,65 @@ _forced: dict[str, Tile] = {}
 
 def choose_tile(kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype, mean_span: int) -> Tile:
     """The tile of one of `KERNELS` on `device`."""
-    if kernel in _forced:
-        return _forced[kernel]
+    if tile := forced_tile(kernel):
+        return tile
     if device.type == "cpu":
         return _INTERPRETED
     return table_tile(architecture(device), kernel, head_dim, dtype.itemsize * 8, mean_span)
 
 
 def table_tile(arch: str, kernel: str, head_dim: int, bits: int, mean_span: int) -> Tile:
-    """The tile of one of `KERNELS` in the table's rows for `arch`."""
+    """The tile of one of `KERNELS` in the table's rows for `arch`, or what the file in the variable DTI_TILES has in its place."""
     rows = TABLE[arch]
-    largest = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    row = rows.get((largest, bits, mean_span <= 256)) or rows[largest, bits, False]
-    return row[KERNELS.index(kernel)]
+    largest, short_span = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256, mean_span <= 256
+    tuned = _tuned_tiles()
+    for key in ((arch, kernel, largest, bits, short_span), (arch, kernel, largest, bits, False)):
+        if key in tuned:
+            return tuned[key]
+        if key[2:] in rows:
+            return rows[key[2:]][KERNELS.index(kernel)]
+    raise AssertionError(f"no row for {arch}, head_dim {head_dim}, {bits} bits")
+
+
+@functools.cache
+def _tuned_tiles() -> dict[tuple[str, str, int, int, bool], Tile]:
+    """What the file in DTI_TILES has, read once: as `benchmarks.tune_tiles --winners` writes it, a JSON list of objects with arch, kernel,
+    head_dim, bits, short_span and tile.
+
+    Raises:
+        ValueError: the file cannot be read, or an entry is not one of these; the message names it.
+    """
+    path = os.environ.get("DTI_TILES")
+    if not path:
+        return {}
+    try:
+        entries = json.loads(Path(path).read_text())
+        return {_tuned_key(entry): _tuned_tile(entry["tile"]) for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"DTI_TILES={path} is no file of tiles ({type(error).__name__}: {error}); unset it to use the table's"
+        ) from error
+
+
+def _tuned_key(entry: dict[str, Any]) -> tuple[str, str, int, int, bool]:
+    arch, kernel, head_dim, bits, short_span = (
+        entry[name] for name in ("arch", "kernel", "head_dim", "bits", "short_span")
+    )
+    if arch not in TABLE or kernel not in KERNELS or head_dim not in (64, 128, 256) or bits not in (16, 32):
+        raise ValueError(f"{entry} names no row of the table")
+    return arch, kernel, head_dim, bits, bool(short_span)
+
+
+def _tuned_tile(numbers: list[int]) -> Tile:
+    tile = Tile(*numbers[:5], ahead=bool(numbers[5])) if len(numbers) > 5 else Tile(*numbers)
+    for size, least, most in (
+        (tile.block_m, 16, 512), (tile.block_n, 16, 512), (tile.warps, 1, 16), (tile.stages, 1, 8), (tile.pack, 1, 512),
+    ):  # fmt: skip
+        if not least <= size <= most:
+            raise ValueError(f"{numbers}: {size} is not in [{least}, {most}]")
+    if any(size & (size - 1) for size in (tile.block_m, tile.block_n, tile.warps)):
+        raise ValueError(f"{numbers}: rows, keys and warps must be powers of two")
+    return tile
 
 
 @functools.cache
@@ -170,6 +249,11 @@ def architecture(device: torch.device) -> str:
         stacklevel=2,
     )
     return safe
+
+
+def forced_tile(kernel: str) -> Tile | None:
+    """The tile of `forced`, where one is."""
+    return _forced.get(kernel)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor
 from dti_kernels.tiles import Tile
 from dti_kernels.triton_bwd_context import ctx_dkv_kernel, ctx_dq_kernel
 from dti_kernels.triton_bwd_sum import sum_dkv_kernel, sum_dq_kernel, sum_self_kernel
-from dti_kernels.triton_tile import Batch, Launch, addressable, run_all, strides
+from dti_kernels.triton_tile import MAX_BLOCK_M, Batch, Launch, addressable, run_all, strides
 
 # The own keys of [SUM] rows are a matrix-free sum over the heads of a group: memory bound, any small tile serves.
 _SELF_TILE = Tile(16, 16, 4, 1)
@@ -40,7 +40,8 @@ class Gradients:
     dslopes: Tensor | None  # (H, S) float32, to be summed over the [SUM] rows
     # (C, G, D), what [SUM] rows contribute to dv: in float32, or dv itself where no context row contributes.
     dv_sum: Tensor | None
-    delta: Tensor  # (G, T or S, H / G) float32: read tile by tile
+    # (G, T or S, H / G) float32, flat, and zeros behind them: dK/dV reads whole tiles without a mask.
+    delta: Tensor
     lse_tile: Tensor  # the log-sum-exp likewise, in the units that dK/dV exponentiates
 
     @staticmethod
@@ -56,7 +57,14 @@ class Gradients:
         of_context = empty if batch.has_context_queries else _zeros
         dv = empty(batch.v) if batch.num_sum or batch.has_context_queries else _zeros(batch.v)
         dv_sum = scratch(batch.num_context, *dv.shape[1:]) if batch.num_sum else None
-        num_queries, num_heads, _ = batch.q.shape
+        num_queries, num_heads = batch.q.shape[:2]
+        # `packed_base` in triton_tile.py: every key head's lanes begin at a multiple of 16 bytes.
+        per_lane = torch.zeros(
+            2,
+            batch.k.shape[1] * (-(-num_queries * batch.group // 4) * 4) + MAX_BLOCK_M,
+            dtype=torch.float32,
+            device=batch.q.device,
+        )
         return Gradients(
             dq=empty(batch.q),
             dk=of_context(batch.k),
@@ -66,8 +74,8 @@ class Gradients:
             dv_initial=None if batch.v_initial is None else of_sums(batch.v_initial),
             dslopes=None if batch.slopes is None else scratch(num_heads, batch.num_sum),
             dv_sum=dv_sum if batch.has_context_queries else dv,
-            delta=scratch(batch.k.shape[1], num_queries, batch.group),
-            lse_tile=scratch(batch.k.shape[1], num_queries, batch.group),
+            delta=per_lane[0],
+            lse_tile=per_lane[1],
         )
 
 
@@ -83,7 +91,6 @@ def backward_launches(
         "q_ptr": batch.q,
         "v_ptr": batch.v,
         "do_ptr": grad_out,
-        "lse_ptr": lse,
         "delta_ptr": grads.delta,
     }
     saved |= {"lse_tile_ptr": grads.lse_tile, **strides(q=batch.q, v=batch.v, do=grad_out)}

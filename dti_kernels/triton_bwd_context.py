@@ -17,8 +17,10 @@ from dti_kernels.triton_tile import (
     load_field,
     load_keys,
     load_tile,
-    masked_tile,
+    masked_keys,
+    num_of_one_range,
     offsets,
+    packed_base,
     packed_offsets,
     row_spans,
     store_tile,
@@ -26,7 +28,6 @@ from dti_kernels.triton_tile import (
     tile_rows,
     to_exponent,
     visible,
-    visible_keys,
 )
 
 
@@ -76,18 +77,17 @@ def ctx_dq_kernel(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     spans = row_spans(rows_ptr, num_rows, row, valid)  # loaded here: no registers held above
-    for i in range(0, num_masked):
-        key_0, key_bound = masked_tile(i, *ranges[:7], BLOCK_N)
-        key = key_0 + offs_n
-        inside = key < key_bound
-        k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)
-        v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
-        s = inner(q, k)
-        dp = inner(do, v)
-        p = exponential(s * exponent_scale - lse[:, None], NATURAL)
-        p = tl.where(visible_keys(spans, key, inside), p, 0.0)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    num_simple = num_of_one_range(rows_ptr, num_rows, first, last, num_masked)
+    for TWO_RANGES in tl.static_range(0, 2):
+        for i in range(num_simple if TWO_RANGES else 0, num_masked if TWO_RANGES else num_simple):
+            key_0, inside, seen = masked_keys(i, ranges, spans, TWO_RANGES, BLOCK_N)
+            k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)
+            v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
+            s = inner(q, k)
+            dp = inner(do, v)
+            p = exponential(s * exponent_scale - lse[:, None], NATURAL)
+            ds = tl.where(seen, p, 0.0) * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     store_tile(dq_ptr, offsets(row, head, stride_ot, stride_oh), valid, dq * scale, HEAD_DIM, BLOCK_D)
 
@@ -119,25 +119,40 @@ def ctx_dkv_kernel(
     else:
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     exponent_scale = to_exponent(scale, NATURAL)
-    num_tiles = tl.cdiv(tl.max(row_stop, 0) - key_0, BLOCK_M // PACK)
-    offs_q = lane_offsets(stride_qt, stride_qh, PACK, BLOCK_M)
-    offs_do = lane_offsets(stride_dot, stride_doh, PACK, BLOCK_M)
+    # Rows are counted in lanes from key_0 on, PACK a row, and tiles are BLOCK_M lanes: no tile is padded where PACK does not divide it,
+    # and no lane is divided by PACK to know what it sees. A key beyond the last is seen by none.
+    lane = tl.arange(0, BLOCK_M)
+    lane_first = (key - key_0) * PACK
+    lane_stop = (tl.maximum(row_stop, key) - key_0) * PACK
+    num_tiles = tl.cdiv(tl.max(lane_stop, 0), BLOCK_M)
+    offs_q = lane_offsets(lane, stride_qt, stride_qh, PACK)
+    offs_do = lane_offsets(lane, stride_dot, stride_doh, PACK)
 
     for i in range(0, num_tiles * (GROUP // PACK)):
         tile, head_0 = tile_of_loop(i, num_tiles, GROUP, PACK)
-        first = key_0 + tile * (BLOCK_M // PACK)
-        row, lane = tile_rows(first, num_context, PACK, BLOCK_M)
-        valid = row < num_context
+        lane_0 = tile * BLOCK_M
+        first = key_0 + lane_0 // PACK
+        if BLOCK_M % PACK != 0:  # the tile begins among the heads of a row
+            offs_q = lane_offsets(lane + lane_0 % PACK, stride_qt, stride_qh, PACK)
+            offs_do = lane_offsets(lane + lane_0 % PACK, stride_dot, stride_doh, PACK)
+        valid = lane + lane_0 % PACK < tl.minimum(num_context - first, BLOCK_M) * PACK
         base_q = offsets(first, group * GROUP + head_0, stride_qt, stride_qh)
         base_do = offsets(first, group * GROUP + head_0, stride_dot, stride_doh)
         q = load_tile(q_ptr + base_q, offs_q, valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
         do = load_tile(do_ptr + base_do, offs_do, valid, HEAD_DIM, BLOCK_D, True)
-        offs_tile = packed_offsets(row, group, head_0 + lane, first, num_rows, GROUP, PACK)
-        lse = tl.load(lse_tile_ptr + offs_tile, mask=valid, other=0.0)
-        delta = tl.load(delta_ptr + offs_tile, mask=valid, other=0.0)
+        base_tile = packed_base(group, num_rows, GROUP)
+        if PACK == GROUP:  # no mask, which would be a predicate for every lane: what is not valid is not seen
+            offs_tile = base_tile + tl.cast(key_0, tl.int64) * GROUP + lane_0 + lane
+            lse = tl.load(lse_tile_ptr + offs_tile)
+            delta = tl.load(delta_ptr + offs_tile)
+        else:
+            row = first + (lane + lane_0 % PACK) // PACK
+            offs_tile = base_tile + tl.cast(row, tl.int64) * GROUP + head_0 + (lane + lane_0 % PACK) % PACK
+            lse = tl.load(lse_tile_ptr + offs_tile, mask=valid, other=0.0)
+            delta = tl.load(delta_ptr + offs_tile, mask=valid, other=0.0)
         s = inner(k, q)  # [N, M]
         p = exponential(s * exponent_scale - lse[None, :], NATURAL)
-        p = tl.where(visible(row[None, :], key[:, None], row_stop[:, None]), p, 0.0)
+        p = tl.where(visible((lane + lane_0)[None, :], lane_first[:, None], lane_stop[:, None]), p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dp = inner(v, do)
         ds = p * (dp - delta[None, :])

@@ -165,8 +165,9 @@ def sum_dkv_kernel(
     first_sum = tl.min(tl.where(inside, sum_start, num_rows), 0)
     num_tiles = tl.maximum(tl.cdiv(tl.max(sum_stop, 0) - first_sum, BLOCK_M // PACK), 0)
 
-    offs_q = lane_offsets(stride_qt, stride_qh, PACK, BLOCK_M)
-    offs_do = lane_offsets(stride_dot, stride_doh, PACK, BLOCK_M)
+    lanes = tl.arange(0, BLOCK_M)
+    offs_q = lane_offsets(lanes, stride_qt, stride_qh, PACK)
+    offs_do = lane_offsets(lanes, stride_dot, stride_doh, PACK)
 
     for i in range(0, num_tiles * (GROUP // PACK)):
         tile, head_0 = tile_of_loop(i, num_tiles, GROUP, PACK)

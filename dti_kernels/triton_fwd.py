@@ -35,7 +35,9 @@ from dti_kernels.triton_tile import (
     load_field,
     load_keys,
     load_tile,
+    masked_keys,
     masked_tile,
+    num_of_one_range,
     offsets,
     reset_ratio,
     row_spans,
@@ -49,12 +51,33 @@ from dti_kernels.triton_tile import (
 )
 
 
+@triton.jit
+def accumulate(s, v, m_i, l_i, acc, exponent_scale, NATURAL: tl.constexpr):
+    """Maximum, sum and weighted values after a tile of scores `[M, N]` that every row sees."""
+    m_new = tl.maximum(m_i, tl.max(s, 1) * exponent_scale)
+    p = exponential(s * exponent_scale - m_new[:, None], NATURAL)
+    alpha = exponential(m_i - m_new, NATURAL)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    return m_new, l_i, tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+
+
+@triton.jit
+def accumulate_masked(s, v, m_i, l_i, acc, NATURAL: tl.constexpr):
+    """The same after a tile of scaled scores that are -inf where a row does not see the key; it may have seen none yet."""
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = exponential(s - pivot[:, None], NATURAL)
+    alpha = exponential(m_i - pivot, NATURAL)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    return m_new, l_i, tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=PER_BATCH)
 def ctx_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, num_rows, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of BLOCK_M // PACK context rows of PACK heads.
 
@@ -77,34 +100,42 @@ def ctx_fwd_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    for i in range(0, num_full):
-        key_0 = key_first + (num_left + i) * BLOCK_N
-        k = load_keys(k_ptr, key_0, stride_kt, offs_n, HEAD_DIM, BLOCK_D, False)  # [N, D]
-        v = load_keys(v_ptr, key_0, stride_vt, offs_n, HEAD_DIM, BLOCK_D, False)
+    full_first = key_first + num_left * BLOCK_N
+    if AHEAD:
+        # The next tile is multiplied while this one's softmax runs. There is no branch around the loop: ptxas would wait for every matrix
+        # instruction by itself. Where no tile is full, the one behind the loop has masked loads and probabilities of zero.
+        any_full = offs_n < num_full * BLOCK_N
+        k = load_keys(k_ptr, full_first, stride_kt, any_full, HEAD_DIM, BLOCK_D, True)  # [N, D]
         s = inner(q, k)  # [M, N]
-        m_new = tl.maximum(m_i, tl.max(s, 1) * exponent_scale)
-        p = exponential(s * exponent_scale - m_new[:, None], NATURAL)
-        alpha = exponential(m_i - m_new, NATURAL)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        m_i = m_new
+        for i in range(1, num_full):
+            key_0 = full_first + i * BLOCK_N
+            k = load_keys(k_ptr, key_0, stride_kt, offs_n, HEAD_DIM, BLOCK_D, False)
+            v = load_keys(v_ptr, key_0 - BLOCK_N, stride_vt, offs_n, HEAD_DIM, BLOCK_D, False)
+            s_next = inner(q, k)
+            m_i, l_i, acc = accumulate(s, v, m_i, l_i, acc, exponent_scale, NATURAL)
+            s = s_next
+        v = load_keys(
+            v_ptr, full_first + (num_full - 1) * BLOCK_N, stride_vt, any_full, HEAD_DIM, BLOCK_D, True
+        )
+        s = tl.where(num_full > 0, s * exponent_scale, float("-inf"))
+        m_i, l_i, acc = accumulate_masked(s, v, m_i, l_i, acc, NATURAL)
+    else:
+        for i in range(0, num_full):
+            key_0 = full_first + i * BLOCK_N
+            k = load_keys(k_ptr, key_0, stride_kt, offs_n, HEAD_DIM, BLOCK_D, False)
+            v = load_keys(v_ptr, key_0, stride_vt, offs_n, HEAD_DIM, BLOCK_D, False)
+            s = inner(q, k)
+            m_i, l_i, acc = accumulate(s, v, m_i, l_i, acc, exponent_scale, NATURAL)
 
     spans = row_spans(rows_ptr, num_rows, row, valid)  # loaded here: no registers held above
-    for i in range(0, num_masked):
-        key_0, key_bound = masked_tile(i, *ranges[:7], BLOCK_N)
-        key = key_0 + offs_n
-        inside = key < key_bound
-        k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)
-        v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
-        s = inner(q, k) * exponent_scale
-        s = tl.where(visible_keys(spans, key, inside), s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may see nothing of its first tiles
-        p = exponential(s - pivot[:, None], NATURAL)
-        alpha = exponential(m_i - pivot, NATURAL)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        m_i = m_new
+    num_simple = num_of_one_range(rows_ptr, num_rows, first, last, num_masked)
+    for TWO_RANGES in tl.static_range(0, 2):
+        for i in range(num_simple if TWO_RANGES else 0, num_masked if TWO_RANGES else num_simple):
+            key_0, inside, seen = masked_keys(i, ranges, spans, TWO_RANGES, BLOCK_N)
+            k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)
+            v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
+            s = tl.where(seen, inner(q, k) * exponent_scale, float("-inf"))
+            m_i, l_i, acc = accumulate_masked(s, v, m_i, l_i, acc, NATURAL)
 
     total = tl.where(valid, l_i, 1.0)
     store_tile(
@@ -197,7 +228,7 @@ def forward_launches(batch: Batch, out: Tensor, lse: Tensor) -> list[Launch]:
     outputs |= strides(q=batch.q, v=batch.v, o=out)
     if batch.has_context_queries:
         tile = batch.tile("ctx_fwd")
-        arguments = {**outputs, **batch.context_inputs(), **batch.sizes(tile)}
+        arguments = {**outputs, **batch.context_inputs(), **batch.sizes(tile), "AHEAD": tile.ahead}
         launches.append(Launch(ctx_fwd_kernel, batch.row_grid(batch.num_context, tile), arguments, tile))
     if batch.num_sum:
         tile = batch.tile("sum_fwd")

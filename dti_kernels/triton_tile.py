@@ -47,11 +47,11 @@ PER_BATCH = [
     "rows_ptr",
     "keys_ptr",
     "lse_ptr",
-    "delta_ptr",
     "scale",
 ]
-# A tile's rows are addressed with 32-bit offsets inside the tile (64-bit between tiles).
-MAX_ROW_STRIDE = 2**31 // 512
+# Rows of the largest tile. Rows are addressed with 32-bit offsets inside the tile (64-bit between tiles).
+MAX_BLOCK_M = 512
+MAX_ROW_STRIDE = 2**31 // MAX_BLOCK_M
 MAX_HEAD_STRIDE = 2**31 // 32
 # Beyond this an accumulator of 16 rows no longer fits beside its operands.
 MAX_HEAD_DIM = 256
@@ -59,11 +59,12 @@ MAX_HEAD_DIM = 256
 
 @triton.jit
 def visible(index, first, stop):
-    """The rule of visibility: does `index` lie in the span `[first, stop)`?
+    """The rule of visibility: does `index` lie in the span `[first, stop)`, where `first <= stop`?
 
-    Forward and dQ ask it of a key and a row's spans, dK/dV of a row and the key's inverse span.
+    Forward and dQ ask it of a key and a row's spans, dK/dV of a row and the key's inverse span. One comparison: below `first` the
+    difference wraps to a large number.
     """
-    return (index >= first) & (index < stop)
+    return (index - first).to(tl.uint32) < (stop - first).to(tl.uint32)
 
 
 @triton.jit
@@ -89,20 +90,26 @@ def offsets(row, head, stride_t, stride_h):
 
 
 @triton.jit
-def lane_offsets(stride_t, stride_h, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Element offsets `[M]` of a tile's lanes from its first row and head: 32 bits, and the same for every tile."""
-    lane = tl.arange(0, BLOCK_M)
+def lane_offsets(lane, stride_t, stride_h, PACK: tl.constexpr):
+    """Element offsets `[M]` of lanes counted from a row's first head, PACK heads a row: 32 bits."""
     return lane // PACK * stride_t + lane % PACK * stride_h
 
 
 @triton.jit
-def packed_offsets(row, group, lane, first, num_queries, GROUP: tl.constexpr, PACK: tl.constexpr):
-    """Where scratch `(G, rows, GROUP)` keeps a tile's lanes; `lane` counts the heads of the group from its first.
+def packed_base(group, num_queries, GROUP: tl.constexpr):
+    """Where scratch `(G, rows x GROUP)` keeps a key head's lanes: each begins at a multiple of 16 bytes."""
+    return tl.cast(group, tl.int64) * ((num_queries * GROUP + 3) // 4 * 4)
 
-    Laid out like a tile, so that a tile of whole groups is contiguous: dK/dV reads it in its inner loop.
+
+@triton.jit
+def packed_offsets(row, group, lane, first, num_queries, GROUP: tl.constexpr, PACK: tl.constexpr):
+    """Where scratch keeps the lanes of a tile of whole rows from `first` on; `lane` counts the heads of the group from its first.
+
+    Laid out like a tile, so that a tile of whole groups is contiguous. dK/dV reads `BLOCK_M` lanes of it without a mask: behind the last
+    lane there are zeros.
     """
-    base = tl.cast(group, tl.int64) * num_queries * GROUP
-    if PACK == GROUP and row.shape[0] % PACK == 0:
+    base = packed_base(group, num_queries, GROUP)
+    if PACK == GROUP:  # lanes behind the tile's last whole row are masked, or those of the next row
         return base + tl.cast(first, tl.int64) * GROUP + tl.arange(0, row.shape[0])
     else:
         return base + tl.cast(row, tl.int64) * GROUP + lane
@@ -198,6 +205,36 @@ def masked_tile(
     j = i - num_prefix
     in_span = key_first + (j + tl.where(j < num_left, 0, num_full)) * BLOCK_N
     return tl.where(j < 0, prefix_first + i * BLOCK_N, in_span), tl.where(j < 0, prefix_stop, key_stop)
+
+
+@triton.jit
+def num_of_one_range(rows_ptr, num_rows, first, last, num_masked):
+    """How many of a tile's masked tiles hold keys of one range of each row only: all, or none where the tile's rows have different
+    prefixes, so that the prefix of some lies in the span of others."""
+    first_prompt = tl.load(field(rows_ptr, PROMPT_FIRST, num_rows) + first)
+    last_prompt = tl.load(field(rows_ptr, PROMPT_FIRST, num_rows) + last)
+    first_prefix = tl.load(field(rows_ptr, PREFIX_STOP, num_rows) + first)
+    last_prefix = tl.load(field(rows_ptr, PREFIX_STOP, num_rows) + last)
+    return tl.where((first_prompt == last_prompt) & (first_prefix == last_prefix), num_masked, 0)
+
+
+@triton.jit
+def masked_keys(i, ranges, spans, TWO_RANGES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First key of the i-th masked tile of `key_ranges`, which keys `[N]` to read, and which `[M, N]` the rows of `row_spans` see.
+
+    Without TWO_RANGES the tile holds keys of the prefix only or of the spans only: one comparison a score instead of two.
+    """
+    key_0, key_bound = masked_tile(i, *ranges[:7], BLOCK_N)
+    key = key_0 + tl.arange(0, BLOCK_N)
+    inside = key < key_bound
+    if TWO_RANGES:
+        seen = visible_keys(spans, key, inside)
+    else:
+        in_prefix = i < ranges[4]
+        first = tl.where(in_prefix, spans[0], spans[2])
+        stop = tl.where(in_prefix, spans[1], spans[3])
+        seen = visible(key[None, :], first[:, None], stop[:, None])
+    return key_0, inside, seen
 
 
 @triton.jit

@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks import (
     bench_attention,
@@ -23,6 +25,7 @@ from benchmarks import (
     bench_training,
     leak_meter,
     measure,
+    score_shape,
     simulate,
 )
 from benchmarks.made_up import made_up_data
@@ -129,6 +132,40 @@ def test_a_smoke_run_is_never_recorded(
         run_main(module, arguments, monkeypatch)
     assert exit_.value.code == 2
     assert "--size smoke" in capsys.readouterr().err
+
+
+def test_a_shape_has_nothing_to_evaluate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_main(bench_score, ["--shape", "smollm"], monkeypatch)
+    assert exit_.value.code == 2
+    assert "give --part candidates" in capsys.readouterr().err
+
+
+def test_scoring_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal scores three ways, from a state of the right history only; and rows of them, behind that gate."""
+    monkeypatch.setattr(
+        score_shape, "TOKEN_BUDGET", 700
+    )  # a prompt of a candidate has about 320 rows: several passes
+    monkeypatch.setattr(score_shape, "REPEATS", {1: 1, 5: 1})
+    scorer = score_shape.ShapeScorer("tiny", "cpu", torch.float32)
+    providers = scorer.providers(5)
+    assert score_shape._difference(providers) < score_shape.PARITY
+    history, candidates = scorer.texts(20, 0), scorer.texts(5, 1)
+    _, right = scorer.forward([score_shape.Prompt(history, [])])
+    assert len(right[0].k) > 200
+    # The keys of other rows in the same places: of another history, as far as a pass can tell.
+    state = [type(layer)(*(None if x is None else torch.roll(x, 1, 0) for x in layer)) for layer in right]
+    scores = scorer.score([score_shape.Prompt(history, candidates, state)])
+    assert np.abs(scores - providers["one pass"]()).max() > 10 * score_shape.PARITY
+    rows = score_shape.measure("tiny", on_gpu=False)
+    assert [(row["candidates"], row["provider"]) for row in rows] == [
+        (count, provider) for count in (1, 5) for provider in providers
+    ]
+    monkeypatch.setattr(score_shape, "PARITY", -1.0)
+    with pytest.raises(AssertionError, match="probabilities differ"):
+        score_shape.measure("tiny", on_gpu=False)
 
 
 def test_rows_without_git_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

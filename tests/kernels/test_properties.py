@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from dti_kernels import HiddenStateReset, StreamLayout, windowed_attn, windowed_attn_reference
+from dti_kernels import HiddenStateReset, StreamLayout, scores, windowed_attn, windowed_attn_reference
 from tests.cases import CASES, Case, Inputs
 from tests.numerics import FLOAT64_RELATIVE
 
@@ -157,6 +158,30 @@ def test_reset_ratios() -> None:
     assert ratios[0] == 0
     assert abs(float(ratios[10]) - 0.5) < FLOAT64_RELATIVE
     assert (ratios[1:].diff() > 0).all()
+
+
+def test_reset_ratios_are_made_once() -> None:
+    """A GPU got them with every call of every layer. What inference made must serve training, and tracing must not be kept."""
+    layout = case_named("full_reset").layout()
+
+    def table(steepness: float = 0.7, initial: torch.Tensor = torch.zeros(1)) -> torch.Tensor:
+        reset = HiddenStateReset(initial, initial, 0.1, 0.8, steepness)
+        return reset.ratios(layout.reset_window, torch.float32, layout.device)
+
+    with torch.inference_mode():
+        first = table()
+    assert table(initial=torch.ones(1)) is first
+    assert not first.is_inference()
+    other = table(steepness=0.6)
+    assert not torch.equal(other, first)
+    with FakeTensorMode():
+        assert isinstance(table(), FakeTensor)
+        assert isinstance(table(steepness=0.123), FakeTensor)
+    assert not isinstance(table(steepness=0.123), FakeTensor)
+    for steepness in range(1, 200):
+        table(steepness=float(steepness))
+    assert torch.equal(table(), first)
+    assert len(scores._tables) <= scores._MAX_TABLES
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ SHAPES = {
     "64x32": Tile(64, 32, 4, 1),
     "64x32_pack_1": Tile(64, 32, 4, 1, pack=1),
     "32x32_pack_2": Tile(32, 32, 4, 1, pack=2),
+    "16x16_ahead": Tile(16, 16, 4, 1, ahead=True),
 }
 # Cases of hundreds of rows: larger tiles keep the interpreter fast.
 LONG = {"interaction_longer_than_a_tile", "k_50", "several_blocks", "gqa_3", "gqa_8", "mha"}
@@ -43,6 +44,17 @@ def parity(case: Case, dtype: torch.dtype, shape: str) -> None:
         check_parity(case, dtype, windowed_attn)
 
 
+def with_full_tiles(case: Case, expected: set[int]) -> None:
+    """The case's tiles of 16 context lanes have as many full tiles of 16 keys, among others."""
+    layout = case.layout()
+    tokens = 16 // (case.num_heads // case.num_groups)
+    first = torch.arange(0, layout.num_context, tokens)
+    last = (first + tokens - 1).clamp_max(layout.num_context - 1)
+    full_first = layout.start[first] + -(-(layout.start[last] - layout.start[first]) // 16) * 16
+    num_full = (layout.stop[first] - full_first).clamp_min(0) // 16
+    assert expected <= set(num_full.tolist()), case.name
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_parity(case: Case) -> None:
     interpret(parity, case, torch.float32, "64x32" if case.name in LONG else "16x16")
@@ -52,6 +64,14 @@ def test_parity(case: Case) -> None:
 @pytest.mark.parametrize("name", ["prefix", "gqa_4", "odd_head_dim", "dti_minus", "no_targets_in_one"])
 def test_parity_in_half_precision(name: str, dtype: torch.dtype) -> None:
     interpret(parity, named(name), dtype, "32x16")
+
+
+@pytest.mark.parametrize("name", ["several_blocks", "many_candidates", "interaction_longer_than_a_tile"])
+def test_parity_over_full_tiles(name: str) -> None:
+    """The forward may multiply the next full tile ahead: none, one and several of them."""
+    case = named(name)
+    with_full_tiles(case, {0, 1, 2})
+    interpret(parity, case, torch.float16, "16x16_ahead")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

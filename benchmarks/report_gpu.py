@@ -1,0 +1,344 @@
+"""What the README says about GPUs, from rows of the GPU suite: `benchmarks/results/gpu-CARD.jsonl`, one file for each card.
+
+    python -m benchmarks.report --record-gpu DIR/rows.jsonl      put a suite's rows there
+    python -m benchmarks.report                                  make the README's part and the plots
+
+Without a file the part says that nothing has been measured. Providers that failed stand in the tables with what they said.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import RESULTS
+from benchmarks.report_plots import roofline
+from dti_model.files import whole_file
+
+Rows = list[dict[str, Any]]
+NOTHING = "**Nothing has been timed on a GPU yet.**"
+OURS = "windowed_attn"
+MODES = ("forward", "backward", "forward+backward")
+# What the machine of a rehearsal's rows begins with; a row of a CPU counts its threads.
+_IMAGINARY, _CPU = "rehearsal", re.compile(r", \d+ threads$")
+_LEFT_OUT = "left out: "
+# Below this share of repeats with the host ahead, a time may have the host in it.
+_AHEAD = 0.9
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Published figures of a card: dense bfloat16 TFLOP/s, without sparsity, and GB/s of its memory."""
+
+    tflops: float
+    gb_s: float
+
+
+# By a part of the device's name and what it must not have besides: the slower boards of a name have another peak.
+PEAKS: tuple[tuple[str, str, Peak], ...] = (
+    # NVIDIA H200 Tensor Core GPU data sheet, SXM: 1,979 TFLOP/s with sparsity; 4.8 TB/s.
+    ("H200", "NVL", Peak(989.5, 4800)),
+    # NVIDIA H100 Tensor Core GPU data sheet, SXM: 1,979 TFLOP/s with sparsity; 3.35 TB/s.
+    ("H100", "PCIe|NVL", Peak(989.5, 3350)),
+    # NVIDIA A100 Tensor Core GPU data sheet, 80 GB SXM: 312 TFLOP/s; 2,039 GB/s.
+    ("A100", "PCIE|40GB", Peak(312.0, 2039)),
+    # AMD Instinct MI300X data sheet: 1,307.4 TFLOP/s; 5.3 TB/s.
+    ("MI300X", "", Peak(1307.4, 5300)),
+)
+
+
+def peak_of(machine: str) -> Peak | None:
+    """Peak of the card of this name; None where it is not in the list."""
+    for name, other, peak in PEAKS:
+        if name in machine and not (other and re.search(other, machine)):
+            return peak
+    return None
+
+
+def card_of(machine: str) -> str:
+    """A card's name in file names: `h100` of "NVIDIA H100 80GB HBM3"; another board's whole name."""
+    for name, other, _ in PEAKS:
+        if name in machine and not (other and re.search(other, machine)):
+            return name.lower()
+    return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+
+
+def record(source: Path, results: Path | None = None) -> list[Path]:
+    """Append a suite's rows to the files of their cards, each row once.
+
+    Args:
+        source: JSON lines of the suite.
+        results: folder of the files; default: the project's.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ValueError: a row is a rehearsal's or a CPU's, or there is none that measures something.
+    """
+    by_card: dict[str, list[str]] = {}
+    for number, line in enumerate(source.read_text().splitlines(), 1):
+        row = json.loads(line)
+        machine = row.get("machine", "")
+        if not machine or machine.startswith(_IMAGINARY) or _CPU.search(machine):
+            raise ValueError(
+                f"{source}, line {number}: rows of a GPU are recorded, and this one is of {machine!r}"
+            )
+        if not str(row.get("failed", "")).startswith(_LEFT_OUT):
+            by_card.setdefault(card_of(machine), []).append(json.dumps(row))
+    if not by_card:
+        raise ValueError(f"{source} has no row that measures something")
+    written = []
+    for card, lines in by_card.items():
+        path = (RESULTS if results is None else results) / f"gpu-{card}.jsonl"
+        before = path.read_text().splitlines() if path.exists() else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in dict.fromkeys([*before, *lines])))
+        written.append(path)
+    return written
+
+
+def recorded(results: Path | None = None) -> dict[str, Rows]:
+    """Rows by card, as they were appended."""
+    folder = RESULTS if results is None else results
+    paths = sorted(folder.glob("gpu-*.jsonl"))
+    return {
+        path.stem.removeprefix("gpu-"): [json.loads(line) for line in path.read_text().splitlines()]
+        for path in paths
+    }
+
+
+def latest(rows: Iterable[dict[str, Any]], *key: str) -> Rows:
+    """The last row for each value of these fields, in the order in which the values first came."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        found[tuple(str(row.get(name)) for name in key)] = row
+    return list(found.values())
+
+
+def _of(rows: Rows, benchmark: str, **fields: Any) -> Rows:
+    wanted = {"benchmark": benchmark, **fields}
+    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def providers_of(rows: Rows) -> dict[tuple[str, str], dict[str, dict[str, dict[str, Any]]]]:
+    """Attention rows by workload and table of tiles, then provider, then mode; "failed" is the mode of one that did not run.
+
+    A later row replaces an earlier one; a later success replaces a failure and the other way round.
+    """
+    found: dict[tuple[str, str], dict[str, dict[str, dict[str, Any]]]] = {}
+    for row in _of(rows, "attention"):
+        if "check" in row or "provider" not in row:
+            continue
+        modes = found.setdefault((row["workload"], row["table"]), {}).setdefault(row["provider"], {})
+        if "failed" in row and "mode" not in row:
+            modes.clear()
+            modes["failed"] = row
+        else:
+            modes.pop("failed", None)
+            modes[row["mode"]] = row
+    return found
+
+
+def attention(rows: Rows) -> str:
+    """Tables of attention, one for each workload."""
+    by_workload: dict[str, list[str]] = {}
+    both_tables = len({table for _, table in providers_of(rows)}) > 1
+    for (workload, table), providers in providers_of(rows).items():
+        lines = by_workload.setdefault(workload, [])
+        ours = providers.get(OURS, {}).get("forward+backward", {}).get("p50_ms")
+        for provider, modes in providers.items():
+            label = provider
+            if provider == OURS and both_tables:
+                label += ", tuned here" if table != "frozen" else ", tiles of the table"
+            lines.append(_provider_line(label, modes, ours))
+    head = "| | forward ms (TFLOP/s) | backward ms (TFLOP/s) | both ms (TFLOP/s) | both, over ours | MiB |"
+    parts = []
+    for workload, lines in by_workload.items():
+        facts = next(row for row in _of(rows, "attention", workload=workload) if "provider" in row)
+        title = f"`{workload}`"
+        if "rows" in facts:
+            title += f": {facts['rows']:,} rows that see {facts['mean_span']:,.0f} keys each on average"
+        parts += [title, "\n".join([head, "|---|---|---|---|---|---|", *lines])]
+    notes = (
+        "P50 of the device's time; useful TFLOP/s count visible pairs only. No baseline has ALiBi or keys of [SUM] rows' own; those "
+        "with a scalar window compute a cheaper, wrong mask: a lower bound on time."
+    )
+    if any(_host_in(row) for row in _of(rows, "attention")):
+        notes += " \\*: the host was not ahead of the device in every repeat, so its time may be in it."
+    return "\n\n".join([*parts, notes])
+
+
+def _host_in(row: dict[str, Any]) -> bool:
+    return row.get("host_ahead", 1.0) < _AHEAD
+
+
+def _provider_line(label: str, modes: dict[str, dict[str, Any]], ours: float | None) -> str:
+    if "failed" in modes:
+        return f"| {label} | {_failed(modes['failed'])} | | | | |"
+    cells = []
+    for mode in MODES:
+        row = modes.get(mode, {})
+        if "p50_ms" in row:
+            cells.append(f"{row['p50_ms']:.3f}{'*' if _host_in(row) else ''} ({row['useful_tflops']:.0f})")
+        else:
+            cells.append(_failed(row) if "failed" in row else "")
+    both = modes.get("forward+backward", {})
+    over = f"{both['p50_ms'] / ours:.2f}" if ours and "p50_ms" in both else ""
+    memory = f"{both['peak_mib']:,.0f}" if "peak_mib" in both else ""
+    return f"| {label} | {' | '.join(cells)} | {over} | {memory} |"
+
+
+def _failed(row: dict[str, Any]) -> str:
+    text = str(row["failed"]).replace("|", "\\|").replace("\n", " ")
+    return f"failed: {text[:120]}{'…' if len(text) > 120 else ''}"
+
+
+def checks(rows: Rows) -> str:
+    """Equal runs and memory, as sentences."""
+    said = []
+    for row in latest((row for row in _of(rows, "attention") if "check" in row), "check"):
+        if "failed" in row:
+            said.append(f"{row['check']}, {row['workload']}: {_failed(row)}.")
+        elif row["check"] == "equal runs":
+            said.append(
+                f"{row['runs']} runs of `{row['workload']}`, output and gradients: equal bit for bit."
+            )
+        elif row["memory_ratio"] is not None:
+            short, long = row["peak_mib"]
+            said.append(
+                f"Memory of forward and backward: {short:,.0f} MiB, and {long:,.0f} MiB at {row['rows_ratio']:.1f} times the rows "
+                f"({row['memory_ratio']:.1f} times)."
+            )
+    return " ".join(said)
+
+
+def tile_table(rows: Rows) -> str:
+    """Winners beside the table's tiles, where a sweep found faster ones."""
+    lines = []
+    found = latest(_of(rows, "tiles"), "workload", "kernel", "tile")
+    for kernel, workload in dict.fromkeys((row["kernel"], row["workload"]) for row in found):
+        of = [row for row in found if (row["kernel"], row["workload"]) == (kernel, workload)]
+        won = next((row for row in of if row.get("won")), None)
+        own = next((row for row in of if row.get("in_table")), None)
+        if won is not None and own is not None and won is not own:
+            before = f"{own['p50_ms']:.3f}" if "p50_ms" in own else _failed(own)
+            lines.append(
+                f"| {kernel} | {workload} | {_tile(own)} | {before} | {_tile(won)} | {won['p50_ms']:.3f} |"
+            )
+    if not lines:
+        return ""
+    head = "| kernel | workload | tile of the table | ms | faster tile | ms |\n|---|---|---|---|---|---|"
+    return "\n".join(["Tiles (rows x keys, warps, stages) that beat the table's:", "", head, *lines])
+
+
+def _tile(row: dict[str, Any]) -> str:
+    rows, keys, warps, stages = row["tile"][:4]
+    return f"{rows} x {keys}, {warps}, {stages}"
+
+
+def training(rows: Rows) -> str:
+    """Targets/s of both kinds of prompts, and the ratio beside that of FLOPs."""
+    found = latest(_of(rows, "training"), "model", "kind")
+    if not found:
+        return ""
+    lines = [
+        "| model | prompts | targets/s | tokens/s | MFU | MiB | times sliding windows | by FLOPs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        if "failed" in row:
+            lines.append(f"| {row['model']} | {_failed(row)} | | | | | | |")
+            continue
+        mfu = "" if row.get("mfu") is None else f"{row['mfu']:.1%}"
+        ratio = f"{row['speedup']:.1f} | {row['flops_ratio']:.1f}" if "speedup" in row else " | "
+        lines.append(
+            f"| {row['model']} | {row['kind'].replace('_', ' ')} | {row['targets_per_s']:,.0f} | {row['tokens_per_s']:,.0f} | "
+            f"{mfu} | {row['peak_mib']:,} | {ratio} |"
+        )
+    return "\n".join(["Training steps in bfloat16, random weights:", "", *lines])
+
+
+def scoring(rows: Rows) -> str:
+    """Milliseconds of requests."""
+    found = latest(_of(rows, "score", part="shape"), "model", "candidates", "provider")
+    if not found:
+        return ""
+    lines = ["| candidates | | p50 / p99 ms | candidates/s | |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['candidates']} | {row['provider']} | {row['p50_ms']:.1f} / {row['p99_ms']:.1f} | "
+        f"{row['candidates_per_s']:,.0f} | {row['speedup']:.1f} x |"
+        for row in found
+    ]
+    first = found[0]
+    title = (
+        f"Scoring with {first['model']}'s shape in bfloat16, a history of {first['history']} interactions:"
+    )
+    return "\n".join([title, "", *lines])
+
+
+def host(rows: Rows) -> str:
+    """Microseconds of the host per call."""
+    found = latest(_of(rows, "host"), "provider", "reset", "way", "mode")
+    if not found:
+        return ""
+    lines = ["| | way | forward us | forward and backward us |", "|---|---|---|---|"]
+    for provider, reset, way in dict.fromkeys((row["provider"], row["reset"], row["way"]) for row in found):
+        cells = []
+        for mode in ("forward", "forward+backward"):
+            row = next(iter(_of(found, "host", provider=provider, reset=reset, way=way, mode=mode)), {})
+            cells.append(f"{row['p50_us']:.0f}" if "p50_us" in row else _failed(row) if row else "")
+        lines.append(f"| {provider}{', reset' if reset else ''} | {way} | {' | '.join(cells)} |")
+    return "\n".join(["What a call costs the host (P50, a tiny batch):", "", *lines])
+
+
+def picture_of(card: str, results: Path | None = None) -> Path:
+    """Where a card's roofline is drawn."""
+    return (RESULTS if results is None else results) / f"gpu-{card}.png"
+
+
+def _points(rows: Rows) -> Rows:
+    """Attention rows of the roofline: ours with the best tiles there are, and everybody else's."""
+    found = providers_of(rows)
+    tuned = {workload for workload, table in found if table != "frozen"}
+    return [
+        row
+        for (workload, table), providers in found.items()
+        if table != "frozen" or workload not in tuned
+        for modes in providers.values()
+        for row in modes.values()
+        if "useful_tflops" in row
+    ]
+
+
+def draw(results: Path | None = None) -> list[Path]:
+    """A roofline for every card that has attention rows; of one whose peak is not known, the points alone."""
+    drawn = []
+    for card, rows in recorded(results).items():
+        points = _points(rows)
+        if points:
+            peak = peak_of(points[-1]["machine"])
+            roofline(points, picture_of(card, results), peak and (peak.tflops, peak.gb_s))
+            drawn.append(picture_of(card, results))
+    return drawn
+
+
+def gpu(results: Path | None = None) -> str:
+    """The README's part: a section for every card, or that nothing has been measured."""
+    sections = []
+    for card, rows in recorded(results).items():
+        made = rows[-1]
+        title = f"**{made['machine']}** (torch {made['torch']}, triton {made.get('triton')}, commit {made['commit']}, {made['date']})"
+        parts = [title]
+        if _of(rows, "attention"):
+            parts += [attention(rows), checks(rows)]
+        if _points(rows):
+            parts.append(f"![roofline of {card}](benchmarks/results/gpu-{card}.png)")
+        parts += [tile_table(rows), training(rows), scoring(rows), host(rows)]
+        sections.append("\n\n".join(part for part in parts if part))
+    return "\n\n".join(sections) or NOTHING

@@ -1,0 +1,183 @@
+"""Triton's just-in-time path without a GPU: everything between `windowed_attn` and a launch, but the launch.
+
+A driver stands in that only says which GPU it is. Kernels then bind their arguments, are specialised and compiled exactly as on that
+GPU, with the tiles of its architecture, from operators that run on CPU tensors. Needs triton, and no TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from dti_kernels import ops, tiles
+from dti_kernels.tiles import Tile
+
+
+def target_of(arch: str) -> Any:
+    """Triton's target for an architecture of the tile table."""
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+class _Driver:
+    """What the just-in-time compiler asks of a driver before it launches."""
+
+    def __init__(self, arch: str) -> None:
+        self._target = target_of(arch)
+        # Compiled kernels are kept by device: one device an architecture.
+        self._device = list(tiles.TABLE).index(arch)
+
+    def get_current_device(self) -> int:
+        return self._device
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, type_: str) -> str:
+        return type_
+
+
+@contextlib.contextmanager
+def driver_of(arch: str) -> Iterator[None]:
+    """Kernels are compiled for `arch` inside."""
+    from triton.runtime import driver
+
+    before = driver._active
+    driver.set_active(_Driver(arch))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+@contextlib.contextmanager
+def recorded(arch: str) -> Iterator[list[Any]]:
+    """Inside, operators on CPU tensors take the GPU's path with the tiles of `arch`, and their launches are written into the list instead of
+    launched: outputs hold anything."""
+    from dti_kernels import triton_bwd, triton_fwd, triton_tile
+
+    launches: list[Any] = []
+
+    def record(new: list[Any], _: torch.device) -> None:
+        launches.extend(new)
+
+    def choose(kernel: str, _: torch.device, head_dim: int, dtype: torch.dtype, mean_span: int) -> Tile:
+        return tiles.forced_tile(kernel) or tiles.table_tile(
+            arch, kernel, head_dim, dtype.itemsize * 8, mean_span
+        )
+
+    with contextlib.ExitStack() as stack:
+        for module in (triton_tile, triton_fwd, triton_bwd):
+            stack.enter_context(mock.patch.object(module, "run_all", record))
+        stack.enter_context(mock.patch.object(triton_tile, "choose_tile", choose))
+        stack.enter_context(mock.patch.object(ops, "_interpreting", return_value=True))
+        stack.enter_context(mock.patch.object(ops, "_widened", list))
+        yield launches
+
+
+def warm_up(launch: Any) -> Any:
+    """What the just-in-time compiler makes of a launch inside `driver_of`; raises what it would raise before launching."""
+    return launch.kernel.warmup(
+        **launch.arguments,
+        grid=launch.grid,
+        num_warps=launch.tile.warps,
+        num_stages=launch.tile.stages,
+        enable_fp_fusion=True,
+    )
+
+
+@dataclass(frozen=True)
+class Key:
+    """A compilation: kernel, what its arguments were specialised to, and options. Equal keys are one compilation."""
+
+    kernel: str
+    key: str
+
+    def __str__(self) -> str:
+        return self.kernel
+
+
+@contextlib.contextmanager
+def _without_compiling(found: Callable[[str], None]) -> Iterator[None]:
+    """The just-in-time compiler stops where it would compile, and says the key."""
+    from triton import knobs
+
+    def stop(*, key: str, **_: Any) -> bool:
+        found(key)
+        return True
+
+    with mock.patch.object(knobs.runtime, "jit_cache_hook", stop):
+        yield
+
+
+def distinct(launches: Iterable[Any]) -> dict[Key, Any]:
+    """The first launch of every compilation, inside `driver_of`. Binds and specialises all of them and compiles nothing: fractions of a
+    millisecond each.
+
+    Raises:
+        KeyError, TypeError: a launch's arguments are not its kernel's.
+    """
+    result: dict[Key, Any] = {}
+    keys: list[str] = []
+    with _without_compiling(keys.append):
+        for launch in launches:
+            keys.clear()
+            warm_up(launch)
+            if keys:  # else it is compiled in this process already
+                result.setdefault(Key(launch.kernel.fn.__name__, keys[0]), launch)
+    return result
+
+
+@dataclass(frozen=True)
+class Build:
+    """A compiled kernel and what the assembler said about it."""
+
+    kernel: Any
+    log: str
+
+
+def build(launch: Any) -> Build:
+    """Compile a launch inside `driver_of`, whatever caches hold, and keep ptxas' remarks."""
+    from triton import knobs
+
+    launch.kernel.device_caches.clear()
+    said = io.StringIO()
+    with (
+        mock.patch.object(knobs.compilation, "always_compile", True),
+        mock.patch.object(knobs.nvidia, "dump_ptxas_log", True),
+        contextlib.redirect_stdout(said),
+    ):
+        kernel = warm_up(launch)
+    launch.kernel.device_caches.clear()
+    return Build(kernel, said.getvalue())
+
+
+@functools.cache
+def unavailable() -> str:
+    """Why kernels cannot be compiled here, or nothing."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton is not installed: {error}"
+    from dti_kernels.triton_tile import visible
+
+    return (
+        "" if isinstance(visible, triton.JITFunction) else "TRITON_INTERPRET is set: kernels are interpreted"
+    )

@@ -1,0 +1,289 @@
+"""How the GPU benchmarks measure, on an imaginary card: pauses, failures, what a resumed run leaves out, clocks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import attention_gpu, bench_training, clocks, device_time, rehearsal, tune_tiles
+from benchmarks.device_time import LONGEST_PAUSE, PAUSE, device_times
+from benchmarks.measure import RowFiles
+from benchmarks.workloads import AttentionInputs, Workload
+from dti_kernels.tiles import Tile
+
+SMALL = Workload("small", 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The rehearsal's card, whose host gets ahead of it behind a pause of at least `needed` cycles; `pauses` are those it was given."""
+    found = SimpleNamespace(needed=0, pauses=[])
+
+    class Event(rehearsal._Event):
+        def query(self) -> bool:
+            return found.pauses[-1] < found.needed
+
+    for name, stand_in in rehearsal._STAND_INS.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", found.pauses.append)
+    monkeypatch.setattr(device_time, "_flushed", lambda: torch.zeros(1))
+    for module in (attention_gpu, tune_tiles):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    return found
+
+
+def test_a_repeat_with_the_host_in_it_is_repeated_behind_a_longer_pause(card: SimpleNamespace) -> None:
+    card.needed = 3 * PAUSE
+    timing = device_times({"call": lambda: None}, 10.0, most_repeats=3)["call"]
+    assert card.pauses == [PAUSE, 4 * PAUSE, 4 * PAUSE, 4 * PAUSE]
+    assert (timing.row()["repeats"], timing.row()["host_ahead"]) == (3, 1.0)
+
+
+def test_a_call_that_waits_for_the_device_is_taken_and_said(card: SimpleNamespace) -> None:
+    card.needed = LONGEST_PAUSE + 1
+    timing = device_times({"call": lambda: None}, 10.0, most_repeats=2)["call"]
+    assert card.pauses[-2:] == [LONGEST_PAUSE, LONGEST_PAUSE]
+    assert len(card.pauses) < 8
+    assert (timing.row()["repeats"], timing.row()["host_ahead"]) == (2, 0.0)
+
+
+def test_short_calls_get_more_repeats_than_slow_ones(card: SimpleNamespace) -> None:
+    found = device_times({"short": lambda: None, "slow": lambda: time.sleep(0.05)}, 0.04)
+    assert found["slow"].row()["repeats"] == device_time.LEAST_REPEATS
+    assert found["short"].row()["repeats"] == device_time.MOST_REPEATS
+    row = found["slow"].row()
+    assert 45 < row["p10_ms"] <= row["p50_ms"] <= row["p90_ms"] < 5000
+
+
+def test_a_function_that_raises_ends_no_other(card: SimpleNamespace) -> None:
+    def fails() -> None:
+        raise LookupError("no\n  such thing")
+
+    found = device_times({"fails": fails, "works": lambda: None}, 0.01)
+    assert found["fails"].row() == {"failed": "LookupError: no such thing"}
+    assert found["works"].row()["repeats"] >= device_time.LEAST_REPEATS
+
+
+def test_a_lost_device_ends_the_run(card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access every row would be a failure of the workload before it."""
+    device_time.check_device(ValueError("a provider's"))
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(RuntimeError, match="the device is lost after ValueError: a provider's"):
+        device_time.check_device(ValueError("a provider's"))
+
+
+def plan(name: str, *providers: str) -> attention_gpu.Plan:
+    return attention_gpu.Plan(
+        Workload(name, 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2), providers
+    )
+
+
+@pytest.fixture
+def run(
+    card: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[dict[str, Any]]]:
+    """Runs the attention benchmark over two small plans, one of which has a provider that raises what Triton raises."""
+
+    class OutOfResources(Exception):
+        pass
+
+    def refused(x: AttentionInputs) -> Any:
+        raise OutOfResources("shared memory")
+
+    monkeypatch.setitem(attention_gpu.GPU_PROVIDERS, "refused", refused)
+    plans = [
+        plan("llama8b_k50_16k", "windowed_attn", "refused", "sdpa_dense_mask"),
+        plan("llama8b_k50_64k", "windowed_attn"),
+    ]
+    monkeypatch.setattr(attention_gpu, "plans", lambda: iter(plans))
+    monkeypatch.setattr(attention_gpu, "_SHARE", 0.01)
+    monkeypatch.setattr(attention_gpu, "_EQUAL_RUNS", 3)
+    monkeypatch.setattr(attention_gpu, "_settings", lambda: None)
+
+    def run(seconds: float = 100.0, **more: bool) -> list[dict[str, Any]]:
+        path = tmp_path / "rows.jsonl"
+        before = len(path.read_text().splitlines()) if path.exists() else 0
+        attention_gpu.run(RowFiles((path,)), seconds, **more)
+        return [json.loads(line) for line in path.read_text().splitlines()[before:]] if path.exists() else []
+
+    return run
+
+
+def test_attention_rows(run: Callable[..., list[dict[str, Any]]]) -> None:
+    rows = run()
+    timed = [row for row in rows if "mode" in row]
+    assert [(row["workload"], row["provider"]) for row in timed] == [
+        *[("llama8b_k50_16k", "windowed_attn"), ("llama8b_k50_16k", "sdpa_dense_mask")] * 3,
+        *[("llama8b_k50_64k", "windowed_attn")] * 3,
+    ]
+    for row in timed:
+        assert row["p10_ms"] <= row["p50_ms"] <= row["p90_ms"]
+        assert set(row["clocks_before"]) == set(row["clocks_after"]) == set(clocks.FIELDS)
+        assert ("tiles" in row) == ("computed_tflops" in row) == (row["provider"] == "windowed_attn")
+    ours = {row["mode"]: row for row in timed if row["provider"] == "windowed_attn"}
+    assert set(ours["forward"]["tiles"]) == {"ctx_fwd", "sum_fwd"}
+    assert len(ours["forward+backward"]["tiles"]) == 6
+    # Twice the bytes and 2.5 times the operations of the forward, three times and 3.5 times.
+    intensity = [ours[mode]["flops_per_byte"] for mode in ("forward", "backward", "forward+backward")]
+    assert intensity[1] == pytest.approx(1.25 * intensity[0], rel=0.01)
+    assert intensity[2] == pytest.approx(3.5 / 3 * intensity[0], rel=0.01)
+    (failed,) = (row for row in rows if "failed" in row)
+    assert (failed["provider"], failed["failed"]) == ("refused", "OutOfResources: shared memory")
+    checks = {row["check"]: row for row in rows if "check" in row}
+    assert checks["equal runs"]["equal"]
+    assert set(checks) == {"equal runs", "memory"}
+
+
+def test_a_resumed_run_measures_what_is_missing(
+    run: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = run(seconds=-1.0)
+    assert {row["failed"] for row in rows} == {"left out: time is up"}
+    assert len(run(resume=True)) == 12
+    assert run(resume=True) == []
+    # The same file has the rows of another table of tiles: they are no reason to leave these out.
+    monkeypatch.setenv("DTI_TILES", "tiles.json")
+    rows = run(resume=True, only_ours=True)
+    assert {(row["provider"], row["table"]) for row in rows} == {("windowed_attn", "DTI_TILES")}
+    assert run(resume=True, only_ours=True) == []
+
+
+def test_a_failure_of_ours_is_a_row_and_the_status(
+    run: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def red(workload: Workload, device: str) -> None:
+        raise AssertionError("not within the error budget")
+
+    monkeypatch.setattr(attention_gpu, "gate", red)
+    with pytest.raises(SystemExit, match="windowed_attn failed"):
+        run(only_ours=True)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["failed"] for row in rows] == ["AssertionError: not within the error budget"] * 2
+    assert len(rows) == 2
+
+
+def test_runs_that_differ_are_found(card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def restless(x: AttentionInputs) -> Any:
+        draws = iter(range(100))
+        return lambda y: y.q * 0 + next(draws) + 0 * (y.k.sum() + y.v.sum() + y.k_sum.sum())
+
+    monkeypatch.setitem(attention_gpu.GPU_PROVIDERS, "windowed_attn", restless)
+    monkeypatch.setattr(attention_gpu, "_EQUAL_RUNS", 3)
+    row = attention_gpu.equal_runs(SMALL)
+    assert not row["equal"]
+    assert row["failed"] == "runs differ in ['out']"
+
+
+def test_a_tile_that_is_refused_is_a_row_and_the_others_are_timed(
+    card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dti_kernels import tiles
+
+    def launches(x: AttentionInputs) -> dict[str, Any]:
+        tile = tiles._forced["ctx_fwd"]
+
+        def launch() -> None:
+            if tile.block_n == 128:
+                raise RuntimeError(f"out of resource: shared memory for {tile}")
+
+        return {"ctx_fwd": SimpleNamespace(run=launch)}
+
+    monkeypatch.setattr(tune_tiles, "launches", launches)
+    monkeypatch.setattr(tune_tiles, "_SHARE", 0.01)
+    sweep = tune_tiles.Sweep("small", "ctx_fwd", AttentionInputs.of(SMALL), "sm_90")
+    rows = sweep.run(time.monotonic() + 60)
+    assert [row["tile"][:4] for row in rows] == [
+        [tile.block_m, tile.block_n, tile.warps, tile.stages] for tile in sweep.candidates()
+    ]
+    for row in rows:
+        assert ("failed" in row) == (row["tile"][1] == 128)
+    assert sum(row["won"] for row in rows) == 1
+    late = sweep.run(time.monotonic() - 1)
+    assert [("p50_ms" in row) for row in late] == [True] + [False] * (len(rows) - 1)
+    assert late[1]["failed"] == "left out: time is up"
+
+
+def test_winners_are_written_as_the_table_reads_them(tmp_path: Path) -> None:
+    entry = {"arch": "sm_90", "kernel": "ctx_fwd", "head_dim": 64, "bits": 16, "short_span": True}
+    entries = [
+        {**entry, "tile": [128, 64, 8, 3, 16]},
+        {**entry, "kernel": "ctx_dq", "tile": [64, 64, 4, 3, 16]},
+    ]
+    tune_tiles._write(entries, tmp_path / "new" / "tiles.json")
+    assert json.loads((tmp_path / "new" / "tiles.json").read_text()) == entries
+    assert Tile(*entries[0]["tile"]).pack == 16
+
+
+NVIDIA_SMI = "1980, 2619, 412.35\n"
+AMD_SMI = {
+    "gpu_data": [
+        {
+            "gpu": 0,
+            "clock": {"gfx_0": {"clk": {"value": 2104, "unit": "MHz"}}, "mem_0": {"clk": {"value": 1300}}},
+            "power": {"socket_power": {"value": 748, "unit": "W"}},
+        }
+    ]
+}
+ROCM_SMI = {
+    "card0": {
+        "sclk clock speed:": "(2101Mhz)",
+        "mclk clock speed:": "(1300Mhz)",
+        "Current Socket Graphics Package Power (W)": "640.0",
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("tool", "output", "expected"),
+    [
+        ("nvidia-smi", NVIDIA_SMI, (1980.0, 2619.0, 412.35)),
+        ("amd-smi", json.dumps(AMD_SMI), (2104.0, 1300.0, 748.0)),
+        ("amd-smi", json.dumps(AMD_SMI["gpu_data"]), (2104.0, 1300.0, 748.0)),
+        ("rocm-smi", json.dumps(ROCM_SMI), (2101.0, 1300.0, 640.0)),
+        ("rocm-smi", "not JSON", (None, None, None)),
+        ("none", "", (None, None, None)),
+    ],
+)
+def test_clocks_come_from_whatever_tool_there_is(
+    tool: str,
+    output: str,
+    expected: tuple[float | None, ...],
+    card: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clocks, "_output", lambda command: output if command[0] == tool else None)
+    monkeypatch.setattr(clocks, "_nvml", lambda: (_ for _ in ()).throw(ImportError("pynvml")))
+    assert tuple(clocks.card_state().values()) == expected
+
+
+def test_a_model_that_fails_leaves_the_other_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--device", "cpu", "--tokens", "1024", "--steps", "1", "--out", str(tmp_path / "rows.jsonl")]
+    monkeypatch.setattr("sys.argv", ["bench_training", "--model", "smollm", "tiny", *arguments])
+    monkeypatch.setitem(bench_training.MODELS, "smollm", {"hidden_size": -1})
+    monkeypatch.setattr(bench_training, "check_device", lambda error: None)
+    with pytest.raises(SystemExit):
+        bench_training.main()
+    failed, streaming, sliding = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert failed["model"] == "smollm"
+    assert failed["failed"]
+    # A streaming row does fewer operations per target, and the share compares the speeds with that.
+    assert streaming["flops_ratio"] == pytest.approx(
+        sliding["gflop_per_target"] / streaming["gflop_per_target"], rel=1e-2
+    )
+    assert streaming["flops_ratio"] > 5
+    share = streaming["speedup"] / streaming["flops_ratio"]
+    assert streaming["share_of_flops_ratio"] == pytest.approx(share, rel=1e-2)
