@@ -173,6 +173,7 @@ SLOT_A = (
         "the fastest tile of each kernel, for all steps after this",
         spare=25,
         least=35,
+        old_table=True,
         interpreted=True,
     ),
     Step(
