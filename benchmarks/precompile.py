@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +27,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import stand_in
 from benchmarks.measure import parse_measuring
 from benchmarks.rehearsal import REHEARSING
-from benchmarks.workloads import AttentionInputs, Workload
+from benchmarks.workloads import HEADS, AttentionInputs, Workload
 from dti_kernels import StreamLayout, candidate_layout, tiles, windowed_attn
-from dti_kernels.tiles import KERNELS, TABLE
+from dti_kernels.tiles import KERNELS, TABLE, Tile
 from dti_model.attention import DTIConfig, apply_dti, token_logits
 
-HEADS = {"llama8b": (32, 8, 128), "smollm": (9, 3, 64)}
 MEAN_SPANS = (256, 512, 1024)
 # Calls of the tests for GPUs: `calls()` of this module, which lives beside them.
 TESTS = "tests.kernels.gpu_calls"
@@ -61,7 +61,7 @@ def smoke() -> Iterator[Callable[[], None]]:
         for reset in (True, False):
             for span in MEAN_SPANS:
                 x = inputs(heads, reset, span)
-                yield lambda x=dataclasses.replace(x, alibi_slopes=x.alibi_slopes.requires_grad_()): run(x)
+                yield partial(run, dataclasses.replace(x, alibi_slopes=x.alibi_slopes.requires_grad_()))
 
 
 def bench() -> Iterator[Callable[[], None]]:
@@ -69,33 +69,30 @@ def bench() -> Iterator[Callable[[], None]]:
     for heads in HEADS:
         for span in MEAN_SPANS:
             for reset in (True, False):
-                yield lambda x=inputs(heads, reset, span): run(x)
-            yield lambda x=inputs(heads, False, span): run(x, alone=True)
+                yield partial(run, inputs(heads, reset, span))
+            yield partial(run, inputs(heads, False, span), alone=True)
 
 
 def tune() -> Iterator[Callable[[], None]]:
     """The tiles that a sweep tries."""
     from benchmarks.tune_tiles import candidates_of
 
+    def with_tile(kernel: str, tile: Tile, x: AttentionInputs) -> None:
+        with tiles.forced({kernel: tile}):
+            run(x)
+
     for heads, (_, _, head_dim) in HEADS.items():
         for kernel in KERNELS:
             for tile in candidates_of(kernel, head_dim):
                 for reset in (True, False):
-
-                    def call(
-                        kernel: str = kernel, tile: Any = tile, x: AttentionInputs = inputs(heads, reset)
-                    ) -> None:
-                        with tiles.forced({kernel: tile}):
-                            run(x)
-
-                    yield call
+                    yield partial(with_tile, kernel, tile, inputs(heads, reset))
 
 
 def model_of(heads: str) -> LlamaForCausalLM:
     """Two narrow layers with a model's heads: attention is called as in all of them."""
     num_heads, num_groups, head_dim = HEADS[heads]
     config = LlamaConfig(
-        hidden_size=64,
+        hidden_size=8 * num_heads,
         intermediate_size=64,
         num_attention_heads=num_heads,
         num_key_value_heads=num_groups,
@@ -205,7 +202,7 @@ def compile_all(launches: list[Any], jobs: int) -> dict[str, Any]:
 
 def architecture_here() -> str:
     """Of this machine's GPU, asked in a process of its own: a process that has opened the device is not forked."""
-    if REHEARSING or not torch.version.cuda and not torch.version.hip:
+    if REHEARSING or (torch.version.cuda is None and torch.version.hip is None):
         return "sm_90"
     program = "import torch; from dti_kernels.tiles import architecture; print(architecture(torch.device('cuda', 0)))"
     return subprocess.run(

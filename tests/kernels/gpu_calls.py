@@ -1,28 +1,36 @@
-"""What the tests for GPUs compute, as calls on CPU tensors: the kernels to be compiled before they run, and proven to launch in CI."""
+"""What the tests for GPUs compute, as calls on CPU tensors: kernels to be compiled before they run, and launches that CI proves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from benchmarks.workloads import AttentionInputs, Workload
 from dti_kernels import StreamLayout, windowed_attn
 from tests.cases import CASES, Case
+from tests.kernels.test_gpu import GROUPS, LLAMA, SMOLLM, WIDE, grouped
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+REAL_CASES = [LLAMA, SMOLLM, WIDE, *(grouped(*group) for group in GROUPS)]
 
 
-def with_sums_only(case: Case, dtype: torch.dtype) -> None:
-    """A last layer's call: [SUM] queries only."""
+def run(case: Case, dtype: torch.dtype) -> None:
+    """Output and gradients of a case."""
+    case.inputs(dtype).run(windowed_attn)
+
+
+def run_sums_only(case: Case, dtype: torch.dtype) -> None:
+    """As a last layer calls it: queries of [SUM] rows only."""
     x = case.inputs(dtype)
     q = x.leaves["q"].detach()[x.layout.num_context :].requires_grad_()
-    arguments = {name: leaf for name, leaf in x.leaves.items() if not name.endswith("_initial")}
-    out = windowed_attn(layout=x.layout, reset=x.reset_settings, **(arguments | {"q": q}))
+    arguments = {name: leaf for name, leaf in x.leaves.items() if not name.endswith("_initial")} | {"q": q}
+    out = windowed_attn(layout=x.layout, reset=x.reset_settings, **arguments)
     out.backward(x.grad_out[x.layout.num_context :])
 
 
-def memory() -> None:
+def measure_memory() -> None:
     """The batch whose memory is measured."""
     workload = Workload("memory", 400, 50, 8, 2, 64, reset=True, dtype=torch.bfloat16)
     x = AttentionInputs.of(workload)
@@ -30,7 +38,7 @@ def memory() -> None:
     torch.autograd.grad(out, x.leaves(), x.grad_out)
 
 
-def many_heads() -> None:
+def many_elements() -> None:
     """The heads of the batch of more than 2**31 elements."""
     layout = StreamLayout.build([[64]], [[1]], [1], 1)
     q, k, v = (
@@ -42,13 +50,13 @@ def many_heads() -> None:
 
 def calls() -> Iterator[Callable[[], object]]:
     """All of them."""
-    from tests.kernels.test_gpu import REAL_CASES
-
     for case in CASES:
         for dtype in (torch.bfloat16, torch.float32):
-            yield lambda case=case, dtype=dtype: case.inputs(dtype).run(windowed_attn)
-    for case in REAL_CASES:
+            yield partial(run, case, dtype)
+    for case in (LLAMA, SMOLLM, WIDE):
         for dtype in DTYPES:
-            yield lambda case=case, dtype=dtype: case.inputs(dtype).run(windowed_attn)
-    yield memory
-    yield many_heads
+            yield partial(run, case, dtype)
+    for group in GROUPS:
+        yield partial(run, grouped(*group), torch.bfloat16)
+    yield measure_memory
+    yield many_elements

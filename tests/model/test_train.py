@@ -147,6 +147,16 @@ def test_a_finished_run_holds_what_is_promised(config: TrainConfig) -> None:
         train(dataclasses.replace(config, compare_steps=1))
 
 
+def test_training_writes_nothing_into_new_buffers(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deterministic algorithms fill each empty buffer with NaN unless they are told not to: on a GPU a pass over memory each."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, max_steps=1)))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
 def test_scores_do_not_depend_on_batches(config: TrainConfig) -> None:
     run = Run.start(config)
     scores = run.score("test")
