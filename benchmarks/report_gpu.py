@@ -175,7 +175,7 @@ def attention(rows: Rows) -> str:
 
 
 def _host_in(row: dict[str, Any]) -> bool:
-    return row.get("host_ahead", 1.0) < _AHEAD
+    return bool(row.get("host_ahead", 1.0) < _AHEAD)
 
 
 def _provider_line(label: str, modes: dict[str, dict[str, Any]], ours: float | None) -> str:
@@ -363,7 +363,8 @@ def draw(results: Path | None = None) -> list[Path]:
         points = _points(rows)
         if points:
             peak = peak_of(points[-1]["machine"])
-            roofline(points, picture_of(card, results), peak and (peak.tflops, peak.gb_s))
+            figures = None if peak is None else (peak.tflops, peak.gb_s)
+            roofline(points, picture_of(card, results), figures)
             drawn.append(picture_of(card, results))
     return drawn
 
