@@ -24,8 +24,9 @@ from benchmarks.clocks import card_state
 from benchmarks.compile_report import visited_pairs
 from benchmarks.device_time import Timing, check_device, device_times, failure
 from benchmarks.measure import RowFiles
-from benchmarks.providers import GPU_PROVIDERS, MODES, OURS, by_mode, settle
+from benchmarks.providers import GPU_PROVIDERS, MODES, OURS, Unavailable, by_mode, settle
 from benchmarks.rehearsal import DEVICE, REHEARSING
+from benchmarks.tune_tiles import numbers_of
 from benchmarks.workloads import HEADS as HEADS
 from benchmarks.workloads import SHORT_TOKENS, AttentionInputs, Workload, gpu_workload, useful_flops
 from dti_kernels.tiles import KERNELS, choose_tile
@@ -33,7 +34,7 @@ from dti_kernels.tiles import KERNELS, choose_tile
 # Wall-clock seconds for each provider and mode: 40 repeats of a millisecond with their pauses.
 _SHARE = 0.01 if REHEARSING else 0.2
 # Seconds of all, at most, in which FlexAttention's options are compiled side by side, and tried for one head_dim.
-_WARM_SHARE, _TUNE_SHARE = 0.3, 0.15
+_WARM_SHARE, _TUNE_SHARE = 0.25, 0.12
 _EQUAL_RUNS = 3 if REHEARSING else 100
 # Matmuls of head_dim x pairs that each kernel computes, masked or not: forward 2, dQ 3, dK/dV 4.
 _MATMULS = {"ctx_fwd": 2, "sum_fwd": 2, "ctx_dq": 3, "sum_dq": 3, "ctx_dkv": 4, "sum_dkv": 4}
@@ -76,16 +77,9 @@ def workloads() -> Iterator[Workload]:
 
 
 def tiles_in_force(x: AttentionInputs, mode: str) -> dict[str, list[int]]:
-    """(rows, keys, warps, stages, pack) of the kernels that a mode launches."""
-    tiles = {
-        kernel: choose_tile(kernel, x.q.device, x.q.shape[2], x.q.dtype, x.layout.mean_span)
-        for kernel in KERNELS
-        if _launches(kernel, mode)
-    }
-    return {
-        kernel: [tile.block_m, tile.block_n, tile.warps, tile.stages, tile.pack]
-        for kernel, tile in tiles.items()
-    }
+    """The tiles of the kernels that a mode launches, as the tuner writes them."""
+    about = x.q.device, x.q.shape[2], x.q.dtype, x.layout.mean_span
+    return {kernel: numbers_of(choose_tile(kernel, *about)) for kernel in KERNELS if _launches(kernel, mode)}
 
 
 def _launches(kernel: str, mode: str) -> bool:
@@ -155,7 +149,8 @@ class Session:
         calls, memory = self._prepare(plan, x, facts)
         rows = []
         for mode in MODES:
-            timings = device_times({name: modes[mode] for name, modes in calls.items()}, _SHARE)
+            of_mode = {name: modes[mode] for name, modes in calls.items() if mode in modes}
+            timings = device_times(of_mode, _SHARE)
             for name, timing in timings.items():
                 row = {**facts, "provider": name, "mode": mode, **self._figures(name, x, mode, timing)}
                 rows.append({**row, "peak_mib": memory[name, mode]})
@@ -166,16 +161,19 @@ class Session:
         self, plan: Plan, x: AttentionInputs, facts: dict[str, Any]
     ) -> tuple[dict[str, dict[str, Callable[[], Any]]], dict[tuple[str, str], float]]:
         """Calls by provider and mode, settled, and what each takes of memory at its peak, MiB."""
-        calls, memory = {}, {}
+        calls: dict[str, dict[str, Callable[[], Any]]] = {}
+        memory = {}
         for name in [OURS] if self.only_ours else plan.providers:
+            row, calls[name] = {**facts, "provider": name}, {}
             try:
-                modes = self._calls(name, x)
-                for mode, call in modes.items():
+                for mode, call in self._calls(name, x).items():
+                    if mode != "forward":  # without a forward there is nothing
+                        row["mode"] = mode
                     settle(call)
                     memory[name, mode] = peak_mib(call)
-                calls[name] = modes
+                    calls[name][mode] = call
             except Exception as error:  # of a baseline or its compiler: the others are still measured
-                self.save([{**facts, "provider": name, "failed": failure(error)}])
+                self.save([{**row, "failed": failure(error)}])
                 check_device(error)
                 torch.cuda.empty_cache()
         return calls, memory
@@ -188,6 +186,8 @@ class Session:
             best, rows = flex_tuned.tune(x, _TUNE_SHARE * self.seconds)
             self._options[x.q.shape[2]] = best
             self.files.append(rows)
+        if not best:
+            raise Unavailable("none of FlexAttention's options runs: see the rows of flex_options")
         made = {options: by_mode(flex_tuned.prepare(x, options), x) for options in set(best.values())}
         return {mode: made[options][mode] for mode, options in best.items()}
 
@@ -286,15 +286,6 @@ def measured(paths: tuple[Path, ...], table: str) -> set[str]:
     return found
 
 
-def _settings() -> None:
-    # They are no attributes of torch until somebody imports them.
-    import torch._dynamo.config
-    import torch._functorch.config
-
-    torch._functorch.config.donated_buffer = False  # FlexAttention's graph is differentiated more than once
-    torch._dynamo.config.recompile_limit = 64  # it is compiled for every set of options and heads
-
-
 def run(files: RowFiles, seconds: float, resume: bool = False, only_ours: bool = False) -> None:
     """Measure until the time is up; each workload's rows are saved as it ends.
 
@@ -309,7 +300,7 @@ def run(files: RowFiles, seconds: float, resume: bool = False, only_ours: bool =
         RuntimeError: the device no longer answers.
     """
     deadline = time.monotonic() + seconds
-    _settings()
+    flex_tuned.configure()
     session = Session(files, seconds, only_ours)
     done = measured(files.paths, session.table) if resume else set()
     todo = [plan for plan in plans() if plan.workload.name not in done]

@@ -24,7 +24,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from benchmarks.made_up import made_up_data, made_up_model
 from benchmarks.measure import RowFiles, parse_measuring
 from benchmarks.rehearsal import DEVICE, REHEARSING
 from dti_model.attention import DTIConfig
@@ -283,8 +282,12 @@ def main() -> None:
     if not REHEARSING and not (options.data and options.weights):
         parser.error("--data and --weights are needed")
     with tempfile.TemporaryDirectory() as folder:
-        options.data = options.data or made_up_data(Path(folder))
-        options.weights = options.weights or made_up_model(Path(folder) / "model", Path(options.data))
+        if not (options.data and options.weights):
+            # Preparing data needs packages that a machine with a GPU may lack.
+            from benchmarks.made_up import made_up_data, made_up_model
+
+            options.data = options.data or made_up_data(Path(folder))
+            options.weights = options.weights or made_up_model(Path(folder) / "model", Path(options.data))
         config = settings(options, options.epochs or epochs_by_speed(options.rows.paths[0]))
         finetune(config, TimeLimit(options.seconds, start), options.rows)
 

@@ -7,7 +7,6 @@ machine cannot do it, after a last line that says why.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping
@@ -121,11 +120,6 @@ class Step:
         filled = [argument.format_map(known) for argument in (*arguments, *(self.resumed if resume else ()))]
         return [sys.executable, "-m", self.module, *filled]
 
-    @property
-    def exists(self) -> bool:
-        """Whether this checkout has its module."""
-        return importlib.util.find_spec(self.module) is not None
-
 
 def _rows(*arguments: str) -> tuple[str, ...]:
     return (*arguments, "--out", "{rows}")
@@ -179,6 +173,7 @@ SLOT_A = (
         "the fastest tile of each kernel, for all steps after this",
         spare=25,
         least=35,
+        old_table=True,
         interpreted=True,
     ),
     Step(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import tempfile
 from collections import Counter
 from typing import Any
 
@@ -105,7 +106,8 @@ def main() -> None:
         ]  # the interpreter's NumPy warns of overflows in masked lanes
     if options.jobs > 1 and importlib.util.find_spec("xdist") is not None:
         arguments += ["-n", str(options.jobs)]
-    code = int(pytest.main(arguments, plugins=[plugin]))
+    with tempfile.TemporaryDirectory() as folder:  # pytest would keep its own
+        code = int(pytest.main([*arguments, "--basetemp", f"{folder}/pytest"], plugins=[plugin]))
     print("\nlargest error / budget by tensor:")
     print(
         ", ".join(f"{name} {share:.2f}" for name, share in sorted(plugin.largest.items())) or "none recorded"

@@ -93,15 +93,15 @@ def captured(forward: Callable[[], torch.Tensor]) -> Callable[[], Any]:
     """
     call = without_gradient(forward)
     expected = call()
-    stream = torch.cuda.Stream()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # capture wants warm caches of its stream
+    # Capture wants warm caches of its stream. One that fails stays on it: the outer context is what leaves it.
+    with torch.cuda.stream(stream):
         for _ in range(_WARMUP):
             call()
+        with torch.cuda.graph(graph, stream=stream):
+            out = call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, expected), "the graph's replay gives another output than an eager call"

@@ -175,7 +175,7 @@ def attention(rows: Rows) -> str:
 
 
 def _host_in(row: dict[str, Any]) -> bool:
-    return row.get("host_ahead", 1.0) < _AHEAD
+    return bool(row.get("host_ahead", 1.0) < _AHEAD)
 
 
 def _provider_line(label: str, modes: dict[str, dict[str, Any]], ours: float | None) -> str:
@@ -218,6 +218,39 @@ def checks(rows: Rows) -> str:
     return " ".join(said)
 
 
+def parity(rows: Rows) -> str:
+    """How many GPU tests passed, which failed, and the largest share of an error budget."""
+    tests = latest(
+        (row for row in _of(rows, "gpu_tests") if row.get("outcome") in ("passed", "failed")), "test"
+    )
+    if not tests:
+        return ""
+    passed = sum(row["outcome"] == "passed" for row in tests)
+    said = [f"{passed} of {len(tests)} tests of the kernels passed on this card."]
+    said += [f"`{row['test']}`: {_failed(row)}." for row in tests if row["outcome"] == "failed"]
+    shares = [share for row in tests for share in row.get("shares", {}).values()]
+    if shares:
+        said.append(f"The largest error against the float64 reference is {max(shares):.2f} of its budget.")
+    return " ".join(said)
+
+
+def finetuned(rows: Rows) -> str:
+    """A pretrained model fine-tuned within the suite's time, scored on the test targets."""
+    tested = latest(_of(rows, "finetune", part="test"), "model", "k", "test_k")
+    if not tested:
+        return ""
+    lines = [
+        "| model | trained at k | scored at k | targets | AUC | log loss | AUC of item and user means |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['model']} | {row['k']} | {row['test_k']} | {row['targets']:,} | {row['auc']:.4f} | {row['log_loss']:.4f} | "
+        f"{row['item_user_auc']:.4f} |"
+        for row in tested
+    ]
+    return "\n".join(["A pretrained model, fine-tuned in full within the suite's minutes:", "", *lines])
+
+
 def tile_table(rows: Rows) -> str:
     """Winners beside the table's tiles, where a sweep found faster ones."""
     lines = []
@@ -234,12 +267,19 @@ def tile_table(rows: Rows) -> str:
     if not lines:
         return ""
     head = "| kernel | workload | tile of the table | ms | faster tile | ms |\n|---|---|---|---|---|---|"
-    return "\n".join(["Tiles (rows x keys, warps, stages) that beat the table's:", "", head, *lines])
+    return "\n".join(
+        [
+            "Tiles (rows x keys, warps, stages; `ahead`: the next scores are computed ahead) that beat the table's:",
+            "",
+            head,
+            *lines,
+        ]
+    )
 
 
 def _tile(row: dict[str, Any]) -> str:
-    rows, keys, warps, stages = row["tile"][:4]
-    return f"{rows} x {keys}, {warps}, {stages}"
+    rows, keys, warps, stages, _, *ahead = row["tile"]
+    return f"{rows} x {keys}, {warps}, {stages}{', ahead' if any(ahead) else ''}"
 
 
 def training(rows: Rows) -> str:
@@ -323,7 +363,8 @@ def draw(results: Path | None = None) -> list[Path]:
         points = _points(rows)
         if points:
             peak = peak_of(points[-1]["machine"])
-            roofline(points, picture_of(card, results), peak and (peak.tflops, peak.gb_s))
+            figures = None if peak is None else (peak.tflops, peak.gb_s)
+            roofline(points, picture_of(card, results), figures)
             drawn.append(picture_of(card, results))
     return drawn
 
@@ -334,11 +375,11 @@ def gpu(results: Path | None = None) -> str:
     for card, rows in recorded(results).items():
         made = rows[-1]
         title = f"**{made['machine']}** (torch {made['torch']}, triton {made.get('triton')}, commit {made['commit']}, {made['date']})"
-        parts = [title]
+        parts = [title, parity(rows)]
         if _of(rows, "attention"):
             parts += [attention(rows), checks(rows)]
         if _points(rows):
             parts.append(f"![roofline of {card}](benchmarks/results/gpu-{card}.png)")
-        parts += [tile_table(rows), training(rows), scoring(rows), host(rows)]
+        parts += [tile_table(rows), training(rows), finetuned(rows), scoring(rows), host(rows)]
         sections.append("\n\n".join(part for part in parts if part))
     return "\n\n".join(sections) or NOTHING

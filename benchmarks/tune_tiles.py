@@ -39,12 +39,13 @@ MARGIN = 0.02
 # Wall-clock seconds for each candidate: some twenty repeats behind their pauses.
 _SHARE = 0.01 if REHEARSING else 0.06
 
+_Shape = tuple[int, int, int, int]
 # (rows, keys, warps, stages) by kernel and head_dim (up to), the likely ones first, since time may run out. Not among them: eight warps
 # over 64 x 64, whose two groups of warps compute the same products; four over 128 x 64 at head_dim 128, which spill; and one head a tile.
-_CANDIDATES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
+_CANDIDATES: dict[str, dict[int, list[_Shape]]] = {
     "ctx_fwd": {
-        64: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 4), (64, 128, 4, 3)],
-        128: [(128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (128, 64, 8, 4)],
+        64: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 4)],
+        128: [(128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3)],
         256: [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2)],
     },
     "ctx_dq": {
@@ -61,24 +62,41 @@ _CANDIDATES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
     "sum_dq": {256: [(32, 64, 4, 2), (32, 32, 4, 2), (16, 64, 4, 2)]},
     "sum_dkv": {256: [(32, 32, 4, 2), (16, 32, 4, 2), (32, 64, 8, 2)]},
 }  # fmt: skip
+# Of the forward's, those that are timed with the next tile's scores computed ahead too; it needs registers for a second tile of scores.
+_AHEAD: dict[int, list[_Shape]] = {
+    64: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 4)],
+    128: [(128, 64, 8, 3), (64, 64, 4, 3)],
+}
 # Tiles whose speed was predicted before anything had run on a GPU: timed in every sweep, so that the predictions can be checked.
-_PREDICTED: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
+_PREDICTED: dict[str, dict[int, list[_Shape]]] = {
     "ctx_fwd": {64: [(128, 64, 8, 3), (128, 128, 8, 3)], 128: [(128, 64, 8, 3)]},
     "ctx_dq": {64: [(64, 64, 4, 2), (128, 64, 8, 2)], 128: [(128, 64, 8, 2)]},
     "ctx_dkv": {64: [(64, 64, 4, 2), (64, 128, 8, 2)], 128: [(64, 64, 8, 2)]},
 }
 
 
-def _up_to(
-    by_head_dim: dict[int, list[tuple[int, int, int, int]]], head_dim: int
-) -> list[tuple[int, int, int, int]]:
-    return next((found for largest, found in sorted(by_head_dim.items()) if head_dim <= largest), [])
+def _up_to(by_head_dim: dict[int, list[_Shape]], head_dim: int) -> list[Tile]:
+    found = (shapes for largest, shapes in sorted(by_head_dim.items()) if head_dim <= largest)
+    return [Tile(*shape) for shape in next(found, [])]
+
+
+def predicted(kernel: str, head_dim: int) -> list[Tile]:
+    """Tiles of a kernel that a speed was predicted for."""
+    return _up_to(_PREDICTED.get(kernel, {}), head_dim)
 
 
 def candidates_of(kernel: str, head_dim: int) -> list[Tile]:
     """Tiles of one of `KERNELS` that a sweep times beside the table's own, each once, likely ones first and predicted ones last."""
-    predicted = _up_to(_PREDICTED.get(kernel, {}), head_dim)
-    return [Tile(*tile) for tile in dict.fromkeys(_up_to(_CANDIDATES[kernel], head_dim) + predicted)]
+    ahead = _up_to(_AHEAD, head_dim) if kernel == "ctx_fwd" else []
+    ahead = [dataclasses.replace(tile, ahead=True) for tile in ahead]
+    others = _up_to(_CANDIDATES[kernel], head_dim)
+    return list(dict.fromkeys([*ahead, *others, *predicted(kernel, head_dim)]))
+
+
+def numbers_of(tile: Tile) -> list[int]:
+    """A tile as rows and DTI_TILES have it: rows, keys, warps, stages, pack, and 1 where scores are computed ahead."""
+    numbers = [tile.block_m, tile.block_n, tile.warps, tile.stages, tile.pack]
+    return [*numbers, 1] if tile.ahead else numbers
 
 
 def launches(x: AttentionInputs) -> dict[str, Launch]:
@@ -113,10 +131,6 @@ def launches(x: AttentionInputs) -> dict[str, Launch]:
     return {launch.kernel.fn.__name__.removesuffix("_kernel"): launch for launch in all_launches}
 
 
-def _as_list(tile: Tile) -> list[int]:
-    return [tile.block_m, tile.block_n, tile.warps, tile.stages, tile.pack]
-
-
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """One kernel under one workload.
@@ -143,20 +157,19 @@ class Sweep:
         """The table's tile first, then the others, each once."""
         others = candidates_of(self.kernel, self.x.q.shape[2])
         found = list(dict.fromkeys([self.table_tile, *others]))
-        return found[:2] if REHEARSING else found
+        if REHEARSING:
+            return found[: 2 if self.kernel == "ctx_fwd" else 1]
+        return found
 
     def run(self, deadline: float) -> list[dict[str, Any]]:
         """Rows of all candidates; after `deadline` (of `time.monotonic`) no further one is compiled."""
-        predicted = _up_to(_PREDICTED.get(self.kernel, {}), self.x.q.shape[2])
+        of_old = predicted(self.kernel, self.x.q.shape[2])
         rows: dict[Tile, dict[str, Any]] = {}
         calls: dict[Tile, Callable[[], None]] = {}
         for tile in self.candidates():
             row = rows[tile] = {"benchmark": "tiles", "workload": self.workload, "kernel": self.kernel}
-            row |= {"arch": self.arch, "head_dim": self.x.q.shape[2], "tile": _as_list(tile)}
-            row |= {
-                "in_table": tile == self.table_tile,
-                "predicted": _as_list(tile)[:4] in map(list, predicted),
-            }
+            row |= {"arch": self.arch, "head_dim": self.x.q.shape[2], "tile": numbers_of(tile)}
+            row |= {"in_table": tile == self.table_tile, "predicted": tile in of_old}
             if calls and time.monotonic() > deadline:
                 row["failed"] = "left out: time is up"
                 continue

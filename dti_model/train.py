@@ -72,7 +72,7 @@ def _train_in(config: TrainConfig, arguments: TrainingArguments) -> dict[str, An
     set_seed(config.seed)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     # Else PyTorch also writes NaN into every new buffer, a pass over memory each, which is for finding reads of what nobody wrote.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
     run = Run.start(config)
     _check_sharding(run)
     if checkpoint is not None:

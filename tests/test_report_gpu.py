@@ -64,9 +64,16 @@ def all_rows(machine: str) -> list[dict[str, Any]]:
         "way": "graph",
         "mode": "forward",
     }
+    test = {"benchmark": "gpu_tests"}
+    finetune = {"benchmark": "finetune", "part": "test", "model": "smollm2-135m", "k": 50, "test_k": 50}
     return [
         *attention_rows(machine),
         *attention_rows(machine, "DTI_TILES"),
+        made(machine, **test, test="test_a", outcome="passed", shares={"out": 0.31, "dq": 0.74}),
+        made(machine, **test, test="test_b", outcome="failed", failed="AssertionError: no", shares={"out": 1.5}),
+        made(machine, **test, test="test_c", outcome="skipped"),
+        made(machine, **test, test="all", outcome="counts", passed=1, failed=1),
+        made(machine, **finetune, targets=6000, auc=0.8012, log_loss=0.5432, item_user_auc=0.7797),
         made(machine, **check, workload="a", check="equal runs", runs=100, equal=True),
         made(machine, **check, workload="a, b", check="memory", peak_mib=[300.0, 1210.0], memory_ratio=4.03, rows_ratio=4.0),
         made(machine, **tile, tile=[64, 64, 4, 2, 16], in_table=True, won=False, p50_ms=0.3),
@@ -104,6 +111,9 @@ def test_recorded_rows_make_the_part_and_the_plot(tmp_path: Path) -> None:
         "| flash_scalar_window | failed: Unavailable: flash_attn \\| is not installed | | | | |",
         "| ctx_dkv | smollm_k50_16k | 64 x 64, 4, 2 | 0.300 | 32 x 64, 4, 3 | 0.200 |",
         "| smollm | streaming k50 | 4,000 | 100,000 | 31.0% | 9,000 | 12.5 | 13.1 |",
+        "| smollm2-135m | 50 | 50 | 6,000 | 0.8012 | 0.5432 | 0.7797 |",
+        "1 of 2 tests of the kernels passed on this card. `test_b`: failed: AssertionError: no. The largest error against the float64 "
+        "reference is 1.50 of its budget.",
         "| 100 | one pass | 9.5 / 11.0 | 10,526 | 8.0 x |",
         "| windowed_attn, reset | graph | failed: RuntimeError: capture |  |",
         "![roofline of mi300x](benchmarks/results/gpu-mi300x.png)",

@@ -9,9 +9,10 @@ import torch
 
 from benchmarks import flex_tuned, providers
 from benchmarks.attention_gpu import plans, workloads
-from benchmarks.tune_tiles import Sweep, candidates_of, launches
+from benchmarks.tune_tiles import Sweep, candidates_of, launches, numbers_of
 from benchmarks.workloads import AttentionInputs, Workload
 from dti_kernels import StreamLayout, windowed_attn_reference
+from dti_kernels import tiles as tiles_module
 from dti_kernels.testing import assert_within_budget, error_budgets
 from dti_kernels.tiles import KERNELS, Tile
 
@@ -90,8 +91,10 @@ def test_candidates_of_the_tuner_are_each_once() -> None:
         for head_dim in (16, 64, 128, 256):
             tiles = candidates_of(kernel, head_dim)
             assert len(set(tiles)) == len(tiles) >= 3
-    forward = [tile.block_m for tile in candidates_of("ctx_fwd", 128)]
-    assert forward[:3] == [128, 128, 128]
+            # What a winner is written as makes the tile again.
+            assert all(tiles_module._tuned_tile(numbers_of(tile)) == tile for tile in tiles)
+    assert {tile.ahead for tile in candidates_of("ctx_fwd", 64)} == {True, False}
+    assert not any(tile.ahead for tile in candidates_of("ctx_dkv", 64))
     # Eight warps over 64 x 64 compute the same twice: only what was predicted of them is checked.
     assert Tile(64, 64, 8, 3) not in candidates_of("ctx_dkv", 128)
     assert Tile(64, 64, 8, 2) == candidates_of("ctx_dkv", 128)[-1]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention_gpu, bench_training, clocks, device_time, rehearsal, tune_tiles
+from benchmarks import attention_gpu, bench_training, clocks, device_time, flex_tuned, rehearsal, tune_tiles
 from benchmarks.device_time import LONGEST_PAUSE, PAUSE, device_times
 from benchmarks.measure import RowFiles
 from benchmarks.workloads import AttentionInputs, Workload
+from dti_kernels import tiles
 from dti_kernels.tiles import Tile
+from tests.conftest import ROOT
 
 SMALL = Workload("small", 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2)
 
@@ -110,7 +115,7 @@ def run(
     monkeypatch.setattr(attention_gpu, "plans", lambda: iter(plans))
     monkeypatch.setattr(attention_gpu, "_SHARE", 0.01)
     monkeypatch.setattr(attention_gpu, "_EQUAL_RUNS", 3)
-    monkeypatch.setattr(attention_gpu, "_settings", lambda: None)
+    monkeypatch.setattr(flex_tuned, "configure", lambda: None)
 
     def run(seconds: float = 100.0, **more: bool) -> list[dict[str, Any]]:
         path = tmp_path / "rows.jsonl"
@@ -174,6 +179,35 @@ def test_a_failure_of_ours_is_a_row_and_the_status(
     assert len(rows) == 2
 
 
+def test_options_that_are_refused_in_one_mode_count_in_the_others(
+    card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch 2.11 refuses FlexAttention's backward with fine blocks of the mask; its forward is the fastest of all."""
+
+    def prepare(x: AttentionInputs, options: flex_tuned.Options) -> Any:
+        def call(y: AttentionInputs) -> torch.Tensor:
+            if options.name == "long rows" or (torch.is_grad_enabled() and options.name == "fine mask"):
+                raise NotImplementedError("no valid choices")
+            time.sleep(0.0 if options.name == "fine mask" else 0.01)
+            return y.q * 1.0
+
+        return call
+
+    monkeypatch.setattr(flex_tuned, "prepare", prepare)
+    x = AttentionInputs.of(SMALL)
+    best, rows = flex_tuned.tune(x, 60.0)
+    assert best["forward"].name == "fine mask"
+    assert {best["backward"].name, best["forward+backward"].name} <= {"default", "fine keys"}
+    by_name = {row["options"]: row for row in rows}
+    for mode in ("forward", "backward", "forward+backward"):
+        assert by_name["long rows"][mode] == {"failed": "NotImplementedError: no valid choices"}
+        assert ("failed" in by_name["fine mask"][mode]) == (mode != "forward")
+    assert json.dumps(rows)
+    late, rows = flex_tuned.tune(x, -1.0)
+    assert {options.name for options in late.values()} == {"default"}
+    assert [row.get("failed") for row in rows] == [None] + ["left out: time is up"] * (len(rows) - 1)
+
+
 def test_runs_that_differ_are_found(card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     def restless(x: AttentionInputs) -> Any:
         draws = iter(range(100))
@@ -189,8 +223,6 @@ def test_runs_that_differ_are_found(card: SimpleNamespace, monkeypatch: pytest.M
 def test_a_tile_that_is_refused_is_a_row_and_the_others_are_timed(
     card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dti_kernels import tiles
-
     def launches(x: AttentionInputs) -> dict[str, Any]:
         tile = tiles._forced["ctx_fwd"]
 
@@ -204,9 +236,7 @@ def test_a_tile_that_is_refused_is_a_row_and_the_others_are_timed(
     monkeypatch.setattr(tune_tiles, "_SHARE", 0.01)
     sweep = tune_tiles.Sweep("small", "ctx_fwd", AttentionInputs.of(SMALL), "sm_90")
     rows = sweep.run(time.monotonic() + 60)
-    assert [row["tile"][:4] for row in rows] == [
-        [tile.block_m, tile.block_n, tile.warps, tile.stages] for tile in sweep.candidates()
-    ]
+    assert [row["tile"] for row in rows] == [tune_tiles.numbers_of(tile) for tile in sweep.candidates()]
     for row in rows:
         assert ("failed" in row) == (row["tile"][1] == 128)
     assert sum(row["won"] for row in rows) == 1
@@ -215,15 +245,19 @@ def test_a_tile_that_is_refused_is_a_row_and_the_others_are_timed(
     assert late[1]["failed"] == "left out: time is up"
 
 
-def test_winners_are_written_as_the_table_reads_them(tmp_path: Path) -> None:
+def test_winners_are_written_as_the_table_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"arch": "sm_90", "kernel": "ctx_fwd", "head_dim": 64, "bits": 16, "short_span": True}
     entries = [
-        {**entry, "tile": [128, 64, 8, 3, 16]},
+        {**entry, "tile": [128, 64, 8, 3, 16, 1]},
         {**entry, "kernel": "ctx_dq", "tile": [64, 64, 4, 3, 16]},
     ]
     tune_tiles._write(entries, tmp_path / "new" / "tiles.json")
     assert json.loads((tmp_path / "new" / "tiles.json").read_text()) == entries
-    assert Tile(*entries[0]["tile"]).pack == 16
+    monkeypatch.setenv("DTI_TILES", str(tmp_path / "new" / "tiles.json"))
+    tiles._tuned_tiles.cache_clear()
+    found = [tiles.table_tile("sm_90", kernel, 64, 16, 256) for kernel in ("ctx_fwd", "ctx_dq")]
+    tiles._tuned_tiles.cache_clear()
+    assert found == [Tile(128, 64, 8, 3, ahead=True), Tile(64, 64, 4, 3)]
 
 
 NVIDIA_SMI = "1980, 2619, 412.35\n"
@@ -266,6 +300,25 @@ def test_clocks_come_from_whatever_tool_there_is(
     monkeypatch.setattr(clocks, "_output", lambda command: output if command[0] == tool else None)
     monkeypatch.setattr(clocks, "_nvml", lambda: (_ for _ in ()).throw(ImportError("pynvml")))
     assert tuple(clocks.card_state().values()) == expected
+
+
+def test_a_gpu_machine_needs_no_package_that_reads_raw_data(tmp_path: Path) -> None:
+    """Where the suite runs there may be neither network nor all dependencies; and triton is imported by a launch, never before."""
+    rows = tmp_path / "rows.jsonl"
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'polars', 'msgspec', 'jsonargparse', 'gguf'): sys.modules[name] = None\n"
+        "from benchmarks import attention_gpu, bench_score, bench_training, flex_tuned, host_gpu, tune_tiles\n"
+        "bench_score.main()\n"
+    )
+    arguments = ["--part", "candidates", "--shape", "smollm", "--device", "cuda", "--out", str(rows)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"DTI_REHEARSE": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=environment, cwd=tmp_path)
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["provider"] for row in found[:3]] == ["one pass", "encoded history", "one prompt each"]
+    assert all(row["p99_ms"] >= row["p50_ms"] > 0 for row in found)
+    assert {row["machine"] for row in found} == {"rehearsal (no GPU)"}
 
 
 def test_a_model_that_fails_leaves_the_other_its_row(
