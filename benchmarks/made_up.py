@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dti_model.data import PreparedData, prepare
+from dti_model.data import PreparedData
 
 
 def made_up_data(folder: Path) -> Path:
     """A prepared folder without a network: 400 users with 60 ratings of 600 movies, texts of MovieLens' lengths."""
+    from dti_model.data import prepare  # needs polars, which measuring on data that are there does not
+
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghiklmnoprstuvw"), rng.integers(3, 9))) for _ in range(400)]
     raw = folder / "raw"

@@ -1,4 +1,4 @@
-"""Where the `dti` command begins: Ctrl-C while its modules are imported is one line too."""
+"""Where the `dti` command begins: Ctrl-C while its modules are imported is one line too, and so is a missing parser."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ def run() -> NoReturn:
     except KeyboardInterrupt:
         print("\ndti: interrupted: give the same command again to start again", file=sys.stderr)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if error.name != "jsonargparse":
+            raise
+        print(
+            "dti: error: the command line needs jsonargparse, which is not installed: pip install 'jsonargparse[signatures]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     command()
 
 

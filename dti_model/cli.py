@@ -73,7 +73,7 @@ def _main(arguments: Sequence[str]) -> int:
         options = parsed[parsed.subcommand]
         check_groups(options)
         commands[parsed.subcommand](parser.instantiate(parsed)[parsed.subcommand])
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         if "--debug" in arguments:
             raise
         print(f"dti{name}: error: {_one_line(error)}", file=sys.stderr)

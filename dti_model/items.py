@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from dti_model.data import DataError
-from dti_model.data.movielens import movie_text
-from dti_model.data.texts import FINISHED, MISSING_TITLE, Template, template_text
+from dti_model.data.texts import FINISHED, MISSING_TITLE, Template, movie_text, template_text
 from dti_model.data.tokens import plain_backend
 from dti_model.prompts import IntArray, PromptBuilder
 

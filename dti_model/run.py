@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -237,17 +238,17 @@ class Run:
         rows = self.targets(split)
         users = np.asarray(self.data.user_ids, object)[self.data.users_of(rows)]
         items = np.asarray(self.data.item_ids, object)[self.data.item[rows]]
-        table = pl.DataFrame(
+        table = pa.table(
             {
-                "user": users.astype(str),
-                "item": items.astype(str),
+                "user": pa.array(users, pa.large_string()),
+                "item": pa.array(items, pa.large_string()),
                 "timestamp": self.data.timestamp[rows],
                 "label": self.data.label[rows],
                 "probability": probabilities,
             }
         )
         with whole_file(path) as temporary:
-            table.write_parquet(temporary)
+            pq.write_table(table, temporary, compression="zstd")
 
 
 def tokenizer_of(pretrained: str | None, data: PreparedData) -> PreTrainedTokenizerBase:

@@ -16,10 +16,10 @@ from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
-from jsonargparse import ArgumentError, ArgumentParser
+import yaml
 
 from dti_model.bounds import RULES, must_be, shown
 from dti_model.config import CONFIG_FILE, TrainConfig
@@ -37,6 +37,7 @@ from dti_model.run_folder import (
     check_is_no_broken_link,
     check_is_ours,
 )
+from dti_model.strict_yaml import check_yaml
 from dti_model.train import train
 
 MARKER_FILE, TABLE_FILE, CSV_FILE = "search-folder.json", "search.json", "search.csv"
@@ -174,25 +175,36 @@ def cell_config(base: TrainConfig, cell: Mapping[str, Any], seed: int) -> TrainC
         ValueError: as `search`.
     """
     config = replace(base, seed=seed, score_test=False)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig, fail_untyped=True)
-    known = parser.get_defaults()
     for name, value in cell.items():
-        if name in RESERVED or name not in known:
+        if name in RESERVED or name not in RULES:
             raise ValueError(f"{name!r} is not a setting that a search can vary: see `dti train --help`")
-        try:
-            parsed = parser.parse_object(
-                {"data": str(base.data), "out": str(base.out), **_nested(name, value)}, defaults=False
-            )
-        except ArgumentError as error:
-            raise ValueError(f"{value!r} is no value of {name}: {error}") from error
-        config = _replaced(config, name.split("."), parsed[name])
+        setting = _as_setting(name, value)
+        if not RULES[name].accepts(setting):
+            raise ValueError(f"{value!r} is no value of {name}: {must_be(name, shown(setting))}")
+        config = _replaced(config, name.split("."), setting)
     return config
 
 
-def _nested(name: str, value: Any) -> dict[str, Any]:
-    first, _, rest = name.partition(".")
-    return {first: _nested(rest, value) if rest else value}
+def _as_setting(name: str, value: Any) -> Any:
+    """A value of a grid in the type of its setting: a list as a tuple, an integer as a number, a text as what it says in YAML."""
+    if isinstance(value, str) and not RULES[name].accepts(value):
+        value = _said(value)
+    if isinstance(value, list):
+        return tuple(value)
+    kind: Any = TrainConfig
+    for part in name.split("."):
+        kind = get_type_hints(kind)[part]
+    is_number = float in (kind, *get_args(kind))
+    return float(value) if is_number and type(value) is int and RULES[name].accepts(value) else value
+
+
+def _said(text: str) -> Any:
+    try:
+        check_yaml(text)
+        value = yaml.safe_load(text)
+        return float(value) if isinstance(value, str) else value  # YAML 1.1 has no 1e-3, but 1.0e-3
+    except (ValueError, yaml.YAMLError):
+        return text
 
 
 def _replaced(config: Any, path: list[str], value: Any) -> Any:

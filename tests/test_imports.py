@@ -1,14 +1,23 @@
-"""Arrows between packages point one way: dti_kernels <- dti_model <- benchmarks. And triton stays out of a CPU import."""
+"""Arrows between packages point one way: dti_kernels <- dti_model <- benchmarks. Triton stays out of a CPU import, and what only
+prepared folders and the command line need out of training and scoring."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from dti_model.__main__ import run
+from dti_model.cli import main
+from dti_model.data import PreparedData, prepare
 from tests.conftest import ROOT
+from tests.model.movielens_files import some_ratings, write_1m
 
 ALLOWED = {
     "dti_kernels": {"dti_kernels"},
@@ -52,6 +61,51 @@ def test_the_operator_imports_and_runs_without_triton() -> None:
         "windowed_attn(x, x, x, layout).sum().backward()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=_without_interpreter())
+
+
+def test_training_and_scoring_need_no_polars(tmp_path: Path) -> None:
+    """Nor msgspec, jsonargparse or gguf: without them `import dti_model.train` ended in a ModuleNotFoundError."""
+    folder = tmp_path / "data"
+    prepare("ml-1m", folder, write_1m(tmp_path / "raw", some_ratings(60)), subset=True, vocab_size=400)
+    command = [sys.executable, "-m", "tests.without_polars", str(folder), str(tmp_path / "run")]
+    subprocess.run(command, check=True, cwd=ROOT, env=_without_interpreter())
+    assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+    data = PreparedData.open(folder)
+    rows = data.targets("val")
+    wanted = {
+        "user": pa.array([data.user_ids[i] for i in data.users_of(rows)], pa.large_string()),
+        "item": pa.array([data.item_ids[i] for i in data.item[rows]], pa.large_string()),
+        "timestamp": pa.array(data.timestamp[rows]),
+        "label": pa.array(data.label[rows]),
+        "probability": pa.array(np.load(tmp_path / "val.npy")),
+    }
+    assert pq.read_table(tmp_path / "run" / "predictions-val.parquet").equals(pa.table(wanted))
+
+
+@pytest.mark.parametrize("package", ["polars", "msgspec"])
+def test_preparing_names_a_missing_package(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("build", "amazon"):
+        monkeypatch.delitem(sys.modules, f"dti_model.data.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["prepare", "ml-100k", f"--out={tmp_path / 'out'}"]) == 2
+    message = f"making prepared data needs {package}, which is not installed: pip install {package}"
+    assert capsys.readouterr().err == f"dti prepare: error: {message}\n"
+    with pytest.raises(ModuleNotFoundError, match=f"^{message}$"):
+        from dti_model.data import AmazonFiles  # noqa: F401
+
+
+def test_the_command_names_a_missing_parser(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "dti_model.cli")
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    with pytest.raises(SystemExit, match="^2$"):
+        run()
+    error = capsys.readouterr().err
+    assert error.endswith("pip install 'jsonargparse[signatures]'\n")
+    assert error.count("\n") == 1
 
 
 def _without_interpreter() -> dict[str, str]:

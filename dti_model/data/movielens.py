@@ -16,8 +16,6 @@ file and is an error with file and line, also with `subset`. Logs, where some ba
 
 from __future__ import annotations
 
-import html
-import re
 from pathlib import Path
 
 import polars as pl
@@ -26,6 +24,7 @@ from dti_model.data.errors import DataError
 from dti_model.data.lines import DelimitedFile
 from dti_model.data.rows import Interactions
 from dti_model.data.source import ITEM_SCHEMA, Facts, RawData, file_sha256
+from dti_model.data.texts import movie_text
 
 THRESHOLD = 3.0  # the paper's: a rating above 3 is a click
 MIN_ITEM_COUNT = 1  # the paper counts 3,706 items of ML-1M, which is the unpruned number
@@ -73,21 +72,6 @@ def load_1m(folder: Path) -> RawData:
     genres = file.columns["genres"].str.split("|").to_list()
     items = _item_frame(file.unique("item"), file.columns["title"].to_list(), genres)
     return _raw_data(interactions, items, "grouplens", ratings, movies, FACTS_1M)
-
-
-def movie_text(title: str, genres: list[str]) -> str:
-    """Text of a movie; "" where it has no title.
-
-    Example:
-        >>> movie_text("Toy Story (1995)", ["Animation", "Comedy"])
-        'Toy Story (1995); Animation, Comedy'
-    """
-    title = re.sub(r"\s+", " ", html.unescape(title)).strip()
-    title = title.removesuffix("(V)").rstrip()
-    if title in ("", "unknown"):
-        return ""
-    known = [genre for genre in genres if genre not in ("", "unknown")]
-    return f"{title}; {', '.join(known)}" if known else title
 
 
 def _ratings(file: DelimitedFile) -> Interactions:

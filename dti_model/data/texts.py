@@ -4,21 +4,26 @@
 
 The first column of a template counts as the title: where an item has none, `MISSING_TITLE` stands in its place.
 Semicolons cut a template into parts. A part whose columns are all empty is left out; where only some are, empty
-brackets and dangling separators go. An item without any value has no text at all.
+brackets and dangling separators go. An item without any value has no text at all. MovieLens' texts follow a rule of their own,
+`movie_text`.
+
+Training and scoring import this file: it needs neither polars nor msgspec, which only making prepared folders does.
+`item_frames.py` puts the columns of an item file through these rules.
 """
 
 from __future__ import annotations
 
 import html
+import math
 import numbers
 import re
 import string
 from collections.abc import Collection, Mapping
-from datetime import date, time
+from datetime import UTC, date, datetime, time, timezone
 from decimal import Decimal
 from typing import Any
 
-import polars as pl
+import numpy as np
 
 from dti_model.data.errors import DataError
 
@@ -26,7 +31,9 @@ MISSING_TITLE = "Unknown title"
 MAX_CHARS = 200  # default length of one value: a window holds 20 items, and some titles are whole pages
 FINISHED = "text"  # of an item that is given as its finished text, and so no column of a template
 _TAG = re.compile(r"</?[a-zA-Z!][^<>]*>")
+_EMPTY_BRACKETS = re.compile(r"\(\s*\)|\[\s*\]")
 _DANGLING = " ,:|/-"
+_MOST_DIGITS = 38  # digits of an Arrow decimal
 
 
 def clean_text(value: str) -> str:
@@ -68,16 +75,20 @@ class Template:
             pieces = list(string.Formatter().parse(template))
         except ValueError as error:
             raise ValueError(f"text template {template!r}: {error}. {way_out}") from error
-        self._parts: list[list[tuple[str, str | None]]] = [[]]
+        # Of every part its text with %s in the place of each column, and the columns.
+        forms, columns = [""], [list[str]()]
         for literal, column, form, conversion in pieces:
             if column == "" or form or conversion:
                 raise ValueError(f"text template {template!r}: only plain column names fit. {way_out}")
-            first, *others = literal.split(";")
-            self._parts[-1].append((first, None))
-            self._parts += [[(other, None)] for other in others]
+            first, *others = literal.replace("%", "%%").split(";")
+            forms[-1] += first
+            forms += others
+            columns += [[] for _ in others]
             if column is not None:
-                self._parts[-1].append(("", column))
-        self.columns = list(dict.fromkeys(name for part in self._parts for _, name in part if name))
+                forms[-1] += "%s"
+                columns[-1].append(column)
+        self._parts = list(zip(forms, columns))
+        self.columns = list(dict.fromkeys(name for names in columns for name in names))
         if not self.columns:
             raise ValueError(f"text template {template!r} names no column. {way_out}")
 
@@ -90,63 +101,50 @@ class Template:
                 f"{', '.join(available)}"
             )
 
-    def render(self, items: pl.DataFrame) -> pl.DataFrame:
-        """Texts of items.
+    def render(self, values: Mapping[str, str]) -> str:
+        """The text of one item.
 
         Args:
-            items: every column of the template as text without null.
+            values: every column of the template as cleaned text, "" where there is none.
 
         Returns:
-            text ("" where every column is empty) and titled (whether the first column has a value).
+            The text, "" where every column is empty.
         """
-        title, *others = (pl.col(name) for name in self.columns)
-        shown = items.select(
-            pl.all_horizontal(title == "", *(other == "" for other in others)).alias("nothing"),
-            (title != "").alias("titled"),
-            pl.when(title == "").then(pl.lit(MISSING_TITLE)).otherwise(title).alias(f"={self.columns[0]}"),
-            *(pl.col(name).alias(f"={name}") for name in self.columns[1:]),
-        )
-        parts = [self._part(part) for part in self._parts]
-        text = pl.concat_list(parts).list.drop_nulls().list.join("; ")
-        return shown.select(
-            text=pl.when("nothing").then(pl.lit("")).otherwise(text.str.strip_chars()), titled="titled"
-        )
-
-    @staticmethod
-    def _part(part: list[tuple[str, str | None]]) -> pl.Expr:
-        pieces = [pl.lit(literal) if name is None else pl.col(f"={name}") for literal, name in part]
-        value = pl.concat_str(pieces).str.strip_chars()
-        names = [f"={name}" for _, name in part if name is not None]
-        if not names:
-            return pl.when(value != "").then(value)
-        empty = [pl.col(name) == "" for name in names]
-        tidy = value.str.replace_all(r"\(\s*\)|\[\s*\]", "").str.strip_chars(_DANGLING)
-        return pl.when(~pl.all_horizontal(empty)).then(
-            pl.when(pl.any_horizontal(empty)).then(tidy).otherwise(value)
-        )
+        if not any(values[name] for name in self.columns):
+            return ""
+        title = self.columns[0]
+        shown = {**values, title: values[title] or MISSING_TITLE}
+        parts = []
+        for form, names in self._parts:
+            inserted = tuple([shown[name] for name in names])
+            if names and not any(inserted):
+                continue
+            text = (form % inserted).strip()
+            if not all(inserted):
+                text = _EMPTY_BRACKETS.sub("", text).strip(_DANGLING)
+            if text or names:
+                parts.append(text)
+        return "; ".join(parts).strip()
 
 
 def template_text(template: Template, fields: Mapping[str, Any], max_chars: int) -> str:
-    """The text of one item, as `items_with_text` makes it of a column with such values.
+    """The text of one item, as `item_frames.items_with_text` makes it of columns with such values.
 
     Raises:
         DataError: a field that the template does not name, a value that no column has, or no value at all.
     """
     unknown = sorted(fields.keys() - set(template.columns))
-    if unknown or not any(value not in (None, "", [], ()) for value in fields.values()):
+    if unknown or not any(map(_is_filled, fields.values())):
         raise DataError(
             f"an item here has the fields {', '.join(template.columns)} (text template {template.template!r}), or the one field "
             f"text; got {dict(fields)}"
         )
-    values = {name: [_value_text(name, fields.get(name))] for name in template.columns}
-    frame, _, _ = items_with_text(
-        pl.Series(["item"]),
-        pl.DataFrame(values, schema=dict.fromkeys(values, pl.String)),
-        template,
-        max_chars,
-    )
-    text: str = frame["text"][0]
-    return text
+    values = {name: _value_text(name, fields.get(name)) or "" for name in template.columns}
+    return template.render({name: shorten(clean_text(value), max_chars) for name, value in values.items()})
+
+
+def _is_filled(value: Any) -> bool:
+    return value is not None and not (isinstance(value, (str, list, tuple)) and len(value) == 0)
 
 
 def _value_text(name: str, value: Any) -> str | None:
@@ -160,55 +158,69 @@ def _value_text(name: str, value: Any) -> str | None:
 def _scalar_text(place: str, value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, (numbers.Real, Decimal, date, time)):  # a bool is a number, a datetime a date
-        try:
-            text: str | None = as_text(pl.Series([value]))[0]
-            return text
-        except (pl.exceptions.PolarsError, OverflowError, TypeError, ValueError):
-            pass  # beyond what a column holds
+    try:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, numbers.Integral):
+            number = int(value)
+            if -(2**127) <= number < 2**128:
+                return str(number)
+        elif isinstance(value, Decimal):
+            if value.is_finite():
+                return _decimal_text(value)
+        elif isinstance(value, numbers.Real):
+            return _float_text(value)
+        elif isinstance(value, (date, time)):  # a datetime is a date
+            return _moment_text(value)
+    except (OverflowError, ValueError):
+        pass  # beyond what a column holds
     raise DataError(
         f"{place} must be a text or a number that a column can hold, or a list of them, but is {value!r:.200}"
     )
 
 
-def as_text(values: pl.Series) -> pl.Series:
-    """A column as text: whole numbers without a decimal point, lists joined by commas, NaN as null."""
-    frame = values.to_frame("value")
-    if isinstance(values.dtype, pl.List):
-        parts = pl.col("value").list.eval(_text(pl.element(), values.dtype.inner))
-        return frame.select(parts.list.drop_nulls().list.join(", ")).to_series()
-    return frame.select(_text(pl.col("value"), values.dtype)).to_series()
+def _decimal_text(value: Decimal) -> str:
+    """The shortest text, without an exponent."""
+    _, digits, exponent = value.as_tuple()
+    assert isinstance(exponent, int)  # of a finite one
+    if max(len(digits) + exponent, len(digits), -exponent) > _MOST_DIGITS:
+        raise OverflowError
+    text = f"{value:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _text(values: pl.Expr, dtype: Any) -> pl.Expr:
-    if not dtype.is_float():
-        return values.cast(pl.String)
-    whole = values.cast(pl.Int64, strict=False)
-    return (
-        pl.when(whole == values).then(whole.cast(pl.String)).otherwise(values.fill_nan(None).cast(pl.String))
-    )
+def _float_text(value: numbers.Real) -> str | None:
+    """Whole numbers of 64 bits without a decimal point; of others the digits that tell them apart, tiny ones with an exponent."""
+    number = value if isinstance(value, np.floating) else float(value)
+    if number != number:
+        return None
+    if abs(number) < 2**63 and number == int(number):
+        return str(int(number))
+    if 1e-5 <= abs(number) < 1e16 or number in (math.inf, -math.inf):
+        return np.format_float_positional(number, trim="-")
+    return np.format_float_scientific(number, trim="-", exp_digits=1)
 
 
-def items_with_text(
-    ids: pl.Series, values: pl.DataFrame, template: Template, max_chars: int
-) -> tuple[pl.DataFrame, int, int]:
-    """Item texts from raw values, one row an item.
+def _moment_text(value: date | time) -> str:
+    """ISO 8601, of a time of day to the second; times of a fixed offset to UTC are given as UTC."""
+    if isinstance(value, time):
+        return value.replace(tzinfo=None).isoformat(timespec="seconds")
+    if not isinstance(value, datetime):
+        return value.isoformat()
+    moment = value.astimezone(UTC) if isinstance(value.tzinfo, timezone) else value
+    return moment.isoformat(sep=" ", timespec="microseconds")
 
-    Args:
-        ids: the item of every row; of the rows of one item the first with a title is used, or else the first.
-        values: the template's columns of the same rows, as text or null.
-        template: what a text is made of.
-        max_chars: longest value of a column; longer ones are cut at a word.
 
-    Returns:
-        A frame of `ITEM_SCHEMA`, the number of rows that repeat an item, and the number of values cut.
+def movie_text(title: str, genres: list[str]) -> str:
+    """Text of a MovieLens movie; "" where it has no title.
+
+    Example:
+        >>> movie_text("Toy Story (1995)", ["Animation", "Comedy"])
+        'Toy Story (1995); Animation, Comedy'
     """
-    cut, cleaned = 0, {}
-    for name in template.columns:
-        texts = [clean_text(value) for value in values[name].fill_null("")]
-        cut += sum(len(text) > max_chars for text in texts)
-        cleaned[name] = pl.Series([shorten(text, max_chars) for text in texts], dtype=pl.String)
-    frame = template.render(pl.DataFrame(cleaned)).insert_column(0, ids.alias("item"))
-    first = frame.sort("titled", descending=True, maintain_order=True)
-    first = first.unique("item", keep="first", maintain_order=True)
-    return first, frame.height - first.height, cut
+    title = re.sub(r"\s+", " ", html.unescape(title)).strip()
+    title = title.removesuffix("(V)").rstrip()
+    if title in ("", "unknown"):
+        return ""
+    known = [genre for genre in genres if genre not in ("", "unknown")]
+    return f"{title}; {', '.join(known)}" if known else title

@@ -338,10 +338,11 @@ def test_clean_text_and_shorten() -> None:
 
 
 def test_template() -> None:
-    values = pl.DataFrame({"a": ["A", "", "A", ""], "b": ["B", "B", "", ""], "c": ["C", "", "", ""]})
-    found = Template("{a} - {b} [{c}]; of {c}; {b}").render(values)
-    assert found["text"].to_list() == ["A - B [C]; of C; B", "Unknown title - B; B", "A", ""]
-    assert found["titled"].to_list() == [True, False, True, False]
+    template = Template("{a} - {b} [{c}]; of {c}; {b}")
+    rows = ["ABC", (" ", "B", " "), ("A", " ", " "), (" ", " ", " ")]
+    found = [template.render({name: value.strip() for name, value in zip("abc", row)}) for row in rows]
+    assert found == ["A - B [C]; of C; B", "Unknown title - B; B", "A", ""]
+    assert Template("100% {a}; %s").render({"a": "A"}) == "100% A; %s"
 
 
 def test_stats_say_where_every_row_went(tmp_path: Path) -> None:

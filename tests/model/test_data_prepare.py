@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dti_model.data import CONTEXT, TEST, TRAIN, VAL, DataError, PreparedData, build, prepare
-from dti_model.data.movielens import movie_text
+from dti_model.data.texts import movie_text
 from tests.model.movielens_files import MOVIES, some_ratings, write_1m, write_100k, write_recbole
 
 WRITERS = {

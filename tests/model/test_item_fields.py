@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import re
+import zoneinfo
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dti_model.cli import main
 from dti_model.data import CustomFiles
 from dti_model.data.errors import DataError
+from dti_model.data.item_frames import as_text
 from dti_model.data.texts import Template, template_text
 from dti_model.items import ItemError, ItemTokens
 from dti_model.score_lines import InputFile, fields_of, request_of
 from dti_model.scorer import Scorer
 
+NOON = datetime.datetime(2020, 7, 1, 12, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin"))
 COLUMNS: dict[str, list[Any]] = {
     "whole": [1995, 0, None],
     "float": [1995.0, 4.5, float("nan")],
     "flag": [True, False, None],
     "day": [datetime.date(2020, 1, 1), None, None],
+    "moment": [datetime.datetime(2020, 1, 1, 12), datetime.datetime(1999, 12, 31, 1, 2, 3, 456000), None],
+    "zoned": [NOON, None, None],
+    "price": [Decimal("10.50"), Decimal("10.00"), Decimal("-0.5")],
     "words": [["a", None, "b"], [], None],
     "figures": [[1.0, 2.5, float("nan")], [None], [3.0]],
     "flags": [[True], [False, None], None],
@@ -45,10 +57,47 @@ def test_a_field_s_text_is_that_of_a_column_with_its_value(tmp_path: Path) -> No
     trained = custom(tmp_path, template.template, frame).load().items["text"].to_list()
     for row, expected in zip(frame.drop("item").to_dicts(), trained, strict=True):
         assert template_text(template, row, max_chars=200) == expected
-    assert trained[0] == "A; 1995; 1995; true; 2020-01-01; a, b; 1, 2.5; true"
+    times = "2020-01-01; 2020-01-01 12:00:00.000000; 2020-07-01 12:00:00.000000+02:00"
+    assert trained[0] == f"A; 1995; 1995; true; {times}; 10.5; a, b; 1, 2.5; true"
 
 
-@pytest.mark.parametrize("value", [{"a": 1}, [{"a": 1}], [["a"]], b"a", [b"a"], object(), 2**200])
+# Tiny and huge floats are left out: versions of Polars write their exponents in different ways.
+FLOATS = st.floats(1e-4, 1e15) | st.floats(-1e15, -1e-4) | st.floats(2**-9, 2**49, width=32).map(np.float32)
+WHOLE = (
+    st.integers(-(2**63), 2**63 - 1)
+    | st.integers(-(2**53), 2**53).map(float)
+    | st.sampled_from([-0.0, math.inf])
+)
+
+
+@settings(deadline=None)
+@given(FLOATS | WHOLE | st.dates() | st.datetimes())
+def test_a_value_s_text_is_that_of_a_column(value: Any) -> None:
+    """Requests are put into text without Polars."""
+    expected = as_text(pl.Series([value]))[0]
+    assert template_text(Template("{title}"), {"title": value}, max_chars=200) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.5e-7, "1.5e-7"),
+        (1e-5, "0.00001"),
+        (2.0**63, "9.223372036854776e+18"),
+        (2**64, "18446744073709551616"),
+        (Fraction(1, 3), "0.3333333333333333"),
+        (Decimal("1E+3"), "1000"),
+        (datetime.time(3, 4, 5, 6), "03:04:05"),
+        (datetime.datetime(2020, 1, 1, 1, tzinfo=datetime.timezone(datetime.timedelta(hours=2))), "2019-12-31 23:00:00.000000+00:00"),
+    ],
+)  # fmt: skip
+def test_texts_of_rare_values(value: Any, text: str) -> None:
+    assert template_text(Template("{title}"), {"title": value}, 200) == text
+
+
+@pytest.mark.parametrize(
+    "value", [{"a": 1}, [{"a": 1}], [["a"]], b"a", [b"a"], object(), 2**200, Decimal("NaN"), Decimal("1E+50")]
+)
 def test_values_that_no_column_has_are_named(value: Any) -> None:
     """Their Python spelling became the item's text."""
     with pytest.raises(DataError, match="the field genres must be a text or a number"):

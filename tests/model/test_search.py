@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from dti_model import search as searching
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.fingerprints import OtherOriginError
-from dti_model.search import cell_name, search
+from dti_model.search import cell_config, cell_name, search
 from dti_model.train import RunExistsError
 from tests.model.pretrained_files import pretrained_folder
 
@@ -76,6 +77,9 @@ def test_goes_on_and_chooses_on_validation(base: TrainConfig, monkeypatch: pytes
     [
         ({"optim.rate": [1]}, [0], "'optim.rate' is not a setting"),
         ({"seed": [1]}, [0], "'seed' is not a setting that a search can vary"),
+        ({"optim": [{"epochs": 1}]}, [0], "'optim' is not a setting"),
+        ({"k": ["010"]}, [0], "'010' is no value of k: k must be >= 0"),
+        ({"k": [5.0]}, [0], "5.0 is no value of k: k must be >= 0"),
         ({"optim.learning_rate": ["fast"]}, [0], "'fast' is no value of optim.learning_rate"),
         ({"optim.learning_rate": [-1.0]}, [0], "learning_rate must be > 0"),
         ({"k": []}, [0], "a value of every setting"),
@@ -112,6 +116,30 @@ def test_what_is_no_search_is_refused_before_the_first_run(
     with pytest.raises(ValueError, match=message):
         search(base, grid, seeds)
     assert not base.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "setting"),
+    [
+        ("dti.alpha_max", 1, 1.0),
+        ("dti.alpha_max", "1", 1.0),
+        ("dti.reset_layers", [0, -1], (0, -1)),
+        ("dti.reset_layers", "[0]", (0,)),
+        ("model.dropout", 0, 0.0),
+        ("model.dropout", "null", None),
+        ("model.layers", "2", 2),
+        ("optim.bf16", "true", True),
+        ("optim.learning_rate", "1e-3", 1e-3),
+        ("report_to", [], ()),
+    ],
+)
+def test_values_take_the_types_of_their_settings(
+    base: TrainConfig, name: str, value: Any, setting: Any
+) -> None:
+    found: Any = cell_config(base, {name: value}, seed=0)
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert repr(found) == repr(setting)
 
 
 def test_the_command_reads_a_grid_file(
