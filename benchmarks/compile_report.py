@@ -1,20 +1,23 @@
 """What the compilers make of every row of the tile table, without a GPU.
 
-    python -m benchmarks.compile_report [--arch sm_90] [--head-dim 128] [--loops]
+    python -m benchmarks.compile_report [--arch sm_90] [--head-dim 128] [--bits 16] [--loops] [--record]
 
-Prints registers, spilled bytes and shared memory of each kernel, compiled ahead of time exactly as it is launched; with
-`--loops` also the instructions of its inner loops; and how much of the visited tiles is visible.
+Prints registers, spilled bytes and shared memory of each kernel, compiled through the just-in-time path exactly as it is launched; with
+`--loops` also the instructions of its inner loops by class; and how much of the visited tiles is visible. `--record` puts the rows of this
+version of Triton into results/compile.jsonl in place of its older ones: a new version can halve a kernel, and the tests hold what is
+installed to its rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,14 @@ import numpy as np
 import torch
 
 from benchmarks import stand_in
+from benchmarks.measure import RESULTS
 from benchmarks.workloads import Workload
 from dti_kernels import HiddenStateReset, StreamLayout, tiles, windowed_attn
 from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, ROW_STOP, START, STOP, SUM_START, SUM_STOP
 from dti_kernels.tiles import KERNELS, TABLE, Tile
+from dti_model.files import whole_file
 
+RECORDED = RESULTS / "compile.jsonl"
 # Bytes of shared memory that one program may have (CUDA programming guide, ISA manual of CDNA3).
 SHARED_MEMORY = {
     "sm_80": 163 << 10,
@@ -49,6 +55,7 @@ class TableRow:
     bits: int
     short_span: bool
     tile: Tile
+    group: int = 4  # query heads that share a key head
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,10 +95,21 @@ def table_rows() -> Iterator[TableRow]:
                 yield TableRow(arch, kernel, head_dim, bits, short_span, tile)
 
 
-def compile_row(row: TableRow, group: int = 4) -> Compiled:
+# Groups that are compiled beside that of 4: none, of SmolLM2, of Qwen2.5 and of Llama-3.1-70B.
+GROUPS = (1, 3, 7, 8)
+
+
+def rows_of_groups() -> Iterator[TableRow]:
+    """Hopper's context kernels in 16 bits with other groups."""
+    for row in table_rows():
+        if row.arch == "sm_90" and row.kernel.startswith("ctx") and row.bits == 16 and row.head_dim <= 128:
+            yield from (replace(row, group=group) for group in GROUPS if not row.short_span)
+
+
+def compile_row(row: TableRow) -> Compiled:
     """Compile a row's kernel for its architecture through the just-in-time path, with everything switched on: ALiBi, reset, [SUM] rows."""
     with stand_in.driver_of(row.arch):
-        built = stand_in.build(_launch(row, group))
+        built = stand_in.build(_launch(row))
     shared, assembly = built.kernel.metadata.shared, built.kernel.asm
     if row.arch.startswith("gfx"):
         text = assembly["amdgcn"]
@@ -106,18 +124,18 @@ def compile_row(row: TableRow, group: int = 4) -> Compiled:
     return Compiled(registers, spilled, shared, assembly["ptx"], cubin, built.log)
 
 
-def _launch(row: TableRow, group: int) -> Any:
+def _launch(row: TableRow) -> Any:
     """A row's launch on a small batch: strides divisible by 16, as those of every model."""
     layout = StreamLayout.build([[3, 3]], [[1, 1]], [1], 2)
 
     def zeros(rows: int, heads: int) -> torch.Tensor:
         return torch.zeros(rows, heads, row.head_dim, dtype=row.dtype, requires_grad=True)
 
-    q = zeros(layout.num_rows, 2 * group)
+    q = zeros(layout.num_rows, 2 * row.group)
     k, v, k_sum = (zeros(layout.num_rows, 2) for _ in range(3))
     initial = zeros(layout.num_context, 2), zeros(layout.num_context, 2)
     reset = HiddenStateReset(*initial, alpha_min=0.0, alpha_max=0.5)
-    slopes = torch.zeros(2 * group, requires_grad=True)
+    slopes = torch.zeros(2 * row.group, requires_grad=True)
     with stand_in.recorded(row.arch) as launches, tiles.forced({row.kernel: row.tile}):
         windowed_attn(q, k, v, layout, k_sum, slopes, reset).sum().backward()
     return next(x for x in launches if x.kernel.fn.__name__ == f"{row.kernel}_kernel")
@@ -182,14 +200,14 @@ def visited_pairs(layout: StreamLayout, kernel: str, tile: Tile, group: int) -> 
     rows, keys = layout.rows.numpy().astype(np.int64), layout.keys.numpy().astype(np.int64)
     pack = max(p for p in range(1, min(group, tile.pack, tile.block_m) + 1) if group % p == 0)
     tokens, num_context = tile.block_m // pack, layout.num_context
-    per_tile = tokens * tile.block_n
+    per_tile = tile.block_m * tile.block_n / pack  # lanes that hold no row are computed too
     if kernel.endswith("dkv"):
         first = np.arange(0, num_context, tile.block_n)
-        if kernel == "ctx_dkv":
-            start, stop = first, np.maximum.reduceat(keys[ROW_STOP], first)
-        else:
-            start = np.minimum.reduceat(keys[SUM_START], first)
-            stop = np.maximum.reduceat(keys[SUM_STOP], first)
+        if kernel == "ctx_dkv":  # its tiles count lanes
+            lanes = (np.maximum.reduceat(keys[ROW_STOP], first) - first) * pack
+            return int((-(-lanes // tile.block_m)).sum() * per_tile)
+        start = np.minimum.reduceat(keys[SUM_START], first)
+        stop = np.maximum.reduceat(keys[SUM_STOP], first)
         return int((-(-np.maximum(stop - start, 0) // tokens)).sum() * per_tile)
     begin, end = (0, num_context) if kernel.startswith("ctx") else (num_context, layout.num_rows)
     first = np.arange(begin, end, tokens)
@@ -215,34 +233,90 @@ def useful_fraction(workload: Workload, kernel: str, tile: Tile) -> float:
     return visible_pairs(layout, kernel) / visited_pairs(layout, kernel, tile, group)
 
 
+def compiled_numbers(row: TableRow, result: Compiled) -> dict[str, Any]:
+    """What is recorded of a compiled row; `loops` are the instructions of every inner loop that multiplies matrices (NVIDIA)."""
+    tile = row.tile
+    return {
+        "arch": row.arch,
+        "kernel": row.kernel,
+        "head_dim": row.head_dim,
+        "bits": row.bits,
+        "short_span": row.short_span,
+        "group": row.group,
+        "tile": [tile.block_m, tile.block_n, tile.warps, tile.stages, tile.pack, tile.ahead],
+        "registers": result.registers,
+        "spilled_bytes": result.spilled_bytes,
+        "shared_bytes": result.shared_bytes,
+        "loops": [sum(count.values()) for count in inner_loops(result.cubin)] if result.cubin else None,
+    }
+
+
+KEYS = ("arch", "kernel", "head_dim", "bits", "short_span", "group")
+
+
+def recorded_rows(triton_version: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Rows of results/compile.jsonl of a version of Triton, by what is compiled."""
+    rows = [json.loads(line) for line in RECORDED.read_text().splitlines()] if RECORDED.exists() else []
+    minor = triton_version.split(".")[:2]
+    return {tuple(row[key] for key in KEYS): row for row in rows if row["triton"].split(".")[:2] == minor}
+
+
+def record(numbers: list[dict[str, Any]], triton_version: str) -> None:
+    """Put the rows of a version in place of its older ones; others stay."""
+    replaced = recorded_rows(triton_version) | {tuple(row[key] for key in KEYS): row for row in numbers}
+    kept = [json.loads(line) for line in RECORDED.read_text().splitlines()] if RECORDED.exists() else []
+    minor = triton_version.split(".")[:2]
+    kept = [row for row in kept if row["triton"].split(".")[:2] != minor]
+    rows = [*kept, *({**row, "triton": triton_version} for row in replaced.values())]
+    rows.sort(key=lambda row: (row["triton"], *(str(row[key]) for key in KEYS)))
+    with whole_file(RECORDED) as temporary:
+        temporary.write_text("".join(json.dumps({"benchmark": "compile", **row}) + "\n" for row in rows))
+
+
 def main() -> None:
     """Print the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", choices=TABLE)
-    parser.add_argument("--head-dim", type=int, choices=(64, 128, 256))
+    parser.add_argument("--head-dim", type=int, nargs="+", choices=(64, 128, 256))
     parser.add_argument("--bits", type=int, choices=(16, 32))
+    parser.add_argument("--kernel", choices=KERNELS)
     parser.add_argument("--loops", action="store_true", help="instructions of the inner loops (NVIDIA)")
-    options = parser.parse_args()
-    print(
-        f"{'arch':7} {'D':>3} bits {'span':5} {'kernel':8} {'rows x keys, warps, stages':27} regs spill   shared useful"
+    parser.add_argument(
+        "--record", action="store_true", help="keep the rows in benchmarks/results/compile.jsonl"
     )
-    for row in table_rows():
-        wanted = (options.arch, row.arch), (options.head_dim, row.head_dim), (options.bits, row.bits)
+    options = parser.parse_args()
+    if reason := stand_in.unavailable():
+        parser.error(reason)
+    import triton
+
+    print(
+        f"{'arch':7} {'D':>3} bits {'span':5} group {'kernel':8} {'rows x keys, warps, stages':27} regs spill   shared useful"
+    )
+    numbers = []
+    for row in (*table_rows(), *rows_of_groups()):
+        wanted = (options.arch, row.arch), (options.bits, row.bits), (options.kernel, row.kernel)
         if any(value is not None and value != own for value, own in wanted):
             continue
+        if options.head_dim and row.head_dim not in options.head_dim:
+            continue
         result = compile_row(row)
+        numbers.append(compiled_numbers(row, result))
         tile = f"{row.tile.block_m:3} x {row.tile.block_n:3}, {row.tile.warps:2}, {row.tile.stages}"
         print(
-            f"{row.arch:7} {row.head_dim:3} {row.bits:4} {'short' if row.short_span else 'any':5} {row.kernel:8} {tile:27}"
+            f"{row.arch:7} {row.head_dim:3} {row.bits:4} {'short' if row.short_span else 'any':5} {row.group:5} {row.kernel:8} {tile:27}"
             f" {result.registers:4} {result.spilled_bytes:5} {result.shared_bytes:8}"
-            f" {useful_fraction(QUOTED, row.kernel, row.tile):6.2f}",
+            f" {useful_fraction(replace(QUOTED, num_heads=8 * row.group), row.kernel, row.tile):6.2f}"
+            f"{'  serialized' if result.serialized else ''}",
             flush=True,
         )
         if options.loops and result.cubin:
             for count in inner_loops(result.cubin):
                 print("    loop:", ", ".join(f"{name} {number}" for name, number in count.most_common()))
+    if options.record:
+        record(numbers, triton.__version__)
+        print(f"rows: {RECORDED}")
 
 
 if __name__ == "__main__":

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.compile_report import (
+    KEYS,
     QUOTED,
     SHARED_MEMORY,
     TableRow,
     compile_row,
+    compiled_numbers,
+    recorded_rows,
+    rows_of_groups,
     table_rows,
     useful_fraction,
 )
 from dti_kernels import tiles
-from dti_kernels.tiles import KERNELS, TABLE, table_tile
+from dti_kernels.tiles import KERNELS, TABLE, Tile, table_tile
 
-ROWS = list(table_rows())
+ROWS = [*table_rows(), *rows_of_groups()]
 MAX_SPILLED_BYTES = 64  # of a backward kernel; a forward spills nothing
 USEFUL = {"ctx": 0.8, "sum": 0.6}  # visible share of the visited tiles, at least
+# Of the instructions and registers that were recorded of this version of Triton. More is another kernel: record it, and say why.
+MAX_GROWTH = 1.03
 
 
 def identify(row: TableRow) -> str:
-    return f"{row.arch}-{row.kernel}-{row.head_dim}-{row.bits}{'-short' if row.short_span else ''}"
+    group = "" if row.group == 4 else f"-group{row.group}"
+    return f"{row.arch}-{row.kernel}-{row.head_dim}-{row.bits}{'-short' if row.short_span else ''}{group}"
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="interpreted kernels are not compiled")
 @pytest.mark.parametrize("row", ROWS, ids=identify)
 def test_row_fits_and_does_not_spill(row: TableRow) -> None:
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
     result = compile_row(row)
     served = [arch for arch in TABLE if arch == row.arch or (row.arch, arch) == ("sm_80", "sm_86")]
     for arch in served:
@@ -42,6 +53,27 @@ def test_row_fits_and_does_not_spill(row: TableRow) -> None:
         assert result.spilled_bytes <= (0 if row.kernel.endswith("fwd") else MAX_SPILLED_BYTES)
     if row.arch == "sm_90" and row.kernel.startswith("ctx") and row.bits == 16:
         assert result.uses_wgmma
+        assert "ptxas" in result.log, "nothing to read the warnings from"
+        assert not result.serialized
+    numbers = compiled_numbers(row, result)
+    recorded = recorded_rows(triton.__version__).get(tuple(numbers[key] for key in KEYS))
+    if recorded is not None:
+        assert numbers["tile"] == recorded["tile"], (
+            "the table changed: python -m benchmarks.compile_report --record"
+        )
+        for name in ("registers", "loops"):
+            now, then = (np.atleast_1d(x[name] or 0) for x in (numbers, recorded))
+            assert now.shape == then.shape
+            assert (now <= MAX_GROWTH * then + 1).all(), f"{name}: {now}, recorded {then}"
+
+
+def test_every_tested_version_of_triton_is_recorded() -> None:
+    """All rows in 16 bits of head_dim 64 and 128, of every version that the project allows."""
+    expected = {identify(row) for row in ROWS if row.bits == 16 and row.head_dim <= 128}
+    for version in ("3.6.0", "3.7.1", "3.8.0", "3.9.0"):
+        rows = [dict(zip(KEYS, key)) for key in recorded_rows(version)]
+        found = {identify(TableRow(**row, tile=Tile(16, 16, 4, 1))) for row in rows}
+        assert expected <= found, version
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -72,6 +104,43 @@ def test_unknown_hardware_takes_safe_tiles_and_says_so_once(
     tiles.architecture.cache_clear()
     assert chosen == {table_tile("sm_86", "ctx_fwd", 64, 16, 512)}
     assert [str(w.message).split(":")[0] for w in recwarn] == ["no tiles are tuned for sm_127"]
+
+
+def tiles_file(path: Path, **changes: object) -> Path:
+    entry = {"arch": "sm_90", "kernel": "ctx_dq", "head_dim": 128, "bits": 16, "short_span": False}
+    path.write_text(json.dumps([entry | {"tile": [64, 32, 4, 2, 16]} | changes]))
+    return path
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Uses a file of tuned tiles."""
+    tiles._tuned_tiles.cache_clear()
+    yield lambda path: monkeypatch.setenv("DTI_TILES", str(path))
+    tiles._tuned_tiles.cache_clear()
+
+
+def test_tuned_tiles_replace_those_of_the_table(tuned: Callable[[Path], None], tmp_path: Path) -> None:
+    tuned(tiles_file(tmp_path / "tiles.json"))
+    assert table_tile("sm_90", "ctx_dq", 128, 16, 1024) == Tile(64, 32, 4, 2)
+    assert table_tile("sm_90", "ctx_dq", 64, 16, 1024) == TABLE["sm_90"][64, 16, False][1]
+    assert table_tile("sm_80", "ctx_dq", 128, 16, 1024) == TABLE["sm_80"][128, 16, False][1]
+
+
+def test_tuned_tiles_of_long_spans_leave_short_ones(tuned: Callable[[Path], None], tmp_path: Path) -> None:
+    tuned(tiles_file(tmp_path / "tiles.json", head_dim=64, tile=[128, 32, 8, 3, 16, True]))
+    assert table_tile("sm_90", "ctx_dq", 64, 16, 1024) == Tile(128, 32, 8, 3, ahead=True)
+    assert table_tile("sm_90", "ctx_dq", 64, 16, 256) == TABLE["sm_90"][64, 16, True][1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"arch": "sm_1"}, {"kernel": "x"}, {"tile": [48, 32, 4, 2, 16]}, {"tile": [64, 32]}, {"tile": "x"}, {"bits": 8}],
+)  # fmt: skip
+def test_bad_tuned_tiles_are_refused(tuned: Callable[[Path], None], tmp_path: Path, changes: dict) -> None:
+    tuned(tiles_file(tmp_path / "tiles.json", **changes))
+    with pytest.raises(ValueError, match=r"DTI_TILES=.*tiles\.json"):
+        table_tile("sm_90", "ctx_dq", 128, 16, 1024)
 
 
 def test_triton_is_imported_only_to_launch() -> None:
