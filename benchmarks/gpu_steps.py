@@ -161,7 +161,7 @@ SLOT_A = (
         _rows("--select", "not inductor", "--jobs", "{jobs}"),
         100,
         "parity, equal runs, leaks, unwritten memory, offsets beyond 2**31",
-        rehearsed=_rows("--select", "(one_token and bfloat16) or never_read", "--jobs", "{jobs}"),
+        rehearsed=_rows("--select", "(one_token and bfloat16) or never_read", "--jobs", "1"),
         interpreted=True,
         jobs=10,
     ),

@@ -89,13 +89,13 @@ def run_steps(steps: Sequence[Step], call: Call) -> list[dict[str, Any]]:
         if call.resume and not step.always and before.get("status") == "ok":
             entry = {**before, "step": step.name, "status": "done before"}
         elif stopped_by is not None:
-            entry = _left_out(step, f"{stopped_by} failed")
+            entry = _left_out(step, stopped_by)
         elif allotted < step.least:
             entry = _left_out(step, f"no time: {max(0.0, allotted):.0f} s left, it needs {step.least:.0f}")
         else:
             entry = run_step(step, call, allotted)
         if step.stops and entry["status"] not in ENDED_WELL:
-            stopped_by = step.name
+            stopped_by = stopped_by or f"{step.name} {entry['status']}"
         entries.append(entry)
         if entry["status"] != "done before":
             # What a former call did well is not forgotten because there was no time to do it again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -174,6 +175,9 @@ def test_nothing_runs_after_a_failed_smoke_test(tmp_path: Path, make_step: MakeS
     entries = run_steps(steps, call(tmp_path))
     assert statuses(entries) == {"smoke": "failed", "rest": "left out"}
     assert entries[1]["error"] == "smoke failed"
+    steps[0] = dataclasses.replace(steps[0], least=15)
+    entries = run_steps(steps, call(tmp_path, gpu_suite.RESERVE_S + 10))
+    assert [entry["error"] for entry in entries] == ["no time: 10 s left, it needs 15", "smoke left out"]
 
 
 def test_resume_goes_on_elsewhere(
