@@ -214,7 +214,11 @@ def visited_pairs(layout: StreamLayout, kernel: str, tile: Tile, group: int) -> 
     last = np.minimum(first + tokens, end) - 1
     prefix = -(-(rows[PREFIX_STOP, first] - rows[PROMPT_FIRST, first]) // tile.block_n)
     span = -(-(rows[STOP, last] - rows[START, first]) // tile.block_n)
-    return int((prefix + span).sum() * per_tile)
+    visited = prefix + span
+    if tile.ahead and kernel == "ctx_fwd":  # an empty tile where none is seen by all rows
+        left = -(-(rows[START, last] - rows[START, first]) // tile.block_n)
+        visited += rows[STOP, first] - rows[START, first] - left * tile.block_n < tile.block_n
+    return int(visited.sum() * per_tile)
 
 
 def visible_pairs(layout: StreamLayout, kernel: str) -> int:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 # Entries of a table that is not worth cutting.
 _SHORT_TABLE = 4096
-# More settings than a process of a few models has; a search over settings must not keep them all.
-_MAX_TABLES = 64
+# More settings than a process has, short of a search that lasts for days: 32 MB at most.
+_MAX_TABLES = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +64,8 @@ class HiddenStateReset:
 
         `farthest`: no distance is larger, so a table longer than that is cut off behind it; a window of 10^9 would be one of 8 GB.
 
-        The table is kept and shared by equal settings: do not write to it. A GPU gets it once, not with every call of every layer, so
-        that calls wait for no copy and can be captured in a CUDA graph.
+        The table is kept for good and shared by equal settings: do not write to it. A GPU gets it once, not with every call of every
+        layer, so that calls wait for no copy and can be captured in a CUDA graph.
         """
         length = max(window, 1) + 1
         if farthest is not None and length > _SHORT_TABLE:
@@ -79,9 +79,10 @@ class HiddenStateReset:
         if table is None:
             with torch.inference_mode(False):  # training may use it next
                 table = _ratio_table(*settings).to(device=device, dtype=dtype)
-            if len(_tables) >= _MAX_TABLES:
-                _tables.clear()
-            _tables[key] = table
+            if (
+                length <= _SHORT_TABLE and len(_tables) < _MAX_TABLES
+            ):  # nothing is dropped: a captured graph may read it
+                _tables[key] = table
         return table
 
 

@@ -2,7 +2,8 @@
 
 No autotuning at run time: nothing is specialised on a length, results do not depend on what ran before, and the first batch
 costs what the hundredth does. Every row compiles without spills that matter (tests/kernels/test_triton_compile.py);
-`benchmarks/tune_tiles.py` times candidates on a GPU and prints rows to paste here.
+`python -m benchmarks.tune_tiles --winners FILE` times candidates on a GPU. The variable DTI_TILES names a file of winners, which then stand in
+the table's place.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Tile:
     """Rows and keys of a tile, and how the compiler lays it out.
 
     Attributes:
-        block_m: rows of the query side, of tokens times packed heads: a tile holds `block_m // heads` tokens.
+        block_m: rows of the query side, of tokens times packed heads.
         block_n: keys.
         warps: per program.
         stages: of the software pipeline.
@@ -42,6 +43,8 @@ class Tile:
     ahead: bool = False
 
 
+# Most heads of a group in a tile: strides between them are multiplied in 32 bits.
+MAX_PACK = 32
 KERNELS = ("ctx_fwd", "ctx_dq", "ctx_dkv", "sum_fwd", "sum_dq", "sum_dkv")
 # Rows of the table by head_dim (up to), bits of the dtype, and whether the mean span is short (below 362 tokens, where long
 # tiles are mostly mask). A row that does not depend on the span is written once, under False.
@@ -219,9 +222,12 @@ def _tuned_key(entry: dict[str, Any]) -> tuple[str, str, int, int, bool]:
 
 
 def _tuned_tile(numbers: list[int]) -> Tile:
-    tile = Tile(*numbers[:5], ahead=bool(numbers[5])) if len(numbers) > 5 else Tile(*numbers)
+    block_m, block_n, warps, stages, pack, *ahead = numbers
+    if len(ahead) > 1:
+        raise ValueError(f"{numbers}: a tile is five numbers, and whether its forward computes ahead")
+    tile = Tile(block_m, block_n, warps, stages, pack, bool(ahead and ahead[0]))
     for size, least, most in (
-        (tile.block_m, 16, 512), (tile.block_n, 16, 512), (tile.warps, 1, 16), (tile.stages, 1, 8), (tile.pack, 1, 512),
+        (tile.block_m, 16, 512), (tile.block_n, 16, 512), (tile.warps, 1, 16), (tile.stages, 1, 8), (tile.pack, 1, MAX_PACK),
     ):  # fmt: skip
         if not least <= size <= most:
             raise ValueError(f"{numbers}: {size} is not in [{least}, {most}]")
@@ -244,8 +250,8 @@ def architecture(device: torch.device) -> str:
         return known
     safe = SAFE["hip" if torch.version.hip else "cuda"]
     warnings.warn(
-        f"no tiles are tuned for {name}: windowed_attn uses those of {safe}. "
-        "python -m benchmarks.tune_tiles prints better ones for this GPU.",
+        f"no tiles are tuned for {name}: windowed_attn uses those of {safe}. python -m benchmarks.tune_tiles --winners tiles.json finds "
+        "better ones for this GPU, and DTI_TILES=tiles.json uses them.",
         stacklevel=2,
     )
     return safe

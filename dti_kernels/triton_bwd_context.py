@@ -124,7 +124,7 @@ def ctx_dkv_kernel(
     lane = tl.arange(0, BLOCK_M)
     lane_first = (key - key_0) * PACK
     lane_stop = (tl.maximum(row_stop, key) - key_0) * PACK
-    num_tiles = tl.cdiv(tl.max(lane_stop, 0), BLOCK_M)
+    num_tiles = tl.cdiv((tl.max(row_stop, 0) - key_0) * PACK, BLOCK_M)
     offs_q = lane_offsets(lane, stride_qt, stride_qh, PACK)
     offs_do = lane_offsets(lane, stride_dot, stride_doh, PACK)
 

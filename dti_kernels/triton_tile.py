@@ -1,6 +1,6 @@
 """What the Triton kernels share: the rows and keys of a tile, the rule of visibility, and how a launch is written down.
 
-A tile of rows holds `BLOCK_M // PACK` neighbouring rows of the batch times `PACK` query heads that read the same key head.
+A tile of rows holds `BLOCK_M // PACK` neighbouring rows of the batch times `PACK` query heads that read the same key head: its lanes.
 Packing heads keeps the rows of a tile close together, so that the span a tile visits is little longer than one row's span.
 
 A tile of rows visits at most two ranges of keys, found from its first and last row because spans never decrease:
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dti_kernels import layout
-from dti_kernels.tiles import Tile, choose_tile
+from dti_kernels.tiles import MAX_PACK, Tile, choose_tile
 
 PROMPT_FIRST = tl.constexpr(layout.PROMPT_FIRST)
 PREFIX_STOP = tl.constexpr(layout.PREFIX_STOP)
@@ -52,7 +52,7 @@ PER_BATCH = [
 # Rows of the largest tile. Rows are addressed with 32-bit offsets inside the tile (64-bit between tiles).
 MAX_BLOCK_M = 512
 MAX_ROW_STRIDE = 2**31 // MAX_BLOCK_M
-MAX_HEAD_STRIDE = 2**31 // 32
+MAX_HEAD_STRIDE = 2**31 // MAX_PACK
 # Beyond this an accumulator of 16 rows no longer fits beside its operands.
 MAX_HEAD_DIM = 256
 
@@ -98,18 +98,18 @@ def lane_offsets(lane, stride_t, stride_h, PACK: tl.constexpr):
 @triton.jit
 def packed_base(group, num_queries, GROUP: tl.constexpr):
     """Where scratch `(G, rows x GROUP)` keeps a key head's lanes: each begins at a multiple of 16 bytes."""
-    return tl.cast(group, tl.int64) * ((num_queries * GROUP + 3) // 4 * 4)
+    return tl.cast(group, tl.int64) * ((tl.cast(num_queries, tl.int64) * GROUP + 3) // 4 * 4)
 
 
 @triton.jit
 def packed_offsets(row, group, lane, first, num_queries, GROUP: tl.constexpr, PACK: tl.constexpr):
     """Where scratch keeps the lanes of a tile of whole rows from `first` on; `lane` counts the heads of the group from its first.
 
-    Laid out like a tile, so that a tile of whole groups is contiguous. dK/dV reads `BLOCK_M` lanes of it without a mask: behind the last
-    lane there are zeros.
+    Laid out like a tile, so that a tile of whole groups is contiguous. dK/dV of context rows reads the last tile of a key head without a mask:
+    up to `BLOCK_M - 1` lanes behind it, which are the next head's or, behind the last, zeros.
     """
     base = packed_base(group, num_queries, GROUP)
-    if PACK == GROUP:  # lanes behind the tile's last whole row are masked, or those of the next row
+    if PACK == GROUP:  # lanes behind the tile's last whole row are masked
         return base + tl.cast(first, tl.int64) * GROUP + tl.arange(0, row.shape[0])
     else:
         return base + tl.cast(row, tl.int64) * GROUP + lane

@@ -39,8 +39,8 @@ SMOLLM = dataclasses.replace(LLAMA, name="smollm_heads", num_heads=9, num_groups
 WIDE = dataclasses.replace(LLAMA, name="head_dim_256", num_heads=2, num_groups=2, head_dim=256)
 
 
-# Query heads that share a key head, beside those above: each is another kernel.
-GROUPS = [(64, 1), (64, 4), (64, 8), (128, 1), (128, 3), (128, 8), (256, 4)]
+# Query heads that share a key head, beside those above: each is another kernel, and 32 are more than a tile packs.
+GROUPS = [(64, 1), (64, 4), (64, 8), (128, 1), (128, 3), (128, 8), (256, 4), (64, 32)]
 
 
 def grouped(head_dim: int, heads_per_key: int) -> Case:

@@ -160,9 +160,10 @@ def test_reset_ratios() -> None:
     assert (ratios[1:].diff() > 0).all()
 
 
-def test_reset_ratios_are_made_once() -> None:
+def test_reset_ratios_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU got them with every call of every layer. What inference made must serve training, and tracing must not be kept."""
     layout = case_named("full_reset").layout()
+    monkeypatch.setattr(scores, "_tables", {})
 
     def table(steepness: float = 0.7) -> torch.Tensor:
         reset = HiddenStateReset(torch.empty(0), torch.empty(0), 0.1, 0.8, steepness)
@@ -178,10 +179,16 @@ def test_reset_ratios_are_made_once() -> None:
         assert isinstance(table(), FakeTensor)
         assert isinstance(table(steepness=0.123), FakeTensor)
     assert not isinstance(table(steepness=0.123), FakeTensor)
-    for steepness in range(1, 200):
-        table(steepness=float(steepness))
-    assert torch.equal(table(), first)
-    assert len(scores._tables) <= scores._MAX_TABLES
+    before = len(scores._tables)
+    for steepness in range(1, scores._MAX_TABLES + 2):
+        table(steepness=1000.0 + steepness)
+    assert before < len(scores._tables) == scores._MAX_TABLES
+    assert table() is first, "a captured graph may read it"
+    monkeypatch.setattr(scores, "_tables", {})
+    reset = HiddenStateReset(torch.empty(0), torch.empty(0), 0.1, 0.8)
+    for farthest in (5000, 6000):  # another table for every length of a batch
+        reset.ratios(10**9, torch.float32, layout.device, farthest)
+    assert not scores._tables
 
 
 @pytest.mark.parametrize(

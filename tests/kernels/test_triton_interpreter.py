@@ -191,6 +191,36 @@ def test_unwritten_memory_is_nan() -> None:
     assert interpret(unwritten_memory_is_nan)
 
 
+def scratch_is_read_within(heads: int, tile: Tile) -> None:
+    """The smallest batches: a tile of keys and heads is far larger than what there is of delta and the log-sum-exp."""
+    from dti_kernels import triton_bwd
+
+    make = triton_bwd.Gradients.of
+
+    def guarded(x: torch.Tensor) -> torch.Tensor:
+        buffer = torch.full((len(x) + 65536,), float("nan"))
+        buffer[: len(x)] = x
+        return buffer[: len(x)]
+
+    def make_guarded(batch: object) -> object:
+        grads = make(batch)
+        return dataclasses.replace(grads, delta=guarded(grads.delta), lse_tile=guarded(grads.lse_tile))
+
+    case = Case("tiny", [[1], [3]], [[0], [1]], [0, 1], window=2, num_heads=heads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_bwd.Gradients, "of", staticmethod(make_guarded))
+        with tiles.forced({"ctx_dkv": tile, "sum_dkv": tile}):
+            check_parity(case, torch.float32, windowed_attn)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tile"), [(16, (64, 128)), (7, (64, 128)), (32, (32, 128)), (16, (16, 64))]
+)
+def test_scratch_is_read_within(heads: int, tile: tuple[int, int]) -> None:
+    """Keys beyond the last counted as seen, and the rows that would see them were read: a NaN behind the buffer came back as dk."""
+    interpret(scratch_is_read_within, heads, Tile(*tile, 4, 1))
+
+
 def sum_queries_only(case: Case) -> None:
     x = case.inputs(torch.float32)
     num_context = x.layout.num_context
