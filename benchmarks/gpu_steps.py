@@ -1,8 +1,8 @@
 """What `benchmarks.gpu_suite` does on a GPU, step by step: the command of each, the seconds that it may take, and what it gives.
 
 Slot A is everything about the kernels, slot B a fine-tuned language model. A step is a module with a `main`, run in a process of its own.
-It appends its rows to the one file of rows, prints what a person wants to read, and ends with status 0, or with `SKIPPED` where the
-machine cannot do it, after a last line that says why.
+It appends its rows to the one file of rows, prints what a person wants to read, and ends with status 0, or with one of the three below
+after a last line that says why.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# What automake's tests return where they cannot run.
+# The machine cannot do it; automake's tests return this where they cannot run.
 SKIPPED = 77
+# Something was left out for want of time; the rows of the rest are there. "Try again", in sysexits.h.
+INCOMPLETE = 75
+# A result is not as it should be, and what comes after it still makes sense: a person must look.
+DOUBTFUL = 76
+STATUSES = {0: "ok", SKIPPED: "skipped", INCOMPLETE: "incomplete", DOUBTFUL: "doubtful"}
 SLOTS = ("A", "B")
 
 
 @dataclass(frozen=True)
 class Places:
-    """The files of a folder of results. There are five, and `kept/`, whose content the archive has too: so that few files travel."""
+    """The files of a folder of results. There are five; while a call runs, `kept/` is there too, which the archive holds at its end."""
 
     out: Path
 
@@ -54,6 +59,11 @@ class Places:
         """`kept/`, packed."""
         return self.out / "kept.tar.xz"
 
+    @property
+    def lock(self) -> Path:
+        """There while a call writes here."""
+        return self.out / ".lock"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -71,7 +81,7 @@ class Step:
         rehearsed: arguments of a rehearsal; None: the same.
         resumed: more arguments where a former call's rows are there.
         gives_rows: whether it appends rows whenever it ends well.
-        stops: where it fails, nothing after it makes sense.
+        stops: where it fails, nothing after it makes sense; a doubtful result stops nothing.
         always: run it again in a resumed call: what it leaves is not in the folder, but on the machine.
         old_table: run with the tiles of the table, whatever won.
         interpreted: in a rehearsal, run the kernels in Triton's interpreter.
@@ -125,8 +135,9 @@ def _rows(*arguments: str) -> tuple[str, ...]:
     return (*arguments, "--out", "{rows}")
 
 
+# Its limit is that of the first `import torch` on a bare machine with a slow disk.
 _DEVICE = Step(
-    "device", "benchmarks.device_gpu", _rows(), 60, "versions, card, clocks; is the carried cache good", least=5, always=True, stops=True
+    "device", "benchmarks.device_gpu", _rows(), 120, "versions, card, clocks, C compiler; is the carried cache good", least=5, always=True, stops=True
 )  # fmt: skip
 
 
@@ -205,7 +216,15 @@ SLOT_A = (
         spare=35,
         least=50,
     ),
-    Step("host", "benchmarks.host_gpu", _rows(), 45, "host microseconds a call"),
+    Step(
+        "host",
+        "benchmarks.host_gpu",
+        _rows("--seconds", "{seconds}"),
+        45,
+        "host microseconds a call",
+        spare=15,
+        least=20,
+    ),
     Step(
         "score",
         "benchmarks.bench_score",

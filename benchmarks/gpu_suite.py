@@ -5,32 +5,46 @@
     python -m benchmarks.gpu_suite --rehearse --out DIR                                 both without a GPU, at toy size
 
 `gpu_steps.py` lists the steps. Each runs in a process of its own under its own time-out. DIR then holds `rows.jsonl` (every number),
-`log.txt` (everything printed), `summary.json` (how each step ended), `tiles.json` (the winning tiles) and `kept.tar.xz` (profiles; `kept/`
-unpacked). All five are up to date after every step, so whatever ends the call, they can be carried away, and `--resume` goes on
-from them, on another machine too.
+`log.txt` (everything printed), `summary.json` (how each step ended), `tiles.json` (the winning tiles) and `kept.tar.xz` (profiles). All
+five are up to date after every step, so whatever ends the call, they can be carried away, and `--resume` goes on from them. It runs
+again what did not end well, and everything where card, sources or Triton are others than they were.
+
+A machine that is lent by the second: give slot B `--deadline` = the seconds that are left of it, less 20.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import lzma
+import math
 import os
-import re
 import signal
-import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarks.gpu_steps import SKIPPED, SLOTS, Places, Step, steps_of
-from dti_model.files import whole_file
+from benchmarks.gpu_child import how_it_ended, run_child
+from benchmarks.gpu_results import (
+    log,
+    mend_rows,
+    note_origin,
+    num_rows,
+    origin_of,
+    pack,
+    read_summary,
+    remove_packed,
+    same_origin,
+    set_aside_tiles,
+    table,
+    unpack,
+    write_summary,
+)
+from benchmarks.gpu_steps import SLOTS, Places, Step, steps_of
+from dti_model.locks import LockedError, locked
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_OUT = Path("runs/benchmarks/gpu")
@@ -39,12 +53,9 @@ DEADLINES_S = {"A": 480.0, "B": 280.0}
 REHEARSAL_DEADLINE_S, REHEARSAL_PATIENCE = 3600.0, 5.0
 # For the last archive, the table, and a step that has to be killed.
 RESERVE_S = 10.0
-# Between asking a step to end and ending it.
-GRACE_S = 2.0
-# One file is carried with at most 16 MiB; xz packs this many unpacked bytes in a few seconds.
-MOST_PACKED, MOST_UNPACKED = 15 << 20, 60 << 20
 ENDED_WELL = ("ok", "skipped", "done before")
-_ERROR = re.compile(r"^(?:E\s+)?((?:\w+\.)*\w*(?:Error|Exception|OutOfResources|Interrupt)\b.*|FAILED .*)$")
+# Nothing after such an end of a step that `stops` makes sense.
+STOPPING = ("failed", "timed out", "left out")
 
 
 @dataclass
@@ -58,6 +69,7 @@ class Call:
         rehearse: on a CPU, at toy size.
         resume: leave out what a former call ended well.
         start: when it began, on the monotonic clock.
+        interrupted: the exit status that a signal asked for; 0: none came.
     """
 
     places: Places
@@ -66,10 +78,19 @@ class Call:
     rehearse: bool = False
     resume: bool = False
     start: float = field(default_factory=time.monotonic)
+    interrupted: int = 0
 
     def left_s(self) -> float:
         """Seconds that steps may still use."""
         return self.deadline_s - RESERVE_S - (time.monotonic() - self.start)
+
+
+class Interrupted(BaseException):
+    """Ctrl-C, or a caller's time-out; `status` is the exit status that says which."""
+
+    def __init__(self, number: int) -> None:
+        self.status = 128 + number
+        super().__init__(self.status)
 
 
 def run_steps(steps: Sequence[Step], call: Call) -> list[dict[str, Any]]:
@@ -81,111 +102,85 @@ def run_steps(steps: Sequence[Step], call: Call) -> list[dict[str, Any]]:
     places = call.places
     places.kept.mkdir(parents=True, exist_ok=True)
     unpack(places)
+    mend_rows(places)
     summary = read_summary(places)
+    former = summary["origin"]
     stopped_by, entries = None, []
     for step in steps:
         before = summary["steps"].get(step.name, {})
-        allotted = min(step.limit * (REHEARSAL_PATIENCE if call.rehearse else 1.0), call.left_s())
-        if call.resume and not step.always and before.get("status") == "ok":
+        same = same_origin(origin_of(before, former), summary["origin"])
+        if call.resume and same and not step.always and before.get("status") == "ok":
             entry = {**before, "step": step.name, "status": "done before"}
         elif stopped_by is not None:
             entry = _left_out(step, stopped_by)
-        elif allotted < step.least:
-            entry = _left_out(step, f"no time: {max(0.0, allotted):.0f} s left, it needs {step.least:.0f}")
         else:
-            entry = run_step(step, call, allotted)
-        if step.stops and entry["status"] not in ENDED_WELL:
+            entry = run_in_time(step, call, call.resume and same)
+        if call.interrupted or (step.stops and entry["status"] in STOPPING):
             stopped_by = stopped_by or f"{step.name} {entry['status']}"
         entries.append(entry)
-        if entry["status"] != "done before":
-            # What a former call did well is not forgotten because there was no time to do it again.
-            keep = entry["status"] == "left out" and before.get("status") == "ok"
-            summary["steps"][step.name] = before if keep else entry
-        _note_origin(summary, places)
+        _note(entry, before, summary, places)
+        set_aside_tiles(summary, places, former)
         write_summary(places, summary)
         pack(places)
-    with suppress(OSError):
-        places.kept.rmdir()  # where it is empty
+    remove_packed(places)
     return entries
 
 
-def run_step(step: Step, call: Call, seconds: float) -> dict[str, Any]:
+def _note(entry: dict[str, Any], before: dict[str, Any], summary: dict[str, Any], places: Places) -> None:
+    """Put a step's entry into the summary, with what it ran on."""
+    note_origin(summary, places)
+    if entry["status"] == "done before":
+        return
+    if entry["status"] == "left out":
+        # What a former call did is not forgotten because there was no time to do it again.
+        keep = before.get("status") in ("ok", "incomplete", "doubtful")
+        summary["steps"][entry["step"]] = before if keep else entry
+        return
+    if summary["origin"]:
+        entry["origin"] = summary["origin"]
+    summary["steps"][entry["step"]] = entry
+
+
+def run_in_time(step: Step, call: Call, resume: bool) -> dict[str, Any]:
+    """Run a step for its limit or for the time that is left, or leave it out where that is too little."""
+    allotted = min(step.limit * (REHEARSAL_PATIENCE if call.rehearse else 1.0), call.left_s())
+    if allotted < step.least:
+        return _left_out(step, f"no time: {max(0.0, allotted):.0f} s left, it needs {step.least:.0f}")
+    return run_step(step, call, allotted, resume)
+
+
+def run_step(step: Step, call: Call, seconds: float, resume: bool) -> dict[str, Any]:
     """Run one step for at most `seconds`; what it did, for the summary."""
     places = call.places
-    command = step.command(places, call.values, seconds, rehearse=call.rehearse, resume=call.resume)
+    command = step.command(places, call.values, seconds, rehearse=call.rehearse, resume=resume)
     shown = " ".join(["python", *command[1:]])
     now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
-    _log(places, f"\n=== {step.name} ({step.gives}), {now} UTC, at most {seconds:.0f} s\n=== {shown}\n")
+    log(places, f"\n=== {step.name} ({step.gives}), {now} UTC, at most {seconds:.0f} s\n=== {shown}\n")
     print(f"{step.name}: {step.gives}", flush=True)
-    start, rows_before = time.monotonic(), num_rows(places)
-    code, printed = run_child(command, environment_of(step, call), places.log, seconds)
+    start, rows_before, printed = time.monotonic(), num_rows(places), ""
+    try:
+        code, printed = run_child(command, environment_of(step, call), places.log, seconds)
+        status, error = how_it_ended(code, printed, seconds)
+    except Interrupted as signal_:
+        call.interrupted, code = signal_.status, None
+        status, error = "interrupted", "a signal ended the call"
+    mend_rows(places)
     entry: dict[str, Any] = {
         "step": step.name,
-        "status": "ok" if code == 0 else "skipped" if code == SKIPPED else "failed",
+        "status": status,
         "exit": code,
         "seconds": round(time.monotonic() - start, 1),
         "rows": num_rows(places) - rows_before,
         "started": now,
     }
-    if code is None:
-        entry |= {"status": "timed out", "error": f"stopped after {seconds:.0f} s"}
-    elif entry["status"] == "skipped":
-        entry["error"] = last_line(printed)
-    elif entry["status"] == "failed":
-        crash = f"{signal.Signals(-code).name}: " if code < 0 else ""
-        entry["error"] = crash + first_error(printed)
-    if "error" in entry:
-        entry["error"] = _without_places(str(entry["error"]), places)[:300]
-    if entry["status"] in ("failed", "timed out"):
+    if error:
+        entry["error"] = _without_places(error, places)[:300]
+    if status in ("failed", "timed out"):
         print("\n".join(printed.splitlines()[-12:])[-1500:], flush=True)
-    _log(places, f"=== {step.name}: {entry['status']}, {entry['seconds']} s\n")
+    elif status == "doubtful":
+        print(f"{'!' * 20} DOUBTFUL, {step.name}: {error}", flush=True)
+    log(places, f"=== {step.name}: {status}, {entry['seconds']} s\n")
     return entry
-
-
-def run_child(
-    command: Sequence[str], environment: Mapping[str, str], log: Path, seconds: float
-) -> tuple[int | None, str]:
-    """Run a command whose output is appended to `log`; at the end nothing of its session is left.
-
-    Args:
-        command: to run in the checkout.
-        environment: all of it.
-        log: a file.
-        seconds: after these it is ended, with all its children: tests run in processes of their own.
-
-    Returns:
-        Its exit status, None where it was ended; and the end of what it printed.
-    """
-    with log.open("ab") as file:
-        beginning = file.tell()
-        child = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        code: int | None = None
-        try:
-            with suppress(subprocess.TimeoutExpired):
-                code = child.wait(seconds)
-        finally:
-            _end_session(child)
-    with log.open("rb") as written:
-        size = written.seek(0, os.SEEK_END)
-        written.seek(max(beginning, size - (200 << 10)))
-        return code, written.read().decode(errors="replace")
-
-
-def _end_session(child: subprocess.Popen[bytes]) -> None:
-    """End a process that leads a session and everybody in it, also where the leader has ended."""
-    for signal_ in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal_)
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(GRACE_S)
 
 
 def environment_of(step: Step, call: Call) -> dict[str, str]:
@@ -205,26 +200,8 @@ def environment_of(step: Step, call: Call) -> dict[str, str]:
     return environment
 
 
-def first_error(printed: str) -> str:
-    """The line that says why a command failed: the first error of a list of tests, else the last exception, else the last line."""
-    found = [match[1] for line in printed.splitlines() if (match := _ERROR.match(line))]
-    tests = [line for line in found if line.startswith("FAILED")]
-    return tests[0] if tests else found[-1] if found else last_line(printed)
-
-
-def last_line(printed: str) -> str:
-    """The last line with something in it."""
-    lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    return lines[-1] if lines else "it printed nothing"
-
-
 def _without_places(text: str, places: Places) -> str:
     return text.replace(f"{places.out}/", "").replace(f"{ROOT}/", "")
-
-
-def num_rows(places: Places) -> int:
-    """Lines of the file of rows."""
-    return places.rows.read_bytes().count(b"\n") if places.rows.is_file() else 0
 
 
 def _left_out(step: Step, reason: str) -> dict[str, Any]:
@@ -232,105 +209,21 @@ def _left_out(step: Step, reason: str) -> dict[str, Any]:
     return {"step": step.name, "status": "left out", "exit": None, "seconds": 0.0, "error": reason}
 
 
-def _log(places: Places, text: str) -> None:
-    with places.log.open("a") as file:
-        file.write(text)
-
-
-def read_summary(places: Places) -> dict[str, Any]:
-    """`origin` (commit and versions) and `steps` by name; empty where there is none, or none that can be read."""
-    empty: dict[str, Any] = {"origin": {}, "steps": {}}
-    if not places.summary.is_file():
-        return empty
+def seconds(text: str) -> float:
+    """A positive number of seconds, as argparse reads it."""
     try:
-        summary = json.loads(places.summary.read_text())
+        value = float(text)
     except ValueError:
-        print(f"{places.summary.name} is damaged and begins anew", flush=True)
-        return empty
-    return summary if isinstance(summary, dict) and summary.keys() >= empty.keys() else empty
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return value
 
 
-def write_summary(places: Places, summary: Mapping[str, Any]) -> None:
-    """Replace `summary.json` as a whole."""
-    with whole_file(places.summary) as temporary:
-        temporary.write_text(json.dumps(summary, indent=1) + "\n")
-
-
-def _note_origin(summary: dict[str, Any], places: Places) -> None:
-    """Take commit, versions and card from the last row of the step `device`, and say what differs from a former call."""
-    if not places.rows.is_file():
-        return
-    rows = [line for line in places.rows.read_text().splitlines() if '"benchmark": "device"' in line]
-    if not rows:
-        return
-    names = ("commit", "sources", "torch", "triton", "triton_files", "machine")
-    origin = {name: json.loads(rows[-1]).get(name) for name in names}
-    for name, value in summary["origin"].items():
-        if origin.get(name) != value:
-            line = f"{name} was {value} in a former call and is {origin.get(name)} now"
-            print(f"CHANGED: {line}", flush=True)
-            _log(places, f"=== changed: {line}\n")
-    summary["origin"] = origin
-
-
-def pack(places: Places) -> None:
-    """Put what `kept/` holds into the archive, if anything is new; what is too large stays beside it."""
-    files = sorted((x for x in places.kept.rglob("*") if x.is_file()), key=lambda x: x.stat().st_size)
-    newest = max((file.stat().st_mtime for file in files), default=0.0)
-    if not files or (places.archive.is_file() and places.archive.stat().st_mtime > newest):
-        return
-    left_out = []
-    while True:
-        if sum(file.stat().st_size for file in files) <= MOST_UNPACKED:
-            _write_archive(places, files)
-            if places.archive.stat().st_size <= MOST_PACKED:
-                break
-        left_out.append(files.pop().name)
-    for name in left_out:
-        _log(places, f"=== {name} is too large for {places.archive.name}\n")
-
-
-def _write_archive(places: Places, files: Sequence[Path]) -> None:
-    with whole_file(places.archive) as temporary, tarfile.open(temporary, "w:xz", preset=1) as archive:
-        for file in files:
-            archive.add(file, str(file.relative_to(places.out)), filter=_nobody)
-
-
-def _nobody(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    member.uid = member.gid = 0
-    member.uname = member.gname = ""
-    return member
-
-
-def unpack(places: Places) -> None:
-    """Files of the archive that `kept/` lacks: the folder may have been carried without it."""
-    if not places.archive.is_file():
-        return
-    try:
-        with tarfile.open(places.archive) as archive:
-            for member in archive:
-                target = (places.out / member.name).resolve()
-                content = archive.extractfile(member)
-                if content and target.is_relative_to(places.kept.resolve()) and not target.exists():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(content.read())
-    except (tarfile.TarError, lzma.LZMAError, OSError, EOFError) as error:
-        print(f"{places.archive.name} cannot be unpacked: {error}", flush=True)
-
-
-def table(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Step, status, seconds and the first line of the error."""
-    lines = [
-        f"{entry['step']:20} {entry['status']:12} {entry['seconds']:7.1f} s  {entry.get('error', '')}".rstrip()
-        for entry in entries
-    ]
-    return "\n".join(lines)
-
-
-def parse() -> argparse.Namespace:
-    """Options; what belongs together is checked."""
+def make_parser() -> argparse.ArgumentParser:
+    """All options."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="gpu_suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--slot", choices=SLOTS, help="A: the kernels, B: fine-tuning; both in a rehearsal")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder; default: %(default)s")
@@ -340,10 +233,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--epochs", type=int, default=0, help="slot B; 0: one or two, by slot A's training speed"
     )
-    parser.add_argument("--deadline", type=float, help=f"seconds for the whole call; default: {DEADLINES_S}")
-    parser.add_argument("--resume", action="store_true", help="leave out what summary.json has as ok")
+    parser.add_argument(
+        "--deadline",
+        type=seconds,
+        help=f"seconds for the whole call; slot B: those that are left of a lent machine, less 20; default: {DEADLINES_S}",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what summary.json has as ok on this card"
+    )
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, at toy size")
-    parser.add_argument("--step", nargs="+", help="only these")
+    parser.add_argument("--step", nargs="+", help="only these; with --resume, `device` too")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Options; what belongs together is checked, and what slot B reads is there."""
     options = parser.parse_args()
     if options.slot is None and not options.rehearse:
         parser.error("say --slot A or --slot B, or --rehearse for both on a CPU")
@@ -355,19 +259,43 @@ def parse() -> argparse.Namespace:
     unknown = set(options.step or ()) - steps.keys()
     if unknown:
         parser.error(f"no step {min(unknown)!r}; there are {', '.join(steps)}")
-    options.steps = [step for step in steps.values() if not options.step or step.name in options.step]
+    # A resumed call has to know whether this is the card that its folder is of.
+    chosen = {*(options.step or steps), *(("device",) if options.resume else ())}
+    options.steps = [step for step in steps.values() if step.name in chosen]
+    if "B" in options.slots:
+        reason = why_unusable(options.data, options.weights)
+        if reason:
+            parser.error(reason)
     return options
 
 
-def _terminated(*_: int | FrameType | None) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
+def why_unusable(data: Path | None, weights: Path | None) -> str:
+    """What is wrong with what slot B reads, found before a GPU waits for it; empty: nothing. None: not given, for a rehearsal."""
+    if data is not None:
+        from dti_model.data import DataError, PreparedData  # slot A needs no pyarrow
+
+        try:
+            PreparedData.open(data)
+        except (DataError, OSError) as error:
+            return f"--data {error}"
+    if weights is None or (weights / "config.json").is_file():
+        return ""
+    if not weights.is_file():
+        return f"--weights {weights}: no GGUF file, and no folder with a config.json"
+    with weights.open("rb") as file:
+        return "" if file.read(4) == b"GGUF" else f"--weights {weights}: this file is no GGUF file"
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    for signal_ in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_, signal.SIG_IGN)  # what is left to do takes a moment
+    raise Interrupted(number)
 
 
 def main() -> None:
     """Run a slot; exit with 0 if every step ended well."""
-    options = parse()
-    # Ends the step that runs, whose session no signal to this process reaches.
-    signal.signal(signal.SIGTERM, _terminated)
+    parser = make_parser()
+    options = parse(parser)
     values = {"k": str(options.k), "epochs": str(options.epochs)}
     values |= {name: str(path.resolve()) if path else "" for name, path in
                (("data", options.data), ("weights", options.weights))}  # fmt: skip
@@ -375,9 +303,23 @@ def main() -> None:
         REHEARSAL_DEADLINE_S if options.rehearse else DEADLINES_S[options.slots[0]]
     )
     call = Call(Places(options.out.resolve()), values, deadline, options.rehearse, options.resume)
-    entries = run_steps(options.steps, call)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(call.places.lock, "gpu_suite"))
+            call.places.kept.mkdir(exist_ok=True)
+        except LockedError as error:
+            parser.exit(2, f"gpu_suite: {error}\n")
+        except OSError as error:
+            parser.error(f"--out {options.out}: {error}")
+        # They end the step that runs, whose session no signal to this process reaches.
+        for signal_ in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_, _interrupt)
+        try:
+            entries = run_steps(options.steps, call)
+        except Interrupted as signal_:
+            sys.exit(signal_.status)
     print(f"\n{table(entries)}\n{time.monotonic() - call.start:.0f} s in all", flush=True)
-    sys.exit(any(entry["status"] not in ENDED_WELL for entry in entries))
+    sys.exit(call.interrupted or any(entry["status"] not in ENDED_WELL for entry in entries))
 
 
 if __name__ == "__main__":

@@ -6,55 +6,36 @@ import dataclasses
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from benchmarks import gpu_suite
-from benchmarks.gpu_steps import SKIPPED, SLOTS, Places, Step, steps_of
-from benchmarks.gpu_suite import Call, environment_of, pack, run_steps, unpack
+from benchmarks.gpu_results import table
+from benchmarks.gpu_steps import SKIPPED, SLOTS, Places, steps_of
+from benchmarks.gpu_suite import environment_of, run_steps
+from benchmarks.made_up import made_up_data
+from dti_model.locks import locked
 from tests.checkout import file_hashes
 from tests.conftest import ROOT
+from tests.fake_steps import MakeStep, call, statuses, step_maker
 
-AGREED = {"rows.jsonl", "log.txt", "summary.json", "tiles.json", "kept.tar.xz", "kept"}
+AGREED = {"rows.jsonl", "log.txt", "summary.json", "tiles.json", "kept.tar.xz"}
 # A child that a polite signal does not end, and the process that it is.
 STUBBORN = """
-import os, signal, subprocess, sys, time
-code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-child = subprocess.Popen([sys.executable, "-c", code])
+import os, subprocess, sys, time
+child = subprocess.Popen(["/bin/sh", "-c", "trap '' TERM; sleep 60; exit"])
 open(sys.argv[1], "w").write(f"{os.getpid()} {child.pid}")
 """
-MakeStep = Callable[..., Step]
 
 
 @pytest.fixture
 def make_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeStep:
-    """Makes a step of a few lines of Python, as a module in a folder that PYTHONPATH has already."""
-    modules = tmp_path / "modules"
-    modules.mkdir()
-    monkeypatch.setenv("PYTHONPATH", str(modules))
-
-    def make(name: str, code: str, *arguments: str, limit: float = 20, least: float = 0, **more: Any) -> Step:
-        (modules / f"step_{name}.py").write_text(code)
-        return Step(name, f"step_{name}", arguments, limit, "a test", least=least, **more)
-
-    return make
-
-
-def call(tmp_path: Path, deadline_s: float = 60, **more: Any) -> Call:
-    return Call(Places(tmp_path / "out"), {"k": "50"}, deadline_s, **more)
-
-
-def statuses(entries: list[dict[str, Any]]) -> dict[str, str]:
-    return {entry["step"]: entry["status"] for entry in entries}
+    return step_maker(tmp_path, monkeypatch)
 
 
 def is_running(pid: int) -> bool:
@@ -103,7 +84,7 @@ def test_failures_are_recorded_and_the_next_step_runs(tmp_path: Path, make_step:
     assert list(json.loads(summary)["steps"].values()) == entries
     assert str(tmp_path) not in summary
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"rows.jsonl", "log.txt", "summary.json"}
-    for line, entry in zip(gpu_suite.table(entries).splitlines(), entries):
+    for line, entry in zip(table(entries).splitlines(), entries):
         assert line.split()[0] == entry["step"]
         assert entry["status"] in line
         assert entry.get("error", "") in line
@@ -113,7 +94,7 @@ def test_failures_are_recorded_and_the_next_step_runs(tmp_path: Path, make_step:
 def test_a_step_takes_its_children_with_it(tmp_path: Path, make_step: MakeStep, ends_by_itself: bool) -> None:
     """Of a hung `pytest -n 10`, workers that survived would hold the card's memory and spoil every number after it."""
     code = STUBBORN + ("" if ends_by_itself else "time.sleep(60)")
-    step = make_step("hangs", code, str(tmp_path / "pids"), limit=4)
+    step = make_step("hangs", code, str(tmp_path / "pids"), limit=60 if ends_by_itself else 5)
     (entry,) = run_steps([step], call(tmp_path))
     assert entry["status"] == ("ok" if ends_by_itself else "timed out")
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
@@ -121,27 +102,39 @@ def test_a_step_takes_its_children_with_it(tmp_path: Path, make_step: MakeStep, 
     assert ends_soon(pids)
 
 
-def test_ending_the_suite_ends_its_step(tmp_path: Path, make_step: MakeStep) -> None:
-    """Steps lead sessions of their own, which the signal of a caller's time-out does not reach."""
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_ending_the_suite_ends_its_step(
+    number: signal.Signals, status: int, tmp_path: Path, make_step: MakeStep
+) -> None:
+    """Steps lead sessions of their own, which the signal of a caller's time-out or Ctrl-C does not reach. The summary is written."""
     make_step("hangs", STUBBORN + "time.sleep(60)")
     code = (
         "import sys; from benchmarks import gpu_steps, gpu_suite\n"
         f"step = gpu_steps.Step('hangs', 'step_hangs', ({str(tmp_path / 'pids')!r},), 60, 'a test', least=0)\n"
-        "gpu_suite.steps_of = lambda *_: (step,)\n"
+        "gpu_suite.steps_of = lambda *_: (step, gpu_steps.Step('rest', 'nowhere', (), 60, 'a test'))\n"
         "gpu_suite.main()\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ['PYTHONPATH']}"}
     command = [sys.executable, "-c", code, "--slot", "A", "--out", str(tmp_path / "out")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as suite:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as suite:
         pids: list[int] = []
         while len(pids) < 2:
             assert suite.poll() is None
             time.sleep(0.05)
             if (tmp_path / "pids").is_file():
                 pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-        suite.terminate()
-        assert suite.wait(20) == 128 + signal.SIGTERM
+        suite.send_signal(number)
+        assert suite.communicate(timeout=60)[1] == b""
+        assert suite.returncode == status
     assert ends_soon(pids)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]
+    assert {name: entry["status"] for name, entry in summary.items()} == {
+        "hangs": "interrupted",
+        "rest": "left out",
+    }
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"log.txt", "summary.json"}
 
 
 def test_the_call_ends_before_its_deadline(tmp_path: Path, make_step: MakeStep) -> None:
@@ -177,99 +170,8 @@ def test_nothing_runs_after_a_failed_smoke_test(tmp_path: Path, make_step: MakeS
     assert entries[1]["error"] == "smoke failed"
     steps[0] = dataclasses.replace(steps[0], least=15)
     entries = run_steps(steps, call(tmp_path, gpu_suite.RESERVE_S + 10))
-    assert [entry["error"] for entry in entries] == ["no time: 10 s left, it needs 15", "smoke left out"]
-
-
-def test_resume_goes_on_elsewhere(
-    tmp_path: Path, make_step: MakeStep, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of a folder that was carried away and back: what ended well is not run again, the rest is, and another commit is said."""
-    mark = "import sys; open(sys.argv[1], 'a').write('x')"
-    device = 'import os, sys; open(sys.argv[1], \'a\').write(\'{"benchmark": "device", "commit": "%s"}\\n\' % os.environ[\'COMMIT\'])'
-    counts = {name: tmp_path / name for name in ("good", "bad")}
-    bad = mark + "; sys.exit(0 if len(open(sys.argv[1]).read()) > 1 else 'ValueError: once')"
-    steps = [
-        make_step("device", device, "{rows}", always=True),
-        make_step("good", mark, str(counts["good"])),
-        make_step("bad", bad, str(counts["bad"])),
-        make_step("keeps", "import sys; open(sys.argv[1] + '/report', 'w').write('long')", "{kept}"),
-    ]
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("COMMIT", "first")
-        entries = run_steps(steps, call(tmp_path))
-        assert statuses(entries) == {"device": "ok", "good": "ok", "bad": "failed", "keeps": "ok"}
-        elsewhere = tmp_path / "elsewhere"
-        elsewhere.mkdir()
-        for name in ("rows.jsonl", "log.txt", "summary.json", "kept.tar.xz"):
-            shutil.move(tmp_path / "out" / name, elsewhere)
-        environment.setenv("COMMIT", "second")
-        entries = run_steps(steps, Call(Places(elsewhere), {}, 60, resume=True))
-    assert statuses(entries) == {"device": "ok", "good": "done before", "bad": "ok", "keeps": "done before"}
-    assert {name: len(count.read_text()) for name, count in counts.items()} == {"good": 1, "bad": 2}
-    assert "CHANGED: commit was first in a former call and is second now" in capsys.readouterr().out
-    assert "=== changed: commit was first" in (elsewhere / "log.txt").read_text()
-    assert (elsewhere / "kept" / "report").read_text() == "long"
-    summary = json.loads((elsewhere / "summary.json").read_text())
-    assert [entry["status"] for entry in summary["steps"].values()] == ["ok"] * 4
-    assert len((elsewhere / "rows.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_good_step_is_not_forgotten_for_want_of_time(tmp_path: Path, make_step: MakeStep) -> None:
-    step = make_step("good", "", least=1)
-    run_steps([step], call(tmp_path))
-    entries = run_steps([step], call(tmp_path, deadline_s=0))
-    assert statuses(entries) == {"good": "left out"}
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]["good"]["status"] == "ok"
-
-
-def test_a_damaged_summary_begins_anew(tmp_path: Path, make_step: MakeStep) -> None:
-    run_steps([make_step("good", "")], call(tmp_path))
-    (tmp_path / "out" / "summary.json").write_text('{"steps": ')
-    entries = run_steps([make_step("good", "")], call(tmp_path, resume=True))
-    assert statuses(entries) == {"good": "ok"}
-
-
-@pytest.fixture
-def places(tmp_path: Path) -> Places:
-    found = Places(tmp_path / "out")
-    found.kept.mkdir(parents=True)
-    return found
-
-
-def test_the_archive_holds_what_fits(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest file stays out of it where all together are too large, and the log says so."""
-    pack(places)
-    assert not places.archive.exists()
-    (places.kept / "small").write_bytes(b"x" * 100)
-    (places.kept / "large").write_bytes(os.urandom(5000))
-    monkeypatch.setattr(gpu_suite, "MOST_PACKED", 1000)
-    pack(places)
-    with tarfile.open(places.archive) as archive:
-        assert archive.getnames() == ["kept/small"]
-    assert "large is too large for kept.tar.xz" in places.log.read_text()
-    before = places.archive.stat().st_mtime_ns
-    pack(places)
-    assert places.archive.stat().st_mtime_ns == before  # nothing is new
-    monkeypatch.setattr(gpu_suite, "MOST_UNPACKED", 50)
-    (places.kept / "small").write_bytes(b"y" * 100)
-    pack(places)
-    with tarfile.open(places.archive) as archive:
-        assert archive.getnames() == []
-
-
-def test_unpacking_stays_in_its_folder(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("kept/report", "kept/../../outside", "summary.json"):
-        file = places.out / "source"
-        file.write_text("packed")
-        with tarfile.open(places.archive, "w:xz") as archive:
-            archive.add(file, name)
-        unpack(places)
-    assert (places.kept / "report").read_text() == "packed"
-    assert not (places.out.parent / "outside").exists()
-    assert not places.summary.exists()
-    places.archive.write_bytes(places.archive.read_bytes()[:50])
-    unpack(places)
-    assert "kept.tar.xz cannot be unpacked" in capsys.readouterr().out
+    assert entries[0]["error"].endswith("s left, it needs 15")
+    assert entries[1]["error"] == "smoke left out"
 
 
 def test_environment_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,16 +229,56 @@ def test_two_fine_tunings_share_a_folder() -> None:
             ["--slot", "A", "--step", "smoke", "smokes"],
             "no step 'smokes'; there are device, precompile, smoke",
         ),
+        (["--slot", "A", "--deadline", "0"], "must be a number of seconds above 0, got '0'"),
+        (["--slot", "A", "--deadline=-5"], "must be a number of seconds above 0, got '-5'"),
+        (["--slot", "A", "--deadline", "nan"], "must be a number of seconds above 0, got 'nan'"),
+        (["--slot", "A", "--out", "FILE"], "--out FILE: "),
+        (["--slot", "A", "--out", "FILE/below"], "--out FILE/below: "),
+        (["--slot", "B", "--data", "nowhere", "--weights", "FILE"], "--data nowhere: no such folder"),
+        (["--slot", "B", "--data", ".", "--weights", "FILE"], "--data .: not a prepared folder"),
     ],
 )
 def test_wrong_options_are_refused(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("somebody's")
     monkeypatch.setattr(sys, "argv", ["gpu_suite", *arguments])
     with pytest.raises(SystemExit) as exit_:
         gpu_suite.main()
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
+
+
+def test_weights_are_there_before_anything_runs(tmp_path: Path) -> None:
+    data = made_up_data(tmp_path)
+    assert gpu_suite.why_unusable(data, None) == ""
+    for name, content in (("good.gguf", b"GGUF..."), ("bad.gguf", b"zip"), ("config.json", b"{}")):
+        (tmp_path / name).write_bytes(content)
+    for weights in (tmp_path, tmp_path / "good.gguf"):
+        assert gpu_suite.why_unusable(data, weights) == ""
+    assert gpu_suite.why_unusable(data, tmp_path / "bad.gguf").endswith("this file is no GGUF file")
+    assert "no GGUF file, and no folder" in gpu_suite.why_unusable(data, tmp_path / "nowhere")
+    (data / "items.arrow").write_bytes(b"")
+    assert "items.arrow" in gpu_suite.why_unusable(data, None)
+
+
+def test_a_folder_has_one_call_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--slot", "A", "--out", str(tmp_path)])
+    with locked(tmp_path / ".lock", "gpu_suite"), pytest.raises(SystemExit) as exit_:
+        gpu_suite.main()
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"gpu_suite: {tmp_path} is being written by gpu_suite (process {os.getpid()} ")
+    assert message.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_suite_itself_starts_at_once() -> None:
