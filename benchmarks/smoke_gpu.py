@@ -3,7 +3,8 @@
     python -m benchmarks.smoke_gpu [--out ROWS.jsonl]
 
 Each tensor is held to the dense reference in float64 by the one tolerance rule (`dti_kernels.testing`), and the share of its budget is
-printed. It takes seconds, so it comes first: where it fails, nothing else needs to be measured.
+printed. It takes seconds, so it comes first. Where a case raises, gives a number that is not finite or goes far beyond its budget, it
+fails and nothing else needs to be measured. A little beyond is for a person to judge: the status is `DOUBTFUL`, and all else is measured.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ import dataclasses
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_steps import DOUBTFUL
 from benchmarks.measure import parse_measuring
 from benchmarks.rehearsal import DEVICE, REHEARSING
 from benchmarks.workloads import AttentionInputs, Workload
 from dti_kernels import windowed_attn, windowed_attn_reference
 from dti_kernels.testing import error_budgets, shares
+
+# Budgets are computed and not measured: a device's own exponential may go a little beyond them.
+FAR_BEYOND = 3.0
 
 
 def workloads() -> tuple[Workload, ...]:
@@ -100,13 +105,20 @@ def check(workload: Workload) -> dict[str, Any]:
     }
 
 
+def verdict(row: Mapping[str, Any]) -> int:
+    """The exit status that a row alone would give: 0, `DOUBTFUL`, or 1. A share that is no number is never small enough."""
+    if "failed" in row or not all(share <= FAR_BEYOND for share in row["shares"].values()):
+        return 1
+    return 0 if row["within_budget"] else DOUBTFUL
+
+
 def main() -> None:
-    """Check all, print and keep the rows; exit with 1 if one is not within its budget or raises."""
+    """Check all, print and keep the rows; exit with 1 if one raises or is far beyond its budget, `DOUBTFUL` if one is a little."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options = parse_measuring(parser, "smoke-gpu")
-    failures = []
+    said: dict[int, list[str]] = {1: [], DOUBTFUL: []}
     for workload in workloads():
         row: dict[str, Any] = {"benchmark": "smoke", "workload": workload.name}
         try:
@@ -116,11 +128,13 @@ def main() -> None:
             row["failed"] = f"{type(error).__name__}: {error}"[:600]
         options.rows.append([row])
         print(row, flush=True)
-        if not row.get("within_budget"):
-            failures.append(row.get("failed") or f"not within the error budget: {row['shares']}")
-    if failures:
-        print(f"AssertionError: {len(failures)} of {len(workloads())} cases failed; the first: {failures[0]}")
-        sys.exit(1)
+        if status := verdict(row):
+            worst = {name: share for name, share in row.get("shares", {}).items() if not share <= 1}
+            said[status].append(row.get("failed") or f"{workload.name}, error / budget {worst}")
+    for status, beginning in ((1, "AssertionError: "), (DOUBTFUL, "a little beyond the budget: ")):
+        if said[status]:
+            print(f"{beginning}{len(said[status])} of {len(workloads())} cases; the first: {said[status][0]}")
+            sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 
 from benchmarks import device_gpu, ncu_gpu, smoke_gpu
 from benchmarks.finetune_gpu import TimedTrainer, TimeLimit, epochs_by_speed, rate_after
-from benchmarks.gpu_steps import SKIPPED
+from benchmarks.gpu_steps import DOUBTFUL, SKIPPED
 from benchmarks.made_up import made_up_data, made_up_model
 from benchmarks.workloads import Workload
 from tests.conftest import ROOT
@@ -203,8 +204,10 @@ def test_without_a_gpu_the_suite_has_nothing_to_do() -> None:
         device_gpu.card()
 
 
-def test_smoke_finds_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One wrong number in a gradient, an exception in another case: rows for all, and status 1."""
+def run_smoke(
+    factors: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, list[dict]]:
+    """Status and rows of a smoke test whose outputs are off by a factor each; nan: that case raises."""
     tiny = {
         "num_tokens": 40,
         "num_heads": 2,
@@ -214,30 +217,60 @@ def test_smoke_finds_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "mean_tokens": 5,
         "std_tokens": 1,
     }
-    cases = [Workload(name, k=4, dtype=torch.bfloat16, **tiny) for name in ("good", "wrong", "raises")]  # fmt: skip
+    cases = [Workload(str(factor), k=4, dtype=torch.bfloat16, **tiny) for factor in factors]  # fmt: skip
     right = smoke_gpu.windowed_attn
+    left = [factor for factor in factors for _ in range(1 if math.isnan(factor) else 2)]
 
     def attention(q: torch.Tensor, *args: object) -> torch.Tensor:
-        calls.append(q)
-        if len(calls) > 4:
+        factor = left.pop(0)
+        if math.isnan(factor):
             raise RuntimeError("out of resources")
-        return right(q, *args) * (1.1 if len(calls) > 2 else 1.0)
+        return right(q, *args) * factor
 
-    calls: list[torch.Tensor] = []
     monkeypatch.setattr(smoke_gpu, "windowed_attn", attention)
     monkeypatch.setattr(smoke_gpu, "workloads", lambda: cases)
     monkeypatch.setattr(smoke_gpu, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(sys, "argv", ["smoke_gpu", "--out", str(tmp_path / "rows.jsonl")])
-    with pytest.raises(SystemExit) as exit_:
+    status = 0
+    try:
         smoke_gpu.main()
-    assert exit_.value.code == 1
-    good, wrong, raises = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    except SystemExit as exit_:
+        status = exit_.code
+    return status, [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+
+
+def test_smoke_finds_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong number in output and gradients, an exception in another case: rows for all, and status 1."""
+    status, (good, wrong, raises) = run_smoke([1.0, 1.5, math.nan], tmp_path, monkeypatch)
+    assert status == 1
     assert good["within_budget"]
     assert good["shares"].keys() == {"out", "dq", "dk", "dv", "dk_sum", "dalibi_slopes"}
     assert not wrong["within_budget"]
-    assert wrong["shares"]["out"] > 1
+    assert wrong["shares"]["out"] > smoke_gpu.FAR_BEYOND
     assert raises["failed"] == "RuntimeError: out of resources"
+
+
+def test_smoke_a_little_beyond_its_budget_is_doubtful(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All the rest of a slot is measured where an error is 2.9 times what it may be, and somebody is told."""
+    right = smoke_gpu.shares
+
+    monkeypatch.setattr(smoke_gpu, "shares", lambda *args: {**right(*args), "dq": 2.9})
+    status, rows = run_smoke([1.0], tmp_path, monkeypatch)
+    assert status == DOUBTFUL
+    assert not rows[0]["within_budget"]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "a little beyond the budget: 1 of 1 cases; the first: 1.0, error / budget {'dq': 2.9}"
+
+
+@pytest.mark.parametrize(
+    ("share", "status"), [(1.0, 0), (1.01, DOUBTFUL), (3.01, 1), (math.inf, 1), (math.nan, 1)]
+)
+def test_verdict_of_the_smoke_test(share: float, status: int) -> None:
+    row = {"shares": {"dq": 0.5, "out": share}, "within_budget": share <= 1}
+    assert smoke_gpu.verdict(row) == status
 
 
 def test_learning_rate_rises_and_falls_to_zero() -> None:
