@@ -264,7 +264,7 @@ def slot_b(k: str) -> tuple[Step, ...]:
                 "--data", "{data}", "--weights", "{weights}", "--k", "{k}", "--epochs", "{epochs}", "--seconds", "{seconds}"
             ),
             290,
-            "a language model fine-tuned on clicks: validation before and after, test once",
+            "a language model fine-tuned on clicks: validation before and after, and the test of the best",
             spare=60,
             least=100,
         ),

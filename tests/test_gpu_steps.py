@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import device_gpu, ncu_gpu, smoke_gpu
-from benchmarks.finetune_gpu import TimedTrainer, TimeLimit, epochs_by_speed, rate_after
+from benchmarks.finetune_gpu import TimedTrainer, TimeLimit, Watch, epochs_by_speed, rate_after
 from benchmarks.gpu_steps import DOUBTFUL, SKIPPED
 from benchmarks.made_up import made_up_data, made_up_model
 from benchmarks.workloads import Workload
@@ -303,16 +304,34 @@ def test_learning_rate_follows_the_clock_where_time_runs_out(monkeypatch: pytest
 
 
 def test_epochs_follow_the_speed_of_training(tmp_path: Path) -> None:
+    """Rows of another model or of sliding windows do not count, and float32 weights are slower than those of the row."""
     rows = tmp_path / "rows.jsonl"
     assert epochs_by_speed(rows) == 1
-    for model, speed, epochs in (
-        ("llama8b-slice", 500_000, 1),
-        ("smollm", 100_000, 1),
-        ("smollm", 130_000, 2),
+    for model, kind, speed, epochs in (
+        ("llama8b-slice", "streaming_k50", 500_000, 1),
+        ("smollm", "sliding_window", 500_000, 1),
+        ("smollm", "streaming_k50", 199_000, 1),
+        ("smollm", "streaming_k50", 201_000, 2),
     ):
+        row = {"benchmark": "training", "model": model, "kind": kind, "tokens_per_s": speed}
         with rows.open("a") as file:
-            file.write(json.dumps({"benchmark": "training", "model": model, "tokens_per_s": speed}) + "\n")
+            file.write(json.dumps(row) + "\n")
         assert epochs_by_speed(rows) == epochs
+
+
+def test_the_best_validation_is_tested_at_once() -> None:
+    """A process that is killed afterwards has its result; weights before the first step and worse ones are not tested."""
+    happened: list[str] = []
+    watch = Watch(
+        TimeLimit(60, 0.0), lambda **row: happened.append(row["part"]), lambda: happened.append("test")
+    )
+    model = torch.nn.Linear(1, 1)
+    for step, auc in ((0, 0.9), (1, 0.6), (2, 0.7), (3, 0.65)):
+        torch.nn.init.constant_(model.weight, float(step))
+        state = SimpleNamespace(global_step=step, epoch=float(step))
+        watch.on_evaluate(None, state, None, {"eval_auc": auc}, model)
+    assert happened == ["validation", "validation", "test", "validation", "test", "validation"]
+    assert watch.best["weight"].item() == 2
 
 
 def test_finetuning_stops_in_time(tmp_path: Path) -> None:
@@ -332,9 +351,10 @@ def test_finetuning_stops_in_time(tmp_path: Path) -> None:
         capture_output=True,
     )
     parts = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert [row["part"] for row in parts] == ["start", "validation", "validation", "training", "test", "test"]
+    names = [row["part"] for row in parts]
+    assert names == ["start", "validation", "validation", "test", "training", "test"]
     assert [row["step"] for row in parts if row["part"] == "validation"] == [0, 1]
-    training = parts[3]
+    training = parts[4]
     assert (training["steps"], training["cut_by_time"], len(training["losses"])) == (1, True, 1)
-    assert [(row["test_k"], row["targets"]) for row in parts[4:]] == [(50, 200), (1, 100)]
+    assert [(row["test_k"], row["targets"]) for row in (parts[3], parts[5])] == [(50, 200), (1, 100)]
     assert not list(temporary.iterdir())
