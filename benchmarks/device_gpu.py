@@ -5,6 +5,9 @@
 
 Triton finds a compiled kernel again where its own files, the kernel's source and the path of that source are the same, byte for byte.
 So a cache that was filled on one machine serves another one, and `--stamp` writes down there what must be equal.
+
+Triton compiles a little C for every kernel that it launches, in a cache or not. So a small extension is built here the way Triton does it:
+on a GPU the step fails where that is not possible, because nothing after it would run.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import json
 import os
 import shutil
 import subprocess
+import sysconfig
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +37,14 @@ from dti_kernels.tiles import architecture
 ROOT = Path(__file__).resolve().parents[1]
 STAMP = "made-with.json"
 _PACKAGES = ("triton", "transformers", "numpy", "peft", "accelerate", "flash-attn", "nvidia-ml-py", "pyarrow")
+_EXTENSION_NAME, _ANSWER = "dti_c_compiler", 42
+_EXTENSION = f"""
+#include <Python.h>
+static PyObject *answer(PyObject *self, PyObject *unused) {{ return PyLong_FromLong({_ANSWER}); }}
+static PyMethodDef methods[] = {{{{"answer", answer, METH_NOARGS, ""}}, {{NULL, NULL, 0, NULL}}}};
+static struct PyModuleDef module = {{PyModuleDef_HEAD_INIT, "{_EXTENSION_NAME}", NULL, -1, methods}};
+PyMODINIT_FUNC PyInit_{_EXTENSION_NAME}(void) {{ return PyModule_Create(&module); }}
+"""
 # The first program that is there says what the card is doing.
 _STATES: tuple[tuple[str, ...], ...] = (
     (
@@ -102,6 +115,43 @@ def triton_files() -> str | None:
     return None
 
 
+def c_compiler() -> str:
+    """ "good", or why Triton cannot compile what launches a kernel: the compiler is $CC, else gcc or clang, with Python's headers."""
+    try:
+        from triton.runtime.build import compile_module_from_src
+    except ImportError as error:
+        return f"no Triton: {error}"
+    before = os.environ.get("TRITON_CACHE_DIR")
+    # An extension that is in Triton's cache already proves no compiler.
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            answer = compile_module_from_src(_EXTENSION, _EXTENSION_NAME).answer()
+        except (OSError, RuntimeError, ImportError, subprocess.CalledProcessError) as error:
+            return _why_no_extension(error)
+        finally:
+            if before is None:
+                del os.environ["TRITON_CACHE_DIR"]
+            else:
+                os.environ["TRITON_CACHE_DIR"] = before
+    return "good" if answer == _ANSWER else f"the extension says {answer}"
+
+
+def _why_no_extension(error: Exception) -> str:
+    name = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if name is None or shutil.which(name) is None:
+        return f"no C compiler: {'no gcc and no clang here' if name is None else f'CC={name} is not there'}"
+    folder = Path(sysconfig.get_paths()["include"])
+    if not (folder / "Python.h").is_file():
+        return f"no Python.h in {folder}: install Python's headers"
+    return f"{name} failed: {type(error).__name__}: {error}"[:300]
+
+
+def cxx_compiler() -> str | None:
+    """What inductor compiles its code for a CPU with; None: there is nothing, which kernels do without."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
 def sources() -> str:
     """Hash of the project's code, for a machine without git."""
     digest = hashlib.sha256()
@@ -136,7 +186,11 @@ def cache_state(folder: Path) -> str:
 
 
 def main() -> None:
-    """Print and keep the row, or write the stamp."""
+    """Print and keep the row, or write the stamp.
+
+    Raises:
+        SystemExit: there is no GPU, or no C compiler to launch kernels on it.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -156,12 +210,16 @@ def main() -> None:
         **versions(),
         "sources": sources(),
         "triton_files": triton_files(),
+        "c_compiler": c_compiler(),
+        "cxx_compiler": cxx_compiler(),
         "cache": cache_state(cache_folder()),
         "state": now[:2000],
     }
     for name, value in row.items():
         print(f"{name:14} {value}")
     options.rows.append([row])
+    if row["c_compiler"] != "good" and not REHEARSING:
+        raise SystemExit(f"RuntimeError: no kernel can be launched: {row['c_compiler']}")
 
 
 if __name__ == "__main__":

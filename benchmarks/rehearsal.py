@@ -64,6 +64,10 @@ def _zero(*_: Any, **__: Any) -> int:
     return 0
 
 
+def _memory_stats(*_: Any) -> dict[str, int]:
+    return {"requested_bytes.all.current": 0, "requested_bytes.all.peak": 0}
+
+
 _STAND_INS: dict[str, Any] = {
     "Event": _Event,
     "synchronize": _nothing,
@@ -73,6 +77,7 @@ _STAND_INS: dict[str, Any] = {
     "_sleep": _nothing,
     "memory_allocated": _zero,
     "max_memory_allocated": _zero,
+    "memory_stats": _memory_stats,
     "current_device": _zero,
     "Stream": _Stream,
     "current_stream": lambda *_: _Stream(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,53 @@ def test_the_driver_of_either_vendor_is_asked(tmp_path: Path, monkeypatch: pytes
     assert device_gpu.state() == "metric --clock --power --temperature\nodd"
     program.write_text("no program")
     assert device_gpu.state().startswith("amd-smi: ")
+
+
+def test_a_c_extension_is_built_as_triton_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler nothing can be launched; what is missing is said, and a cached extension proves nothing."""
+    build = pytest.importorskip("triton.runtime.build")
+
+    def state() -> str:
+        if hasattr(build, "_find_compiler"):
+            build._find_compiler.cache_clear()  # a process has one compiler
+        return device_gpu.c_compiler()
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    if (shutil.which("gcc") or shutil.which("clang")) and "CC" not in os.environ:
+        assert state() == "good"
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("CC", "cc-of-nobody")
+    assert state() == "no C compiler: CC=cc-of-nobody is not there"
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert state() == "no C compiler: no gcc and no clang here"
+    assert device_gpu.cxx_compiler() is None
+    compiler = tmp_path / "gcc"
+    compiler.write_text("#!/bin/sh\nexit 3\n")
+    compiler.chmod(0o755)
+    assert state().startswith(f"{compiler} failed: CalledProcessError: ")
+    monkeypatch.setattr(device_gpu.sysconfig, "get_paths", lambda **_: {"include": str(tmp_path)})
+    assert state() == f"no Python.h in {tmp_path}: install Python's headers"
+
+
+@pytest.mark.parametrize("rehearsing", [False, True])
+def test_a_gpu_without_a_c_compiler_is_no_use(
+    rehearsing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row is there either way; only a rehearsal goes on."""
+    monkeypatch.setattr(device_gpu, "REHEARSING", rehearsing)
+    monkeypatch.setattr(device_gpu, "card", dict)
+    monkeypatch.setattr(device_gpu, "c_compiler", lambda: "no C compiler")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(sys, "argv", ["device_gpu", "--out", str(tmp_path / "rows.jsonl")])
+    message = ""
+    try:
+        device_gpu.main()
+    except SystemExit as exit_:
+        message = str(exit_)
+    assert message == ("" if rehearsing else "RuntimeError: no kernel can be launched: no C compiler")
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["c_compiler"] == "no C compiler"
 
 
 def test_without_a_gpu_the_suite_has_nothing_to_do() -> None:

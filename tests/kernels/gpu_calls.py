@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
-from benchmarks.workloads import AttentionInputs, Workload
+from benchmarks.workloads import AttentionInputs
 from dti_kernels import StreamLayout, windowed_attn
 from tests.cases import CASES, Case
-from tests.kernels.test_gpu import GROUPS, LLAMA, SMOLLM, WIDE, grouped
+from tests.kernels.test_gpu import GROUPS, LLAMA, MEMORY, SMOLLM, WIDE, grouped
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 REAL_CASES = [LLAMA, SMOLLM, WIDE, *(grouped(*group) for group in GROUPS)]
@@ -30,10 +31,15 @@ def run_sums_only(case: Case, dtype: torch.dtype) -> None:
     out.backward(x.grad_out[x.layout.num_context :])
 
 
+def memory_inputs() -> AttentionInputs:
+    """A small batch that gets the tiles of the one whose memory is measured: they are chosen by its mean span."""
+    x = AttentionInputs.of(dataclasses.replace(MEMORY, num_tokens=400))
+    return dataclasses.replace(x, layout=dataclasses.replace(x.layout, mean_span=MEMORY.layout().mean_span))
+
+
 def measure_memory() -> None:
-    """The batch whose memory is measured."""
-    workload = Workload("memory", 400, 50, 8, 2, 64, reset=True, dtype=torch.bfloat16)
-    x = AttentionInputs.of(workload)
+    """The calls whose memory is measured."""
+    x = memory_inputs()
     out = windowed_attn(x.q, x.k, x.v, x.layout, k_sum=x.k_sum, alibi_slopes=x.alibi_slopes, reset=x.reset)
     torch.autograd.grad(out, x.leaves(), x.grad_out)
 
