@@ -36,14 +36,17 @@ def parity_shares(
     # Triton's interpreter computes bfloat16 in float32.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.float16
     rounds_factors = interpreted or torch.device(device).type != "cpu"
-    return testing.shares(actual, *golden_and_budgets(case, dtype, rounds_factors), dtype)
+    return testing.shares(actual, *golden_and_budgets(case, dtype, rounds_factors, device), dtype)
 
 
 def golden_and_budgets(
-    case: Case, dtype: torch.dtype, rounds_factors: bool
+    case: Case, dtype: torch.dtype, rounds_factors: bool, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, testing.Budget]]:
-    """What the float64 reference makes of a case's inputs in `dtype`, and how far an implementation may be from it."""
-    exact = case.inputs(torch.float64)
+    """What the float64 reference makes of a case's inputs in `dtype`, and how far an implementation may be from it.
+
+    Both are computed on `device`: at real heads they take a CPU's thread many seconds, which a GPU's time-out does not have.
+    """
+    exact = case.inputs(torch.float64, device)
     budgets = testing.error_budgets(
         exact.leaves,
         exact.grad_out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -9,17 +10,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import device_gpu, ncu_gpu, smoke_gpu
-from benchmarks.finetune_gpu import TimedTrainer, TimeLimit, Watch, epochs_by_speed, rate_after
 from benchmarks.gpu_steps import DOUBTFUL, SKIPPED
-from benchmarks.made_up import made_up_data, made_up_model
 from benchmarks.workloads import Workload
+from dti_kernels import windowed_attn
+from tests.cases import CASES, Case, Inputs
 from tests.conftest import ROOT
+from tests.kernels import gpu_calls, test_gpu
+from tests.numerics import parity_shares
 
 TESTS = """
 import pytest
@@ -253,6 +255,38 @@ def test_without_a_gpu_the_suite_has_nothing_to_do() -> None:
         device_gpu.card()
 
 
+def test_the_reference_is_computed_where_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, a CPU's thread would take most of the time that the tests have."""
+    devices, inputs = [], Case.inputs
+
+    def noted(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+        devices.append((dtype, device))
+        return inputs(case, dtype)
+
+    monkeypatch.setattr(Case, "inputs", noted)
+    shares = parity_shares(CASES[1], torch.bfloat16, windowed_attn, "cuda")
+    assert devices == [(torch.bfloat16, "cuda"), (torch.float64, "cuda")]
+    assert max(shares.values()) <= 1
+
+
+def test_memory_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of the allocator, whose sizes are its own affair, once failed the test of how memory grows."""
+    stats = [{"requested_bytes.all.current": 100, "requested_bytes.all.peak": 100}]
+    stats += [{"requested_bytes.all.current": 100, "requested_bytes.all.peak": 350}]
+    monkeypatch.setattr(test_gpu, "DEVICE", "cpu")
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: stats.pop(0))
+    assert test_gpu.peak_bytes(100) == 250
+
+
+def test_the_memory_test_runs_precompiled_kernels() -> None:
+    """Tiles follow the mean span: that of a small batch would choose others."""
+    span = gpu_calls.memory_inputs().layout.mean_span
+    assert span == test_gpu.MEMORY.layout().mean_span
+    assert span == dataclasses.replace(test_gpu.MEMORY, num_tokens=4 * 8192).layout().mean_span
+
+
 def run_smoke(
     factors: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[int, list[dict]]:
@@ -320,89 +354,3 @@ def test_smoke_a_little_beyond_its_budget_is_doubtful(
 def test_verdict_of_the_smoke_test(share: float, status: int) -> None:
     row = {"shares": {"dq": 0.5, "out": share}, "within_budget": share <= 1}
     assert smoke_gpu.verdict(row) == status
-
-
-def test_learning_rate_rises_and_falls_to_zero() -> None:
-    rates = [rate_after(share / 100) for share in range(101)]
-    assert rates[0] == 0
-    assert rates[5] == 1
-    assert rates[1:6] == sorted(rates[1:6])
-    assert rates[5:] == sorted(rates[5:], reverse=True)
-    assert rates[-1] == rate_after(1.5) < 1e-9
-
-
-def test_learning_rate_follows_the_clock_where_time_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After half the time between the first step and the limit it is where half the steps would have it, and at the limit zero."""
-    now = [100.0]
-    monkeypatch.setattr("benchmarks.finetune_gpu.time.monotonic", lambda: now[0])
-    trainer = TimedTrainer.__new__(TimedTrainer)
-    trainer.limit, trainer.first_step = TimeLimit(50, 100.0), None
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = trainer.create_scheduler(1000, optimizer)
-
-    def rate_at(seconds: float) -> float:
-        now[0] = 100.0 + seconds
-        optimizer.step()
-        scheduler.step()
-        return scheduler.get_last_lr()[0]
-
-    rate_at(10)  # validation before training took this long
-    assert rate_at(30) == pytest.approx(rate_after(0.5))
-    assert rate_at(50) == pytest.approx(rate_after(1.0))
-
-
-def test_epochs_follow_the_speed_of_training(tmp_path: Path) -> None:
-    """Rows of another model or of sliding windows do not count, and float32 weights are slower than those of the row."""
-    rows = tmp_path / "rows.jsonl"
-    assert epochs_by_speed(rows) == 1
-    for model, kind, speed, epochs in (
-        ("llama8b-slice", "streaming_k50", 500_000, 1),
-        ("smollm", "sliding_window", 500_000, 1),
-        ("smollm", "streaming_k50", 199_000, 1),
-        ("smollm", "streaming_k50", 201_000, 2),
-    ):
-        row = {"benchmark": "training", "model": model, "kind": kind, "tokens_per_s": speed}
-        with rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        assert epochs_by_speed(rows) == epochs
-
-
-def test_the_best_validation_is_tested_at_once() -> None:
-    """A process that is killed afterwards has its result; weights before the first step and worse ones are not tested."""
-    happened: list[str] = []
-    watch = Watch(
-        TimeLimit(60, 0.0), lambda **row: happened.append(row["part"]), lambda: happened.append("test")
-    )
-    model = torch.nn.Linear(1, 1)
-    for step, auc in ((0, 0.9), (1, 0.6), (2, 0.7), (3, 0.65)):
-        torch.nn.init.constant_(model.weight, float(step))
-        state = SimpleNamespace(global_step=step, epoch=float(step))
-        watch.on_evaluate(None, state, None, {"eval_auc": auc}, model)
-    assert happened == ["validation", "validation", "test", "validation", "test", "validation"]
-    assert watch.best["weight"].item() == 2
-
-
-def test_finetuning_stops_in_time(tmp_path: Path) -> None:
-    """At its limit after one step: that step's weights are validated and tested all the same. Packages that only preparing data needs
-    are not there."""
-    data = made_up_data(tmp_path)
-    weights = made_up_model(tmp_path / "model", data)
-    rows, temporary = tmp_path / "rows.jsonl", tmp_path / "temporary"
-    temporary.mkdir()
-    code = "from tests.without_polars import hide_missing; hide_missing(); from benchmarks import finetune_gpu; finetune_gpu.main()"
-    places = ["--data", str(data), "--weights", str(weights), "--out", str(rows)]
-    subprocess.run(
-        [sys.executable, "-c", code, "--seconds", "0", "--k", "4", *places],
-        cwd=ROOT,
-        env=os.environ | {"DTI_REHEARSE": "1", "TMPDIR": str(temporary)},
-        check=True,
-        capture_output=True,
-    )
-    parts = [json.loads(line) for line in rows.read_text().splitlines()]
-    names = [row["part"] for row in parts]
-    assert names == ["start", "validation", "validation", "test", "training", "test"]
-    assert [row["step"] for row in parts if row["part"] == "validation"] == [0, 1]
-    training = parts[4]
-    assert (training["steps"], training["cut_by_time"], len(training["losses"])) == (1, True, 1)
-    assert [(row["test_k"], row["targets"]) for row in (parts[3], parts[5])] == [(50, 200), (1, 100)]
-    assert not list(temporary.iterdir())

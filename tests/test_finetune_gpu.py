@@ -1,0 +1,103 @@
+"""Fine-tuning within a time limit: its learning rate, its epochs, and what it leaves when time runs out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.finetune_gpu import TimedTrainer, TimeLimit, Watch, epochs_by_speed, rate_after
+from benchmarks.made_up import made_up_data, made_up_model
+from tests.conftest import ROOT
+
+
+def test_learning_rate_rises_and_falls_to_zero() -> None:
+    rates = [rate_after(share / 100) for share in range(101)]
+    assert rates[0] == 0
+    assert rates[5] == 1
+    assert rates[1:6] == sorted(rates[1:6])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] == rate_after(1.5) < 1e-9
+
+
+def test_learning_rate_follows_the_clock_where_time_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After half the time between the first step and the limit it is where half the steps would have it, and at the limit zero."""
+    now = [100.0]
+    monkeypatch.setattr("benchmarks.finetune_gpu.time.monotonic", lambda: now[0])
+    trainer = TimedTrainer.__new__(TimedTrainer)
+    trainer.limit, trainer.first_step = TimeLimit(50, 100.0), None
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = trainer.create_scheduler(1000, optimizer)
+
+    def rate_at(seconds: float) -> float:
+        now[0] = 100.0 + seconds
+        optimizer.step()
+        scheduler.step()
+        return scheduler.get_last_lr()[0]
+
+    rate_at(10)  # validation before training took this long
+    assert rate_at(30) == pytest.approx(rate_after(0.5))
+    assert rate_at(50) == pytest.approx(rate_after(1.0))
+
+
+def test_epochs_follow_the_speed_of_training(tmp_path: Path) -> None:
+    """Rows of another model or of sliding windows do not count, and float32 weights are slower than those of the row."""
+    rows = tmp_path / "rows.jsonl"
+    assert epochs_by_speed(rows) == 1
+    for model, kind, speed, epochs in (
+        ("llama8b-slice", "streaming_k50", 500_000, 1),
+        ("smollm", "sliding_window", 500_000, 1),
+        ("smollm", "streaming_k50", 199_000, 1),
+        ("smollm", "streaming_k50", 201_000, 2),
+    ):
+        row = {"benchmark": "training", "model": model, "kind": kind, "tokens_per_s": speed}
+        with rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        assert epochs_by_speed(rows) == epochs
+
+
+def test_the_best_validation_is_tested_at_once() -> None:
+    """A process that is killed afterwards has its result; weights before the first step and worse ones are not tested."""
+    happened: list[str] = []
+    watch = Watch(
+        TimeLimit(60, 0.0), lambda **row: happened.append(row["part"]), lambda: happened.append("test")
+    )
+    model = torch.nn.Linear(1, 1)
+    for step, auc in ((0, 0.9), (1, 0.6), (2, 0.7), (3, 0.65)):
+        torch.nn.init.constant_(model.weight, float(step))
+        state = SimpleNamespace(global_step=step, epoch=float(step))
+        watch.on_evaluate(None, state, None, {"eval_auc": auc}, model)
+    assert happened == ["validation", "validation", "test", "validation", "test", "validation"]
+    assert watch.best["weight"].item() == 2
+
+
+def test_finetuning_stops_in_time(tmp_path: Path) -> None:
+    """At its limit after one step: that step's weights are validated and tested all the same. Packages that only preparing data needs
+    are not there."""
+    data = made_up_data(tmp_path)
+    weights = made_up_model(tmp_path / "model", data)
+    rows, temporary = tmp_path / "rows.jsonl", tmp_path / "temporary"
+    temporary.mkdir()
+    code = "from tests.without_polars import hide_missing; hide_missing(); from benchmarks import finetune_gpu; finetune_gpu.main()"
+    places = ["--data", str(data), "--weights", str(weights), "--out", str(rows)]
+    subprocess.run(
+        [sys.executable, "-c", code, "--seconds", "0", "--k", "4", *places],
+        cwd=ROOT,
+        env=os.environ | {"DTI_REHEARSE": "1", "TMPDIR": str(temporary)},
+        check=True,
+        capture_output=True,
+    )
+    parts = [json.loads(line) for line in rows.read_text().splitlines()]
+    names = [row["part"] for row in parts]
+    assert names == ["start", "validation", "validation", "test", "training", "test"]
+    assert [row["step"] for row in parts if row["part"] == "validation"] == [0, 1]
+    training = parts[4]
+    assert (training["steps"], training["cut_by_time"], len(training["losses"])) == (1, True, 1)
+    assert [(row["test_k"], row["targets"]) for row in (parts[3], parts[5])] == [(50, 200), (1, 100)]
+    assert not list(temporary.iterdir())
