@@ -255,6 +255,20 @@ def test_wrong_options_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
 
 
+def test_a_resumed_call_knows_its_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that says which card this is runs with whatever `--step` names."""
+    for more, names in (([], ["host"]), (["--resume"], ["device", "host"])):
+        monkeypatch.setattr(sys, "argv", ["gpu_suite", "--slot", "A", "--step", "host", *more])
+        options = gpu_suite.parse(gpu_suite.make_parser())
+        assert [step.name for step in options.steps] == names
+
+
+def test_the_host_step_ends_in_time(tmp_path: Path) -> None:
+    step = next(step for step in steps_of("A") if step.name == "host")
+    command = step.command(Places(tmp_path), {}, 45, rehearse=False, resume=False)
+    assert command[command.index("--seconds") + 1] == "30"
+
+
 def test_weights_are_there_before_anything_runs(tmp_path: Path) -> None:
     data = made_up_data(tmp_path)
     assert gpu_suite.why_unusable(data, None) == ""
