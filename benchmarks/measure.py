@@ -28,6 +28,10 @@ RESULTS = Path(__file__).parent / "results"
 # In the working folder; git ignores it. A measurement that nobody asked to keep changes no file of the project.
 SCRATCH = Path("runs/benchmarks")
 UNKNOWN_COMMIT = "unknown"
+# Status of a benchmark that ran out of time with something left out, its rows saved: EX_TEMPFAIL, "try again" (sysexits.h).
+INCOMPLETE = 75
+# What `failed` of a row says where nothing failed but the time.
+TIME_IS_UP = "left out: time is up"
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,9 @@ def test_winners_are_written_as_the_table_reads_them(tmp_path: Path, monkeypatch
         {**entry, "tile": [128, 64, 8, 3, 16, 1]},
         {**entry, "kernel": "ctx_dq", "tile": [64, 64, 4, 3, 16]},
     ]
-    tune_tiles._write(entries, tmp_path / "new" / "tiles.json")
+    winners = tune_tiles.Winners(tmp_path / "new" / "tiles.json")
+    for found in ({**entries[0], "tile": [64, 64, 4, 3, 16]}, *entries):  # the second replaces the first
+        winners.put(found)
     assert json.loads((tmp_path / "new" / "tiles.json").read_text()) == entries
     monkeypatch.setenv("DTI_TILES", str(tmp_path / "new" / "tiles.json"))
     tiles._tuned_tiles.cache_clear()
