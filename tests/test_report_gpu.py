@@ -143,6 +143,27 @@ def test_a_time_with_the_host_in_it_is_marked(tmp_path: Path) -> None:
     assert "the host was not ahead" in text
 
 
+def test_ratios_are_of_the_same_turns(tmp_path: Path) -> None:
+    """Ours is timed alone first: a time that nothing took turns with makes no ratio."""
+    rows = attention_rows(H100, workload="w")
+    alone = [{**row, "alone": True} for row in rows if row["provider"] == "windowed_attn"]
+    beside = [{**row, "beside": "flex", "p50_ms": 0.6} for row in alone]
+    flex = [row for row in rows if row["provider"] == "flex"]
+    early = report_gpu.attention([*alone, *flex])
+    assert "| windowed_attn | 0.500 (400) | 1.500 (133) | 2.000 (100) |  | 300 |" in early
+    assert "| flex | 0.900 (222) | 2.700 (74) | 3.600 (56) |  | 300 |" in early
+    whole = report_gpu.attention([*alone, *beside, *({**row, "ours_p50_ms": 2.4} for row in flex)])
+    assert "| flex | 0.900 (222) | 2.700 (74) | 3.600 (56) | 1.50 | 300 |" in whole
+
+
+def test_an_error_above_its_budget_is_said(tmp_path: Path) -> None:
+    check = {"benchmark": "attention", "check": "parity", "provider": "windowed_attn", "table": "frozen"}
+    rows = [made(H100, **check, workload=name, shares={"out": 0.4, "dq": 1.34}) for name in ("a", "b")]
+    text = report_gpu.checks(rows)
+    assert "Errors of `a` are above their budget, in shares of it: dq 1.34." in text
+    assert "Errors of `b`" in text
+
+
 @pytest.mark.parametrize("machine", ["rehearsal (no GPU)", "AMD EPYC, 2 threads", ""])
 def test_rehearsals_and_cpus_are_never_recorded(
     machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

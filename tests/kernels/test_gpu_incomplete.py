@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import device_time, host_gpu, rehearsal, tune_tiles
+from benchmarks import (
+    attention_gpu,
+    bench_attention,
+    flex_tuned,
+    host_gpu,
+    tune_tiles,
+)
 from benchmarks.measure import INCOMPLETE, TIME_IS_UP, RowFiles
 from benchmarks.workloads import AttentionInputs, Workload
 
 SMALL = Workload("small", 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2, dtype=torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, stand_in in rehearsal._STAND_INS.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(device_time, "_flushed", lambda: torch.zeros(1))
-    monkeypatch.setattr(host_gpu, "DEVICE", "cpu")
+pytestmark = pytest.mark.usefixtures("card")
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -91,3 +92,42 @@ def test_host_times_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch
 def test_host_times_are_of_kernels_that_are_compiled_before() -> None:
     """Four query heads per key head were nobody's: every kernel was compiled within the step's seconds."""
     assert (host_gpu.TINY.num_heads, host_gpu.TINY.num_groups, host_gpu.TINY.head_dim) == (9, 3, 64)
+
+
+def test_compilations_leave_rows_and_logs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What they printed, and how they ended, was thrown away: a slow FlexAttention could not be told from a broken one."""
+    program = tmp_path / "python"
+    program.write_text(
+        "#!/bin/sh\ncase $6 in default) exit 0;; mask) sleep 60;; *) echo before; echo RuntimeError: no >&2; exit 3;; esac\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(flex_tuned.sys, "executable", str(program))
+    monkeypatch.setattr(flex_tuned, "HEADS", {"smollm": (9, 3, 64)})
+    monkeypatch.setattr(flex_tuned, "OPTIONS", flex_tuned.OPTIONS[:2])
+    found = {row["options"]: row for row in flex_tuned.warm(1.0, tmp_path / "logs")}
+    assert {name: row["status"] for name, row in found.items()} == {
+        "default": 0,
+        "long rows": 3,
+        "mask": None,
+    }
+    assert "failed" not in found["default"]
+    assert found["long rows"]["failed"] == "RuntimeError: no"
+    assert found["mask"]["failed"] == TIME_IS_UP
+    assert found["default"]["seconds"] < 1.0 <= found["mask"]["seconds"] < 30
+    assert (tmp_path / "logs" / "flex-smollm-long-rows.txt").read_text() == "before\nRuntimeError: no\n"
+    assert "before" in capsys.readouterr().out
+
+
+def test_attention_without_time_is_incomplete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A run of `--seconds -1` printed what it left out, and ended with status 0."""
+    monkeypatch.setattr(flex_tuned, "configure", lambda: None)
+    monkeypatch.setattr(attention_gpu, "gate", lambda *_: pytest.fail("measures"))
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--device", "cuda", "--seconds", "-1", "--out", str(path)]
+    assert run_main(bench_attention, monkeypatch, *arguments) == INCOMPLETE
+    rows = rows_of(path)
+    assert {row["failed"] for row in rows} == {TIME_IS_UP}
+    named = {(row["workload"], name) for row in rows for name in row["left_out"]}
+    assert {(plan.workload.name, name) for plan in attention_gpu.plans() for name in plan.baselines} < named
