@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, median_and_p99
 from benchmarks.report_plots import roofline
 from dti_model.files import whole_file
 
@@ -319,7 +319,7 @@ def scoring(rows: Rows) -> str:
         return ""
     lines = ["| candidates | | p50 / p99 ms | candidates/s | |", "|---|---|---|---|---|"]
     lines += [
-        f"| {row['candidates']} | {row['provider']} | {row['p50_ms']:.1f} / {row['p99_ms']:.1f} | "
+        f"| {row['candidates']} | {row['provider']} | {median_and_p99(row, 1)} | "
         f"{row['candidates_per_s']:,.0f} | {row['speedup']:.1f} x |"
         for row in found
     ]

@@ -205,7 +205,7 @@ def test_a_gpu_machine_needs_no_package_that_reads_raw_data(tmp_path: Path) -> N
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=environment, cwd=tmp_path)
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["provider"] for row in found[:3]] == ["one pass", "encoded history", "one prompt each"]
-    assert all(row["p99_ms"] >= row["p50_ms"] > 0 for row in found)
+    assert all(row["max_ms"] >= row["p50_ms"] > 0 for row in found)
     assert {row["machine"] for row in found} == {"rehearsal (no GPU)"}
 
 
