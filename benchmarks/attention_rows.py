@@ -48,7 +48,10 @@ def measured(paths: Iterable[Path]) -> set[tuple[str, str]]:
     modes: dict[tuple[str, str], set[str]] = {}
     for path in paths:
         for line in path.read_text().splitlines() if path.exists() else ():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # of a run that was killed while it wrote
+                continue
             if row.get("benchmark") != "attention" or any(row.get(name) != wanted[name] for name in _SAME):
                 continue
             if "provider" not in row or (row["provider"] == OURS and ("failed" in row or "beside" in row)):
