@@ -2,14 +2,13 @@
 
     python -m benchmarks.bench_attention --device cuda [--out FILE] [--seconds 110] [--resume] [--only ours]
 
-Times are of the device (`benchmarks/device_time.py`). Workloads come in order of weight; those that no longer fit into the seconds given
-are recorded as left out, and `--resume` measures what a file of rows lacks. A provider that fails is a row that says why.
+Times are of the device (`benchmarks/device_time.py`). Ours comes first, alone, over all workloads; then each baseline by turns with ours,
+in order of weight. Rows are saved after each provider. What no longer fits into the seconds given is recorded as left out, and the status
+is 75; `--resume` measures what a file of rows lacks. A provider that fails is a row that says why.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,44 +18,39 @@ from typing import Any
 import torch
 
 from benchmarks import flex_tuned
+from benchmarks.attention_rows import about_tiles, measured, printed, speeds
 from benchmarks.bench_attention import gate
 from benchmarks.clocks import card_state
-from benchmarks.compile_report import visited_pairs
-from benchmarks.device_time import Timing, check_device, device_times, failure
-from benchmarks.measure import RowFiles
+from benchmarks.device_time import DeviceLost, Timing, check_device, device_times, failure
+from benchmarks.measure import TIME_IS_UP, RowFiles
 from benchmarks.providers import GPU_PROVIDERS, MODES, OURS, Unavailable, by_mode, settle
 from benchmarks.rehearsal import DEVICE, REHEARSING
-from benchmarks.tune_tiles import numbers_of
 from benchmarks.workloads import HEADS as HEADS
-from benchmarks.workloads import SHORT_TOKENS, AttentionInputs, Workload, gpu_workload, useful_flops
-from dti_kernels.tiles import KERNELS, choose_tile
+from benchmarks.workloads import SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
 
 # Wall-clock seconds for each provider and mode: 40 repeats of a millisecond with their pauses.
 _SHARE = 0.01 if REHEARSING else 0.2
 # Seconds of all, at most, in which FlexAttention's options are compiled side by side, and tried for one head_dim.
 _WARM_SHARE, _TUNE_SHARE = 0.25, 0.12
 _EQUAL_RUNS = 3 if REHEARSING else 100
-# Matmuls of head_dim x pairs that each kernel computes, masked or not: forward 2, dQ 3, dK/dV 4.
-_MATMULS = {"ctx_fwd": 2, "sum_fwd": 2, "ctx_dq": 3, "sum_dq": 3, "ctx_dkv": 4, "sum_dkv": 4}
-# Useful FLOPs and bytes of q, k, v, out (and of their gradients), by what the forward has of them.
-_FLOPS_OF = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}
-_BYTES_OF = {"forward": 1, "backward": 2, "forward+backward": 3}
+# Times of the error budget beyond which a result is taken for wrong, and not timed: up to it, a card rounds otherwise than was thought.
+MOST_SHARE = 3.0
 
-_WINDOWED = (OURS, "flex", flex_tuned.NAME, "varlen_scalar_window", "flash_scalar_window")
+_WINDOWED = ("flex", flex_tuned.NAME, "varlen_scalar_window", "flash_scalar_window")
 # These cost the same at every k: once per heads and number of tokens.
 _DENSE = ("sdpa_causal", "sdpa_dense_mask")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A workload and who runs it."""
+    """A workload, and who runs it beside ours."""
 
     workload: Workload
-    providers: tuple[str, ...] = _WINDOWED
+    baselines: tuple[str, ...] = _WINDOWED
 
 
 def plans() -> Iterator[Plan]:
-    """In order of weight: headline, SmolLM2, short spans, other k, four times the tokens, and the reset, which only ours has."""
+    """In order of weight: headline, SmolLM2, short spans, other k, the reset, which only ours has, and four times the tokens."""
     yield Plan(
         gpu_workload("llama8b_k50_16k", "llama8b", 16384, 50),
         (*_WINDOWED, *_DENSE, "flex_with_mask_construction"),
@@ -65,10 +59,10 @@ def plans() -> Iterator[Plan]:
     yield Plan(gpu_workload("smollm_span300_k50_16k", "smollm", 16384, 50, **SHORT_TOKENS))
     for k in (1, 200, None):
         yield Plan(gpu_workload(f"llama8b_k{k or 'all'}_16k", "llama8b", 16384, k))
+    for heads in HEADS:
+        yield Plan(gpu_workload(f"{heads}_k50_16k_reset", heads, 16384, 50, reset=True), ())
     yield Plan(gpu_workload("llama8b_k50_64k", "llama8b", 65536, 50), (*_WINDOWED, "sdpa_causal"))
     yield Plan(gpu_workload("smollm_k50_64k", "smollm", 65536, 50))
-    for heads in HEADS:
-        yield Plan(gpu_workload(f"{heads}_k50_16k_reset", heads, 16384, 50, reset=True), (OURS,))
 
 
 def workloads() -> Iterator[Workload]:
@@ -76,36 +70,13 @@ def workloads() -> Iterator[Workload]:
     return (plan.workload for plan in plans())
 
 
-def tiles_in_force(x: AttentionInputs, mode: str) -> dict[str, list[int]]:
-    """The tiles of the kernels that a mode launches, as the tuner writes them."""
-    about = x.q.device, x.q.shape[2], x.q.dtype, x.layout.mean_span
-    return {kernel: numbers_of(choose_tile(kernel, *about)) for kernel in KERNELS if _launches(kernel, mode)}
+@dataclass(frozen=True)
+class _Calls:
+    """What one provider runs on one batch, settled: by mode, the call and the MiB it takes at its peak."""
 
-
-def _launches(kernel: str, mode: str) -> bool:
-    return mode == "forward+backward" or kernel.endswith("fwd") == (mode == "forward")
-
-
-def computed_flops(x: AttentionInputs, mode: str) -> int:
-    """Operations of our kernels, masked parts of the visited tiles included."""
-    num_heads, head_dim = x.q.shape[1:]
-    group = num_heads // x.k.shape[1]
-    layout = x.layout.to("cpu")
-    total = 0
-    for kernel, matmuls in _MATMULS.items():
-        if _launches(kernel, mode):
-            tile = choose_tile(kernel, x.q.device, head_dim, x.q.dtype, x.layout.mean_span)
-            streams = 2 if x.reset is not None and kernel.startswith("sum") else 1
-            total += 2 * matmuls * streams * num_heads * head_dim * visited_pairs(layout, kernel, tile, group)
-    return total
-
-
-def flops_per_byte(x: AttentionInputs, mode: str) -> float:
-    """Useful FLOPs over the bytes of q, k, v and out, and of their gradients, each moved once."""
-    num_heads, head_dim = x.q.shape[1:]
-    useful = useful_flops(x.layout, num_heads, head_dim, backward=False) * _FLOPS_OF[mode]
-    num_bytes = 2 * (x.q.numel() + x.k.numel()) * x.q.element_size() * _BYTES_OF[mode]
-    return round(useful / num_bytes, 1)
+    name: str
+    by_mode: dict[str, Callable[[], Any]]
+    peak_mib: dict[str, float]
 
 
 class Session:
@@ -114,69 +85,119 @@ class Session:
     Attributes:
         files: that rows are appended to.
         seconds: of the whole run.
-        only_ours: leave all baselines out.
+        deadline: of `time.monotonic`, after which nothing is started.
+        done: what the files have already (`attention_rows.measured`).
+        failed: ours failed somewhere.
+        broken: workloads on which ours does not run at all.
+        complete: nothing was left out.
     """
 
-    def __init__(self, files: RowFiles, seconds: float, only_ours: bool) -> None:
-        self.files, self.seconds, self.only_ours = files, seconds, only_ours
-        self.ours_failed = False
-        self._passed: set[tuple[int, int, bool]] = set()  # heads, head_dim and reset of gates that were green
+    def __init__(self, files: RowFiles, seconds: float, done: set[tuple[str, str]]) -> None:
+        self.files, self.seconds, self.done = files, seconds, done
+        self.deadline = time.monotonic() + seconds
+        self.failed, self.complete = False, True
+        self.broken: set[str] = set()
+        self._shares: dict[tuple[int, int, bool], float] = {}  # by heads, head_dim and reset of gates so far
         self._options: dict[int, dict[str, flex_tuned.Options]] = {}  # by head_dim, then mode
-        # The winners of a tuner or the frozen table: rows of both may stand in one file.
-        self.table = "DTI_TILES" if os.environ.get("DTI_TILES") else "frozen"
+        self._about = about_tiles()
 
     def save(self, rows: list[dict[str, Any]]) -> None:
         """Append rows, and print them."""
-        rows = [{"benchmark": "attention", "table": self.table, **row} for row in rows]
+        rows = [{"benchmark": "attention", **self._about, **row} for row in rows]
         self.files.append(rows)
         for row in rows:
             if row.get("provider") == OURS and "failed" in row:
-                self.ours_failed = True
-            print(_line(row), flush=True)
+                self.failed = True
+                if "check" not in row and "mode" not in row:
+                    self.broken.add(row["workload"])
+            print(printed(row), flush=True)
 
-    def measure(self, plan: Plan) -> None:
-        """Rows of one workload, behind the parity gate; a provider that fails is a row that says why."""
-        workload = plan.workload
-        kind = (workload.num_heads, workload.head_dim, workload.reset)
-        if kind not in self._passed:
-            gate(workload, DEVICE)
-            self._passed.add(kind)
+    def guarded(self, name: str, what: list[str], measure: Callable[[], None]) -> None:
+        """Measure, unless the time is up; a failure of the whole workload, its parity gate's included, is a row of ours."""
+        if self.time_is_up(name, what):
+            return
+        try:
+            measure()
+        except DeviceLost:  # the row of who lost it is there, and what was timed of ours stands
+            raise
+        except Exception as error:
+            self.save([{"workload": name, "provider": OURS, "failed": failure(error)}])
+            check_device(error)
+        torch.cuda.empty_cache()
+
+    def time_is_up(self, name: str, what: list[str]) -> bool:
+        """Whether it is, with a row of what is left out of a workload."""
+        if time.monotonic() <= self.deadline:
+            return False
+        self.complete = False
+        self.save([{"workload": name, "left_out": what, "failed": TIME_IS_UP}])
+        return True
+
+    def alone(self, workload: Workload) -> None:
+        """Rows of ours, with nobody beside it."""
+        x, facts = self._batch(workload)
+        facts["alone"] = True
+        ours = self._settled(OURS, x, facts)
+        self._time(x, facts, [ours])
+
+    def beside(self, plan: Plan) -> None:
+        """Rows of each baseline that is not measured yet, by turns with ours."""
+        todo = [name for name in plan.baselines if (plan.workload.name, name) not in self.done]
+        x, facts = self._batch(plan.workload)
+        ours = self._settled(OURS, x, facts)
+        for i, name in enumerate(todo):
+            if self.time_is_up(plan.workload.name, todo[i:]):
+                return
+            baseline = self._settled(name, x, facts)
+            if baseline.by_mode:
+                self._time(x, facts, [ours, baseline])
+
+    def _batch(self, workload: Workload) -> tuple[AttentionInputs, dict[str, Any]]:
+        """Inputs behind the parity gate, and the fields of all their rows."""
+        share = self._gate(workload)
         x = AttentionInputs.of(workload, DEVICE)
-        pairs = x.layout.num_visible_pairs()
-        facts = {"workload": workload.name, "rows": x.layout.num_rows, "visible_pairs": pairs}
-        facts["mean_span"] = round(pairs / x.layout.num_rows, 1)
-        before = card_state()
-        calls, memory = self._prepare(plan, x, facts)
-        rows = []
-        for mode in MODES:
-            of_mode = {name: modes[mode] for name, modes in calls.items() if mode in modes}
-            timings = device_times(of_mode, _SHARE)
-            for name, timing in timings.items():
-                row = {**facts, "provider": name, "mode": mode, **self._figures(name, x, mode, timing)}
-                rows.append({**row, "peak_mib": memory[name, mode]})
-        clocks = {"clocks_before": before, "clocks_after": card_state()}
-        self.save([{**row, **clocks} for row in rows])
+        pairs, rows = x.layout.num_visible_pairs(), x.layout.num_rows
+        facts = {"workload": workload.name, "rows": rows, "visible_pairs": pairs}
+        return x, {**facts, "mean_span": round(pairs / rows, 1), "budget_share": round(share, 3)}
 
-    def _prepare(
-        self, plan: Plan, x: AttentionInputs, facts: dict[str, Any]
-    ) -> tuple[dict[str, dict[str, Callable[[], Any]]], dict[tuple[str, str], float]]:
-        """Calls by provider and mode, settled, and what each takes of memory at its peak, MiB."""
-        calls: dict[str, dict[str, Callable[[], Any]]] = {}
-        memory = {}
-        for name in [OURS] if self.only_ours else plan.providers:
-            row, calls[name] = {**facts, "provider": name}, {}
+    def _gate(self, workload: Workload) -> float:
+        """The largest share of the error budget; above 1 a row says so, above `MOST_SHARE` it raises."""
+        kind = (workload.num_heads, workload.head_dim, workload.reset)
+        if kind not in self._shares:
+            found = gate(workload, DEVICE, MOST_SHARE)
+            worst = self._shares[kind] = max(found.values())
+            if worst > 1:
+                rounded = {name: round(share, 3) for name, share in found.items()}
+                row = {"workload": workload.name, "provider": OURS, "check": "parity", "shares": rounded}
+                self.save([{**row, "budget_share": round(worst, 3)}])
+        return self._shares[kind]
+
+    def _settled(self, name: str, x: AttentionInputs, facts: dict[str, Any]) -> _Calls:
+        """The calls of a provider that run; a mode that fails is a row, and without a forward there is nothing."""
+        found = _Calls(name, {}, {})
+        row = {**facts, "provider": name}
+        try:
+            calls = self._calls(name, x)
+        except Exception as error:  # of a baseline or its compiler: the others are still measured
+            self._refused(row, error)
+            return found
+        for mode in MODES:
             try:
-                for mode, call in self._calls(name, x).items():
-                    if mode != "forward":  # without a forward there is nothing
-                        row["mode"] = mode
-                    settle(call)
-                    memory[name, mode] = peak_mib(call)
-                    calls[name][mode] = call
-            except Exception as error:  # of a baseline or its compiler: the others are still measured
-                self.save([{**row, "failed": failure(error)}])
-                check_device(error)
-                torch.cuda.empty_cache()
-        return calls, memory
+                if mode not in calls:
+                    raise Unavailable("none of FlexAttention's options runs: see the rows of flex_options")
+                settle(calls[mode])
+                found.peak_mib[mode] = peak_mib(calls[mode])
+                found.by_mode[mode] = calls[mode]
+            except Exception as error:
+                self._refused(row if mode == "forward" else {**row, "mode": mode}, error)
+                if mode == "forward":
+                    break
+        return found
+
+    def _refused(self, row: dict[str, Any], error: Exception) -> None:
+        self.save([{**row, "failed": failure(error)}])
+        check_device(error)
+        torch.cuda.empty_cache()
 
     def _calls(self, name: str, x: AttentionInputs) -> dict[str, Callable[[], Any]]:
         if name != flex_tuned.NAME:
@@ -191,36 +212,41 @@ class Session:
         made = {options: by_mode(flex_tuned.prepare(x, options), x) for options in set(best.values())}
         return {mode: made[options][mode] for mode, options in best.items()}
 
-    def _figures(self, name: str, x: AttentionInputs, mode: str, timing: Timing) -> dict[str, Any]:
-        """Times, speeds, and what they were measured with."""
-        row = timing.row()
-        if "p50_ms" in row:
-            num_heads, head_dim = x.q.shape[1:]
-            useful = useful_flops(x.layout, num_heads, head_dim, backward=False) * _FLOPS_OF[mode]
-            row["useful_tflops"] = _tflops(useful, row["p50_ms"])
-            row["flops_per_byte"] = flops_per_byte(x, mode)
-            if name == OURS:
-                row["computed_tflops"] = _tflops(computed_flops(x, mode), row["p50_ms"])
-                row["tiles"] = tiles_in_force(x, mode)
-        if name == flex_tuned.NAME:
-            row["options"] = self._options[x.q.shape[2]][mode].name
-        return row
+    def _time(self, x: AttentionInputs, facts: dict[str, Any], providers: list[_Calls]) -> None:
+        """Save the rows of providers that take turns: ours, and perhaps a baseline."""
+        before, rows = card_state(), []
+        baseline = None if len(providers) == 1 else providers[-1].name
+        for mode in MODES:
+            runs = {calls.name: calls for calls in providers if mode in calls.by_mode}
+            if baseline is not None and baseline not in runs:
+                continue
+            timings = device_times({name: calls.by_mode[mode] for name, calls in runs.items()}, _SHARE)
+            self._check_device({**facts, "provider": providers[-1].name, "mode": mode}, timings)
+            ours_ms = timings[OURS].row().get("p50_ms") if OURS in timings else None
+            for name, timing in timings.items():
+                row = {**facts, "provider": name, "mode": mode, **timing.row()}
+                if "p50_ms" in row:
+                    row |= speeds(name, x, mode, row["p50_ms"])
+                row["peak_mib"] = runs[name].peak_mib[mode]
+                if name == flex_tuned.NAME:
+                    row["options"] = self._options[x.q.shape[2]][mode].name
+                if baseline is not None and name == OURS:
+                    row["beside"] = baseline
+                elif baseline is not None and ours_ms is not None:
+                    row["ours_p50_ms"] = ours_ms
+                rows.append(row)
+        clocks = {"clocks_before": before, "clocks_after": card_state()}
+        self.save([{**row, **clocks} for row in rows])
 
-
-def _line(row: dict[str, Any]) -> str:
-    """A row for the eyes."""
-    if "failed" in row:
-        return f"{row['workload']:24} {row.get('provider', ''):28} failed: {row['failed'][:120]}"
-    if "check" in row:
-        return f"{row['workload']:24} {row['check']}: {row.get('equal', row.get('peak_mib'))}"
-    return (
-        f"{row['workload']:24} {row['provider']:28} {row['mode']:17} p50 {row['p50_ms']:9.3f} ms  "
-        f"{row['useful_tflops']:6.1f} useful TFLOP/s"
-    )
-
-
-def _tflops(flops: float, ms: float) -> float:
-    return round(flops / max(ms, 1e-6) / 1e9, 1)
+    def _check_device(self, row: dict[str, Any], timings: dict[str, Timing]) -> None:
+        """Where a failure took the device with it, every function failed after it: one row says so."""
+        failures = [timing.failed for timing in timings.values() if timing.failed is not None]
+        if failures:
+            try:
+                check_device(RuntimeError(failures[0]))
+            except DeviceLost:
+                self.save([{**row, "failed": failures[0]}])
+                raise
 
 
 def peak_mib(call: Callable[[], Any]) -> float:
@@ -274,62 +300,61 @@ def linear_memory(short: Workload, long: Workload) -> dict[str, Any]:
     }
 
 
-def measured(paths: tuple[Path, ...], table: str) -> set[str]:
-    """Workloads and checks that files of rows have already, measured with this table of tiles."""
-    found = set()
-    for path in paths:
-        for line in path.read_text().splitlines() if path.exists() else ():
-            row = json.loads(line)
-            kind = row.get("benchmark"), row.get("table"), row.get("provider")
-            if kind == ("attention", table, OURS) and "failed" not in row:
-                found.add(row.get("check", row["workload"]))
-    return found
-
-
-def run(files: RowFiles, seconds: float, resume: bool = False, only_ours: bool = False) -> None:
-    """Measure until the time is up; each workload's rows are saved as it ends.
+def run(
+    files: RowFiles, seconds: float, resume: bool = False, only_ours: bool = False, logs: Path | None = None
+) -> bool:
+    """Measure until the time is up; whether nothing was left out.
 
     Args:
         files: to append to.
-        seconds: after which no workload is started.
-        resume: leave out what the files have already.
+        seconds: after which nothing is started.
+        resume: leave out what the files have already of this card, commit and tile file.
         only_ours: measure no baseline.
+        logs: folder for what FlexAttention's compilations print; None: a temporary one.
 
     Raises:
         SystemExit: ours failed somewhere: its rows say where, and the others are there.
-        RuntimeError: the device no longer answers.
+        DeviceLost: the device no longer answers.
     """
-    deadline = time.monotonic() + seconds
     flex_tuned.configure()
-    session = Session(files, seconds, only_ours)
-    done = measured(files.paths, session.table) if resume else set()
-    todo = [plan for plan in plans() if plan.workload.name not in done]
+    session = Session(files, seconds, measured(files.paths) if resume else set())
+    todo = list(plans())
     if REHEARSING:
         todo = todo[::3]  # the others run no other line
-    if not only_ours and any(flex_tuned.NAME in plan.providers for plan in todo):
-        took = flex_tuned.warm(_WARM_SHARE * seconds)
-        print(f"FlexAttention's options compiled side by side: {took:.1f} s", flush=True)
-    for plan in todo:
-        _guarded(session, plan.workload.name, deadline, lambda plan=plan: session.measure(plan))
+    for workload in (plan.workload for plan in todo):
+        if (workload.name, OURS) not in session.done:
+            session.guarded(workload.name, [OURS], lambda workload=workload: session.alone(workload))
     if not only_ours:
-        by_name = {workload.name: workload for workload in workloads()}
-        short, long = by_name["llama8b_k50_16k"], by_name["llama8b_k50_64k"]
-        checks = {"equal runs": lambda: equal_runs(short), "memory": lambda: linear_memory(short, long)}
-        for name, check in checks.items():
-            if name not in done:
-                _guarded(session, name, deadline, lambda check=check: session.save([check()]))
-    if session.ours_failed:
+        _check(session)
+        _run_baselines(session, todo, logs)
+    if session.failed:
         raise SystemExit("windowed_attn failed: see its rows")
+    return session.complete
 
 
-def _guarded(session: Session, name: str, deadline: float, measure: Callable[[], None]) -> None:
-    """Measure, unless the time is up; a failure of the whole workload, its parity gate's included, is a row of ours."""
-    if time.monotonic() > deadline:
-        session.save([{"workload": name, "failed": "left out: time is up"}])
-        return
-    try:
-        measure()
-    except Exception as error:
-        session.save([{"workload": name, "provider": OURS, "failed": failure(error)}])
-        check_device(error)
-    torch.cuda.empty_cache()
+def _check(session: Session) -> None:
+    """What is claimed of ours besides its speed."""
+    by_name = {workload.name: workload for workload in workloads()}
+    short, long = by_name["llama8b_k50_16k"], by_name["llama8b_k50_64k"]
+    checks = {"equal runs": lambda: equal_runs(short), "memory": lambda: linear_memory(short, long)}
+    for name, check in checks.items():
+        if ("check", name) not in session.done:
+            session.guarded(name, [name], lambda check=check: session.save([check()]))
+
+
+def _run_baselines(session: Session, todo: list[Plan], logs: Path | None) -> None:
+    """Baselines beside ours, workload by workload; FlexAttention's options are compiled before the first."""
+    missing = {
+        plan.workload.name: [
+            name for name in plan.baselines if (plan.workload.name, name) not in session.done
+        ]
+        for plan in todo
+        if plan.workload.name not in session.broken
+    }
+    left = session.deadline - time.monotonic()
+    if left > 0 and any(flex_tuned.NAME in names for names in missing.values()):
+        session.files.append(flex_tuned.warm(min(left, _WARM_SHARE * session.seconds), logs))
+    for plan in todo:
+        names = missing.get(plan.workload.name)
+        if names:
+            session.guarded(plan.workload.name, names, lambda plan=plan: session.beside(plan))

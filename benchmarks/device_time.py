@@ -26,6 +26,10 @@ LEAST_REPEATS, MOST_REPEATS = (1, 2) if REHEARSING else (5, 40)
 _FLUSHED_NUMBERS = 1 << 10 if REHEARSING else 64 << 20
 
 
+class DeviceLost(RuntimeError):
+    """The device answers nothing any more."""
+
+
 @dataclass
 class Timing:
     """What was measured of one function.
@@ -114,8 +118,8 @@ def failure(error: BaseException) -> str:
 
 
 def check_device(error: BaseException) -> None:
-    """Raise `error` again where the device no longer answers: after an illegal access every later row would be a failure of it."""
+    """Raise DeviceLost where the device no longer answers: after an illegal access every later row would be a failure of it."""
     try:
         torch.cuda.synchronize()
     except RuntimeError as lost:
-        raise RuntimeError(f"the device is lost after {failure(error)}") from lost
+        raise DeviceLost(f"the device is lost after {failure(error)}") from lost

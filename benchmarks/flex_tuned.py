@@ -5,7 +5,7 @@
 Why not `torch.compile(mode="max-autotune-no-cudagraphs")`: it compiles some twenty kernels per head_dim, times them on a made-up mask in
 which every block is visible, and cannot choose the blocks of the mask, which decide how much of a window's edge is computed in vain.
 
-Each set of options is a compilation of forward and backward. `warm` makes them in processes of their own, side by side, whose results
+Each set of options is a compilation of forward and, where PyTorch has one for its mask, backward. `warm` makes them in processes of their own, side by side, whose results
 wait in Inductor's and Triton's caches.
 """
 
@@ -15,13 +15,15 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from benchmarks.device_time import check_device, device_times, failure
+from benchmarks.measure import TIME_IS_UP
 from benchmarks.providers import (
     MODES,
     Call,
@@ -37,6 +39,8 @@ NAME = "flex_tuned"
 _MASK = "mask"
 # Wall-clock seconds for each set of options and mode.
 _SHARE = 0.01 if REHEARSING else 0.1
+# Lines of a failed process that are printed.
+_TAIL = 15
 
 
 @dataclass(frozen=True)
@@ -53,30 +57,40 @@ class Options:
     block: tuple[int, int]
     kernel: dict[str, Any] = field(hash=False)
 
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Those of `MODES` that PyTorch compiles: it has no backward unless its default tile divides the block, whatever tile is asked for.
+
+        The default on Hopper is 64 rows x 128 keys for dK and dV and 128 rows x 64 keys for dQ.
+        """
+        return MODES if all(size % 128 == 0 for size in self.block) else ("forward",)
+
 
 def _options(
     name: str,
     block: tuple[int, int],
     forward: tuple[int, int, int, int],
-    backward: tuple[int, int, int, int],
-    **others: Any,
+    backward: tuple[int, int, int, int] | None = None,
 ) -> Options:
-    """From (rows, keys, warps, stages) of both directions; the backward turns its block around for dQ."""
+    """From (rows, keys, warps, stages) of both directions; the backward turns its block around for dQ. None: forward only."""
     rows, keys, warps, stages = forward
     kernel = {"fwd_BLOCK_M": rows, "fwd_BLOCK_N": keys, "fwd_num_warps": warps, "fwd_num_stages": stages}
-    rows, keys, warps, stages = backward
-    kernel |= {"bwd_BLOCK_M1": rows, "bwd_BLOCK_N1": keys, "bwd_BLOCK_M2": keys, "bwd_BLOCK_N2": rows}
-    kernel |= {"bwd_num_warps": warps, "bwd_num_stages": stages}
+    if backward is not None:
+        rows, keys, warps, stages = backward
+        kernel |= {"bwd_BLOCK_M1": rows, "bwd_BLOCK_N1": keys, "bwd_BLOCK_M2": keys, "bwd_BLOCK_N2": rows}
+        kernel |= {"bwd_num_warps": warps, "bwd_num_stages": stages}
     # Every row sees itself, so the check for rows that see nothing may go.
-    return Options(name, block, {**kernel, "ROWS_GUARANTEED_SAFE": True, "PRESCALE_QK": True, **others})
+    return Options(name, block, {**kernel, "ROWS_GUARANTEED_SAFE": True, "PRESCALE_QK": True})
 
 
 # PyTorch's own for Hopper are 128 x 64 (head_dim 128) or 128 x 128 (64) forward and 64 x 128 backward, with mask blocks of 128 x 128.
 OPTIONS: tuple[Options, ...] = (
     Options("default", (128, 128), {}),
     _options("long rows", (128, 128), (128, 128, 8, 2), (32, 128, 8, 3)),
-    _options("fine mask", (64, 64), (64, 64, 4, 3), (64, 64, 4, 3)),
-    _options("fine keys", (128, 64), (128, 64, 8, 3), (64, 64, 4, 3)),
+    _options("square backward", (128, 128), (128, 64, 8, 3), (64, 64, 4, 3)),
+    _options("wide backward", (128, 128), (128, 64, 8, 3), (64, 128, 8, 2)),
+    _options("fine mask", (64, 64), (64, 64, 4, 3)),
+    _options("fine keys", (128, 64), (128, 64, 8, 3)),
 )
 
 
@@ -109,7 +123,7 @@ def tune(x: AttentionInputs, seconds: float) -> tuple[dict[str, Options], list[d
         row = rows[options] = {"benchmark": "flex_options", "options": options.name, "block": options.block}
         row |= {"heads": x.q.shape[1], "head_dim": x.q.shape[2], "kernel_options": options.kernel}
         if calls["forward"] and time.monotonic() > deadline:
-            row["failed"] = "left out: time is up"
+            row["failed"] = TIME_IS_UP
             continue
         for mode, call in _modes(x, options, row).items():
             calls[mode][options] = call
@@ -127,10 +141,7 @@ def tune(x: AttentionInputs, seconds: float) -> tuple[dict[str, Options], list[d
 
 
 def _modes(x: AttentionInputs, options: Options, row: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """The calls that run, by mode; a mode that the compiler refuses says so in `row`.
-
-    PyTorch 2.11 refuses the backward with blocks of the mask that its default tile does not divide, whatever tile is asked for.
-    """
+    """The calls that run, by mode; a mode that the compiler refuses says so in `row`."""
     try:
         modes = by_mode(prepare(x, options), x)
     except Exception as error:
@@ -138,45 +149,94 @@ def _modes(x: AttentionInputs, options: Options, row: dict[str, Any]) -> dict[st
         row["failed"] = failure(error)
         return {}
     running = {}
-    for mode, call in modes.items():
+    for mode in options.modes:
         try:
-            settle(call)
-            running[mode] = call
+            settle(modes[mode])
+            running[mode] = modes[mode]
         except Exception as error:
             check_device(error)
             row[mode] = {"failed": failure(error)}
     return running
 
 
-def warm(seconds: float) -> float:
-    """Compile all options for all heads in processes of their own, at most for these seconds; returns those it took."""
-    start = time.monotonic()
+@dataclass
+class _Child:
+    """A process that compiles one set of options for some heads.
+
+    Attributes:
+        row: how it ended.
+        process: it.
+        log: what it prints.
+    """
+
+    row: dict[str, Any]
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @staticmethod
+    def start(heads: str, options: str, folder: Path) -> _Child:
+        """Start it; its log is in `folder`."""
+        log = folder / f"flex-{heads}-{options.replace(' ', '-')}.txt"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.flex_tuned", "--heads", heads, "--options", options],
+                env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},  # the processes are the threads
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        return _Child({"benchmark": "flex_warm", "heads": heads, "options": options}, process, log)
+
+    def end(self, seconds: float, stop: bool) -> bool:
+        """Whether it has ended, after these seconds, with its row filled; `stop`: end it."""
+        status = self.process.poll()
+        if status is None and not stop:
+            return False
+        if status is None:
+            self.process.kill()
+            self.process.wait()
+        self.row |= {"seconds": round(seconds, 1), "status": status}
+        if status is None:
+            self.row["failed"] = TIME_IS_UP
+        elif status:
+            last = self.log.read_text(errors="replace").splitlines()[-_TAIL:]
+            self.row["failed"] = " ".join("".join(last[-1:]).split())[:400] or f"status {status}"
+            print(
+                f"{self.row['heads']}, {self.row['options']}: status {status}", *last, sep="\n  ", flush=True
+            )
+        return True
+
+
+def warm(seconds: float, logs: Path | None = None) -> list[dict[str, Any]]:
+    """Compile all options for all heads in processes of their own; a row for each, with its seconds and status.
+
+    Args:
+        seconds: after which those that still run are ended.
+        logs: folder for what they print; None: a temporary one. The end of what one prints that fails is printed here as well.
+    """
     names = [options.name for options in OPTIONS] + [_MASK]
     heads = list(HEADS)
     if REHEARSING:
         names, heads = names[1:2], heads[:1]
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the processes are the threads
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.flex_tuned", "--heads", head, "--options", name],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for head in heads
-        for name in names
-    ]
-    for process in processes:
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if logs is None else logs
+        folder.mkdir(parents=True, exist_ok=True)
+        children = [_Child.start(head, name, folder) for head in heads for name in names]
+        running = children
         try:
-            process.wait(max(0.0, start + seconds - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    return time.monotonic() - start
+            while running:
+                took = time.monotonic() - start
+                running = [child for child in running if not child.end(took, stop=took > seconds)]
+                time.sleep(0.05 if running else 0.0)
+        finally:
+            for child in running:  # somebody interrupted this: they would go on without it
+                child.process.kill()
+    print(f"FlexAttention's options compiled side by side: {time.monotonic() - start:.1f} s", flush=True)
+    return [child.row for child in children]
 
 
 def main() -> None:
-    """Compile one set of options by running it once in every mode."""
+    """Compile one set of options by running it once in every mode that it has; exit with 1 where one was refused."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -189,9 +249,14 @@ def main() -> None:
         flex_with_mask_construction(x)(x)
         return
     (options,) = (options for options in OPTIONS if options.name == given.options)
-    for call in by_mode(prepare(x, options), x).values():
-        with suppress(Exception):  # refused in one mode: the others are compiled all the same
-            call()
+    calls, refused = by_mode(prepare(x, options), x), False
+    for mode in options.modes:
+        try:
+            calls[mode]()
+        except Exception as error:  # refused in one mode: the others are compiled all the same
+            print(f"{mode}: {failure(error)}", flush=True)
+            refused = True
+    sys.exit(refused)
 
 
 if __name__ == "__main__":

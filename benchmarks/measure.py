@@ -28,6 +28,12 @@ RESULTS = Path(__file__).parent / "results"
 # In the working folder; git ignores it. A measurement that nobody asked to keep changes no file of the project.
 SCRATCH = Path("runs/benchmarks")
 UNKNOWN_COMMIT = "unknown"
+# Status of a benchmark that ran out of time with something left out, its rows saved: EX_TEMPFAIL, "try again" (sysexits.h).
+INCOMPLETE = 75
+# Of fewer repeats, the 99th percentile is about the slowest of them.
+P99_REPEATS = 100
+# What `failed` of a row says where nothing failed but the time.
+TIME_IS_UP = "left out: time is up"
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,21 @@ def interleaved_ms(
 def percentiles_ms(times: np.ndarray) -> dict[str, float]:
     """p20, p50 and p80, rounded to microseconds."""
     return {f"p{p}_ms": round(float(np.percentile(times, p)), 3) for p in (20, 50, 80)}
+
+
+def slowest_ms(times: np.ndarray) -> dict[str, float]:
+    """`p99_ms` where there are repeats enough for one, else `max_ms`, rounded to microseconds."""
+    if len(times) < P99_REPEATS:
+        return {"max_ms": round(float(times.max()), 3)}
+    return {"p99_ms": round(float(np.percentile(times, 99)), 3)}
+
+
+def median_and_p99(row: Mapping[str, Any], digits: int) -> str:
+    """Of a row, for a table: "p50 / p99", without what is called p99 of too few repeats."""
+    said = f"{row['p50_ms']:.{digits}f}"
+    if "p99_ms" in row and row["repeats"] >= P99_REPEATS:
+        said += f" / {row['p99_ms']:.{digits}f}"
+    return said
 
 
 @cache

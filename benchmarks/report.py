@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import report_gpu
 from benchmarks.bench_attention import ratios
-from benchmarks.measure import RESULTS, provenance
+from benchmarks.measure import RESULTS, median_and_p99, provenance
 from benchmarks.report_plots import attention_over_rows, auc_over_k, last_run, leak_by_layers, time_over_k
 from benchmarks.report_quality import LEAK, leak, quality, quality_rows, read_rows
 from dti_kernels import StreamLayout
@@ -74,7 +74,7 @@ def score_cpu() -> str:
     for row in last:
         if row["part"] == "candidates":
             lines.append(
-                f"| {row['candidates']} | {row['provider']} | {row['p50_ms']:.0f} / {row['p99_ms']:.0f} | "
+                f"| {row['candidates']} | {row['provider']} | {median_and_p99(row, 0)} | "
                 f"{row['candidates_per_s']:,.0f} | {row['speedup']:.1f} x |"
             )
     machine = next(row for row in last if row["part"] == "candidates")

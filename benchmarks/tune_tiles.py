@@ -8,6 +8,9 @@ Each candidate runs a kernel by itself, exactly as the operator launches it, all
 always among them, and another one must be faster by more than 2 % to replace it. A candidate that the compiler or the device refuses is
 a row that says why. `--slot` takes the workloads of the GPU suite, context kernels first. Read the result beside
 `benchmarks.compile_report`: a tile that spills may win here and lose on another shape.
+
+Where time is up before every candidate has been timed, the status is 75. Run again, it begins with the kernels that the file of winners
+lacks, and keeps what that file has of others.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.device_time import check_device, device_times, failure
-from benchmarks.measure import parse_measuring
+from benchmarks.measure import INCOMPLETE, TIME_IS_UP, RowFiles, parse_measuring
 from benchmarks.rehearsal import DEVICE, REHEARSING
 from benchmarks.workloads import HEADS, SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
 from dti_kernels import tiles
@@ -171,7 +175,7 @@ class Sweep:
             row |= {"arch": self.arch, "head_dim": self.x.q.shape[2], "tile": numbers_of(tile)}
             row |= {"in_table": tile == self.table_tile, "predicted": tile in of_old}
             if calls and time.monotonic() > deadline:
-                row["failed"] = "left out: time is up"
+                row["failed"] = TIME_IS_UP
                 continue
             try:
                 with tiles.forced({self.kernel: tile}):
@@ -199,17 +203,18 @@ class Sweep:
     def entry(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         """The winner as `dti_kernels.tiles` reads it from the file that DTI_TILES names."""
         won = next((row for row in rows if row["won"]), None)
-        if won is None:
-            return None
+        return None if won is None else {**self.place, "tile": won["tile"]}
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Keys of the table's row, as `table_tile` finds it."""
         head_dim = self.x.q.shape[2]
         return {
             "arch": self.arch,
             "kernel": self.kernel,
-            # Keys of the table's rows, as `table_tile` finds them.
             "head_dim": 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256,
             "bits": 8 * self.x.q.element_size(),
             "short_span": self.x.layout.mean_span <= 256,
-            "tile": won["tile"],
         }
 
 
@@ -232,14 +237,68 @@ def sweeps(workloads: list[Workload]) -> list[Sweep]:
     return [Sweep(name, kernel, x, arch) for kernel in ordered for name, x in inputs]
 
 
-def _write(winners: list[dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text("[\n" + ",\n".join(map(json.dumps, winners)) + "\n]\n")
+class Winners:
+    """The best tiles so far, in the file that DTI_TILES names.
+
+    Attributes:
+        path: of the file; what it has is kept until it is measured again. None: they are not kept.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._entries: list[dict[str, Any]] = []
+        if path is not None and path.exists():
+            self._entries = json.loads(path.read_text())
+
+    def has(self, place: dict[str, Any]) -> bool:
+        """Whether there is a winner for this row of the table."""
+        return any(self._is_of(entry, place) for entry in self._entries)
+
+    def put(self, entry: dict[str, Any]) -> None:
+        """Add a winner in place of an earlier one, and write the file."""
+        place = {name: value for name, value in entry.items() if name != "tile"}
+        self._entries = [old for old in self._entries if not self._is_of(old, place)] + [entry]
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(self.path) as temporary:
+                temporary.write_text("[\n" + ",\n".join(map(json.dumps, self._entries)) + "\n]\n")
+
+    @staticmethod
+    def _is_of(entry: dict[str, Any], place: dict[str, Any]) -> bool:
+        return {name: value for name, value in entry.items() if name != "tile"} == place
+
+
+def tune(todo: list[Sweep], files: RowFiles, winners: Winners, seconds: float) -> bool:
+    """Run sweeps, those without a winner first; whether every candidate was timed or refused.
+
+    Args:
+        todo: sweeps, the important ones first.
+        files: to append rows to.
+        winners: to put the best tiles into.
+        seconds: of all together; each gets an equal share of what is left.
+    """
+    deadline = time.monotonic() + seconds
+    todo = sorted(todo, key=lambda sweep: winners.has(sweep.place))
+    complete = True
+    for i, sweep in enumerate(todo):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            print(f"{TIME_IS_UP} before {sweep.kernel} of {sweep.workload}", flush=True)
+            return False
+        rows = sweep.run(time.monotonic() + left / (len(todo) - i))
+        files.append(rows)
+        for row in rows:
+            said = row.get("failed") or f"p50 {row['p50_ms']:8.4f} ms{'  <- best' if row['won'] else ''}"
+            print(f"{sweep.workload:24} {sweep.kernel:8} {row['tile']!s:24} {said}", flush=True)
+        complete &= all(row.get("failed") != TIME_IS_UP for row in rows)
+        entry = sweep.entry(rows)
+        if entry is not None:
+            winners.put(entry)
+    return complete
 
 
 def main() -> None:
-    """Tune and print."""
+    """Tune and print; exit with `INCOMPLETE` where candidates were left out."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -260,24 +319,10 @@ def main() -> None:
             gpu_workload(f"{heads}_k{options.k}", heads, options.tokens, options.k, reset=True)
             for heads in options.heads
         ]
-    deadline = time.monotonic() + options.seconds
-    todo, winners = sweeps(workloads), []
-    for i, sweep in enumerate(todo):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            print(f"left out: time is up before {sweep.kernel} of {sweep.workload}", flush=True)
-            break
-        rows = sweep.run(time.monotonic() + left / (len(todo) - i))
-        options.rows.append(rows)
-        for row in rows:
-            said = row.get("failed") or f"p50 {row['p50_ms']:8.4f} ms{'  <- best' if row['won'] else ''}"
-            print(f"{sweep.workload:24} {sweep.kernel:8} {row['tile']!s:24} {said}", flush=True)
-        entry = sweep.entry(rows)
-        if entry is not None:
-            winners.append(entry)
-            if options.winners is not None:
-                _write(winners, options.winners)
+    complete = tune(sweeps(workloads), options.rows, Winners(options.winners), options.seconds)
     print(f"rows: {options.rows}")
+    if not complete:
+        sys.exit(INCOMPLETE)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from benchmarks import (
     simulate,
 )
 from benchmarks.made_up import made_up_data
-from benchmarks.measure import commit_of
+from benchmarks.measure import commit_of, median_and_p99, slowest_ms
 from tests.checkout import file_hashes
 from tests.conftest import ROOT
 
@@ -166,6 +166,26 @@ def test_scoring_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_shape, "PARITY", -1.0)
     with pytest.raises(AssertionError, match="probabilities differ"):
         score_shape.measure("tiny", on_gpu=False)
+
+
+def test_a_shape_in_bfloat16_is_what_training_loads() -> None:
+    """Cast after apply_dti, slopes and rotary frequencies became bfloat16: other kernels than training's, and rounded positions."""
+    scorer = score_shape.ShapeScorer("tiny", "cpu", torch.bfloat16)
+    assert {parameter.dtype for parameter in scorer.model.parameters()} == {torch.bfloat16}
+    buffers = dict(scorer.model.named_buffers())
+    assert any(name.endswith("inv_freq") for name in buffers)
+    assert any(name.endswith("alibi_slopes") for name in buffers)
+    assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}
+    _, state = scorer.forward([score_shape.Prompt(scorer.texts(3, 0), [])])
+    assert state[0].k.dtype == torch.bfloat16
+
+
+def test_a_p99_is_of_a_hundred_repeats() -> None:
+    """Of fifteen it was about the slowest, under another name."""
+    assert slowest_ms(np.arange(1.0, 101.0)) == {"p99_ms": 99.01}
+    assert slowest_ms(np.arange(1.0, 100.0)) == {"max_ms": 99.0}
+    assert median_and_p99({"p50_ms": 1.0, "p99_ms": 2.0, "repeats": 100}, 1) == "1.0 / 2.0"
+    assert median_and_p99({"p50_ms": 1.0, "p99_ms": 2.0, "repeats": 99}, 1) == "1.0"
 
 
 def test_rows_without_git_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

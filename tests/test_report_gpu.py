@@ -81,7 +81,8 @@ def all_rows(machine: str) -> list[dict[str, Any]]:
         made(machine, **tile, tile=[64, 128, 8, 3, 16], in_table=False, won=False, failed="OutOfResources: x"),
         made(machine, **training, kind="streaming_k50", targets_per_s=4000.0, speedup=12.5, flops_ratio=13.1),
         made(machine, **training, kind="sliding_window", targets_per_s=320.0),
-        made(machine, **score, provider="one pass", p50_ms=9.5, p99_ms=11.0, candidates_per_s=10526.0, speedup=8.0),
+        made(machine, **score, provider="one pass", p50_ms=9.5, p99_ms=11.0, repeats=100, candidates_per_s=10526.0, speedup=8.0),
+        made(machine, **score, provider="encoded history", p50_ms=5.5, max_ms=7.0, repeats=40, candidates_per_s=2.0, speedup=9.0),
         made(machine, **host, failed="RuntimeError: capture"),
     ]  # fmt: skip
 
@@ -115,6 +116,7 @@ def test_recorded_rows_make_the_part_and_the_plot(tmp_path: Path) -> None:
         "1 of 2 tests of the kernels passed on this card. `test_b`: failed: AssertionError: no. The largest error against the float64 "
         "reference is 1.50 of its budget.",
         "| 100 | one pass | 9.5 / 11.0 | 10,526 | 8.0 x |",
+        "| 100 | encoded history | 5.5 | 2 | 9.0 x |",
         "| windowed_attn, reset | graph | failed: RuntimeError: capture |  |",
         "![roofline of mi300x](benchmarks/results/gpu-mi300x.png)",
     ):
@@ -141,6 +143,27 @@ def test_a_time_with_the_host_in_it_is_marked(tmp_path: Path) -> None:
     text = report_gpu.gpu(tmp_path)
     assert "| flex | 0.900* (222) |" in text
     assert "the host was not ahead" in text
+
+
+def test_ratios_are_of_the_same_turns(tmp_path: Path) -> None:
+    """Ours is timed alone first: a time that nothing took turns with makes no ratio."""
+    rows = attention_rows(H100, workload="w")
+    alone = [{**row, "alone": True} for row in rows if row["provider"] == "windowed_attn"]
+    beside = [{**row, "beside": "flex", "p50_ms": 0.6} for row in alone]
+    flex = [row for row in rows if row["provider"] == "flex"]
+    early = report_gpu.attention([*alone, *flex])
+    assert "| windowed_attn | 0.500 (400) | 1.500 (133) | 2.000 (100) |  | 300 |" in early
+    assert "| flex | 0.900 (222) | 2.700 (74) | 3.600 (56) |  | 300 |" in early
+    whole = report_gpu.attention([*alone, *beside, *({**row, "ours_p50_ms": 2.4} for row in flex)])
+    assert "| flex | 0.900 (222) | 2.700 (74) | 3.600 (56) | 1.50 | 300 |" in whole
+
+
+def test_an_error_above_its_budget_is_said(tmp_path: Path) -> None:
+    check = {"benchmark": "attention", "check": "parity", "provider": "windowed_attn", "table": "frozen"}
+    rows = [made(H100, **check, workload=name, shares={"out": 0.4, "dq": 1.34}) for name in ("a", "b")]
+    text = report_gpu.checks(rows)
+    assert "Errors of `a` are above their budget, in shares of it: dq 1.34." in text
+    assert "Errors of `b`" in text
 
 
 @pytest.mark.parametrize("machine", ["rehearsal (no GPU)", "AMD EPYC, 2 threads", ""])

@@ -46,6 +46,18 @@ def test_tuned_flex_attention_computes_the_same(options: flex_tuned.Options, inp
     assert_is_attention(flex_tuned.prepare(inputs, options)(inputs), inputs)
 
 
+def test_options_have_the_modes_that_pytorch_compiles() -> None:
+    """The default tile of Hopper's backward must divide the blocks of the mask; the sets that fit are tried for the backward."""
+    forward_only = {options.name for options in flex_tuned.OPTIONS if options.modes == ("forward",)}
+    assert forward_only == {"fine mask", "fine keys"}
+    backwards = {
+        tuple(options.kernel[f"bwd_{name}"] for name in ("BLOCK_M1", "BLOCK_N1", "num_warps", "num_stages"))
+        for options in flex_tuned.OPTIONS
+        if options.modes != ("forward",) and options.kernel
+    }
+    assert backwards == {(32, 128, 8, 3), (64, 64, 4, 3), (64, 128, 8, 2)}
+
+
 @pytest.mark.parametrize("prefix", [0, 3])
 def test_flex_attention_gets_the_rule_of_visibility(prefix: int) -> None:
     """Row by row and key by key, a [SUM]'s own key included; with prefixes too, which the workloads do not have."""
@@ -64,6 +76,13 @@ def test_workloads_have_names_of_their_own() -> None:
     names = [workload.name for workload in workloads()]
     assert len(set(names)) == len(names) == 10
     assert names[:3] == ["llama8b_k50_16k", "smollm_k50_16k", "smollm_span300_k50_16k"]
+    # Four times the tokens take longest, and nothing that only ours has comes after them.
+    assert [name for name in names if "reset" in name or "64k" in name] == [
+        "llama8b_k50_16k_reset",
+        "smollm_k50_16k_reset",
+        "llama8b_k50_64k",
+        "smollm_k50_64k",
+    ]
 
 
 def test_short_items_make_windows_of_300_tokens() -> None:
@@ -80,7 +99,7 @@ def test_every_baseline_that_knows_no_window_runs_once_per_heads_and_length() ->
     seen = [
         (plan.workload.num_heads, plan.workload.num_tokens, name)
         for plan in plans()
-        for name in plan.providers
+        for name in plan.baselines
         if name.startswith("sdpa")
     ]
     assert len(set(seen)) == len(seen) > 0
