@@ -61,7 +61,7 @@ def _row(*tiles: tuple[int, int, int, int], ahead: bool = False) -> tuple[Tile, 
 # float32 runs on the ordinary units, which hold operands in registers: small tiles, more warps.
 _FLOAT32: _Rows = {
     (64, 32, False): _row(
-        (32, 32, 8, 1), (16, 32, 4, 1), (32, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)
+        (32, 32, 8, 1), (16, 32, 4, 1), (32, 16, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)
     ),
     (128, 32, False): _row(
         (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)
