@@ -66,7 +66,7 @@ def test_parity_in_half_precision(name: str, dtype: torch.dtype) -> None:
     interpret(parity, named(name), dtype, "32x16")
 
 
-@pytest.mark.parametrize("name", ["several_blocks", "many_candidates", "interaction_longer_than_a_tile"])
+@pytest.mark.parametrize("name", ["many_candidates", "interaction_longer_than_a_tile"])
 def test_parity_over_full_tiles(name: str) -> None:
     """The forward may multiply the next full tile ahead: none, one and several of them."""
     case = named(name)
