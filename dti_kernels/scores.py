@@ -79,9 +79,8 @@ class HiddenStateReset:
         if table is None:
             with torch.inference_mode(False):  # training may use it next
                 table = _ratio_table(*settings).to(device=device, dtype=dtype)
-            if (
-                length <= _SHORT_TABLE and len(_tables) < _MAX_TABLES
-            ):  # nothing is dropped: a captured graph may read it
+            # Nothing is dropped to make room: a captured graph may read it.
+            if length <= _SHORT_TABLE and len(_tables) < _MAX_TABLES:
                 _tables[key] = table
         return table
 

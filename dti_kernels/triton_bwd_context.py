@@ -132,10 +132,11 @@ def ctx_dkv_kernel(
         tile, head_0 = tile_of_loop(i, num_tiles, GROUP, PACK)
         lane_0 = tile * BLOCK_M
         first = key_0 + lane_0 // PACK
-        if BLOCK_M % PACK != 0:  # the tile begins among the heads of a row
-            offs_q = lane_offsets(lane + lane_0 % PACK, stride_qt, stride_qh, PACK)
-            offs_do = lane_offsets(lane + lane_0 % PACK, stride_dot, stride_doh, PACK)
-        valid = lane + lane_0 % PACK < tl.minimum(num_context - first, BLOCK_M) * PACK
+        of_first = lane + lane_0 % PACK  # counted from the first head of the row that the tile begins in
+        if BLOCK_M % PACK != 0:
+            offs_q = lane_offsets(of_first, stride_qt, stride_qh, PACK)
+            offs_do = lane_offsets(of_first, stride_dot, stride_doh, PACK)
+        valid = of_first < tl.minimum(num_context - first, BLOCK_M) * PACK
         base_q = offsets(first, group * GROUP + head_0, stride_qt, stride_qh)
         base_do = offsets(first, group * GROUP + head_0, stride_dot, stride_doh)
         q = load_tile(q_ptr + base_q, offs_q, valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
@@ -146,8 +147,8 @@ def ctx_dkv_kernel(
             lse = tl.load(lse_tile_ptr + offs_tile)
             delta = tl.load(delta_ptr + offs_tile)
         else:
-            row = first + (lane + lane_0 % PACK) // PACK
-            offs_tile = base_tile + tl.cast(row, tl.int64) * GROUP + head_0 + (lane + lane_0 % PACK) % PACK
+            row = first + of_first // PACK
+            offs_tile = base_tile + tl.cast(row, tl.int64) * GROUP + head_0 + of_first % PACK
             lse = tl.load(lse_tile_ptr + offs_tile, mask=valid, other=0.0)
             delta = tl.load(delta_ptr + offs_tile, mask=valid, other=0.0)
         s = inner(k, q)  # [N, M]
