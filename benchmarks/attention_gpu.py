@@ -19,22 +19,19 @@ import torch
 
 from benchmarks import flex_tuned
 from benchmarks.attention_rows import about_tiles, measured, printed, speeds
-from benchmarks.bench_attention import gate
 from benchmarks.clocks import card_state
 from benchmarks.device_time import DeviceLost, Timing, check_device, device_times, failure
 from benchmarks.measure import TIME_IS_UP, RowFiles
+from benchmarks.parity import MOST_SHARE, gate
 from benchmarks.providers import GPU_PROVIDERS, MODES, OURS, Unavailable, by_mode, settle
 from benchmarks.rehearsal import DEVICE, REHEARSING
-from benchmarks.workloads import HEADS as HEADS
-from benchmarks.workloads import SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
+from benchmarks.workloads import HEADS, SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
 
 # Wall-clock seconds for each provider and mode: 40 repeats of a millisecond with their pauses.
 _SHARE = 0.01 if REHEARSING else 0.2
 # Seconds of all, at most, in which FlexAttention's options are compiled side by side, and tried for one head_dim.
 _WARM_SHARE, _TUNE_SHARE = 0.25, 0.12
 _EQUAL_RUNS = 3 if REHEARSING else 100
-# Times of the error budget beyond which a result is taken for wrong, and not timed: up to it, a card rounds otherwise than was thought.
-MOST_SHARE = 3.0
 
 _WINDOWED = ("flex", flex_tuned.NAME, "varlen_scalar_window", "flash_scalar_window")
 # These cost the same at every k: once per heads and number of tokens.

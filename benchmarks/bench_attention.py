@@ -9,7 +9,6 @@ All providers and lengths run in one process, by turns. Before a row is written,
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import INCOMPLETE, interleaved_ms, parse_measuring, percentiles_ms
+from benchmarks.measure import interleaved_ms, parse_measuring, percentiles_ms
+from benchmarks.parity import gate
 from benchmarks.providers import sdpa_dense_mask, windowed
+from benchmarks.statuses import INCOMPLETE
 from benchmarks.workloads import AttentionInputs, Workload, useful_flops
-from dti_kernels import windowed_attn, windowed_attn_reference
-from dti_kernels.testing import error_budgets, shares
+from dti_kernels import windowed_attn
 
 # 4 heads of 64 and a window of 700 tokens (20 interactions of 35): the sizes that the project's CPU claim is stated for.
 CPU_LENGTHS, SMOKE_LENGTHS = (4096, 16384), (256, 1024)
@@ -32,53 +32,6 @@ DENSE_LIMIT = 8192  # context tokens; beyond it a dense mask and its scores no l
 def run_windowed(x: AttentionInputs) -> Tensor:
     """Ours, doing what SDPA under the equal dense mask does: one key stream, no ALiBi."""
     return windowed_attn(x.q, x.k, x.v, x.layout)
-
-
-def gate(workload: Workload, device: str = "cpu", most: float = 1.0) -> dict[str, float]:
-    """Shares of the error budget that ours uses on this workload (its first tokens, where it is long), by tensor.
-
-    Raises:
-        AssertionError: a share is above `most`, or a number is not finite.
-    """
-    short = dataclasses.replace(workload, num_tokens=min(workload.num_tokens, 2048))
-    low = AttentionInputs.of(short, device)
-    exact = _as_float64(low, AttentionInputs.of(dataclasses.replace(short, dtype=torch.float64), device))
-    budgets = error_budgets(
-        exact.named(),
-        exact.grad_out,
-        exact.layout,
-        workload.dtype,
-        exact.reset,
-        rounds_factors=torch.device(device).type != "cpu",
-    )
-    results = []
-    for x, attention in ((low, windowed_attn), (exact, windowed_attn_reference)):
-        out = attention(x.q, x.k, x.v, x.layout, x.k_sum, x.alibi_slopes, x.reset)
-        grads = torch.autograd.grad(out, x.leaves(), x.grad_out)
-        names = [f"d{name}" for name, leaf in x.named().items() if leaf.requires_grad]
-        results.append({"out": out} | dict(zip(names, grads)))
-    found = shares(*results, budgets, workload.dtype)
-    if not all(share <= most for share in found.values()):
-        used = ", ".join(
-            f"{name} uses {share:.2f} of it" for name, share in found.items() if not share <= most
-        )
-        raise AssertionError(f"{workload.dtype}: not within {most:g} times the error budget: {used}")
-    return found
-
-
-def _as_float64(low: AttentionInputs, exact: AttentionInputs) -> AttentionInputs:
-    """The low-precision draws in float64: both sides must see the same numbers."""
-
-    def cast(x: Tensor) -> Tensor:
-        return x.detach().double().requires_grad_(x.requires_grad)
-
-    reset = None
-    if low.reset is not None:
-        reset = dataclasses.replace(
-            low.reset, k_initial=cast(low.reset.k_initial), v_initial=cast(low.reset.v_initial)
-        )
-    names = ("q", "k", "v", "k_sum", "grad_out")
-    return dataclasses.replace(exact, reset=reset, **{name: cast(getattr(low, name)) for name in names})
 
 
 def measure(workloads: list[Workload], repeats: int) -> list[dict[str, Any]]:

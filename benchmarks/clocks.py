@@ -70,27 +70,20 @@ def _nvidia_smi() -> Values | None:
 
 
 def _amd_smi() -> Values | None:
-    output = _output(_AMD)
-    if not output:
-        return None
-    found = dict(_leaves(json.loads(output)))
-    return (
-        _first(found, r"gfx_0\.clk\.value$"),
-        _first(found, r"mem_0\.clk\.value$"),
-        _first(found, r"socket_power\.value$"),
-    )
+    return _of_json(_AMD, r"gfx_0\.clk\.value$", r"mem_0\.clk\.value$", r"socket_power\.value$")
 
 
 def _rocm_smi() -> Values | None:
-    output = _output(_ROCM)
+    return _of_json(_ROCM, r"sclk clock speed", r"mclk clock speed", r"power \(w\)")
+
+
+def _of_json(command: tuple[str, ...], sm: str, memory: str, watts: str) -> Values | None:
+    """The first value at a path that matches each pattern, of a tool that prints JSON."""
+    output = _output(command)
     if not output:
         return None
     found = dict(_leaves(json.loads(output)))
-    return (
-        _first(found, r"sclk clock speed"),
-        _first(found, r"mclk clock speed"),
-        _first(found, r"power \(w\)"),
-    )
+    return _first(found, sm), _first(found, memory), _first(found, watts)
 
 
 def _output(command: tuple[str, ...]) -> str | None:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks import stand_in
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, read_rows
 from benchmarks.workloads import Workload
 from dti_kernels import HiddenStateReset, StreamLayout, tiles, windowed_attn
 from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, ROW_STOP, START, STOP, SUM_START, SUM_STOP
@@ -258,21 +258,26 @@ def compiled_numbers(row: TableRow, result: Compiled) -> dict[str, Any]:
 KEYS = ("arch", "kernel", "head_dim", "bits", "short_span", "group")
 
 
+def _is_of(row: dict[str, Any], triton_version: str) -> bool:
+    """Whether a row is of this minor version: patches of it count as one."""
+    return row["triton"].split(".")[:2] == triton_version.split(".")[:2]  # type: ignore[no-any-return]
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEYS)
+
+
 def recorded_rows(triton_version: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Rows of results/compile.jsonl of a version of Triton, by what is compiled."""
-    rows = [json.loads(line) for line in RECORDED.read_text().splitlines()] if RECORDED.exists() else []
-    minor = triton_version.split(".")[:2]
-    return {tuple(row[key] for key in KEYS): row for row in rows if row["triton"].split(".")[:2] == minor}
+    return {_key(row): row for row in read_rows(RECORDED) if _is_of(row, triton_version)}
 
 
 def record(numbers: list[dict[str, Any]], triton_version: str) -> None:
     """Put the rows of a version in place of its older ones; others stay."""
-    replaced = recorded_rows(triton_version) | {tuple(row[key] for key in KEYS): row for row in numbers}
-    kept = [json.loads(line) for line in RECORDED.read_text().splitlines()] if RECORDED.exists() else []
-    minor = triton_version.split(".")[:2]
-    kept = [row for row in kept if row["triton"].split(".")[:2] != minor]
-    rows = [*kept, *({**row, "triton": triton_version} for row in replaced.values())]
-    rows.sort(key=lambda row: (row["triton"], *(str(row[key]) for key in KEYS)))
+    replaced = recorded_rows(triton_version) | {_key(row): row for row in numbers}
+    rows = [row for row in read_rows(RECORDED) if not _is_of(row, triton_version)]
+    rows += ({**row, "triton": triton_version} for row in replaced.values())
+    rows.sort(key=lambda row: (row["triton"], *map(str, _key(row))))
     with whole_file(RECORDED) as temporary:
         temporary.write_text("".join(json.dumps({"benchmark": "compile", **row}) + "\n" for row in rows))
 

@@ -4,13 +4,13 @@
 
 All weights are trained, in float32 with bfloat16 products. Validation comes before the first step and after every epoch. Whenever it is the
 best so far, all test targets are scored at once, in prompts of 50 targets: a process that is ended later has its result, and the last such
-row is that of the best epoch. At the end some test targets get a prompt each. Rows are appended as they come. The learning rate falls to zero at the last step or at the time limit, whichever comes first, so a run that is cut short ends well too.
+row is that of the best epoch. At the end some test targets get a prompt each. Rows are appended as they come. The learning rate falls to
+zero at the last step or at the time limit, whichever comes first, so a run that is cut short ends well too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 import time
@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from benchmarks.bench_training import STREAMING
-from benchmarks.measure import RowFiles, parse_measuring
+from benchmarks.measure import RowFiles, parse_measuring, read_rows
 from benchmarks.rehearsal import DEVICE, REHEARSING
 from dti_model.attention import DTIConfig
 from dti_model.baselines import item_user_auc
@@ -146,11 +146,12 @@ def settings(options: argparse.Namespace, epochs: int) -> TrainConfig:
 
 def epochs_by_speed(rows: Path) -> int:
     """Two where rows of `benchmarks.bench_training` say that streaming training of a model of this size is fast enough, else one."""
-    found = []
-    for line in rows.read_text().splitlines() if rows.is_file() else ():
-        row = json.loads(line)
-        if [row.get(name) for name in ("benchmark", "model", "kind")] == ["training", "smollm", STREAMING]:
-            found.append(row.get("tokens_per_s") or 0)
+    wanted = ["training", "smollm", STREAMING]
+    found = [
+        row.get("tokens_per_s") or 0
+        for row in read_rows(rows)
+        if [row.get(name) for name in ("benchmark", "model", "kind")] == wanted
+    ]
     return 2 if SHARE_OF_BF16_SPEED * max(found, default=0) > ROWS_PER_S_FOR_TWO_EPOCHS else 1
 
 

@@ -5,8 +5,8 @@
 Why not `torch.compile(mode="max-autotune-no-cudagraphs")`: it compiles some twenty kernels per head_dim, times them on a made-up mask in
 which every block is visible, and cannot choose the blocks of the mask, which decide how much of a window's edge is computed in vain.
 
-Each set of options is a compilation of forward and, where PyTorch has one for its mask, backward. `warm` makes them in processes of their own, side by side, whose results
-wait in Inductor's and Triton's caches.
+Each set of options is a compilation of forward and, where PyTorch has one for its mask, backward. `warm` makes them in processes of their
+own, side by side, whose results wait in Inductor's and Triton's caches.
 """
 
 from __future__ import annotations

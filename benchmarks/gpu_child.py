@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.gpu_steps import STATUSES
+from benchmarks.statuses import STATUSES
 
 ROOT = Path(__file__).resolve().parents[1]
 # Between asking a step to end and ending it.

@@ -1,8 +1,8 @@
 """What `benchmarks.gpu_suite` does on a GPU, step by step: the command of each, the seconds that it may take, and what it gives.
 
 Slot A is everything about the kernels, slot B a fine-tuned language model. A step is a module with a `main`, run in a process of its own.
-It appends its rows to the one file of rows, prints what a person wants to read, and ends with status 0, or with one of the three below
-after a last line that says why.
+It appends its rows to the one file of rows, prints what a person wants to read, and ends with status 0, or with one of those in
+`statuses.py` after a last line that says why.
 """
 
 from __future__ import annotations
@@ -13,13 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# The machine cannot do it; automake's tests return this where they cannot run.
-SKIPPED = 77
-# Something was left out for want of time; the rows of the rest are there. "Try again", in sysexits.h.
-INCOMPLETE = 75
-# A result is not as it should be, and what comes after it still makes sense: a person must look.
-DOUBTFUL = 76
-STATUSES = {0: "ok", SKIPPED: "skipped", INCOMPLETE: "incomplete", DOUBTFUL: "doubtful"}
 SLOTS = ("A", "B")
 
 

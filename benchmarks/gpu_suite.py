@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarks.gpu_child import how_it_ended, run_child
+from benchmarks.gpu_child import ROOT, how_it_ended, run_child
 from benchmarks.gpu_results import (
     log,
     mend_rows,
@@ -46,7 +46,6 @@ from benchmarks.gpu_results import (
 from benchmarks.gpu_steps import SLOTS, Places, Step, steps_of
 from dti_model.locks import LockedError, locked
 
-ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_OUT = Path("runs/benchmarks/gpu")
 DEADLINES_S = {"A": 480.0, "B": 280.0}
 # A rehearsal proves nothing about time, and two busy cores take theirs.

@@ -21,9 +21,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.device_time import check_device, failure
-from benchmarks.measure import INCOMPLETE, TIME_IS_UP, RowFiles, parse_measuring
+from benchmarks.measure import TIME_IS_UP, RowFiles, parse_measuring
 from benchmarks.providers import OURS
 from benchmarks.rehearsal import DEVICE, REHEARSING
+from benchmarks.statuses import INCOMPLETE
 from benchmarks.workloads import HEADS, AttentionInputs, Workload
 from dti_kernels import windowed_attn
 
@@ -62,9 +63,7 @@ def forwards(x: AttentionInputs) -> dict[str, Callable[[], torch.Tensor]]:
     """Ours and SDPA on the same queries, keys and values."""
 
     def ours() -> torch.Tensor:
-        return windowed_attn(
-            x.q, x.k, x.v, x.layout, k_sum=x.k_sum, alibi_slopes=x.alibi_slopes, reset=x.reset
-        )
+        return x.call(windowed_attn)
 
     def sdpa() -> torch.Tensor:
         q, k, v = (z.transpose(0, 1)[None] for z in (x.q, x.k, x.v))

@@ -28,8 +28,6 @@ RESULTS = Path(__file__).parent / "results"
 # In the working folder; git ignores it. A measurement that nobody asked to keep changes no file of the project.
 SCRATCH = Path("runs/benchmarks")
 UNKNOWN_COMMIT = "unknown"
-# Status of a benchmark that ran out of time with something left out, its rows saved: EX_TEMPFAIL, "try again" (sysexits.h).
-INCOMPLETE = 75
 # Of fewer repeats, the 99th percentile is about the slowest of them.
 P99_REPEATS = 100
 # What `failed` of a row says where nothing failed but the time.
@@ -51,6 +49,11 @@ class RowFiles:
 
     def __str__(self) -> str:
         return " and ".join(map(str, self.paths))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of JSON lines, as they were appended; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def parse_measuring(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import glob
 import shutil
 import subprocess
@@ -20,10 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_steps import SKIPPED
 from benchmarks.measure import parse_measuring
 from benchmarks.rehearsal import DEVICE, REHEARSING
-from benchmarks.workloads import AttentionInputs, Workload
+from benchmarks.statuses import SKIPPED
+from benchmarks.workloads import HEADS, AttentionInputs, Workload, gpu_workload
 from dti_kernels import windowed_attn
 
 _PLACES = ("/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu")
@@ -48,19 +47,7 @@ _NOT_ALLOWED = "ERR_NVGPUCTRPERM"
 
 def workloads() -> list[Workload]:
     """Of two models, 50 targets a prompt."""
-    real = [
-        Workload("llama8b_k50", 16384, 50, 32, 8, 128, dtype=torch.bfloat16),
-        Workload("smollm_k50", 16384, 50, 9, 3, 64, dtype=torch.bfloat16),
-    ]
-    small = {
-        "num_tokens": 64,
-        "num_heads": 2,
-        "num_groups": 1,
-        "head_dim": 16,
-        "mean_tokens": 6,
-        "std_tokens": 1,
-    }
-    return [dataclasses.replace(workload, **small) for workload in real] if REHEARSING else real
+    return [gpu_workload(f"{heads}_k50", heads, 16384, 50) for heads in HEADS]
 
 
 def launch() -> None:
@@ -71,8 +58,7 @@ def launch() -> None:
             torch.cuda.synchronize()
             if profiled:
                 torch.cuda.profiler.start()
-            out = windowed_attn(x.q, x.k, x.v, x.layout, k_sum=x.k_sum, alibi_slopes=x.alibi_slopes)
-            torch.autograd.grad(out, x.leaves(), x.grad_out)
+            x.run(windowed_attn)
             torch.cuda.synchronize()
             if profiled:
                 torch.cuda.profiler.stop()

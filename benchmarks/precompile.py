@@ -47,13 +47,9 @@ def inputs(heads: str, reset: bool, mean_span: int = 1024) -> AttentionInputs:
     return dataclasses.replace(x, layout=dataclasses.replace(x.layout, mean_span=mean_span))
 
 
-def run(x: AttentionInputs, alone: bool = False) -> None:
-    """Forward and backward of a batch as the benchmarks call them; `alone`: without what only [SUM] rows have."""
-    if alone:
-        windowed_attn(x.q, x.k, x.v, x.layout).backward(x.grad_out)
-        return
-    out = windowed_attn(x.q, x.k, x.v, x.layout, x.k_sum, x.alibi_slopes, x.reset)
-    torch.autograd.grad(out, x.leaves(), x.grad_out)
+def run_alone(x: AttentionInputs) -> None:
+    """Forward and backward without what only [SUM] rows have."""
+    windowed_attn(x.q, x.k, x.v, x.layout).backward(x.grad_out)
 
 
 def smoke() -> Iterator[Callable[[], None]]:
@@ -62,7 +58,8 @@ def smoke() -> Iterator[Callable[[], None]]:
         for reset in (True, False):
             for span in MEAN_SPANS:
                 x = inputs(heads, reset, span)
-                yield partial(run, dataclasses.replace(x, alibi_slopes=x.alibi_slopes.requires_grad_()))
+                x = dataclasses.replace(x, alibi_slopes=x.alibi_slopes.requires_grad_())
+                yield partial(x.run, windowed_attn)
 
 
 def bench() -> Iterator[Callable[[], None]]:
@@ -70,8 +67,8 @@ def bench() -> Iterator[Callable[[], None]]:
     for heads in HEADS:
         for span in MEAN_SPANS:
             for reset in (True, False):
-                yield partial(run, inputs(heads, reset, span))
-            yield partial(run, inputs(heads, False, span), alone=True)
+                yield partial(inputs(heads, reset, span).run, windowed_attn)
+            yield partial(run_alone, inputs(heads, False, span))
 
 
 def tune() -> Iterator[Callable[[], None]]:
@@ -80,7 +77,7 @@ def tune() -> Iterator[Callable[[], None]]:
 
     def with_tile(kernel: str, tile: Tile, x: AttentionInputs) -> None:
         with tiles.forced({kernel: tile}):
-            run(x)
+            x.run(windowed_attn)
 
     for heads, (_, _, head_dim) in HEADS.items():
         for kernel in KERNELS:

@@ -70,9 +70,7 @@ def settle(call: Callable[[], Any]) -> None:
 
 def windowed(x: AttentionInputs) -> Call:
     """Ours, with everything [SUM] rows have."""
-    return lambda y: windowed_attn(
-        y.q, y.k, y.v, y.layout, k_sum=y.k_sum, alibi_slopes=y.alibi_slopes, reset=y.reset
-    )
+    return lambda y: y.call(windowed_attn)
 
 
 def sdpa_dense_mask(x: AttentionInputs) -> Call:

@@ -23,9 +23,9 @@ from typing import Any
 
 from benchmarks import report_gpu
 from benchmarks.bench_attention import ratios
-from benchmarks.measure import RESULTS, median_and_p99, provenance
+from benchmarks.measure import RESULTS, median_and_p99, provenance, read_rows
 from benchmarks.report_plots import attention_over_rows, auc_over_k, last_run, leak_by_layers, time_over_k
-from benchmarks.report_quality import LEAK, leak, quality, quality_rows, read_rows
+from benchmarks.report_quality import LEAK, leak, quality, quality_rows
 from dti_kernels import StreamLayout
 from dti_model.files import whole_file, write_json
 from dti_model.plots import plot_mask
@@ -67,7 +67,7 @@ def attention_cpu() -> str:
 
 def score_cpu() -> str:
     """Rows of the last CPU runs of both parts of the scoring benchmark."""
-    rows = [json.loads(line) for line in SCORE_CPU.read_text().splitlines()]
+    rows = read_rows(SCORE_CPU)
     made = {row["part"]: (row["date"], row["commit"]) for row in rows}
     last = [row for row in rows if (row["date"], row["commit"]) == made[row["part"]]]
     lines = ["| candidates | provider | p50 / p99 ms | candidates/s | |", "|---|---|---|---|---|"]

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS, median_and_p99
+from benchmarks.measure import RESULTS, median_and_p99, read_rows
+from benchmarks.providers import MODES, OURS
 from benchmarks.report_plots import roofline
 from dti_model.files import whole_file
 
 Rows = list[dict[str, Any]]
 NOTHING = "**Nothing has been timed on a GPU yet.**"
-OURS = "windowed_attn"
-MODES = ("forward", "backward", "forward+backward")
 # What the machine of a rehearsal's rows begins with; a row of a CPU counts its threads.
 _IMAGINARY, _CPU = "rehearsal", re.compile(r", \d+ threads$")
 _LEFT_OUT = "left out: "
@@ -51,20 +50,23 @@ PEAKS: tuple[tuple[str, str, Peak], ...] = (
 )
 
 
-def peak_of(machine: str) -> Peak | None:
-    """Peak of the card of this name; None where it is not in the list."""
+def _listed(machine: str) -> tuple[str, Peak] | tuple[None, None]:
+    """Name and peak of the entry of `PEAKS` that a device's name is of."""
     for name, other, peak in PEAKS:
         if name in machine and not (other and re.search(other, machine)):
-            return peak
-    return None
+            return name, peak
+    return None, None
+
+
+def peak_of(machine: str) -> Peak | None:
+    """Peak of the card of this name; None where it is not in the list."""
+    return _listed(machine)[1]
 
 
 def card_of(machine: str) -> str:
     """A card's name in file names: `h100` of "NVIDIA H100 80GB HBM3"; another board's whole name."""
-    for name, other, _ in PEAKS:
-        if name in machine and not (other and re.search(other, machine)):
-            return name.lower()
-    return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    name, _ = _listed(machine)
+    return name.lower() if name else re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
 def record(source: Path, results: Path | None = None) -> list[Path]:
@@ -106,11 +108,7 @@ def record(source: Path, results: Path | None = None) -> list[Path]:
 def recorded(results: Path | None = None) -> dict[str, Rows]:
     """Rows by card, as they were appended."""
     folder = RESULTS if results is None else results
-    paths = sorted(folder.glob("gpu-*.jsonl"))
-    return {
-        path.stem.removeprefix("gpu-"): [json.loads(line) for line in path.read_text().splitlines()]
-        for path in paths
-    }
+    return {path.stem.removeprefix("gpu-"): read_rows(path) for path in sorted(folder.glob("gpu-*.jsonl"))}
 
 
 def latest(rows: Iterable[dict[str, Any]], *key: str) -> Rows:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, read_rows
 from benchmarks.report_plots import last_run
 
 Rows = list[dict[str, Any]]
 LEAK = RESULTS / "leak.jsonl"
-
-
-def read_rows(path: Path) -> Rows:
-    """JSON lines; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def quality_rows(plan: str) -> Rows:

@@ -14,30 +14,28 @@ import dataclasses
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.gpu_steps import DOUBTFUL
 from benchmarks.measure import parse_measuring
+from benchmarks.parity import MOST_SHARE, budget_shares
 from benchmarks.rehearsal import DEVICE, REHEARSING
-from benchmarks.workloads import AttentionInputs, Workload
-from dti_kernels import windowed_attn, windowed_attn_reference
-from dti_kernels.testing import error_budgets, shares
-
-# Budgets are computed and not measured: a device's own exponential may go a little beyond them.
-FAR_BEYOND = 3.0
+from benchmarks.statuses import DOUBTFUL
+from benchmarks.workloads import HEADS, AttentionInputs, Workload
+from dti_kernels import windowed_attn
 
 
 def workloads() -> tuple[Workload, ...]:
     """Long spans with a reset, short spans with groups of three, and sliding windows without a reset."""
     # A thousand rows: the reference in float64 then fits on small cards too.
     real = (
-        Workload("smoke_llama8b_k50", 1024, 50, 32, 8, 128, reset=True, dtype=torch.bfloat16),
-        Workload("smoke_smollm_k50", 1024, 50, 9, 3, 64, mean_tokens=15, reset=True, dtype=torch.bfloat16),
-        Workload("smoke_llama8b_k1", 1024, 1, 32, 8, 128, dtype=torch.bfloat16),
+        Workload("smoke_llama8b_k50", 1024, 50, *HEADS["llama8b"], reset=True, dtype=torch.bfloat16),
+        Workload(
+            "smoke_smollm_k50", 1024, 50, *HEADS["smollm"], mean_tokens=15, reset=True, dtype=torch.bfloat16
+        ),
+        Workload("smoke_llama8b_k1", 1024, 1, *HEADS["llama8b"], dtype=torch.bfloat16),
     )
     if not REHEARSING:
         return real
@@ -58,45 +56,16 @@ def inputs(workload: Workload) -> AttentionInputs:
     return dataclasses.replace(x, alibi_slopes=x.alibi_slopes.requires_grad_())
 
 
-def as_float64(x: AttentionInputs) -> AttentionInputs:
-    """The same numbers in float64."""
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.detach().double().requires_grad_(tensor.requires_grad)
-
-    changed = {name: cast(getattr(x, name)) for name in ("q", "k", "v", "k_sum", "alibi_slopes", "grad_out")}
-    reset = x.reset and dataclasses.replace(
-        x.reset, k_initial=cast(x.reset.k_initial), v_initial=cast(x.reset.v_initial)
-    )
-    return dataclasses.replace(x, reset=reset, **changed)
-
-
-def results(x: AttentionInputs, attention: Callable[..., Tensor]) -> dict[str, Tensor]:
-    """Output and gradients by name."""
-    out = attention(x.q, x.k, x.v, x.layout, x.k_sum, x.alibi_slopes, x.reset)
-    names = [f"d{name}" for name, leaf in x.named().items() if leaf.requires_grad]
-    return {"out": out.detach()} | dict(zip(names, torch.autograd.grad(out, x.leaves(), x.grad_out)))
-
-
 def check(workload: Workload) -> dict[str, Any]:
     """The row of one workload: by tensor, the share of its error budget; seconds of the first call and of the second."""
-    low = inputs(workload)
+    x = inputs(workload)
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
-        actual = results(low, windowed_attn)
+        actual = x.run(windowed_attn)
         torch.cuda.synchronize()
         seconds.append(round(time.perf_counter() - start, 3))
-    exact = as_float64(low)
-    budgets = error_budgets(
-        exact.named(),
-        exact.grad_out,
-        exact.layout,
-        workload.dtype,
-        exact.reset,
-        rounds_factors=DEVICE != "cpu",
-    )
-    found = shares(actual, results(exact, windowed_attn_reference), budgets, workload.dtype)
+    found = budget_shares(x, actual)
     return {
         "shares": {name: round(share, 3) for name, share in found.items()},
         "within_budget": all(share <= 1 for share in found.values()),
@@ -107,7 +76,7 @@ def check(workload: Workload) -> dict[str, Any]:
 
 def verdict(row: Mapping[str, Any]) -> int:
     """The exit status that a row alone would give: 0, `DOUBTFUL`, or 1. A share that is no number is never small enough."""
-    if "failed" in row or not all(share <= FAR_BEYOND for share in row["shares"].values()):
+    if "failed" in row or not all(share <= MOST_SHARE for share in row["shares"].values()):
         return 1
     return 0 if row["within_budget"] else DOUBTFUL
 

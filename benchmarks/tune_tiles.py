@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.device_time import check_device, device_times, failure
-from benchmarks.measure import INCOMPLETE, TIME_IS_UP, RowFiles, parse_measuring
+from benchmarks.measure import TIME_IS_UP, RowFiles, parse_measuring
 from benchmarks.rehearsal import DEVICE, REHEARSING
+from benchmarks.statuses import INCOMPLETE
 from benchmarks.workloads import HEADS, SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
 from dti_kernels import tiles
 from dti_kernels.tiles import KERNELS, Tile

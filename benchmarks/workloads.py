@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -144,6 +145,30 @@ class AttentionInputs:
     def leaves(self) -> list[Tensor]:
         """What takes gradients."""
         return [x for x in self.named().values() if x.requires_grad]
+
+    def call(self, attention: Callable[..., Tensor]) -> Tensor:
+        """The output, with everything [SUM] rows have; `attention` is `windowed_attn` or anything with its signature."""
+        return attention(self.q, self.k, self.v, self.layout, self.k_sum, self.alibi_slopes, self.reset)
+
+    def run(self, attention: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """Output and the gradient of every leaf, by name."""
+        out = self.call(attention)
+        names = [f"d{name}" for name, x in self.named().items() if x.requires_grad]
+        return {"out": out.detach()} | dict(
+            zip(names, torch.autograd.grad(out, self.leaves(), self.grad_out))
+        )
+
+    def as_float64(self) -> AttentionInputs:
+        """The same numbers in float64."""
+
+        def cast(x: Tensor) -> Tensor:
+            return x.detach().double().requires_grad_(x.requires_grad)
+
+        names = ("q", "k", "v", "k_sum", "alibi_slopes", "grad_out")
+        reset = self.reset and replace(
+            self.reset, k_initial=cast(self.reset.k_initial), v_initial=cast(self.reset.v_initial)
+        )
+        return replace(self, reset=reset, **{name: cast(getattr(self, name)) for name in names})
 
 
 def useful_flops(layout: StreamLayout, num_heads: int, head_dim: int, backward: bool) -> int:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import device_gpu, ncu_gpu, smoke_gpu
-from benchmarks.gpu_steps import DOUBTFUL, SKIPPED
+from benchmarks import device_gpu, ncu_gpu, parity, smoke_gpu
+from benchmarks.statuses import DOUBTFUL, SKIPPED
 from benchmarks.workloads import Workload
 from dti_kernels import windowed_attn
 from tests.cases import CASES, Case, Inputs
@@ -330,7 +330,7 @@ def test_smoke_finds_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert good["within_budget"]
     assert good["shares"].keys() == {"out", "dq", "dk", "dv", "dk_sum", "dalibi_slopes"}
     assert not wrong["within_budget"]
-    assert wrong["shares"]["out"] > smoke_gpu.FAR_BEYOND
+    assert wrong["shares"]["out"] > parity.MOST_SHARE
     assert raises["failed"] == "RuntimeError: out of resources"
 
 
@@ -338,9 +338,9 @@ def test_smoke_a_little_beyond_its_budget_is_doubtful(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All the rest of a slot is measured where an error is 2.9 times what it may be, and somebody is told."""
-    right = smoke_gpu.shares
+    right = parity.shares
 
-    monkeypatch.setattr(smoke_gpu, "shares", lambda *args: {**right(*args), "dq": 2.9})
+    monkeypatch.setattr(parity, "shares", lambda *args: {**right(*args), "dq": 2.9})
     status, rows = run_smoke([1.0], tmp_path, monkeypatch)
     assert status == DOUBTFUL
     assert not rows[0]["within_budget"]

@@ -16,9 +16,10 @@ import pytest
 
 from benchmarks import gpu_suite
 from benchmarks.gpu_results import table
-from benchmarks.gpu_steps import SKIPPED, SLOTS, Places, steps_of
+from benchmarks.gpu_steps import SLOTS, Places, steps_of
 from benchmarks.gpu_suite import environment_of, run_steps
 from benchmarks.made_up import made_up_data
+from benchmarks.statuses import SKIPPED
 from dti_model.locks import locked
 from tests.checkout import file_hashes
 from tests.conftest import ROOT

@@ -39,9 +39,7 @@ def memory_inputs() -> AttentionInputs:
 
 def measure_memory() -> None:
     """The calls whose memory is measured."""
-    x = memory_inputs()
-    out = windowed_attn(x.q, x.k, x.v, x.layout, k_sum=x.k_sum, alibi_slopes=x.alibi_slopes, reset=x.reset)
-    torch.autograd.grad(out, x.leaves(), x.grad_out)
+    memory_inputs().run(windowed_attn)
 
 
 def many_elements() -> None:

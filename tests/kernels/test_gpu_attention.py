@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention_gpu, bench_attention, clocks, device_time, flex_tuned
+from benchmarks import attention_gpu, clocks, device_time, flex_tuned, parity
 from benchmarks.measure import RowFiles
 from benchmarks.workloads import AttentionInputs, Workload
 
@@ -180,10 +180,10 @@ def test_an_error_a_little_above_its_budget_is_measured_and_said(
 
 
 def test_a_cpu_is_held_to_the_budget_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_attention, "shares", lambda *_: {"out": 0.2, "dq": 1.1})
+    monkeypatch.setattr(parity, "shares", lambda *_: {"out": 0.2, "dq": 1.1})
     with pytest.raises(AssertionError, match=r"budget: dq uses 1\.10 of it$"):
-        bench_attention.gate(SMALL)
-    assert bench_attention.gate(SMALL, most=attention_gpu.MOST_SHARE) == {"out": 0.2, "dq": 1.1}
+        parity.gate(SMALL)
+    assert parity.gate(SMALL, most=parity.MOST_SHARE) == {"out": 0.2, "dq": 1.1}
 
 
 @pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (2.0, False), (float("nan"), False)])
@@ -191,14 +191,14 @@ def test_the_gate_passes_up_to_its_limit(
     factor: float, passes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A little above the budget is a card's rounding; a factor of two everywhere, or a number that is none, is a mistake."""
-    correct = bench_attention.windowed_attn
-    monkeypatch.setattr(bench_attention, "windowed_attn", lambda *given: correct(*given) * factor)
+    correct = parity.windowed_attn
+    monkeypatch.setattr(parity, "windowed_attn", lambda *given: correct(*given) * factor)
     workload = dataclasses.replace(SMALL, dtype=torch.bfloat16)
     if passes:
-        assert max(bench_attention.gate(workload, most=attention_gpu.MOST_SHARE).values()) <= 3
+        assert max(parity.gate(workload, most=parity.MOST_SHARE).values()) <= 3
     else:
         with pytest.raises(AssertionError, match="not within 3 times the error budget"):
-            bench_attention.gate(workload, most=attention_gpu.MOST_SHARE)
+            parity.gate(workload, most=parity.MOST_SHARE)
 
 
 def test_a_failure_of_ours_is_a_row_and_the_status(

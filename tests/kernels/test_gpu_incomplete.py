@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from benchmarks import attention_gpu, bench_attention, flex_tuned, host_gpu, precompile, stand_in, tune_tiles
-from benchmarks.measure import INCOMPLETE, TIME_IS_UP, RowFiles
+from benchmarks.measure import TIME_IS_UP, RowFiles
+from benchmarks.statuses import INCOMPLETE
 from benchmarks.workloads import AttentionInputs, Workload
 
 SMALL = Workload("small", 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2, dtype=torch.float16)
