@@ -127,6 +127,18 @@ def _without_compiling(found: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _nothing_compiled(kernel: Any) -> Iterator[None]:
+    """Inside, a kernel's compilations of this process are put aside."""
+    before = dict(kernel.device_caches)
+    kernel.device_caches.clear()
+    try:
+        yield
+    finally:
+        kernel.device_caches.clear()
+        kernel.device_caches.update(before)
+
+
 def distinct(launches: Iterable[Any]) -> dict[Key, Any]:
     """The first launch of every compilation, inside `driver_of`. Binds and specialises all of them and compiles nothing: fractions of a
     millisecond each.
@@ -134,14 +146,18 @@ def distinct(launches: Iterable[Any]) -> dict[Key, Any]:
     Raises:
         KeyError, TypeError: a launch's arguments are not its kernel's.
     """
+    launches = list(launches)
     result: dict[Key, Any] = {}
     keys: list[str] = []
-    with _without_compiling(keys.append):
+    with contextlib.ExitStack() as stack:
+        # What this process has compiled already is bound from its cache, which asks for no key.
+        for kernel in {id(launch.kernel): launch.kernel for launch in launches}.values():
+            stack.enter_context(_nothing_compiled(kernel))
+        stack.enter_context(_without_compiling(keys.append))
         for launch in launches:
             keys.clear()
             warm_up(launch)
-            if keys:  # else it is compiled in this process already
-                result.setdefault(Key(launch.kernel.fn.__name__, keys[0]), launch)
+            result.setdefault(Key(launch.kernel.fn.__name__, keys[0]), launch)
     return result
 
 

@@ -86,7 +86,9 @@ def file_hashes(checkout: Path) -> dict[str, str]:
     found = {}
     for path in sorted(checkout.rglob("*")):
         name = path.relative_to(checkout)
-        ignored = name.parts[0] in {*_LEFT_OUT, ".venv"} or "__pycache__" in name.parts
+        first = name.parts[0]
+        hidden = first.startswith(".") and first not in _KEPT
+        ignored = hidden or first in _LEFT_OUT or "__pycache__" in name.parts
         if path.is_file() and not ignored:
             found[str(name)] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

@@ -70,6 +70,17 @@ def kernels_of(*calls: Callable[[], object]) -> set[stand_in.Key]:
         return set(stand_in.distinct(launches))
 
 
+def test_what_is_compiled_already_is_distinct_too() -> None:
+    """Kernels that another test had compiled were missing from what was found next."""
+    launches = launches_of("sm_90", [partial(gpu_calls.run, CASES[1], torch.float32)])
+    with stand_in.driver_of("sm_90"):
+        before = stand_in.distinct(launches)
+        stand_in.warm_up(launches[0])
+        assert launches[0].kernel.device_caches
+        assert set(stand_in.distinct(launches)) == set(before)
+        assert launches[0].kernel.device_caches
+
+
 def test_lengths_compile_nothing_new() -> None:
     """Batches of any lengths run the kernels of the first one."""
     heads = {"num_heads": 2, "num_groups": 1, "head_dim": 16}
