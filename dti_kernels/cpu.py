@@ -13,6 +13,8 @@ Half precision is computed in float32, because CPUs without AVX512-BF16 have no 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dti_kernels.cpu_blocks import Chunk, Plan, Prompt, RowTable, Sizes
+from dti_kernels.cpu_blocks import HIDDEN, Chunk, Plan, Prompt, RowTable, Sizes
+from dti_kernels.isolation import largest
 from dti_kernels.layout import PREFIX_STOP, RESET_ID, START, STOP
 
 # Rows of a block times query heads of a key head: few enough that most of a block's keys are visible to most of its rows. PyTorch's
@@ -46,6 +49,22 @@ _PLANS: Any = WeakIdKeyDictionary()
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that scores, softmax and sums are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _needs_float64(
+    rows: Tensor, streams: Iterable[Tensor | None], slopes: Tensor | None, scale: float
+) -> bool:
+    """Could products of `rows (T or S, H, D)` with keys or values pass the bias that hides in float32? Raises NotFinite as `largest` does."""
+    # Queries and slopes that are not finite are the matter of their own rows and heads.
+    query, slope = (
+        0.0 if x is None or not x.numel() else x.detach().abs().amax().item() for x in (rows, slopes)
+    )
+    bound = max(query * largest(*streams) * rows.shape[-1] * max(scale, 1.0), slope * 2.0**31)
+    return rows.dtype != torch.float64 and HIDDEN[torch.float32] / 64 <= bound < math.inf
+
+
+def _doubled(inputs: Iterable[Tensor | None]) -> Any:
+    return [None if x is None else x.double() for x in inputs]
 
 
 @dataclass
@@ -233,8 +252,16 @@ def forward(
     keys: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`out`, shape and dtype of q, and the natural log-sum-exp `(H, T or S)` in the accumulation dtype."""
-    x = _Inputs.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale)
+    """`out`, shape and dtype of q, and the natural log-sum-exp `(H, T or S)` in the accumulation dtype.
+
+    Raises:
+        NotFinite: a key or value is not finite.
+    """
+    inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
+    if _needs_float64(q, inputs[1:6], slopes, scale):
+        out, lse = forward(*(*_doubled(inputs), rows, keys, scale))
+        return out.to(q.dtype), lse.float()
+    x = _Inputs.of(*inputs, rows, keys, scale)
     out, lse = torch.empty_like(x.q), torch.empty_like(x.q[..., :1])
     for prompt in x.plan.prompts:
         _prompt_forward(x, prompt, out, lse)
@@ -311,8 +338,20 @@ def backward(
     scale: float,
     slopes_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, k_sum, k_initial, v_initial and slopes; empty where the input was None, or slopes need none."""
-    x = _Inputs.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale)
+    """Gradients of q, k, v, k_sum, k_initial, v_initial and slopes; empty where the input was None, or slopes need none.
+
+    Raises:
+        NotFinite: a key, a value, or the log-sum-exp or delta (`out . grad_out`) of a row is not finite.
+    """
+    inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
+    largest(lse, (grad_out.to(lse.dtype) * out).sum(-1))
+    if _needs_float64(q, inputs[1:6], slopes, scale) or _needs_float64(grad_out, inputs[1:6], None, 1.0):
+        doubled = _doubled(inputs)
+        out, lse = forward(*(*doubled, rows, keys, scale))
+        grads_64 = backward(*(grad_out.double(), *doubled, rows, keys, out, lse, scale, slopes_grad))
+        of = (q, k, v, k_sum, k_initial, v_initial, slopes)
+        return tuple(grad if x is None else grad.to(x.dtype) for grad, x in zip(grads_64, of))  # type: ignore[return-value]
+    x = _Inputs.of(*inputs, rows, keys, scale)
     grads = _Gradients.zeros(x, slopes_grad)
     d_out = _grouped(grad_out, k.shape[1], x.q.dtype)
     out_heads = _grouped(out, k.shape[1], x.q.dtype)

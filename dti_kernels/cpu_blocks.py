@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, START, STOP
 
-# Bias of a key that a row does not see, per key that it lies outside.
-HIDDEN = 2.0**100
+# Bias of a key that a row does not see, per key that it lies outside: beyond any score. The largest has 31 bits more.
+HIDDEN = {torch.float32: 2.0**96, torch.float64: 2.0**900}
 # Several blocks in a chunk copy their keys; a block of more keys is a chunk of its own, whose keys are a slice. A cut prompt of more
 # rows is walked in blocks: as one call, its bias is a square.
 WIDE = 1024
@@ -40,7 +40,7 @@ class Ends(NamedTuple):
         base = start[::block].repeat_interleave(block)[: len(start)]
 
         def scaled(x: Tensor) -> Tensor:
-            return x.to(dtype).mul_(HIDDEN)
+            return x.to(dtype).mul_(HIDDEN[dtype])
 
         low, high = (scaled(x - base).repeat_interleave(per_group)[:, None] for x in (start, stop - 1))
         return Ends(low, high, scaled(torch.arange(num_keys)))
@@ -174,7 +174,7 @@ class Chunk:
             of_prefix.zero_()
         else:
             seen = self._sees_prefix(rows, self.keys[:, None, : self.num_prefix], slice(None))
-            of_prefix.unflatten(1, (self.block, per_group)).copy_(~seen[:, :, None]).mul_(-HIDDEN)
+            of_prefix.unflatten(1, (self.block, per_group)).copy_(~seen[:, :, None]).mul_(-HIDDEN[bias.dtype])
         left, right = self.all_first, self.all_stop
         columns = columns[: of_span.shape[2]]
         if left <= right:  # columns between them hide from nobody

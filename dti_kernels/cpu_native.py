@@ -28,6 +28,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dti_kernels.isolation import NotFinite
+
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
 CHOICES = ("auto", "native", "torch")
@@ -268,8 +270,11 @@ def _call(name: str, arguments: _Arguments, dtype: torch.dtype) -> int:
 
 
 def _checked(name: str, arguments: _Arguments, dtype: torch.dtype) -> None:
-    if _call(name, arguments, dtype):
+    status = _call(name, arguments, dtype)
+    if status == 1:
         raise MemoryError(f"windowed_attn: no memory for the {name} pass of {arguments.num_rows} rows")
+    if status == 2:
+        raise NotFinite
 
 
 def forward(
@@ -285,7 +290,7 @@ def forward(
     keys: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `cpu.forward`."""
+    """As `cpu.forward`, which see for what is raised."""
     inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
     arguments, kept = _arguments(inputs, rows, keys, scale, k.shape[1])
     out = torch.empty_like(kept[0])
@@ -312,7 +317,7 @@ def backward(
     scale: float,
     slopes_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `cpu.backward`."""
+    """As `cpu.backward`, which see for what is raised."""
     inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
     arguments, kept = _arguments(inputs, rows, keys, scale, k.shape[1])
     dtype = kept[0].dtype

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dti_kernels import cpu, cpu_native
+from dti_kernels import cpu, cpu_native, isolation
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? k_sum, Tensor? k_initial, Tensor? v_initial, Tensor? ratios, Tensor? slopes, "
@@ -78,7 +78,7 @@ def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor]:
         out, lse = _fwd_triton(*_widened(args))
         return out.to(args[0].dtype), lse
     with torch.autocast("cpu", enabled=False):
-        return _cpu_module().forward(*args[:-1])  # type: ignore[no-any-return]
+        return isolation.forward(_cpu_module().forward, args[:8], *args[8:-1])
 
 
 def _bwd_cpu(*args: Any) -> tuple[Tensor, ...]:
@@ -88,7 +88,10 @@ def _bwd_cpu(*args: Any) -> tuple[Tensor, ...]:
         grads = _bwd_triton(*_widened(args))
         return tuple(grad.to(grad_out.dtype if x is None else x.dtype) for grad, x in zip(grads, inputs))
     with torch.autocast("cpu", enabled=False):
-        return _cpu_module().backward(*args[:-2], *args[-1:])  # type: ignore[no-any-return]  # all but mean_span
+        rows, keys, out, lse, scale, _, slopes_grad = args[9:]
+        return isolation.backward(
+            _cpu_module().backward, args[0], args[1:9], rows, keys, out, lse, scale, slopes_grad
+        )
 
 
 _LIBRARY.impl("windowed_attn_fwd", _fwd_cpu, "CPU")

@@ -5,9 +5,12 @@
     out = softmax(s) @ v   (v~ for [SUM] rows where there is a reset)
 
 O(T x C) memory and time. Differentiable any number of times, in any dtype: float64 here is what every other path is held to.
+What a row does not see is not multiplied: where an input is not finite, rows are computed one after the other from the keys they see.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,53 +30,89 @@ def windowed_attn_reference(
     reset: HiddenStateReset | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Dense reference of `windowed_attn`, with the same arguments, errors and result. Cost: O(T x C) time and memory."""
+    """Dense reference of `windowed_attn`, with the same arguments, errors and result. Cost: O(T x C) time and memory; many times that where an
+    input is not finite."""
     check_arguments(q, k, v, layout, k_sum, alibi_slopes, reset)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k_sum = k if k_sum is None else k_sum
-    num_context, group = layout.num_context, q.shape[1] // k.shape[1]
-    k, v, k_sum = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v, k_sum))  # (H, T, D)
-    q = q.transpose(0, 1)
-    visible = layout.dense_visibility()
-    if q.shape[1] == layout.num_sum:
-        sums = _sum_rows(q, v, k_sum, layout, visible, alibi_slopes, reset, scale)
-        return sums.transpose(0, 1)
-
-    scores = scale * q[:, :num_context] @ k[:, :num_context].mT
-    out = _softmax(scores, visible[:num_context]) @ v[:, :num_context]
-    sums = _sum_rows(q[:, num_context:], v, k_sum, layout, visible, alibi_slopes, reset, scale)
-    return torch.cat([out, sums], 1).transpose(0, 1)
+    x = _Dense.of(q, k, v, layout, k_sum, alibi_slopes, reset, scale)
+    first = layout.num_rows - q.shape[0]
+    initial = () if reset is None else (reset.k_initial, reset.v_initial)
+    if all(tensor.isfinite().all() for tensor in (q, k, v, *initial, *(() if k_sum is None else (k_sum,)))):
+        rows = [torch.arange(first, layout.num_context), torch.arange(layout.num_context, layout.num_rows)]
+        keys = [torch.arange(layout.num_context)] * 2
+    else:
+        rows = list(torch.arange(first, layout.num_rows)[:, None])
+        keys = [seen.nonzero()[:, 0] for seen in x.visible[first:]]
+    parts = [x.attend(of.to(q.device), to.to(q.device)) for of, to in zip(rows, keys) if len(of)]
+    return torch.cat([q.transpose(0, 1)[:, :0], *parts], 1).transpose(0, 1)
 
 
-def _sum_rows(
-    q_HSD: Tensor,
-    v: Tensor,
-    k_sum: Tensor,
-    layout: StreamLayout,
-    visible: Tensor,
-    alibi_slopes: Tensor | None,
-    reset: HiddenStateReset | None,
-    scale: float,
-) -> Tensor:
-    """`(H, S, D)` from queries `(H, S, D)` and keys and values `(H, T, D)`."""
-    num_context = layout.num_context
-    ratio: Tensor | float = 0.0
-    k_initial, v_initial = k_sum[:, :num_context], v[:, :num_context]
-    if reset is not None:
-        ratio = reset_ratio(layout, reset, q_HSD.dtype)
-        group = q_HSD.shape[0] // reset.k_initial.shape[1]
-        k_initial = reset.k_initial.repeat_interleave(group, dim=1).transpose(0, 1)
-        v_initial = reset.v_initial.repeat_interleave(group, dim=1).transpose(0, 1)
-    s_HSC = scale * ((1 - ratio) * (q_HSD @ k_sum[:, :num_context].mT) + ratio * (q_HSD @ k_initial.mT))
-    if alibi_slopes is not None:
-        s_HSC = s_HSC - alibi_slopes.to(q_HSD.dtype)[:, None, None] * alibi_distance(layout).to(q_HSD.dtype)
-    s_self = scale * (q_HSD * k_sum[:, num_context:]).sum(-1, keepdim=True)
-    seen = torch.cat([visible[num_context:], visible.new_ones(layout.num_sum, 1)], 1)
-    p_HSC1 = _softmax(torch.cat([s_HSC, s_self], -1), seen)
-    p_HSC, p_self = p_HSC1[..., :-1], p_HSC1[..., -1:]
-    return (
-        ((1 - ratio) * p_HSC) @ v[:, :num_context] + (ratio * p_HSC) @ v_initial + p_self * v[:, num_context:]
-    )
+@dataclass(frozen=True)
+class _Dense:
+    """The inputs with a key head for every query head: `q (H, T or S, D)`, `k, v, k_sum (H, T, D)`, initial states `(H, C, D)`;
+    `visible (T, C)`, `distance, ratio (S, C)`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_sum: Tensor
+    k_initial: Tensor | None
+    v_initial: Tensor | None
+    slopes: Tensor | None
+    visible: Tensor
+    distance: Tensor
+    ratio: Tensor | None
+    scale: float
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: StreamLayout,
+        k_sum: Tensor | None,
+        alibi_slopes: Tensor | None,
+        reset: HiddenStateReset | None,
+        scale: float | None,
+    ) -> _Dense:
+        def heads(x: Tensor) -> Tensor:
+            return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).transpose(0, 1)
+
+        return _Dense(
+            q=heads(q),
+            k=heads(k),
+            v=heads(v),
+            k_sum=heads(k if k_sum is None else k_sum),
+            k_initial=None if reset is None else heads(reset.k_initial),
+            v_initial=None if reset is None else heads(reset.v_initial),
+            slopes=None if alibi_slopes is None else alibi_slopes.to(q.dtype)[:, None, None],
+            visible=layout.dense_visibility(),
+            distance=alibi_distance(layout).to(q.dtype),
+            ratio=None if reset is None else reset_ratio(layout, reset, q.dtype),
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        )
+
+    def attend(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """`(H, len(rows), D)`: what rows, all of context tokens or all [SUM] rows, read of some context keys."""
+        num_rows, num_context = self.visible.shape
+        q = self.q[:, rows - (num_rows - self.q.shape[1])]
+        visible, v = self.visible[rows][:, keys], self.v[:, keys]
+        if rows[0] < num_context:
+            return _softmax(self.scale * q @ self.k[:, keys].mT, visible) @ v
+        of_sums = rows - num_context
+        s, ratio = q @ self.k_sum[:, keys].mT, None
+        if self.ratio is not None and self.k_initial is not None:
+            ratio = self.ratio[of_sums][:, keys]
+            s = (1 - ratio) * s + ratio * (q @ self.k_initial[:, keys].mT)
+        s = self.scale * s
+        if self.slopes is not None:
+            s = s - self.slopes * self.distance[of_sums][:, keys]
+        s_own = self.scale * (q * self.k_sum[:, rows]).sum(-1, keepdim=True)
+        p = _softmax(torch.cat([s, s_own], -1), torch.cat([visible, visible.new_ones(len(rows), 1)], 1))
+        p, p_own = p[..., :-1], p[..., -1:]
+        own = p_own * self.v[:, rows]
+        if ratio is None or self.v_initial is None:
+            return p @ v + own
+        return ((1 - ratio) * p) @ v + (ratio * p) @ self.v_initial[:, keys] + own
 
 
 def alibi_distance(layout: StreamLayout) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from dti_kernels.tiles import Tile
 from dti_kernels.triton_bwd_context import ctx_dkv_kernel, ctx_dq_kernel
 from dti_kernels.triton_bwd_sum import sum_dkv_kernel, sum_dq_kernel, sum_self_kernel
+from dti_kernels.triton_isolation import key_marks, keys_launch, row_marks, rows_launch
 from dti_kernels.triton_tile import MAX_BLOCK_M, Batch, Launch, addressable, run_all, strides
 
 # The own keys of [SUM] rows are a matrix-free sum over the heads of a group: memory bound, any small tile serves.
@@ -42,6 +43,9 @@ class Gradients:
     dv_sum: Tensor | None
     # (G, T or S, H / G) float32, flat, and zeros behind them: dK/dV reads whole tiles without a mask.
     delta: Tensor
+    row_marks: Tensor  # `triton_isolation.py`
+    context_marks: Tensor | None
+    sum_marks: Tensor | None
     lse_tile: Tensor  # the log-sum-exp likewise, in the units that dK/dV exponentiates
 
     @staticmethod
@@ -74,6 +78,9 @@ class Gradients:
             dv_initial=None if batch.v_initial is None else of_sums(batch.v_initial),
             dslopes=None if batch.slopes is None else scratch(num_heads, batch.num_sum),
             dv_sum=dv_sum if batch.has_context_queries else dv,
+            row_marks=row_marks(batch),
+            context_marks=key_marks(batch) if batch.has_context_queries else None,
+            sum_marks=key_marks(batch) if batch.num_sum else None,
             delta=per_lane[0],
             lse_tile=per_lane[1],
         )
@@ -86,7 +93,7 @@ def _zeros(x: Tensor) -> Tensor:
 def backward_launches(
     batch: Batch, grads: Gradients, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> list[Launch]:
-    """The launches that fill `grads`: delta and dq first, then what [SUM] rows give to keys, then context rows."""
+    """The launches that fill `grads`: delta and dq first, then what [SUM] rows give to keys, then context rows, then what is not finite."""
     saved: dict[str, Any] = {
         "q_ptr": batch.q,
         "v_ptr": batch.v,
@@ -95,6 +102,7 @@ def backward_launches(
     }
     saved |= {"lse_tile_ptr": grads.lse_tile, **strides(q=batch.q, v=batch.v, do=grad_out)}
     of_rows = {**saved, "lse_ptr": lse, "out_ptr": out, "dq_ptr": grads.dq, **strides(o=out)}
+    of_rows["marks_ptr"] = grads.row_marks
     of_keys = {**saved, **strides(dk=grads.dk)}
     launches = []
     if batch.has_context_queries:
@@ -106,6 +114,7 @@ def backward_launches(
     if batch.has_context_queries:
         tile = batch.tile("ctx_dkv")
         outputs = {"dk_ptr": grads.dk, "dv_ptr": grads.dv, "dv_sum_ptr": grads.dv_sum}
+        outputs["marks_ptr"] = grads.context_marks
         arguments = {
             **of_keys,
             **outputs,
@@ -115,6 +124,13 @@ def backward_launches(
         }
         del arguments["rows_ptr"]
         launches.append(Launch(ctx_dkv_kernel, batch.key_grid(tile), arguments, tile))
+    of_gradients = {"do_ptr": grad_out, "delta_ptr": grads.delta, **strides(do=grad_out)}
+    launches.append(rows_launch(batch, grads.row_marks, grads.dq, lse, **of_gradients))
+    if batch.num_context:
+        of_gradients |= {name: of_keys[name] for name in ("lse_tile_ptr", "stride_dkt", "stride_dkh")}
+        written = ("dk", "dv", "dk_sum", "dk_initial", "dv_initial")
+        of_gradients |= {f"{name}_ptr": getattr(grads, name) for name in written}
+        launches.append(keys_launch(batch, grads.context_marks, grads.sum_marks, **of_gradients))
     return launches
 
 
@@ -150,6 +166,7 @@ def _sum_launches(
         "dv_sum_ptr": grads.dv_sum,
         "dk_initial_ptr": grads.dk_initial,
         "dv_initial_ptr": grads.dv_initial,
+        "marks_ptr": grads.sum_marks,
     }
     arguments = {**of_keys, **outputs, "keys_ptr": batch.keys, **inputs, **batch.sizes(tile)}
     launches.append(Launch(sum_dkv_kernel, batch.key_grid(tile), arguments, tile))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dti_kernels.triton_isolation import mark
 from dti_kernels.triton_tile import (
     PER_BATCH,
     ROW_STOP,
@@ -33,7 +34,7 @@ from dti_kernels.triton_tile import (
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def ctx_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, lse_tile_ptr, dq_ptr, rows_ptr, num_rows, num_context, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, lse_tile_ptr, dq_ptr, marks_ptr, rows_ptr, num_rows, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dot, stride_doh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -90,11 +91,12 @@ def ctx_dq_kernel(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     store_tile(dq_ptr, offsets(row, head, stride_ot, stride_oh), valid, dq * scale, HEAD_DIM, BLOCK_D)
+    mark(marks_ptr, offsets(row, head, 1, num_rows), valid, dq)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def ctx_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dv_ptr, dv_sum_ptr, keys_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dv_ptr, dv_sum_ptr, marks_ptr, keys_ptr,
     num_rows, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
@@ -161,3 +163,4 @@ def ctx_dkv_kernel(
 
     store_tile(dk_ptr, offs_dk, inside, dk * scale, HEAD_DIM, BLOCK_D)
     store_tile(dv_ptr, offs_dk, inside, dv, HEAD_DIM, BLOCK_D)
+    mark(marks_ptr, offsets(key, group, 1, num_context), inside, dk + dv)

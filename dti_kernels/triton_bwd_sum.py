@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dti_kernels.triton_isolation import mark
 from dti_kernels.triton_tile import (
     PER_BATCH,
     RESET_ID,
@@ -38,7 +39,7 @@ from dti_kernels.triton_tile import (
 @triton.jit(do_not_specialize=PER_BATCH)
 def sum_dq_kernel(
     q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr,
-    out_ptr, do_ptr, lse_ptr, delta_ptr, lse_tile_ptr, dq_ptr, dslopes_ptr, rows_ptr,
+    out_ptr, do_ptr, lse_ptr, delta_ptr, lse_tile_ptr, dq_ptr, dslopes_ptr, marks_ptr, rows_ptr,
     num_rows, num_queries, num_context, num_ratios, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_ot, stride_oh, stride_dot, stride_doh,
@@ -107,8 +108,11 @@ def sum_dq_kernel(
         if slopes_ptr is not None:
             distance = alibi_distance(key[None, :], spans[1][:, None], spans[2][:, None], spans[3][:, None])
             s -= slope[:, None] * distance
-        p = tl.where(visible_keys(spans, key, inside), exponential(s - lse[:, None], True), 0.0)
-        ds = p * (dp - delta[:, None])
+        seen = visible_keys(spans, key, inside)
+        p = tl.where(seen, exponential(s - lse[:, None], True), 0.0)
+        ds = tl.where(
+            seen, p * (dp - delta[:, None]), 0.0
+        )  # slopes take what is not dq: p x inf must not reach it
         if slopes_ptr is not None:
             dslope -= tl.sum(ds * distance, 1)
             mean_distance += tl.sum(p * distance, 1)
@@ -119,6 +123,7 @@ def sum_dq_kernel(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     store_tile(dq_ptr, offsets(query, head, stride_ot, stride_oh), valid, dq * scale, HEAD_DIM, BLOCK_D)
+    mark(marks_ptr, offsets(query, head, 1, num_queries), valid, dq)
     if slopes_ptr is not None:
         offs_dslopes = offsets(row - num_context, head, 1, num_rows - num_context)
         # ds would add up to zero if delta were exact, but it comes from the rounded output: distances of hundreds of tokens
@@ -129,7 +134,7 @@ def sum_dq_kernel(
 @triton.jit(do_not_specialize=PER_BATCH)
 def sum_dkv_kernel(
     q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr,
-    do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dv_sum_ptr, dk_initial_ptr, dv_initial_ptr, rows_ptr, keys_ptr,
+    do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dv_sum_ptr, dk_initial_ptr, dv_initial_ptr, marks_ptr, rows_ptr, keys_ptr,
     num_rows, num_queries, num_context, num_ratios, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_dot, stride_doh, stride_dkt, stride_dkh,
@@ -215,6 +220,9 @@ def sum_dkv_kernel(
     if ratios_ptr is not None:
         store_tile(dk_initial_ptr, offs_dk, inside, dk_initial * scale, HEAD_DIM, BLOCK_D)
         store_tile(dv_initial_ptr, offs_dk, inside, dv_initial, HEAD_DIM, BLOCK_D)
+        dk += dk_initial
+        dv += dv_initial
+    mark(marks_ptr, offsets(key, group, 1, num_context), inside, dk + dv)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)

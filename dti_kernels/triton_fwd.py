@@ -1,4 +1,4 @@
-"""Forward kernels: one launch over context rows, one over [SUM] rows.
+"""Forward kernels: one launch over context rows, one over [SUM] rows, and one that only numbers that are not finite give work.
 
     m, l, acc = running maximum, sum of exp2(s - m) and sum of exp2(s - m) v       out = acc / l,  lse = m ln 2 + ln l
 
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dti_kernels.triton_isolation import mark, row_marks, rows_launch
 from dti_kernels.triton_tile import (
     LN2,
     PER_BATCH,
@@ -74,7 +75,7 @@ def accumulate_masked(s, v, m_i, l_i, acc, NATURAL: tl.constexpr):
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def ctx_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, num_rows, num_context, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, marks_ptr, rows_ptr, num_rows, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
@@ -138,17 +139,15 @@ def ctx_fwd_kernel(
             m_i, l_i, acc = accumulate_masked(s, v, m_i, l_i, acc, NATURAL)
 
     total = tl.where(valid, l_i, 1.0)
-    store_tile(
-        out_ptr, offsets(row, head, stride_ot, stride_oh), valid, acc / total[:, None], HEAD_DIM, BLOCK_D
-    )
-    tl.store(
-        lse_ptr + offsets(row, head, 1, num_rows), to_natural(m_i, NATURAL) + tl.log2(total) * LN2, mask=valid
-    )
+    out, offs_row = acc / total[:, None], offsets(row, head, 1, num_rows)
+    store_tile(out_ptr, offsets(row, head, stride_ot, stride_oh), valid, out, HEAD_DIM, BLOCK_D)
+    tl.store(lse_ptr + offs_row, to_natural(m_i, NATURAL) + tl.log2(total) * LN2, mask=valid)
+    mark(marks_ptr, offs_row, valid, out)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def sum_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr, out_ptr, lse_ptr, rows_ptr,
+    q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr, out_ptr, lse_ptr, marks_ptr, rows_ptr,
     num_rows, num_queries, num_context, num_ratios, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_ot, stride_oh,
@@ -215,17 +214,17 @@ def sum_fwd_kernel(
             p *= 1.0 - ratio
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
 
-    store_tile(
-        out_ptr, offsets(query, head, stride_ot, stride_oh), valid, acc / l_i[:, None], HEAD_DIM, BLOCK_D
-    )
-    tl.store(lse_ptr + offsets(query, head, 1, num_queries), m_i + tl.log2(l_i) * LN2, mask=valid)
+    out, offs_row = acc / l_i[:, None], offsets(query, head, 1, num_queries)
+    store_tile(out_ptr, offsets(query, head, stride_ot, stride_oh), valid, out, HEAD_DIM, BLOCK_D)
+    tl.store(lse_ptr + offs_row, m_i + tl.log2(l_i) * LN2, mask=valid)
+    mark(marks_ptr, offs_row, valid, out)
 
 
 def forward_launches(batch: Batch, out: Tensor, lse: Tensor) -> list[Launch]:
     """The launches that fill `out` and `lse`."""
-    launches = []
+    launches, marks = [], row_marks(batch)
     outputs: dict[str, Any] = {"q_ptr": batch.q, "v_ptr": batch.v, "out_ptr": out, "lse_ptr": lse}
-    outputs |= strides(q=batch.q, v=batch.v, o=out)
+    outputs |= {"marks_ptr": marks} | strides(q=batch.q, v=batch.v, o=out)
     if batch.has_context_queries:
         tile = batch.tile("ctx_fwd")
         arguments = {**outputs, **batch.context_inputs(), **batch.sizes(tile), "AHEAD": tile.ahead}
@@ -234,7 +233,7 @@ def forward_launches(batch: Batch, out: Tensor, lse: Tensor) -> list[Launch]:
         tile = batch.tile("sum_fwd")
         arguments = {**outputs, **batch.sum_inputs(), **batch.sizes(tile)}
         launches.append(Launch(sum_fwd_kernel, batch.row_grid(batch.num_sum, tile), arguments, tile))
-    return launches
+    return [*launches, rows_launch(batch, marks, out, lse)]
 
 
 def forward(

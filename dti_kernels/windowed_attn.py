@@ -50,6 +50,9 @@ def windowed_attn(
         reset: blends what [SUM] rows read of far context back to initial states; None: no reset.
         scale: of the dot products; default `D ** -0.5`.
 
+    A number that is not finite makes the rows that may see it NaN, or what IEEE arithmetic makes of it, and changes no other: their results
+    stay bitwise on CPUs, within rounding on GPUs. So do gradients, of rows and of the keys that only such rows see.
+
     Under autocast, inputs are cast to its dtype as for any other attention.
 
     Returns:

@@ -33,10 +33,16 @@ def parity_shares(
 ) -> dict[str, float]:
     """By tensor, the share of its error budget that `implementation` uses; above 1 it is not within it."""
     actual = case.inputs(dtype, device).run(implementation)
+    return testing.shares(
+        actual, *golden_and_budgets(case, dtype, rounds_factors(dtype, device), device), dtype
+    )
+
+
+def rounds_factors(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether the implementation that computes `dtype` on `device` in this process rounds the factors of its products to it."""
     # Triton's interpreter computes bfloat16 in float32.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.float16
-    rounds_factors = interpreted or torch.device(device).type != "cpu"
-    return testing.shares(actual, *golden_and_budgets(case, dtype, rounds_factors, device), dtype)
+    return interpreted or torch.device(device).type != "cpu"
 
 
 def golden_and_budgets(

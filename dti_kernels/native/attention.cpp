@@ -55,13 +55,18 @@ template <class Make> bool run_tasks(const Arguments& x, Index count, const Make
     return !tasks.failed;
 }
 
-template <class F> bool run_segments(const Arguments& x, const std::vector<Segment>& segments, bool backward, double* slopes) {
-    return run_tasks(x, Index(segments.size()) * x.num_groups, [&] {
-        return [&, worker = Worker<F>(x, backward)](Index task) mutable {
+// What a pass returns; `dti_forward_...` below.
+enum Status { DONE, NO_MEMORY, NOT_FINITE };
+
+template <class F> Status run_segments(const Arguments& x, const std::vector<Segment>& segments, bool backward, double* slopes) {
+    std::atomic<bool> not_finite{false};
+    const bool done = run_tasks(x, Index(segments.size()) * x.num_groups, [&] {
+        return [&, worker = Worker<F>(x, backward, not_finite)](Index task) mutable {
             const Index segment = task / x.num_groups;
             worker.run(segments[segment], task % x.num_groups, slopes ? slopes + segment * x.num_heads : nullptr);
         };
     });
+    return !done ? NO_MEMORY : not_finite ? NOT_FINITE : DONE;
 }
 
 // Gradients of neighbouring keys: sums over segments, in their order. `kind`: 0 keys, 1 values, 2 and 3 those of the initial states.
@@ -93,15 +98,16 @@ template <class F> int64_t num_gradients(const Arguments& x) {
 }
 
 template <class F> int forward(const Arguments& x) try {
-    return run_segments<F>(x, segments_of<F>(x), false, nullptr) ? 0 : 1;
+    return run_segments<F>(x, segments_of<F>(x), false, nullptr);
 } catch (const std::bad_alloc&) {
-    return 1;
+    return NO_MEMORY;
 }
 
 template <class F> int backward(const Arguments& x) try {
     const std::vector<Segment> segments = segments_of<F>(x);
     std::vector<double> slopes(x.dslopes ? segments.size() * x.num_heads : 0);
-    if (!run_segments<F>(x, segments, true, x.dslopes ? slopes.data() : nullptr)) return 1;
+    const Status status = run_segments<F>(x, segments, true, x.dslopes ? slopes.data() : nullptr);
+    if (status != DONE) return status;
     for (size_t i = 0; i < slopes.size(); i++) x.dslopes[i % x.num_heads] += slopes[i];
     if (x.k_sum) {  // then nobody reads the keys of [SUM] rows
         const Index row_size = x.num_groups * x.head_dim;
@@ -119,15 +125,15 @@ template <class F> int backward(const Arguments& x) try {
             sum_gradients<F>(x, segments, keys, false, true, 3, F(1), x.dv_initial);
         };
     });
-    return summed ? 0 : 1;
+    return summed ? DONE : NO_MEMORY;
 } catch (const std::bad_alloc&) {
-    return 1;
+    return NO_MEMORY;
 }
 
 }  // namespace
 
 extern "C" {
-// 0, or 1 where memory ran out.
+// 0; 1 where memory ran out; 2 where numbers are not finite that reach rows which do not see them, so that what was written is void.
 int dti_forward_float32(const Arguments* x) { return forward<float>(*x); }
 int dti_forward_float64(const Arguments* x) { return forward<double>(*x); }
 int dti_backward_float32(const Arguments* x) { return backward<float>(*x); }

@@ -1,6 +1,9 @@
 // What one thread does with a segment and a key head: tiles of rows, their scores, what they read, and all gradients.
 #pragma once
+#include <atomic>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "segments.h"
 
@@ -11,17 +14,19 @@ namespace dti {
 #endif
 constexpr int TILE_ROWS = DTI_TILE_ROWS;  // times query heads of the group, of a tile
 constexpr int CHUNK = 64;  // keys that a tile meets at a time: rows of values and their gradients stay in the L1 cache
-constexpr double HIDDEN = -1e30;  // score of a key that a row does not see
+template <class F> constexpr F HIDDEN = -std::numeric_limits<F>::infinity();  // score of a key that a row does not see
 
 // One thread's memory and everything that it does with a segment and a key head.
 template <class F> class Worker {
   public:
-    Worker(const Arguments& arguments, bool with_gradients)
-        : x(arguments), backward(with_gradients), per_group(arguments.num_heads / arguments.num_groups),
+    // `not_finite` is set where rows may meet keys that they do not see, of which one or the other is not finite: results hold anything then.
+    Worker(const Arguments& arguments, bool with_gradients, std::atomic<bool>& not_finite)
+        : x(arguments), backward(with_gradients), not_finite(not_finite), per_group(arguments.num_heads / arguments.num_groups),
           depth(padded_depth<F>(arguments)), scale(F(arguments.scale)) {}
 
     // `slopes`: where the (H,) gradients of slopes are added to; null where nobody asks.
     void run(const Segment& segment, Index key_head, double* slopes) {
+        if (not_finite) return;
         s = &segment, g = key_head, slope_gradients = s->sums ? slopes : nullptr;
         two_streams = s->sums && x.k_initial;
         pack();
@@ -49,6 +54,8 @@ template <class F> class Worker {
 
     const Arguments& x;
     const bool backward;
+    std::atomic<bool>& not_finite;
+    V<F> zeros = {};  // sums of 0 times what is packed: NaN where that is not finite
     const Index per_group, depth;
     const F scale;
     const Segment* s = nullptr;
@@ -85,8 +92,10 @@ template <class F> class Worker {
 
     void pack() {
         const void* keys = s->sums && x.k_sum ? x.k_sum : x.k;
+        zeros = V<F>{};
         pack_stream(current, keys, x.v);
         if (two_streams) pack_stream(initial, x.k_initial, x.v_initial);
+        if (sum_of<F>(zeros) != 0) not_finite = true;
         if (!backward) return;
         const Index size = s->num_keys * depth;
         F* gradients = static_cast<F*>(x.key_gradients) + s->gradients + g * 2 * num_streams(x, s->sums) * size;
@@ -115,7 +124,16 @@ template <class F> class Worker {
 
     void pack_rows(std::vector<F>& memory, const void* tensor) {
         F* to = sized(memory, s->num_keys * depth);
-        for (Index key = 0; key < s->num_keys; key++) copy_padded(to + key * depth, key_row(tensor, key));
+        for (Index key = 0; key < s->num_keys; key++) {
+            copy_padded(to + key * depth, key_row(tensor, key));
+            add_zeros(to + key * depth, depth);
+        }
+    }
+
+    void add_zeros(const F* row, Index count) {
+        Index d = 0;
+        for (; d + LANES<F> <= count; d += LANES<F>) zeros += load(row + d) * F(0);
+        for (; d < count; d++) zeros[0] += row[d] * F(0);
     }
 
     void copy_padded(F* to, const F* row) const {
@@ -129,6 +147,7 @@ template <class F> class Worker {
         for (Index key = 0; key < s->num_keys; key++) {
             const F* row = key_row(tensor, key);
             const Index filled = row ? x.head_dim : 0;
+            add_zeros(row, filled);
             F* panel = to + key / NR<F> * NR<F> * depth + key % NR<F>;
             for (Index d = 0; d < filled; d++) panel[d * NR<F>] = row[d];
             for (Index d = filled; d < depth; d++) panel[d * NR<F>] = F(0);
@@ -310,14 +329,15 @@ template <class F> class Worker {
                     p[range.first + c] = p[range.first + c] * scale - slope * (farthest - F(c));
             });
         }
-        F own = F(HIDDEN);
+        F own = HIDDEN<F>;
         if (s->sums) own = scale * dot(query_row(x.q, row, r), row_of(x.k_sum ? x.k_sum : x.k, row));
         for_panels(block, columns, [&](Range range) { hide(p, range, &seen[2 * i]); });
         F& lse = static_cast<F*>(x.lse)[(g * per_group + r) * (x.num_rows - x.num_skipped) + row - x.num_skipped];
         // The backward knows a shift that no power is large with; it is rounded, so the sum of powers is only about 1.
         const F most = backward ? lse : max(own, largest(block, p) * factor);
+        if (backward && !std::isfinite(lse)) not_finite = true;
         V<F> sum_of_keys = {};
-        const V<F> times = all(factor), minus = all(-most), threshold = all(F(HIDDEN));
+        const V<F> times = all(factor), minus = all(-most), threshold = all(HIDDEN<F>);
         for_panels(block, columns, [&](Range range) {
             for (Index c = range.first; c < range.stop; c += NR<F>) {
                 const V<F> scores_c[2] = {load(p + c), load(p + c + LANES<F>)};
@@ -337,7 +357,7 @@ template <class F> class Worker {
     }
 
     F largest(const Block& block, const F* p) const {
-        V<F> most = all(F(HIDDEN));
+        V<F> most = all(HIDDEN<F>);
         for_panels(block, {0, num_columns}, [&](Range range) {
             for (Index c = range.first; c < range.stop; c += LANES<F>) {
                 const V<F> value = load(p + c);
@@ -353,10 +373,10 @@ template <class F> class Worker {
         for (int part = 0; part < 2; part++) {
             const Range seen_here = common(visible[part], range);
             if (seen_here.empty()) continue;
-            std::fill(p + first, p + seen_here.first, F(HIDDEN));
+            std::fill(p + first, p + seen_here.first, HIDDEN<F>);
             first = seen_here.stop;
         }
-        std::fill(p + first, p + range.stop, F(HIDDEN));
+        std::fill(p + first, p + range.stop, HIDDEN<F>);
     }
 
     void finish_with_output() {
@@ -470,8 +490,10 @@ template <class F> class Worker {
             const F* p_t = p + t * num_columns;
             F* ds_t = ds + t * CHUNK;
             if (two_streams) blend(ds_t, ds_initial + t * CHUNK, ratio_of(t) + chunk.first, local);
-            for (Index c = local.first; c < local.stop; c += LANES<F>)
-                store(ds_t + c, load(p_t + c) * (load(ds_t + c) - all(delta[t])));
+            for (Index c = local.first; c < local.stop; c += LANES<F>) {
+                const V<F> p_c = load(p_t + c);
+                store(ds_t + c, p_c == V<F>{} ? p_c : p_c * (load(ds_t + c) - all(delta[t])));  // 0 also where d_out . v overflows
+            }
         });
         if (slope_gradients) add_slope_gradients(ds, chunk);
         if (two_streams)
@@ -491,6 +513,7 @@ template <class F> class Worker {
             copy_padded(to + t * depth, query_row(x.grad_out, row, r));
             for (Index d = 0; d < x.head_dim; d++) to[t * depth + d] *= inverse[t];
             delta[t] = dot(to + t * depth, query_row(x.out, row, r));
+            if (!std::isfinite(delta[t])) not_finite = true;
         }
     }
 

@@ -16,6 +16,7 @@ from benchmarks.rehearsal import DEVICE
 from benchmarks.workloads import AttentionInputs, Workload
 from dti_kernels import StreamLayout, windowed_attn
 from tests.cases import CASES, Case
+from tests.kernels.not_finite import STREAMS, check_isolation
 from tests.numerics import check_shares, parity_shares
 
 pytestmark = [
@@ -119,6 +120,13 @@ def test_nothing_leaks_from_what_a_row_may_not_see(name: str) -> None:
             changed[leaf_name][key] += 3.0
         other = dataclasses.replace(x, leaves=changed).call(windowed_attn)
         assert torch.equal(other[~visible[:, key]], out[~visible[:, key]])
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_numbers_that_are_not_finite_are_isolated(stream: str) -> None:
+    cases = [next(case for case in CASES if case.name == "prefix"), *([LLAMA] if DEVICE == "cuda" else [])]
+    for case, value in zip(cases, (float("nan"), float("inf"))):
+        check_isolation(case, windowed_attn, torch.bfloat16, stream, value, bitwise=False, device=DEVICE)
 
 
 def test_unwritten_memory_is_never_read() -> None:

@@ -24,6 +24,18 @@ pytestmark = pytest.mark.skipif(
 from benchmarks import precompile, stand_in  # noqa: E402
 from benchmarks.measure import read_rows  # noqa: E402
 
+KERNELS = (
+    "ctx_fwd",
+    "ctx_dq",
+    "ctx_dkv",
+    "sum_fwd",
+    "sum_dq",
+    "sum_self",
+    "sum_dkv",
+    "isolated_rows",
+    "isolated_keys",
+)
+
 
 def launches_of(arch: str, calls: list[Callable[[], object]]) -> list[Any]:
     with stand_in.recorded(arch) as launches:
@@ -47,7 +59,7 @@ def test_every_launch_of_every_case_is_accepted(arch: str) -> None:
     """Every backward was refused (`Keyword argument lse_ptr was specified but unrecognised`), which the interpreter did not notice."""
     launches = launches_of(arch, every_call())
     kernels = {launch.kernel.fn.__name__ for launch in launches}
-    assert len(kernels) == 7, kernels
+    assert kernels == {f"{kernel}_kernel" for kernel in KERNELS}
     for launch in launches:
         assert set(launch.arguments) == {parameter.name for parameter in launch.kernel.params}
         assert 1 <= launch.grid[0] < 2**31
@@ -89,7 +101,7 @@ def test_lengths_compile_nothing_new() -> None:
     same = [case for case in same if not case.name.startswith("no_targets")]
     assert len(same) > 8
     first, *others = (kernels_of(partial(gpu_calls.run, case, torch.bfloat16)) for case in same)
-    assert len(first) == 7
+    assert len(first) == 10  # rows are isolated in two ways
     for case, kernels in zip(same[1:], others):
         assert kernels == first, case.name
 
@@ -102,9 +114,6 @@ def compilations() -> dict[stand_in.Key, Any]:
     launches = launches_of("sm_90", calls)
     with stand_in.driver_of("sm_90"):
         return stand_in.distinct(launches)
-
-
-KERNELS = ("ctx_fwd", "ctx_dq", "ctx_dkv", "sum_fwd", "sum_dq", "sum_self", "sum_dkv")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
