@@ -14,11 +14,18 @@ It holds because all of the history lies inside the window of each of its intera
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 import torch
 
+from dti_kernels.counts import (
+    Counts,
+    Lengths,
+    check_counts,
+    check_num_prompts,
+    check_num_rows,
+    nested_counts_of,
+)
 from dti_kernels.layout import (
     INTERACTION,
     NUM_ROW_FIELDS,
@@ -30,8 +37,6 @@ from dti_kernels.layout import (
     RESET_ID,
     START,
     STOP,
-    Counts,
-    Lengths,
     StreamLayout,
 )
 
@@ -59,8 +64,9 @@ def candidate_layout(
         interaction, candidates. In `interaction`, prefix and history are -1 and candidates count from 0.
 
     Raises:
-        ValueError: a count is negative, a text is empty, a history is longer than the window, or the arguments disagree in
-            length; the message names the place.
+        TypeError: a count is no integer, or an argument no sequence of them; the message names the place.
+        ValueError: a count is negative, a text is empty, a history is longer than the window, there are 2**30 rows or more, or
+            the arguments disagree in length; the message names the place.
 
     Cost: O(T) on the host. Attention over it: O(T x (longest history + candidate)).
 
@@ -72,7 +78,7 @@ def candidate_layout(
     >>> layout.start.tolist(), layout.stop.tolist()
     ([0, 0, 0, 3, 3, 5, 3, 5], [1, 2, 3, 4, 5, 6, 5, 6])
     """
-    counts = Counts.check(item_lengths, label_lengths, [0] * len(item_lengths), window, prefix_lengths)
+    counts = Counts.check(item_lengths, label_lengths, None, window, prefix_lengths)
     num_candidates, lengths = _check_candidates(counts, candidate_lengths)
     rows, keys = _spans(counts, num_candidates, lengths)
     return StreamLayout.of_arrays(rows, keys, window=0, reset_window=counts.window, device=device)
@@ -80,25 +86,17 @@ def candidate_layout(
 
 def _check_candidates(counts: Counts, candidate_lengths: Sequence[Lengths]) -> tuple[np.ndarray, np.ndarray]:
     """`(P,)` candidates of each prompt and `(M,)` tokens of all candidates."""
-    num_prompts = len(counts.interactions)
-    if len(candidate_lengths) != num_prompts:
-        raise ValueError(
-            f"candidate_lengths must have one entry per prompt ({num_prompts}), got {len(candidate_lengths)}"
-        )
+    lengths, num_candidates = nested_counts_of("candidate_lengths", candidate_lengths)
+    check_num_prompts("candidate_lengths", num_candidates, len(counts.interactions))
     too_long = np.flatnonzero(counts.interactions > counts.window)
     if too_long.size:
         raise ValueError(
             f"item_lengths[{int(too_long[0])}] must have at most window = {counts.window} interactions, "
             f"got {int(counts.interactions[too_long[0]])}: keep the last {counts.window}"
         )
-    num_candidates = np.fromiter(map(len, candidate_lengths), np.int64, num_prompts)
-    lengths = np.fromiter(chain.from_iterable(candidate_lengths), np.int64, int(num_candidates.sum()))
-    empty = np.flatnonzero(lengths < 1)
-    if empty.size:
-        stops = np.cumsum(num_candidates)
-        prompt = int(np.searchsorted(stops, empty[0], side="right"))
-        place = int(empty[0] - stops[prompt] + num_candidates[prompt])
-        raise ValueError(f"candidate_lengths[{prompt}][{place}] must be >= 1, got {int(lengths[empty[0]])}")
+    check_counts("candidate_lengths", lengths, num_candidates, 1)
+    history = counts.item.sum() + counts.label.sum() + counts.prefix.sum()
+    check_num_rows(int(history + lengths.sum() + len(lengths)))
     return num_candidates, lengths
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dti_kernels.layout import StreamLayout
 from dti_kernels.scores import HiddenStateReset
-from dti_kernels.windowed_attn import check_arguments
+from dti_kernels.windowed_attn import check_types, checked_inputs
 
 
 def windowed_attn_reference(
@@ -28,8 +28,8 @@ def windowed_attn_reference(
     scale: float | None = None,
 ) -> Tensor:
     """Dense reference of `windowed_attn`, with the same arguments, errors and result. Cost: O(T x C) time and memory."""
-    check_arguments(q, k, v, layout, k_sum, alibi_slopes, reset)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_types(q, k, v, layout, k_sum, alibi_slopes, reset)
+    _, scale = checked_inputs(q, k, v, layout, k_sum, alibi_slopes, reset, scale)
     k_sum = k if k_sum is None else k_sum
     num_context, group = layout.num_context, q.shape[1] // k.shape[1]
     k, v, k_sum = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v, k_sum))  # (H, T, D)

@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dti_kernels.counts import integer, shown
 
 # Entries of a table that is not worth cutting.
 _SHORT_TABLE = 4096
@@ -36,6 +39,7 @@ class HiddenStateReset:
             item text has seen the window, whose states have seen what lies before it, from the third layer on.
 
     Raises:
+        TypeError: a ratio or the steepness is no number; nor is a bool, or a tensor, whose gradient would be lost.
         ValueError: a ratio outside [0, 1], `alpha_max < alpha_min`, or a steepness that is not positive.
     """
 
@@ -47,6 +51,8 @@ class HiddenStateReset:
     alpha_own: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("alpha_min", "alpha_max", "steepness", "alpha_own"):
+            real(name, getattr(self, name))
         if not 0.0 <= self.alpha_min <= self.alpha_max <= 1.0:
             raise ValueError(
                 f"reset ratios must hold 0 <= alpha_min <= alpha_max <= 1, got {self.alpha_min} and {self.alpha_max}"
@@ -88,6 +94,13 @@ class HiddenStateReset:
 _tables: dict[tuple[Any, ...], Tensor] = {}
 
 
+def real(name: str, value: float) -> float:
+    """`value`, or TypeError where it is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    return value
+
+
 def _ratio_table(
     alpha_min: float, alpha_max: float, steepness: float, alpha_own: float, window: int, length: int
 ) -> Tensor:
@@ -105,13 +118,13 @@ def default_alibi_slopes(num_heads: int, device: torch.device | str | None = Non
     every other slope of the next larger one.
 
     Raises:
-        ValueError: `num_heads` < 1.
+        TypeError: `num_heads` is no integer.
+        ValueError: it is not in [1, 2**16), as many as a GPU's grid holds.
 
     >>> default_alibi_slopes(4).tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
     """
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be >= 1, got {num_heads}")
+    num_heads = integer("num_heads", num_heads, 1, 2**16)
     power = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
     slopes += [2.0 ** (-4.0 * i / power) for i in range(1, 2 * (num_heads - power), 2)]

@@ -10,7 +10,7 @@
 //
 // Time O(T (window + block)), memory O(T) beside a tile of scores per thread. Built and called by cpu_native.py.
 #include <atomic>
-#include <new>
+#include <exception>
 #include <thread>
 
 #include "worker.h"
@@ -31,7 +31,7 @@ template <class Make> struct Tasks {
         try {
             auto run = self.make();
             for (Index task; (task = self.next++) < self.count;) run(task);
-        } catch (const std::bad_alloc&) {
+        } catch (const std::exception&) {  // no memory, or more of it than there can be
             self.failed = true;
         }
     }
@@ -48,7 +48,10 @@ template <class Make> bool run_tasks(const Arguments& x, Index count, const Make
         reinterpret_cast<Parallel>(x.parallel)(&Tasks<Make>::work, &tasks, num_threads, 0);
     } else {
         std::vector<std::thread> threads;
-        for (unsigned i = 1; i < num_threads; i++) threads.emplace_back(&Tasks<Make>::work, &tasks);
+        try {
+            for (unsigned i = 1; i < num_threads; i++) threads.emplace_back(&Tasks<Make>::work, &tasks);
+        } catch (const std::exception&) {  // a limit of threads: those that there are do all tasks
+        }
         Tasks<Make>::work(&tasks);
         for (std::thread& thread : threads) thread.join();
     }
@@ -86,22 +89,30 @@ void sum_gradients(const Arguments& x, const std::vector<Segment>& segments, Ran
     }
 }
 
-template <class F> int64_t num_gradients(const Arguments& x) {
+enum Status { DONE, NO_MEMORY, NO_LAYOUT };
+
+// A status that is not DONE as a negative number.
+template <class F> int64_t num_gradients(const Arguments& x) try {
+    if (!is_layout(x)) return -NO_LAYOUT;
     int64_t count = 0;
     for (const Segment& segment : segments_of<F>(x)) count += segment.num_gradients;
     return count;
+} catch (const std::exception&) {
+    return -NO_MEMORY;
 }
 
 template <class F> int forward(const Arguments& x) try {
-    return run_segments<F>(x, segments_of<F>(x), false, nullptr) ? 0 : 1;
-} catch (const std::bad_alloc&) {
-    return 1;
+    if (!is_layout(x)) return NO_LAYOUT;
+    return run_segments<F>(x, segments_of<F>(x), false, nullptr) ? DONE : NO_MEMORY;
+} catch (const std::exception&) {
+    return NO_MEMORY;
 }
 
 template <class F> int backward(const Arguments& x) try {
+    if (!is_layout(x)) return NO_LAYOUT;
     const std::vector<Segment> segments = segments_of<F>(x);
     std::vector<double> slopes(x.dslopes ? segments.size() * x.num_heads : 0);
-    if (!run_segments<F>(x, segments, true, x.dslopes ? slopes.data() : nullptr)) return 1;
+    if (!run_segments<F>(x, segments, true, x.dslopes ? slopes.data() : nullptr)) return NO_MEMORY;
     for (size_t i = 0; i < slopes.size(); i++) x.dslopes[i % x.num_heads] += slopes[i];
     if (x.k_sum) {  // then nobody reads the keys of [SUM] rows
         const Index row_size = x.num_groups * x.head_dim;
@@ -119,15 +130,15 @@ template <class F> int backward(const Arguments& x) try {
             sum_gradients<F>(x, segments, keys, false, true, 3, F(1), x.dv_initial);
         };
     });
-    return summed ? 0 : 1;
-} catch (const std::bad_alloc&) {
-    return 1;
+    return summed ? DONE : NO_MEMORY;
+} catch (const std::exception&) {
+    return NO_MEMORY;
 }
 
 }  // namespace
 
 extern "C" {
-// 0, or 1 where memory ran out.
+// A `Status`.
 int dti_forward_float32(const Arguments* x) { return forward<float>(*x); }
 int dti_forward_float64(const Arguments* x) { return forward<double>(*x); }
 int dti_backward_float32(const Arguments* x) { return backward<float>(*x); }
