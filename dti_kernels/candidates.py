@@ -95,8 +95,7 @@ def _check_candidates(counts: Counts, candidate_lengths: Sequence[Lengths]) -> t
             f"got {int(counts.interactions[too_long[0]])}: keep the last {counts.window}"
         )
     check_counts("candidate_lengths", lengths, num_candidates, 1)
-    history = counts.item.sum() + counts.label.sum() + counts.prefix.sum()
-    check_num_rows(int(history + lengths.sum() + len(lengths)))
+    check_num_rows(counts.num_rows + int(lengths.sum()) + len(lengths))
     return num_candidates, lengths
 
 

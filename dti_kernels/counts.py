@@ -49,14 +49,14 @@ def counts_of(name: str, values: Any) -> np.ndarray:
 
 def nested_counts_of(name: str, values: Any) -> tuple[np.ndarray, np.ndarray]:
     """A sequence of sequences of integers: all of them, one after the other, and `(P,)` how many there are in each."""
-    values = _sequence(name, values, "sequences of integers")
-    parts = [part if type(part) is list else _sequence(f"{name}[{i}]", part) for i, part in enumerate(values)]
+    parts = _sequence(name, values, "sequences of integers")
+    kinds = set(map(type, parts))
+    if not kinds <= {list, tuple}:
+        parts = [_sequence(f"{name}[{i}]", part) for i, part in enumerate(parts)]
     sizes = np.fromiter(map(len, parts), np.int64, len(parts))
-    if all(type(part) is np.ndarray for part in parts):
-        return np.concatenate([np.empty(0, np.int64), *parts]), sizes
-    flat = list(
-        chain.from_iterable(part.tolist() if isinstance(part, np.ndarray) else part for part in parts)
-    )
+    if kinds == {np.ndarray} and all(isinstance(part, np.ndarray) for part in parts):
+        return np.concatenate(parts), sizes
+    flat = list(chain.from_iterable(parts))
     return _int64(flat, lambda place: f"{name}{_indices(sizes, place)}"), sizes
 
 
@@ -68,6 +68,8 @@ def _indices(sizes: np.ndarray, place: int) -> str:
 
 def _sequence(name: str, values: Any, of: str = "integers") -> Any:
     """Anything of a length and an order as it is; an array of integers as int64."""
+    if type(values) is list or type(values) is tuple:
+        return values
     if isinstance(values, np.ndarray) and of == "integers":
         if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
             raise TypeError(
@@ -102,8 +104,9 @@ def _int64(values: Any, named: Callable[[int], str]) -> np.ndarray:
 def check_counts(name: str, values: np.ndarray, sizes: np.ndarray | None, least: int) -> None:
     """Raise ValueError, with the place, unless all are in [least, MAX_ROWS). `sizes`: of the parts of a nested sequence."""
     # As unsigned numbers, what is below `least` lies above everything.
-    bad = np.flatnonzero((values - least).view(np.uint64) >= MAX_ROWS - least)
-    if bad.size:
+    outside = (values - least).view(np.uint64) >= MAX_ROWS - least
+    if outside.any():
+        bad = np.flatnonzero(outside)
         place, value = int(bad[0]), int(values[bad[0]])
         indices = f"[{place}]" if sizes is None else _indices(sizes, place)
         bound = f">= {least}" if value < least else f"< {MAX_ROWS:,} tokens"
@@ -132,6 +135,7 @@ class Counts:
     targets: np.ndarray  # (P,), at most `interactions`
     prefix: np.ndarray  # (P,)
     window: int
+    num_rows: int
 
     @staticmethod
     def check(
@@ -144,21 +148,26 @@ class Counts:
         """`num_targets`: None where no interaction is a target."""
         item, interactions = nested_counts_of("item_lengths", item_lengths)
         label, labels = nested_counts_of("label_lengths", label_lengths)
-        none = np.zeros(len(interactions), np.int64)
-        targets = none if num_targets is None else counts_of("num_targets", num_targets)
-        prefix = none if prefix_lengths is None else counts_of("prefix_lengths", prefix_lengths)
-        for name, values in (("label_lengths", labels), ("num_targets", targets), ("prefix_lengths", prefix)):
-            check_num_prompts(name, values, len(interactions))
-        different = np.flatnonzero(interactions != labels)
-        if different.size:
-            prompt = int(different[0])
+        num_prompts = len(interactions)
+        targets = prefix = np.zeros(num_prompts, np.int64)
+        check_num_prompts("label_lengths", labels, num_prompts)
+        if num_targets is not None:
+            targets = counts_of("num_targets", num_targets)
+            check_num_prompts("num_targets", targets, num_prompts)
+            targets = np.minimum(targets, interactions)
+            check_counts("num_targets", targets, None, 0)
+        if prefix_lengths is not None:
+            prefix = counts_of("prefix_lengths", prefix_lengths)
+            check_num_prompts("prefix_lengths", prefix, num_prompts)
+            check_counts("prefix_lengths", prefix, None, 0)
+        different = interactions != labels
+        if different.any():
+            prompt = int(np.flatnonzero(different)[0])
             raise ValueError(
                 f"prompt {prompt}: item_lengths has {interactions[prompt]} interactions, label_lengths {labels[prompt]}"
             )
-        targets = np.minimum(targets, interactions)
         check_counts("item_lengths", item, interactions, 1)
         check_counts("label_lengths", label, interactions, 0)
-        check_counts("num_targets", targets, None, 0)
-        check_counts("prefix_lengths", prefix, None, 0)
-        check_num_rows(int(item.sum() + label.sum() + prefix.sum() + targets.sum()))
-        return Counts(item, label, interactions, targets, prefix, integer("window", window, 0))
+        num_rows = int(item.sum() + label.sum() + prefix.sum() + targets.sum())
+        check_num_rows(num_rows)
+        return Counts(item, label, interactions, targets, prefix, integer("window", window, 0), num_rows)

@@ -67,10 +67,12 @@ class StreamLayout:
     )
 
     def __post_init__(self, checked: bool) -> None:
+        if checked:
+            return
         check_arrays(self.rows, self.keys)
         for name, least in (("window", 0), ("reset_window", 0), ("mean_span", 1)):
             integer(name, getattr(self, name), least)
-        if not checked and type(self.rows) is Tensor and not self.rows.is_meta:
+        if type(self.rows) is Tensor and not self.rows.is_meta:
             check_spans(self.rows, self.keys)
 
     @staticmethod
