@@ -78,7 +78,7 @@ def candidate_layout(
     >>> layout.start.tolist(), layout.stop.tolist()
     ([0, 0, 0, 3, 3, 5, 3, 5], [1, 2, 3, 4, 5, 6, 5, 6])
     """
-    counts = Counts.check(item_lengths, label_lengths, None, window, prefix_lengths)
+    counts = Counts.check(item_lengths, label_lengths, window, prefix_lengths)
     num_candidates, lengths = _check_candidates(counts, candidate_lengths)
     rows, keys = _spans(counts, num_candidates, lengths)
     return StreamLayout.of_arrays(rows, keys, window=0, reset_window=counts.window, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -71,9 +71,10 @@ def _sequence(name: str, values: Any, of: str = "integers") -> Any:
     if type(values) is list or type(values) is tuple:
         return values
     if isinstance(values, np.ndarray) and of == "integers":
-        if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        is_masked = isinstance(values, np.ma.MaskedArray)
+        if values.ndim != 1 or is_masked or (values.size and values.dtype.kind not in "iu"):
             raise TypeError(
-                f"{name} must be a sequence of integers, got an array of {values.dtype} of shape {values.shape}"
+                f"{name} must be a sequence of integers, got a {type(values).__name__} of {values.dtype} of shape {values.shape}"
             )
         # uint64 would wrap: its numbers are looked at one by one.
         return (
@@ -141,24 +142,17 @@ class Counts:
     def check(
         item_lengths: Sequence[Lengths],
         label_lengths: Sequence[Lengths],
-        num_targets: Lengths | None,
         window: int,
         prefix_lengths: Lengths | None,
     ) -> Counts:
-        """`num_targets`: None where no interaction is a target."""
+        """Counts without targets."""
         item, interactions = nested_counts_of("item_lengths", item_lengths)
         label, labels = nested_counts_of("label_lengths", label_lengths)
-        num_prompts = len(interactions)
-        targets = prefix = np.zeros(num_prompts, np.int64)
-        check_num_prompts("label_lengths", labels, num_prompts)
-        if num_targets is not None:
-            targets = counts_of("num_targets", num_targets)
-            check_num_prompts("num_targets", targets, num_prompts)
-            targets = np.minimum(targets, interactions)
-            check_counts("num_targets", targets, None, 0)
+        prefix = targets = np.zeros(len(interactions), np.int64)
+        check_num_prompts("label_lengths", labels, len(interactions))
         if prefix_lengths is not None:
             prefix = counts_of("prefix_lengths", prefix_lengths)
-            check_num_prompts("prefix_lengths", prefix, num_prompts)
+            check_num_prompts("prefix_lengths", prefix, len(interactions))
             check_counts("prefix_lengths", prefix, None, 0)
         different = interactions != labels
         if different.any():
@@ -168,6 +162,16 @@ class Counts:
             )
         check_counts("item_lengths", item, interactions, 1)
         check_counts("label_lengths", label, interactions, 0)
-        num_rows = int(item.sum() + label.sum() + prefix.sum() + targets.sum())
+        num_rows = int(item.sum() + label.sum() + prefix.sum())
         check_num_rows(num_rows)
         return Counts(item, label, interactions, targets, prefix, integer("window", window, 0), num_rows)
+
+    def with_targets(self, num_targets: Lengths) -> Counts:
+        """The same with targets, at most all interactions of a prompt."""
+        targets = counts_of("num_targets", num_targets)
+        check_num_prompts("num_targets", targets, len(self.interactions))
+        targets = np.minimum(targets, self.interactions)
+        check_counts("num_targets", targets, None, 0)
+        num_rows = self.num_rows + int(targets.sum())
+        check_num_rows(num_rows)
+        return replace(self, targets=targets, num_rows=num_rows)

@@ -113,7 +113,7 @@ class StreamLayout:
         >>> layout.start.tolist(), layout.stop.tolist()
         ([0, 0, 0, 0, 0, 3, 3, 3, 0, 3], [1, 2, 3, 4, 5, 6, 7, 8, 4, 7])
         """
-        counts = Counts.check(item_lengths, label_lengths, num_targets, window, prefix_lengths)
+        counts = Counts.check(item_lengths, label_lengths, window, prefix_lengths).with_targets(num_targets)
         rows, keys = _spans(counts)
         return StreamLayout.of_arrays(rows, keys, counts.window, counts.window, device)
 

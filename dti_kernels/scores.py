@@ -51,17 +51,17 @@ class HiddenStateReset:
     alpha_own: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("alpha_min", "alpha_max", "steepness", "alpha_own"):
-            real(name, getattr(self, name))
-        if not 0.0 <= self.alpha_min <= self.alpha_max <= 1.0:
+        alpha_min, alpha_max = real("alpha_min", self.alpha_min), real("alpha_max", self.alpha_max)
+        if not 0.0 <= alpha_min <= alpha_max <= 1.0:
             raise ValueError(
-                f"reset ratios must hold 0 <= alpha_min <= alpha_max <= 1, got {self.alpha_min} and {self.alpha_max}"
+                "reset ratios must hold 0 <= alpha_min <= alpha_max <= 1, "
+                f"got {shown(self.alpha_min)} and {shown(self.alpha_max)}"
             )
-        if not 0.0 <= self.alpha_own <= 1.0:
-            raise ValueError(f"alpha_own must be in [0, 1], got {self.alpha_own}")
+        if not 0.0 <= real("alpha_own", self.alpha_own) <= 1.0:
+            raise ValueError(f"alpha_own must be in [0, 1], got {shown(self.alpha_own)}")
         # Not math.isfinite, which torch.compile of PyTorch 2.11 cannot trace.
-        if not 0.0 < self.steepness < math.inf:
-            raise ValueError(f"steepness must be positive and finite, got {self.steepness}")
+        if not 0.0 < real("steepness", self.steepness) < math.inf:
+            raise ValueError(f"steepness must be positive and finite, got {shown(self.steepness)}")
 
     def ratios(
         self, window: int, dtype: torch.dtype, device: torch.device, farthest: int | None = None
@@ -77,7 +77,8 @@ class HiddenStateReset:
         if farthest is not None and length > _SHORT_TABLE:
             # Whole vectors: the last elements of a tensor go through another exp, which may differ in the last bit.
             length = min(length, -(-(farthest + 1) // 64) * 64)
-        settings = (self.alpha_min, self.alpha_max, self.steepness, self.alpha_own, window, length)
+        alphas = float(self.alpha_min), float(self.alpha_max)
+        settings = (*alphas, float(self.steepness), float(self.alpha_own), window, length)
         if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:  # traced, or without data
             return _ratio_table(*settings).to(device=device, dtype=dtype)
         key = (*settings, dtype, device)
@@ -95,10 +96,10 @@ _tables: dict[tuple[Any, ...], Tensor] = {}
 
 
 def real(name: str, value: float) -> float:
-    """`value`, or TypeError where it is no number."""
+    """`value` as a float, infinite where an int is too large for one, or TypeError where it is no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
-    return value
+    return math.inf if isinstance(value, int) and abs(value) >= 2**1023 else float(value)
 
 
 def _ratio_table(

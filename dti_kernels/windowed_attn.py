@@ -67,7 +67,7 @@ def windowed_attn(
     of threads (in PyTorch's implementation, which computes where there is no compiler: with as many).
     """
     check_types(q, k, v, layout, k_sum, alibi_slopes, reset)
-    if torch.is_autocast_enabled(q.device.type):
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v, k_sum, reset = _autocast(q.device.type, q, k, v, k_sum, reset)
     inputs, scale = checked_inputs(q, k, v, layout, k_sum, alibi_slopes, reset, scale)
     out: Tensor = _WindowedAttn.apply(*inputs, scale, layout.mean_span)
@@ -180,6 +180,7 @@ def checked_inputs(
     check_inputs(*inputs)
     if scale is None:
         return inputs, q.shape[2] ** -0.5
-    if not 0.0 <= real("scale", scale) < math.inf:
+    number = real("scale", scale)
+    if not 0.0 <= number < math.inf:
         raise ValueError(f"scale must be finite and >= 0, got {shown(scale)}")
-    return inputs, float(scale)
+    return inputs, number

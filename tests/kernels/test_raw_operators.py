@@ -29,7 +29,7 @@ from tests.kernels.test_cpu_native import built_with
 
 pytestmark = pytest.mark.usefixtures("native")
 
-NUM_CALLS = int(os.environ.get("DTI_TEST_CALLS", "600"))
+NUM_CALLS = int(os.environ.get("DTI_TEST_CALLS", "1000"))
 SANITIZED = "-fsanitize" in os.environ.get("CXX", "")
 DTYPES = [torch.float32, torch.bfloat16]
 WRONG = [
@@ -89,7 +89,7 @@ def test_random_calls(dtype: torch.dtype) -> None:
     rng = random.Random(17)
     torch.manual_seed(17)
     refused = 0
-    for _ in range(NUM_CALLS // 2):
+    for _ in range(NUM_CALLS // 4):  # four each
         call = right_call(rng, dtype)
         out, lse = call.forward()
         for result in (out, lse, *call.backward(out, lse)):
@@ -102,14 +102,14 @@ def test_random_calls(dtype: torch.dtype) -> None:
         for run in (other.forward, lambda other=other, out=out, lse=lse: other.backward(out, lse)):
             with suppress(ValueError):
                 run()
-    assert refused > NUM_CALLS // 4
+    assert refused > NUM_CALLS // 8
 
 
 def test_the_compiled_check_of_spans_is_that_of_the_layout() -> None:
     """Stated twice, in C++ for its speed and in Python for its message: they agree on every layout and on tampered ones."""
     rng = random.Random(5)
     outcomes = {True: 0, False: 0}
-    for _ in range(NUM_CALLS):
+    for _ in range(NUM_CALLS // 4):
         call = tampered(right_call(rng, torch.float32), rng)
         rows, keys = call["rows"], call["keys"]
         keys = torch.zeros_like(keys)  # the C++ does not read them
@@ -126,7 +126,7 @@ def test_the_compiled_check_of_spans_is_that_of_the_layout() -> None:
             right = True
         assert compiled == right, rows
         outcomes[right] += 1
-    assert min(outcomes.values()) > NUM_CALLS // 20
+    assert min(outcomes.values()) > NUM_CALLS // 80
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,9 @@ def unchecked() -> Iterator[None]:
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("name", "with_sums", "change"), [row for row in WRONG if row[0] not in REFUSED], ids=str
+    ("name", "with_sums", "change"),
+    [row for row in WRONG if row[0] not in REFUSED],
+    ids=[name for name in IDS if name not in REFUSED],
 )
 def test_without_the_checks_the_sanitizers_report(
     name: str, with_sums: bool, change: Callable[[Call], Call], tmp_path
