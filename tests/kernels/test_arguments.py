@@ -19,6 +19,7 @@ from dti_kernels import (
     StreamLayout,
     candidate_layout,
     default_alibi_slopes,
+    testing,
     windowed_attn,
     windowed_attn_reference,
 )
@@ -304,3 +305,36 @@ def test_views_of_any_kind() -> None:
     ):
         copy = torch.zeros(x.shape) + view
         assert torch.equal(windowed_attn(view, view, view, layout), windowed_attn(copy, copy, copy, layout))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        ({"dtype": torch.int32}, TypeError, "dtype"),
+        ({"dtype": "float32"}, TypeError, "dtype"),
+        ({"layout": None}, TypeError, "layout"),
+        ({"scale": "1"}, TypeError, "scale"),
+        ({"grad_out": None}, TypeError, "grad_out"),
+        ({"grad_out": X.grad_out[:-1]}, ValueError, "grad_out"),
+        ({"reset": None}, ValueError, "'k_initial', 'v_initial'] unknown"),
+        ({"inputs": {"q": X.leaves["q"]}}, ValueError, "'k', 'v', 'k_initial', 'v_initial'] missing"),
+        ({"inputs": X.leaves | {"k": X.leaves["k"][:-1]}}, ValueError, "k must have shape"),
+        ({"inputs": X.leaves | {"k": [1.0]}}, TypeError, "k must be a Tensor, got list"),
+    ],
+)
+def test_budgets_name_what_is_wrong(change: dict, error: type[Exception], name: str) -> None:
+    """A KeyError, an AttributeError or a message about matmuls, which name no argument."""
+    good = {"inputs": X.leaves, "grad_out": X.grad_out, "layout": X.layout}
+    good |= {"dtype": torch.float32, "reset": X.reset_settings}
+    refused(error, name, lambda: testing.error_budgets(**(good | change)))
+
+
+def test_shares_name_what_is_wrong() -> None:
+    one = {"out": torch.ones(2, 1, 4)}
+    budgets = {"out": testing.Budget(torch.ones(2, 1, 4), torch.zeros(2, 1, 4))}
+    assert testing.shares(one, one, budgets, torch.float32) == {"out": 0.0}
+    refused(ValueError, "budgets", lambda: testing.shares(one, one, {}, torch.float32))
+    refused(TypeError, "out", lambda: testing.shares({"out": [1.0]}, one, budgets, torch.float32))
+    refused(TypeError, "golden out", lambda: testing.shares(one, {"out": 1.0}, budgets, torch.float32))
+    refused(TypeError, "out", lambda: testing.shares({"out": one["out"].int()}, one, budgets, torch.float32))
+    refused(TypeError, "dtype", lambda: testing.shares(one, one, budgets, torch.int64))
