@@ -113,7 +113,8 @@ def _spans(counts: Counts, num_candidates: np.ndarray, lengths: np.ndarray) -> t
     seg_stop = np.cumsum(seg_len)
     seg_first = seg_stop - seg_len
     first = seg_first[prefix_seg]  # (P,) first token of each prompt
-    stop = np.append(first[1:], seg_len.sum())
+    num_context = int(seg_len.sum())
+    stop = np.append(first[1:], num_context)
     candidate_tokens = np.bincount(prompt[is_candidate], lengths, num_prompts).astype(np.int64)
     shared_stop = stop - candidate_tokens  # (P,) end of the history
 
@@ -127,15 +128,14 @@ def _spans(counts: Counts, num_candidates: np.ndarray, lengths: np.ndarray) -> t
         RESET_ID: np.where(place < 0, PREFIX_RESET_ID, reset_id),
         INTERACTION: np.where(is_candidate, place - counts.interactions[prompt], PREFIX_INTERACTION),
     }
-    num_context = int(seg_len.sum())
     tokens = np.arange(num_context)
     rows = np.empty((NUM_ROW_FIELDS, num_context + len(lengths)), np.int32)
+    of_context, of_sums = rows[:, :num_context], rows[:, num_context:]
     for field, values in by_segment.items():
-        rows[field] = np.concatenate([np.repeat(values, seg_len), values[is_candidate]])
-    rows[STOP] = np.concatenate([tokens + 1, seg_stop[is_candidate]])
-    rows[POSITION] = np.concatenate(
-        [tokens - np.repeat(position_0, seg_len), (seg_stop - position_0)[is_candidate]]
-    )
+        of_context[field], of_sums[field] = np.repeat(values, seg_len), values[is_candidate]
+    of_context[STOP], of_sums[STOP] = tokens + 1, seg_stop[is_candidate]
+    of_context[POSITION] = tokens - np.repeat(position_0, seg_len)
+    of_sums[POSITION] = (seg_stop - position_0)[is_candidate]
 
     sum_stop = np.cumsum(num_candidates)[prompt]
     own_sum = np.cumsum(is_candidate) - 1

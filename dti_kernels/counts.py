@@ -90,11 +90,12 @@ def _int64(values: Any, named: Callable[[int], str]) -> np.ndarray:
     """The numbers of a sequence, every one of them an integer: NumPy would make one of 3.7, of True and of "3"."""
     if isinstance(values, np.ndarray):
         return values
-    kinds = set(map(type, values)) - {int}
-    wrong = [kind for kind in kinds if kind is bool or not issubclass(kind, (int, np.integer))]
-    for place, value in enumerate(values if wrong else ()):
-        if type(value) in wrong:
-            raise TypeError(f"{named(place)} must be an integer, got {shown(value)}")
+    kinds = set(map(type, values))
+    if kinds != {int}:
+        wrong = [kind for kind in kinds if kind is bool or not issubclass(kind, (int, np.integer))]
+        for place, value in enumerate(values if wrong else ()):
+            if type(value) in wrong:
+                raise TypeError(f"{named(place)} must be an integer, got {shown(value)}")
     try:
         return np.fromiter(values, np.int64, len(values))
     except OverflowError:
@@ -105,7 +106,7 @@ def _int64(values: Any, named: Callable[[int], str]) -> np.ndarray:
 def check_counts(name: str, values: np.ndarray, sizes: np.ndarray | None, least: int) -> None:
     """Raise ValueError, with the place, unless all are in [least, MAX_ROWS). `sizes`: of the parts of a nested sequence."""
     # As unsigned numbers, what is below `least` lies above everything.
-    outside = (values - least).view(np.uint64) >= MAX_ROWS - least
+    outside = (values - least if least else values).view(np.uint64) >= MAX_ROWS - least
     if outside.any():
         bad = np.flatnonzero(outside)
         place, value = int(bad[0]), int(values[bad[0]])

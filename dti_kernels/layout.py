@@ -339,7 +339,7 @@ def _spans(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
 def _mean_span(rows: np.ndarray, keys: np.ndarray) -> int:
     """Mean number of keys that context rows see, to the nearest of 256, 512 and 1024."""
     num_context = keys.shape[1]
-    total = rows[:, :num_context].sum(1, dtype=np.int64)
+    total = rows[: STOP + 1, :num_context].sum(1, dtype=np.int64)
     visible = int(total[STOP] - total[START] + total[PREFIX_STOP] - total[PROMPT_FIRST])
     mean = visible / max(num_context, 1)
     return 256 if mean < 362 else 512 if mean < 724 else 1024
