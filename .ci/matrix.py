@@ -37,6 +37,18 @@ THREADED_TESTS = (
     "tests/model/test_attention.py",
     "tests/model/test_scorer.py",
 )
+# The operators under the sanitizers: all cases and 10,000 calls, right and wrong. They write to the process's own standard error, and C++'s
+# runtime must be there before they look for it. The compiler runs without them.
+SANITIZED_TESTS = (
+    "tests/kernels/test_raw_operators.py",
+    "tests/kernels/test_cpu_parity.py",
+    "--capture=sys",
+    "-p",
+    "no:faulthandler",
+    "-k",
+    "test_raw_operators or (test_parity and native and (float32 or bfloat16))",
+)
+SANITIZER_FLAGS = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 OPERATOR_TESTS = ("tests/kernels/test_properties.py", "tests/kernels/test_torch_integration.py")
 
 
@@ -97,6 +109,37 @@ def path_without(folder: Path, *commands: str) -> str:
     return str(folder)
 
 
+def sanitizer_libraries() -> list[str]:
+    """The runtimes of the sanitizers that c++ builds for, C++'s own last; none where one is missing."""
+    found = []
+    for library in ("libasan.so", "libubsan.so", "libstdc++.so"):
+        command = ["c++", f"-print-file-name={library}"]
+        done = (
+            subprocess.run(command, capture_output=True, text=True, check=False)
+            if shutil.which("c++")
+            else None
+        )
+        if done is None or not Path(done.stdout.strip()).is_absolute():
+            return []
+        found.append(done.stdout.strip())
+    return found
+
+
+def sanitized() -> Row:
+    """Wrong reads and undefined behaviour end the process, memory that nobody gives back does not."""
+    libraries = sanitizer_libraries()
+    environment = {
+        "CXX": f"env -u LD_PRELOAD c++ {SANITIZER_FLAGS}",
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "DTI_TEST_CALLS": "10000",
+    }
+    why_not = (
+        "" if libraries else "c++ or the runtimes of its sanitizers (libasan, libubsan) are not installed"
+    )
+    return Row("C++: sanitizers", SANITIZED_TESTS, environment, lambda: why_not)
+
+
 def compiled(name: str, cxx: str, why_not: Callable[[], str]) -> Row:
     """The C++ as another compiler, or for another processor."""
     return Row(f"C++: {name}", NATIVE_TESTS, {"CXX": cxx}, why_not)
@@ -114,6 +157,7 @@ def rows(scratch: Path) -> list[Row]:
             {"NPY_DISABLE_CPU_FEATURES": numpy_sets},
             lambda: "" if numpy_sets else "NumPy chooses no AVX-512 loops here",
         ),
+        sanitized(),
         Row(
             "no git, no make",
             (

@@ -14,11 +14,18 @@ It holds because all of the history lies inside the window of each of its intera
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 import torch
 
+from dti_kernels.counts import (
+    Counts,
+    Lengths,
+    check_counts,
+    check_num_prompts,
+    check_num_rows,
+    nested_counts_of,
+)
 from dti_kernels.layout import (
     INTERACTION,
     NUM_ROW_FIELDS,
@@ -30,8 +37,6 @@ from dti_kernels.layout import (
     RESET_ID,
     START,
     STOP,
-    Counts,
-    Lengths,
     StreamLayout,
 )
 
@@ -59,8 +64,9 @@ def candidate_layout(
         interaction, candidates. In `interaction`, prefix and history are -1 and candidates count from 0.
 
     Raises:
-        ValueError: a count is negative, a text is empty, a history is longer than the window, or the arguments disagree in
-            length; the message names the place.
+        TypeError: a count is no integer, or an argument no sequence of them; the message names the place.
+        ValueError: a count is negative, a text is empty, a history is longer than the window, there are 2**30 rows or more, or
+            the arguments disagree in length; the message names the place.
 
     Cost: O(T) on the host. Attention over it: O(T x (longest history + candidate)).
 
@@ -72,7 +78,7 @@ def candidate_layout(
     >>> layout.start.tolist(), layout.stop.tolist()
     ([0, 0, 0, 3, 3, 5, 3, 5], [1, 2, 3, 4, 5, 6, 5, 6])
     """
-    counts = Counts.check(item_lengths, label_lengths, [0] * len(item_lengths), window, prefix_lengths)
+    counts = Counts.check(item_lengths, label_lengths, window, prefix_lengths)
     num_candidates, lengths = _check_candidates(counts, candidate_lengths)
     rows, keys = _spans(counts, num_candidates, lengths)
     return StreamLayout.of_arrays(rows, keys, window=0, reset_window=counts.window, device=device)
@@ -80,25 +86,16 @@ def candidate_layout(
 
 def _check_candidates(counts: Counts, candidate_lengths: Sequence[Lengths]) -> tuple[np.ndarray, np.ndarray]:
     """`(P,)` candidates of each prompt and `(M,)` tokens of all candidates."""
-    num_prompts = len(counts.interactions)
-    if len(candidate_lengths) != num_prompts:
-        raise ValueError(
-            f"candidate_lengths must have one entry per prompt ({num_prompts}), got {len(candidate_lengths)}"
-        )
+    lengths, num_candidates = nested_counts_of("candidate_lengths", candidate_lengths)
+    check_num_prompts("candidate_lengths", num_candidates, len(counts.interactions))
     too_long = np.flatnonzero(counts.interactions > counts.window)
     if too_long.size:
         raise ValueError(
             f"item_lengths[{int(too_long[0])}] must have at most window = {counts.window} interactions, "
             f"got {int(counts.interactions[too_long[0]])}: keep the last {counts.window}"
         )
-    num_candidates = np.fromiter(map(len, candidate_lengths), np.int64, num_prompts)
-    lengths = np.fromiter(chain.from_iterable(candidate_lengths), np.int64, int(num_candidates.sum()))
-    empty = np.flatnonzero(lengths < 1)
-    if empty.size:
-        stops = np.cumsum(num_candidates)
-        prompt = int(np.searchsorted(stops, empty[0], side="right"))
-        place = int(empty[0] - stops[prompt] + num_candidates[prompt])
-        raise ValueError(f"candidate_lengths[{prompt}][{place}] must be >= 1, got {int(lengths[empty[0]])}")
+    check_counts("candidate_lengths", lengths, num_candidates, 1)
+    check_num_rows(counts.num_rows + int(lengths.sum()) + len(lengths))
     return num_candidates, lengths
 
 
@@ -116,7 +113,8 @@ def _spans(counts: Counts, num_candidates: np.ndarray, lengths: np.ndarray) -> t
     seg_stop = np.cumsum(seg_len)
     seg_first = seg_stop - seg_len
     first = seg_first[prefix_seg]  # (P,) first token of each prompt
-    stop = np.append(first[1:], seg_len.sum())
+    num_context = int(seg_len.sum())
+    stop = np.append(first[1:], num_context)
     candidate_tokens = np.bincount(prompt[is_candidate], lengths, num_prompts).astype(np.int64)
     shared_stop = stop - candidate_tokens  # (P,) end of the history
 
@@ -130,15 +128,14 @@ def _spans(counts: Counts, num_candidates: np.ndarray, lengths: np.ndarray) -> t
         RESET_ID: np.where(place < 0, PREFIX_RESET_ID, reset_id),
         INTERACTION: np.where(is_candidate, place - counts.interactions[prompt], PREFIX_INTERACTION),
     }
-    num_context = int(seg_len.sum())
     tokens = np.arange(num_context)
     rows = np.empty((NUM_ROW_FIELDS, num_context + len(lengths)), np.int32)
+    of_context, of_sums = rows[:, :num_context], rows[:, num_context:]
     for field, values in by_segment.items():
-        rows[field] = np.concatenate([np.repeat(values, seg_len), values[is_candidate]])
-    rows[STOP] = np.concatenate([tokens + 1, seg_stop[is_candidate]])
-    rows[POSITION] = np.concatenate(
-        [tokens - np.repeat(position_0, seg_len), (seg_stop - position_0)[is_candidate]]
-    )
+        of_context[field], of_sums[field] = np.repeat(values, seg_len), values[is_candidate]
+    of_context[STOP], of_sums[STOP] = tokens + 1, seg_stop[is_candidate]
+    of_context[POSITION] = tokens - np.repeat(position_0, seg_len)
+    of_sums[POSITION] = (seg_stop - position_0)[is_candidate]
 
     sum_stop = np.cumsum(num_candidates)[prompt]
     own_sum = np.cumsum(is_candidate) - 1

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dti_kernels.contract import accumulation_dtype
 from dti_kernels.cpu_blocks import HIDDEN, Chunk, Plan, Prompt, RowTable, Sizes
 from dti_kernels.isolation import largest
 from dti_kernels.layout import PREFIX_STOP, RESET_ID, START, STOP
@@ -44,11 +45,6 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 # Row fields of a layout, which are read-only, to its plans.
 _PLANS: Any = WeakIdKeyDictionary()
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that scores, softmax and sums are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _needs_float64(

@@ -24,11 +24,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from dti_kernels.isolation import NotFinite
+from dti_kernels.layout import check_spans
 
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
@@ -49,6 +51,8 @@ _POINTERS = (
     *("out", "lse", "grad_out", "dq", "dk", "dv", "dk_sum", "dk_initial", "dv_initial", "dslopes"),
     *("key_gradients", "parallel"),
 )
+# What attention.cpp returns for rows that are of no layout, and for numbers that are not finite.
+_NO_LAYOUT, _NOT_FINITE = 2, 3
 
 
 class _Arguments(ctypes.Structure):
@@ -210,7 +214,8 @@ def _processor() -> str:
 
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    library.dti_size_of_arguments.restype = ctypes.c_int64
+    for name in ("size_of_arguments", "num_gradients_float32", "num_gradients_float64"):
+        getattr(library, f"dti_{name}").restype = ctypes.c_int64
     if library.dti_size_of_arguments() != ctypes.sizeof(_Arguments):
         raise AttributeError(f"{path} was built for other arguments: delete it")
     return library
@@ -263,18 +268,19 @@ def _arguments(
 def _call(name: str, arguments: _Arguments, dtype: torch.dtype) -> int:
     library, error = _build()
     assert library is not None, error
-    function = library[f"dti_{name}_{'float64' if dtype == torch.float64 else 'float32'}"]
-    function.restype = ctypes.c_int64 if name == "num_gradients" else ctypes.c_int
-    result: int = function(ctypes.byref(arguments))
+    suffix = "float64" if dtype == torch.float64 else "float32"
+    result: int = getattr(library, f"dti_{name}_{suffix}")(ctypes.byref(arguments))
     return result
 
 
-def _checked(name: str, arguments: _Arguments, dtype: torch.dtype) -> None:
-    status = _call(name, arguments, dtype)
-    if status == 1:
-        raise MemoryError(f"windowed_attn: no memory for the {name} pass of {arguments.num_rows} rows")
-    if status == 2:
+def _refuse(status: int, rows: Tensor, keys: Tensor) -> NoReturn:
+    """Raise what a status that is not 0 stands for."""
+    if status == _NOT_FINITE:
         raise NotFinite
+    if status == _NO_LAYOUT:
+        check_spans(rows, keys)
+        raise ValueError("the layout's rows changed while windowed_attn read them")
+    raise MemoryError(f"windowed_attn: no memory for a pass of {rows.shape[1]} rows")
 
 
 def forward(
@@ -296,7 +302,8 @@ def forward(
     out = torch.empty_like(kept[0])
     lse = out.new_empty(q.shape[1], q.shape[0])
     arguments.out, arguments.lse = out.data_ptr(), lse.data_ptr()
-    _checked("forward", arguments, out.dtype)
+    if status := _call("forward", arguments, out.dtype):
+        _refuse(status, rows, keys)
     return out.to(q.dtype), lse
 
 
@@ -331,9 +338,13 @@ def backward(
     if slopes is not None and slopes_grad:
         grads["dslopes"] = torch.zeros(slopes.shape, dtype=torch.float64)
         arguments.dslopes = grads["dslopes"].data_ptr()
-    key_gradients = torch.empty(_call("num_gradients", arguments, dtype), dtype=dtype)
+    num_gradients = _call("num_gradients", arguments, dtype)
+    if num_gradients < 0:
+        _refuse(-num_gradients, rows, keys)
+    key_gradients = torch.empty(num_gradients, dtype=dtype)
     arguments.key_gradients = key_gradients.data_ptr()
-    _checked("backward", arguments, dtype)
+    if status := _call("backward", arguments, dtype):
+        _refuse(status, rows, keys)
 
     def like(name: str, x: Tensor | None) -> Tensor:
         return grads[name].to(x.dtype) if x is not None and name in grads else q.new_empty(0)

@@ -13,14 +13,13 @@ The inverse is one contiguous range of context rows and one of [SUM] rows per ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import InitVar, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Lengths = Sequence[int] | np.ndarray
+from dti_kernels.counts import MAX_ROWS, Counts, Lengths, integer
 
 # Columns of `StreamLayout.rows` (one int32 per row of the packed batch).
 PROMPT_FIRST, PREFIX_STOP, START, STOP, RESET_ID, POSITION, INTERACTION = range(7)
@@ -31,7 +30,7 @@ NUM_KEY_FIELDS = 4
 
 PREFIX_INTERACTION = -1
 # A prefix key is never blended towards its initial state: a distance below 0 has ratio 0 in every path.
-PREFIX_RESET_ID = 2**30
+PREFIX_RESET_ID = MAX_ROWS
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +38,7 @@ class StreamLayout:
     """Rows and spans of a packed batch of streaming prompts.
 
     Use `StreamLayout.build` or `candidate_layout`; all fields are read-only. One int32 buffer backs every array, so moving a layout to a device is
-    one copy.
+    one copy. A layout made in another way is checked, which reads its arrays.
 
     Attributes:
         rows: `(7, T)` int32. Per row: first context row of its prompt, end of the separately visible prefix (equal to
@@ -52,6 +51,10 @@ class StreamLayout:
             (`candidate_layout`), whose window is 0, has another one than `window`.
         mean_span: about how many tokens a context row sees, 256, 512 or 1024: tiles are chosen by it, results do
             not depend on it. Coarse, so that it seldom changes from batch to batch.
+
+    Raises:
+        TypeError: `rows` or `keys` is no int32 tensor, or a window no integer.
+        ValueError: they have other shapes or lie on two devices, or a row sees what no row of a layout sees; the message names it.
     """
 
     rows: Tensor
@@ -59,6 +62,18 @@ class StreamLayout:
     window: int
     reset_window: int
     mean_span: int = 512
+    checked: InitVar[bool] = (
+        False  # by whoever made the arrays, so that nobody waits for a device to read them
+    )
+
+    def __post_init__(self, checked: bool) -> None:
+        if checked:
+            return
+        check_arrays(self.rows, self.keys)
+        for name, least in (("window", 0), ("reset_window", 0), ("mean_span", 1)):
+            integer(name, getattr(self, name), least)
+        if type(self.rows) is Tensor and not self.rows.is_meta:
+            check_spans(self.rows, self.keys)
 
     @staticmethod
     def build(
@@ -83,8 +98,9 @@ class StreamLayout:
             The layout. Token order inside a prompt: prefix, then item text and label text of each interaction.
 
         Raises:
-            ValueError: a count is negative, an item text is empty, or the arguments disagree in length; the message names
-                the prompt and the interaction.
+            TypeError: a count is no integer, or an argument no sequence of them; the message names the place.
+            ValueError: a count is negative, an item text is empty, there are 2**30 rows or more, or the arguments disagree in
+                length; the message names the prompt and the interaction.
 
         Cost: O(T) on the host and one copy to the device that does not wait for it.
 
@@ -97,7 +113,7 @@ class StreamLayout:
         >>> layout.start.tolist(), layout.stop.tolist()
         ([0, 0, 0, 0, 0, 3, 3, 3, 0, 3], [1, 2, 3, 4, 5, 6, 7, 8, 4, 7])
         """
-        counts = Counts.check(item_lengths, label_lengths, num_targets, window, prefix_lengths)
+        counts = Counts.check(item_lengths, label_lengths, window, prefix_lengths).with_targets(num_targets)
         rows, keys = _spans(counts)
         return StreamLayout.of_arrays(rows, keys, counts.window, counts.window, device)
 
@@ -110,7 +126,8 @@ class StreamLayout:
         device: torch.device | str | None,
     ) -> StreamLayout:
         """A layout of finished arrays, copied to the device: what the constructors end in."""
-        return StreamLayout(*_to_device(rows, keys, device), window, reset_window, _mean_span(rows, keys))
+        arrays = _to_device(rows, keys, device)
+        return StreamLayout(*arrays, window, reset_window, _mean_span(rows, keys), checked=True)
 
     @property
     def num_context(self) -> int:
@@ -177,7 +194,7 @@ class StreamLayout:
         if torch.device(device) == self.device:
             return self
         rows, keys = self.rows.to(device), self.keys.to(device)
-        return StreamLayout(rows, keys, self.window, self.reset_window, self.mean_span)
+        return StreamLayout(rows, keys, self.window, self.reset_window, self.mean_span, checked=True)
 
     def dense_visibility(self) -> Tensor:
         """`(T, C)` bool, True where a row sees a context key, from first principles (semantics.md, section 3).
@@ -198,70 +215,56 @@ class StreamLayout:
         return same_prompt & torch.where(row < num_context, context_sees, sum_sees)
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Checked token counts: interactions of all prompts one after the other, `I` of them in `P` prompts."""
-
-    item: np.ndarray  # (I,)
-    label: np.ndarray  # (I,)
-    interactions: np.ndarray  # (P,)
-    targets: np.ndarray  # (P,), at most `interactions`
-    prefix: np.ndarray  # (P,)
-    window: int
-
-    @staticmethod
-    def check(
-        item_lengths: Sequence[Lengths],
-        label_lengths: Sequence[Lengths],
-        num_targets: Lengths,
-        window: int,
-        prefix_lengths: Lengths | None,
-    ) -> Counts:
-        num_prompts = len(item_lengths)
-        prefix_lengths = [0] * num_prompts if prefix_lengths is None else prefix_lengths
-        for name, values in (
-            ("label_lengths", label_lengths),
-            ("num_targets", num_targets),
-            ("prefix_lengths", prefix_lengths),
-        ):
-            if len(values) != num_prompts:
-                raise ValueError(f"{name} must have one entry per prompt ({num_prompts}), got {len(values)}")
-        if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 0:
-            raise ValueError(f"window must be an integer >= 0 (interactions), got {window!r}")
-        interactions = np.fromiter(map(len, item_lengths), np.int64, num_prompts)
-        for prompt, (items, labels) in enumerate(zip(item_lengths, label_lengths)):
-            if len(items) != len(labels):
-                raise ValueError(
-                    f"prompt {prompt}: item_lengths has {len(items)} interactions, label_lengths {len(labels)}"
-                )
-        counts = Counts(
-            item=np.fromiter(chain.from_iterable(item_lengths), np.int64, int(interactions.sum())),
-            label=np.fromiter(chain.from_iterable(label_lengths), np.int64, int(interactions.sum())),
-            interactions=interactions,
-            targets=np.minimum(np.fromiter(num_targets, np.int64, num_prompts), interactions),
-            prefix=np.fromiter(prefix_lengths, np.int64, num_prompts),
-            window=int(window),
+def check_arrays(rows: Tensor, keys: Tensor) -> None:
+    """Raise TypeError or ValueError unless `rows` and `keys` are arrays of a layout by dtype, shape and device. Reads no values."""
+    for name, array, num_fields in (("rows", rows, NUM_ROW_FIELDS), ("keys", keys, NUM_KEY_FIELDS)):
+        if not isinstance(array, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(array).__name__}")
+        if array.dtype != torch.int32:
+            raise TypeError(f"{name} must be of torch.int32, got {array.dtype}")
+        if array.ndim != 2 or array.shape[0] != num_fields:
+            raise ValueError(f"{name} must have shape ({num_fields}, length), got {tuple(array.shape)}")
+    if rows.device != keys.device:
+        raise ValueError(f"rows and keys must be on one device, got {rows.device} and {keys.device}")
+    if rows.shape[1] < keys.shape[1]:
+        raise ValueError(
+            f"rows must be at least as many as keys ({keys.shape[1]}): context rows, then [SUM] rows, got {rows.shape[1]}"
         )
-        counts._check_values()
-        return counts
 
-    def _check_values(self) -> None:
-        prompt_of = np.repeat(np.arange(len(self.interactions)), self.interactions)
-        first = np.cumsum(self.interactions) - self.interactions
-        for name, values, least in (("item_lengths", self.item, 1), ("label_lengths", self.label, 0)):
-            bad = np.flatnonzero(values < least)
-            if bad.size:
-                prompt = int(prompt_of[bad[0]])
-                raise ValueError(
-                    f"{name}[{prompt}][{int(bad[0] - first[prompt])}] must be >= {least}, got {int(values[bad[0]])}"
-                )
-        for name, values in (("num_targets", self.targets), ("prefix_lengths", self.prefix)):
-            bad = np.flatnonzero(values < 0)
-            if bad.size:
-                raise ValueError(f"{name}[{int(bad[0])}] must be >= 0, got {int(values[bad[0]])}")
-        num_rows = int(self.item.sum() + self.label.sum() + self.prefix.sum() + self.targets.sum())
-        if num_rows >= PREFIX_RESET_ID:
-            raise ValueError(f"a layout holds fewer than 2**30 rows, got {num_rows}: pack smaller batches")
+
+def check_spans(rows: Tensor, keys: Tensor) -> None:
+    """Raise ValueError, with the first wrong row or key, unless what rows see and who sees a key lies inside the batch.
+
+    What every implementation builds on, who would otherwise read elsewhere. `is_layout` in native/segments.h asks the same of rows.
+    """
+    num_rows, num_context = rows.shape[1], keys.shape[1]
+    first, prefix, start, stop, reset_id = rows[: RESET_ID + 1].cpu().numpy()
+    right = (first >= 0) & (first <= prefix) & (prefix <= start) & (start < stop) & (stop <= num_context)
+    right &= (reset_id >= 0) & (reset_id <= PREFIX_RESET_ID)
+    right[:num_context] &= stop[:num_context] == np.arange(1, num_context + 1)
+    # Of two neighbours: spans never go back, a later prompt begins behind what the last row sees, and a prompt has one prefix, which
+    # rows see as the beginning of their span until it lies apart.
+    joined = (prefix[:-1] == first[:-1]) & (start[:-1] == first[:-1])
+    same = (prefix[1:] == first[1:]) | (prefix[1:] == prefix[:-1]) | joined
+    follows = np.where(first[1:] == first[:-1], same, first[1:] >= stop[:-1])
+    follows &= (start[1:] >= start[:-1]) & (stop[1:] >= stop[:-1])
+    follows[num_context - 1 : num_context] = True  # the first [SUM] row
+    right[1:] &= follows
+    if not right.all():
+        row = int(np.flatnonzero(~right)[0])
+        seen = f"prefix [{first[row]}, {prefix[row]}), span [{start[row]}, {stop[row]}), reset id {reset_id[row]}"
+        raise ValueError(
+            f"rows[:, {row}] is of no layout of {num_context} context keys: {seen}. Use StreamLayout.build or candidate_layout"
+        )
+    row_stop, sum_start, sum_stop, is_item = keys.cpu().numpy()
+    right = (row_stop > np.arange(num_context)) & (row_stop <= num_context) & (sum_start >= 0)
+    right &= (sum_start <= sum_stop) & (sum_stop <= num_rows - num_context) & (is_item >> 1 == 0)
+    if not right.all():
+        key = int(np.flatnonzero(~right)[0])
+        raise ValueError(
+            f"keys[:, {key}] is of no layout of {num_context} context and {num_rows - num_context} [SUM] rows: seen up to row "
+            f"{row_stop[key]} and by [SUM] rows [{sum_start[key]}, {sum_stop[key]}). Use StreamLayout.build or candidate_layout"
+        )
 
 
 def _spans(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
@@ -336,7 +339,7 @@ def _spans(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
 def _mean_span(rows: np.ndarray, keys: np.ndarray) -> int:
     """Mean number of keys that context rows see, to the nearest of 256, 512 and 1024."""
     num_context = keys.shape[1]
-    total = rows[:, :num_context].sum(1, dtype=np.int64)
+    total = rows[: STOP + 1, :num_context].sum(1, dtype=np.int64)
     visible = int(total[STOP] - total[START] + total[PREFIX_STOP] - total[PROMPT_FIRST])
     mean = visible / max(num_context, 1)
     return 256 if mean < 362 else 512 if mean < 724 else 1024

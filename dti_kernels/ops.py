@@ -1,7 +1,9 @@
 """Operator schemas, shapes without data, and which implementation runs on which device.
 
 `dti::windowed_attn_fwd` and `dti::windowed_attn_bwd` take tensors and numbers only, so that they trace, compile and
-checkpoint like any other operator. CUDA and ROCm tensors run the Triton kernels, CPU tensors the compiled `cpu_native.py`, or
+checkpoint like any other operator. Anybody may call them, so they check what they get: kinds, shapes and devices always, and on a CPU also
+that rows see what lies inside the batch. On a GPU that would be a wait per call: there it is `StreamLayout` that checks arrays which it has
+not made. CUDA and ROCm tensors run the Triton kernels, CPU tensors the compiled `cpu_native.py`, or
 `cpu.py` where there is no compiler. With TRITON_INTERPRET=1 in the environment CPU tensors run the Triton kernels too, in Triton's
 interpreter. Triton is imported when a kernel is launched, never before.
 """
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor
 
 from dti_kernels import cpu, cpu_native, isolation
+from dti_kernels.contract import accumulation_dtype, check_inputs, check_saved
+from dti_kernels.layout import check_spans
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? k_sum, Tensor? k_initial, Tensor? v_initial, Tensor? ratios, Tensor? slopes, "
@@ -28,8 +32,6 @@ _LIBRARY.define(
     f"windowed_attn_bwd(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, float scale, SymInt mean_span, bool slopes_grad) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dk_sum, Tensor dk_initial, Tensor dv_initial, Tensor dslopes)"
 )
-
-accumulation_dtype = cpu.accumulation_dtype
 
 
 @functools.cache
@@ -69,35 +71,61 @@ def _widened(args: tuple[Any, ...]) -> list[Any]:
     return [x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in args]
 
 
-def _cpu_module() -> ModuleType:
-    return cpu_native if cpu_native.available() else cpu
+# Inputs of the forward and, behind the gradient, of the backward.
+_FORWARD, _BACKWARD = slice(0, 10), slice(1, 11)
+
+
+def _check_fwd(*args: Any) -> None:
+    check_inputs(*args[_FORWARD])
+
+
+def _check_bwd(*args: Any) -> None:
+    check_inputs(*args[_BACKWARD])
+    check_saved(args[0], args[1], *args[11:13])
+
+
+def _fwd_gpu(*args: Any) -> tuple[Tensor, Tensor]:
+    _check_fwd(*args)
+    return _fwd_triton(*args)
+
+
+def _bwd_gpu(*args: Any) -> tuple[Tensor, ...]:
+    _check_bwd(*args)
+    return _bwd_triton(*args)
 
 
 def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    _check_fwd(*args)
+    if not _interpreting() and cpu_native.available():  # which checks the spans itself
+        return isolation.forward(cpu_native.forward, args[:8], *args[8:-1])
+    check_spans(*args[8:10])
     if _interpreting():
         out, lse = _fwd_triton(*_widened(args))
         return out.to(args[0].dtype), lse
     with torch.autocast("cpu", enabled=False):
-        return isolation.forward(_cpu_module().forward, args[:8], *args[8:-1])
+        return isolation.forward(cpu.forward, args[:8], *args[8:-1])
 
 
 def _bwd_cpu(*args: Any) -> tuple[Tensor, ...]:
+    _check_bwd(*args)
+    rows, keys, out, lse, scale, _, slopes_grad = args[9:]
+    of_cpu = (args[0], args[1:9], rows, keys, out, lse, scale, slopes_grad)
+    if not _interpreting() and cpu_native.available():
+        return isolation.backward(cpu_native.backward, *of_cpu)
+    check_spans(rows, keys)
     if _interpreting():
         grad_out, q, k, v, k_sum, k_initial, v_initial, _, slopes = args[:9]
         inputs = (q, k, v, k_sum, k_initial, v_initial, slopes)
         grads = _bwd_triton(*_widened(args))
         return tuple(grad.to(grad_out.dtype if x is None else x.dtype) for grad, x in zip(grads, inputs))
     with torch.autocast("cpu", enabled=False):
-        rows, keys, out, lse, scale, _, slopes_grad = args[9:]
-        return isolation.backward(
-            _cpu_module().backward, args[0], args[1:9], rows, keys, out, lse, scale, slopes_grad
-        )
+        return isolation.backward(cpu.backward, *of_cpu)
 
 
 _LIBRARY.impl("windowed_attn_fwd", _fwd_cpu, "CPU")
 _LIBRARY.impl("windowed_attn_bwd", _bwd_cpu, "CPU")
-_LIBRARY.impl("windowed_attn_fwd", _fwd_triton, "CUDA")
-_LIBRARY.impl("windowed_attn_bwd", _bwd_triton, "CUDA")
+_LIBRARY.impl("windowed_attn_fwd", _fwd_gpu, "CUDA")
+_LIBRARY.impl("windowed_attn_bwd", _bwd_gpu, "CUDA")
 
 
 @torch.library.register_fake("dti::windowed_attn_fwd", lib=_LIBRARY)
@@ -115,6 +143,7 @@ def _fwd_fake(
     scale: float,
     mean_span: int,
 ) -> tuple[Tensor, Tensor]:
+    _check_fwd(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys)
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype))
 
 
@@ -137,6 +166,8 @@ def _bwd_fake(
     mean_span: int,
     slopes_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_bwd(grad_out, q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, out, lse)
+
     def like(x: Tensor | None) -> Tensor:
         return q.new_empty(0) if x is None else x.new_empty(x.shape)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dti_kernels.layout import StreamLayout
 from dti_kernels.scores import HiddenStateReset
-from dti_kernels.windowed_attn import check_arguments
+from dti_kernels.windowed_attn import check_types, checked_inputs
 
 
 def windowed_attn_reference(
@@ -32,7 +32,8 @@ def windowed_attn_reference(
 ) -> Tensor:
     """Dense reference of `windowed_attn`, with the same arguments, errors and result. Cost: O(T x C) time and memory; many times that where an
     input is not finite."""
-    check_arguments(q, k, v, layout, k_sum, alibi_slopes, reset)
+    check_types(q, k, v, layout, k_sum, alibi_slopes, reset)
+    _, scale = checked_inputs(q, k, v, layout, k_sum, alibi_slopes, reset, scale)
     x = _Dense.of(q, k, v, layout, k_sum, alibi_slopes, reset, scale)
     first = layout.num_rows - q.shape[0]
     initial = () if reset is None else (reset.k_initial, reset.v_initial)
@@ -72,7 +73,7 @@ class _Dense:
         k_sum: Tensor | None,
         alibi_slopes: Tensor | None,
         reset: HiddenStateReset | None,
-        scale: float | None,
+        scale: float,
     ) -> _Dense:
         def heads(x: Tensor) -> Tensor:
             return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).transpose(0, 1)
@@ -88,7 +89,7 @@ class _Dense:
             visible=layout.dense_visibility(),
             distance=alibi_distance(layout).to(q.dtype),
             ratio=None if reset is None else reset_ratio(layout, reset, q.dtype),
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            scale=scale,
         )
 
     def attend(self, rows: Tensor, keys: Tensor) -> Tensor:

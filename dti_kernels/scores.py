@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dti_kernels.counts import integer, shown
 
 # Entries of a table that is not worth cutting.
 _SHORT_TABLE = 4096
@@ -36,6 +39,7 @@ class HiddenStateReset:
             item text has seen the window, whose states have seen what lies before it, from the third layer on.
 
     Raises:
+        TypeError: a ratio or the steepness is no number; nor is a bool, or a tensor, whose gradient would be lost.
         ValueError: a ratio outside [0, 1], `alpha_max < alpha_min`, or a steepness that is not positive.
     """
 
@@ -47,15 +51,17 @@ class HiddenStateReset:
     alpha_own: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha_min <= self.alpha_max <= 1.0:
+        alpha_min, alpha_max = real("alpha_min", self.alpha_min), real("alpha_max", self.alpha_max)
+        if not 0.0 <= alpha_min <= alpha_max <= 1.0:
             raise ValueError(
-                f"reset ratios must hold 0 <= alpha_min <= alpha_max <= 1, got {self.alpha_min} and {self.alpha_max}"
+                "reset ratios must hold 0 <= alpha_min <= alpha_max <= 1, "
+                f"got {shown(self.alpha_min)} and {shown(self.alpha_max)}"
             )
-        if not 0.0 <= self.alpha_own <= 1.0:
-            raise ValueError(f"alpha_own must be in [0, 1], got {self.alpha_own}")
+        if not 0.0 <= real("alpha_own", self.alpha_own) <= 1.0:
+            raise ValueError(f"alpha_own must be in [0, 1], got {shown(self.alpha_own)}")
         # Not math.isfinite, which torch.compile of PyTorch 2.11 cannot trace.
-        if not 0.0 < self.steepness < math.inf:
-            raise ValueError(f"steepness must be positive and finite, got {self.steepness}")
+        if not 0.0 < real("steepness", self.steepness) < math.inf:
+            raise ValueError(f"steepness must be positive and finite, got {shown(self.steepness)}")
 
     def ratios(
         self, window: int, dtype: torch.dtype, device: torch.device, farthest: int | None = None
@@ -71,7 +77,8 @@ class HiddenStateReset:
         if farthest is not None and length > _SHORT_TABLE:
             # Whole vectors: the last elements of a tensor go through another exp, which may differ in the last bit.
             length = min(length, -(-(farthest + 1) // 64) * 64)
-        settings = (self.alpha_min, self.alpha_max, self.steepness, self.alpha_own, window, length)
+        alphas = float(self.alpha_min), float(self.alpha_max)
+        settings = (*alphas, float(self.steepness), float(self.alpha_own), window, length)
         if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:  # traced, or without data
             return _ratio_table(*settings).to(device=device, dtype=dtype)
         key = (*settings, dtype, device)
@@ -86,6 +93,13 @@ class HiddenStateReset:
 
 
 _tables: dict[tuple[Any, ...], Tensor] = {}
+
+
+def real(name: str, value: float) -> float:
+    """`value` as a float, infinite where an int is too large for one, or TypeError where it is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    return math.inf if isinstance(value, int) and abs(value) >= 2**1023 else float(value)
 
 
 def _ratio_table(
@@ -105,13 +119,13 @@ def default_alibi_slopes(num_heads: int, device: torch.device | str | None = Non
     every other slope of the next larger one.
 
     Raises:
-        ValueError: `num_heads` < 1.
+        TypeError: `num_heads` is no integer.
+        ValueError: it is not in [1, 2**16), as many as a GPU's grid holds.
 
     >>> default_alibi_slopes(4).tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
     """
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be >= 1, got {num_heads}")
+    num_heads = integer("num_heads", num_heads, 1, 2**16)
     power = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
     slopes += [2.0 ** (-4.0 * i / power) for i in range(1, 2 * (num_heads - power), 2)]

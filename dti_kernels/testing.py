@@ -21,15 +21,18 @@ and what it does not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dti_kernels.contract import DTYPES, check_tensors
+from dti_kernels.counts import shown
 from dti_kernels.layout import StreamLayout
 from dti_kernels.reference import alibi_distance, reset_ratio
 from dti_kernels.scores import HiddenStateReset
+from dti_kernels.windowed_attn import check_types, checked_inputs
 
 DEVIATIONS = 6.0  # standard deviations: of a thousand million normal draws, two lie beyond
 EXPONENTIAL = 8  # unit roundoffs of an exponential: libraries are within 2, GPUs' approximations within 6
@@ -72,9 +75,16 @@ def error_budgets(
     Returns:
         By name: `out`, and `d` before the name of each input.
 
+    Raises:
+        TypeError, ValueError: as `windowed_attn` of these inputs, or one of them is missing or unknown, `grad_out` has not q's shape, or
+            `dtype` is none that the operator takes.
+
     Cost: O(H x T x C) time, O(T x C) memory.
     """
+    _check_dtype(dtype)
+    check_tensors({**inputs, "grad_out": grad_out})
     x = {name: value.detach().double() for name, value in inputs.items()}
+    _check_inputs(x, grad_out, layout, reset, scale)
     budgets = {
         name: Budget(torch.zeros_like(like), torch.zeros_like(like))
         for name, like in [("out", x["q"]), *((f"d{name}", value) for name, value in x.items())]
@@ -97,6 +107,34 @@ def error_budgets(
     return budgets
 
 
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {shown(dtype)}")
+
+
+def _check_inputs(
+    x: dict[str, Tensor],
+    grad_out: Tensor,
+    layout: StreamLayout,
+    reset: HiddenStateReset | None,
+    scale: float | None,
+) -> None:
+    states = () if reset is None else ("k_initial", "v_initial")
+    missing = [name for name in ("q", "k", "v", *states) if name not in x]
+    unknown = [name for name in x if name not in ("q", "k", "v", "k_sum", "alibi_slopes", *states)]
+    if missing or unknown:
+        raise ValueError(
+            f"inputs must hold q, k, v and, with a reset, k_initial and v_initial: {missing} missing, {unknown} unknown"
+        )
+    if isinstance(reset, HiddenStateReset):
+        reset = replace(reset, k_initial=x["k_initial"], v_initial=x["v_initial"])
+    arguments = (x["q"], x["k"], x["v"], layout, x.get("k_sum"), x.get("alibi_slopes"), reset)
+    check_types(*arguments)
+    checked_inputs(*arguments, scale)
+    if grad_out.shape != x["q"].shape:
+        raise ValueError(f"grad_out must have q's shape {tuple(x['q'].shape)}, got {tuple(grad_out.shape)}")
+
+
 def shares(
     actual: Mapping[str, Tensor],
     golden: Mapping[str, Tensor],
@@ -115,13 +153,20 @@ def shares(
         The larger of the worst element's share and, in 16 bits, that of the root mean square; infinite where a number is not finite.
 
     Raises:
-        ValueError: names or shapes differ.
+        TypeError: one is no tensor of floating point, or `dtype` none that the operator takes.
+        ValueError: names or shapes differ, or a budget is missing.
     """
-    if actual.keys() != golden.keys():
-        raise ValueError(f"expected the tensors {sorted(golden)}, got {sorted(actual)}")
+    _check_dtype(dtype)
+    if actual.keys() != golden.keys() or not golden.keys() <= budgets.keys():
+        raise ValueError(
+            f"expected the tensors {sorted(golden)} and their budgets, got {sorted(actual)} and {sorted(budgets)}"
+        )
+    check_tensors({**{f"golden {name}": x for name, x in golden.items()}, **actual})
     found = {}
     for name, gold in golden.items():
         got, gold = actual[name].detach().cpu(), gold.detach().cpu().double()
+        if got.dtype not in DTYPES:
+            raise TypeError(f"{name} must be of floating point, got {got.dtype}")
         if got.shape != gold.shape:
             raise ValueError(f"{name} must have shape {tuple(gold.shape)}, got {tuple(got.shape)}")
         if not gold.numel():

@@ -9,15 +9,18 @@ O(T x (window + tile)) time and O(T) memory; the backward recomputes probabiliti
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dti_kernels import ops
+from dti_kernels import ops  # noqa: F401  registers the operators
+from dti_kernels.contract import accumulation_dtype, check_inputs, check_tensors
+from dti_kernels.counts import shown
 from dti_kernels.layout import StreamLayout
-from dti_kernels.scores import HiddenStateReset
+from dti_kernels.scores import HiddenStateReset, real
 
 _AUTOCAST_FROM = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -59,39 +62,18 @@ def windowed_attn(
         Shape and dtype of q. Softmax and accumulation run in float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: an argument is no tensor, or dtypes differ or are unsupported.
-        ValueError: a shape or device does not fit the layout, or scale is negative or not finite; the message gives what it
-            must be and what it was.
+        TypeError: an argument is of another type than the signature's, a tensor sparse or nested, or dtypes differ or are unsupported.
+        ValueError: a shape or device does not fit the layout, there are no heads or head_dim is 0, or scale is negative or not
+            finite; the message gives what it must be and what it was. Values of tensors are not read: slopes may be any numbers.
 
     Cost: O(T x (window + tile) x H x D) time, O(T) memory. Deterministic: two runs are bitwise equal, on a CPU with any number
     of threads (in PyTorch's implementation, which computes where there is no compiler: with as many).
     """
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    check_types(q, k, v, layout, k_sum, alibi_slopes, reset)
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v, k_sum, reset = _autocast(q.device.type, q, k, v, k_sum, reset)
-    check_arguments(q, k, v, layout, k_sum, alibi_slopes, reset)
-    if scale is not None and not (0.0 <= scale < float("inf")):
-        raise ValueError(f"scale must be finite and >= 0, got {scale}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    ratios = k_initial = v_initial = None
-    if reset is not None:
-        k_initial, v_initial = reset.k_initial, reset.v_initial
-        ratios = reset.ratios(
-            layout.reset_window, ops.accumulation_dtype(q.dtype), q.device, farthest=layout.num_context
-        )
-    out: Tensor = _WindowedAttn.apply(
-        q,
-        k,
-        v,
-        k_sum,
-        k_initial,
-        v_initial,
-        ratios,
-        alibi_slopes,
-        layout.rows,
-        layout.keys,
-        scale,
-        layout.mean_span,
-    )
+    inputs, scale = checked_inputs(q, k, v, layout, k_sum, alibi_slopes, reset, scale)
+    out: Tensor = _WindowedAttn.apply(*inputs, scale, layout.mean_span)
     return out
 
 
@@ -151,7 +133,7 @@ class _WindowedAttnGrad(torch.autograd.Function):
         )
 
 
-def check_arguments(
+def check_types(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -160,41 +142,48 @@ def check_arguments(
     alibi_slopes: Tensor | None,
     reset: HiddenStateReset | None,
 ) -> None:
-    """Raise TypeError or ValueError unless shapes, dtypes and devices fit each other and the layout. Reads no values."""
+    """Raise TypeError unless everything is what the signature says."""
     if not isinstance(layout, StreamLayout):
         raise TypeError(f"layout must be a StreamLayout, got {type(layout).__name__}")
-    named = {"q": q, "k": k, "v": v}
+    named: dict[str, object] = {"q": q, "k": k, "v": v}
     if k_sum is not None:
         named["k_sum"] = k_sum
+    if alibi_slopes is not None:
+        named["alibi_slopes"] = alibi_slopes
     if reset is not None:
-        named |= {"reset.k_initial": reset.k_initial, "reset.v_initial": reset.v_initial}
-    for name, x in named.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
-        if x.ndim != 3:
-            raise ValueError(f"{name} must be (rows, heads, head_dim), got shape {tuple(x.shape)}")
-        if x.dtype != q.dtype or not x.is_floating_point():
-            raise TypeError(f"{name} must have q's floating point dtype ({q.dtype}), got {x.dtype}")
-        if x.device != layout.device:
-            raise ValueError(f"{name} is on {x.device}, the layout on {layout.device}: use layout.to(...)")
-    _, num_heads, head_dim = q.shape
-    num_groups = k.shape[1]
-    if num_groups < 1 or num_heads % num_groups:
-        raise ValueError(f"q's heads must be a multiple of k's heads, got {num_heads} and {num_groups}")
-    for name, x in named.items():
-        num_rows = layout.num_context if name.startswith("reset") else layout.num_rows
-        if name == "q" and q.shape[0] == layout.num_sum:
-            num_rows = layout.num_sum
-        expected = (num_rows, num_heads if name == "q" else num_groups, head_dim)
-        if tuple(x.shape) != expected:
-            raise ValueError(
-                f"{name} must have shape {expected} for this layout (T = {layout.num_rows}, "
-                f"C = {layout.num_context}), got {tuple(x.shape)}"
-            )
-    if alibi_slopes is not None and (
-        not alibi_slopes.is_floating_point() or tuple(alibi_slopes.shape) != (num_heads,)
-    ):
-        raise ValueError(
-            f"alibi_slopes must be floating point of shape ({num_heads},), "
-            f"got {alibi_slopes.dtype} of shape {tuple(alibi_slopes.shape)}"
+        if not isinstance(reset, HiddenStateReset):
+            raise TypeError(f"reset must be a HiddenStateReset, got {type(reset).__name__}")
+        named["reset.k_initial"], named["reset.v_initial"] = reset.k_initial, reset.v_initial
+    check_tensors(named)
+
+
+def checked_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: StreamLayout,
+    k_sum: Tensor | None,
+    alibi_slopes: Tensor | None,
+    reset: HiddenStateReset | None,
+    scale: float | None,
+) -> tuple[tuple[Tensor | None, ...], float]:
+    """The operators' tensors and the scale.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit each other and the layout, or the scale is no number from 0 on.
+            No values are read.
+    """
+    ratios = k_initial = v_initial = None
+    if reset is not None:
+        k_initial, v_initial = reset.k_initial, reset.v_initial
+        ratios = reset.ratios(
+            layout.reset_window, accumulation_dtype(q.dtype), layout.device, farthest=layout.num_context
         )
+    inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, alibi_slopes, layout.rows, layout.keys)
+    check_inputs(*inputs)
+    if scale is None:
+        return inputs, q.shape[2] ** -0.5
+    number = real("scale", scale)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"scale must be finite and >= 0, got {shown(scale)}")
+    return inputs, number

@@ -10,7 +10,7 @@
 //
 // Time O(T (window + block)), memory O(T) beside a tile of scores per thread. Built and called by cpu_native.py.
 #include <atomic>
-#include <new>
+#include <exception>
 #include <thread>
 
 #include "worker.h"
@@ -31,7 +31,7 @@ template <class Make> struct Tasks {
         try {
             auto run = self.make();
             for (Index task; (task = self.next++) < self.count;) run(task);
-        } catch (const std::bad_alloc&) {
+        } catch (const std::exception&) {  // no memory, or more of it than there can be
             self.failed = true;
         }
     }
@@ -48,15 +48,18 @@ template <class Make> bool run_tasks(const Arguments& x, Index count, const Make
         reinterpret_cast<Parallel>(x.parallel)(&Tasks<Make>::work, &tasks, num_threads, 0);
     } else {
         std::vector<std::thread> threads;
-        for (unsigned i = 1; i < num_threads; i++) threads.emplace_back(&Tasks<Make>::work, &tasks);
+        try {
+            for (unsigned i = 1; i < num_threads; i++) threads.emplace_back(&Tasks<Make>::work, &tasks);
+        } catch (const std::exception&) {  // a limit of threads: those that there are do all tasks
+        }
         Tasks<Make>::work(&tasks);
         for (std::thread& thread : threads) thread.join();
     }
     return !tasks.failed;
 }
 
-// What a pass returns; `dti_forward_...` below.
-enum Status { DONE, NO_MEMORY, NOT_FINITE };
+// What a pass returns. NOT_FINITE: numbers that are not finite reach rows which do not see them, and what was written is void.
+enum Status { DONE, NO_MEMORY, NO_LAYOUT, NOT_FINITE };
 
 template <class F> Status run_segments(const Arguments& x, const std::vector<Segment>& segments, bool backward, double* slopes) {
     std::atomic<bool> not_finite{false};
@@ -91,19 +94,25 @@ void sum_gradients(const Arguments& x, const std::vector<Segment>& segments, Ran
     }
 }
 
-template <class F> int64_t num_gradients(const Arguments& x) {
+// A status that is not DONE as a negative number.
+template <class F> int64_t num_gradients(const Arguments& x) try {
+    if (!is_layout(x)) return -NO_LAYOUT;
     int64_t count = 0;
     for (const Segment& segment : segments_of<F>(x)) count += segment.num_gradients;
     return count;
+} catch (const std::exception&) {
+    return -NO_MEMORY;
 }
 
 template <class F> int forward(const Arguments& x) try {
+    if (!is_layout(x)) return NO_LAYOUT;
     return run_segments<F>(x, segments_of<F>(x), false, nullptr);
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
     return NO_MEMORY;
 }
 
 template <class F> int backward(const Arguments& x) try {
+    if (!is_layout(x)) return NO_LAYOUT;
     const std::vector<Segment> segments = segments_of<F>(x);
     std::vector<double> slopes(x.dslopes ? segments.size() * x.num_heads : 0);
     const Status status = run_segments<F>(x, segments, true, x.dslopes ? slopes.data() : nullptr);
@@ -126,14 +135,14 @@ template <class F> int backward(const Arguments& x) try {
         };
     });
     return summed ? DONE : NO_MEMORY;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
     return NO_MEMORY;
 }
 
 }  // namespace
 
 extern "C" {
-// 0; 1 where memory ran out; 2 where numbers are not finite that reach rows which do not see them, so that what was written is void.
+// A `Status`.
 int dti_forward_float32(const Arguments* x) { return forward<float>(*x); }
 int dti_forward_float64(const Arguments* x) { return forward<double>(*x); }
 int dti_backward_float32(const Arguments* x) { return backward<float>(*x); }

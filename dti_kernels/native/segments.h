@@ -26,6 +26,7 @@ using std::min;
 
 // Columns of a layout's rows (layout.py).
 enum RowField { PROMPT_FIRST, PREFIX_STOP, START, STOP, RESET_ID };
+constexpr int32_t PREFIX_RESET_ID = 1 << 30;
 
 #ifndef DTI_SEGMENT_ROWS  // tests try other sizes
 #define DTI_SEGMENT_ROWS 512
@@ -75,6 +76,32 @@ struct Row {
     Range prefix() const { return {at(PROMPT_FIRST), at(PREFIX_STOP)}; }
     Range span() const { return {at(START), at(STOP)}; }
 };
+
+// Whether rows see what lies inside the batch, in the order that segments build on: else memory would be read that is nobody's. `check_spans` of
+// layout.py asks the same, and says which row is wrong. No branches: a vector of rows at a time.
+inline bool is_layout(const Arguments& x) {
+#ifdef DTI_UNCHECKED  // a test shows what happens then
+    return true;
+#endif
+    const Index num_rows = x.num_rows, num_context = x.num_context;
+    const int32_t* field[5];
+    for (int i = 0; i < 5; i++) field[i] = x.rows + i * num_rows;
+    const int32_t *first = field[PROMPT_FIRST], *prefix = field[PREFIX_STOP], *start = field[START], *stop = field[STOP];
+    const int32_t *reset_id = field[RESET_ID], context = int32_t(num_context);
+    int wrong = 0;
+    for (Index i = 0; i < num_rows; i++)
+        wrong |= (first[i] < 0) | (prefix[i] < first[i]) | (start[i] < prefix[i]) | (stop[i] <= start[i]) | (stop[i] > context) |
+                 (reset_id[i] < 0) | (reset_id[i] > PREFIX_RESET_ID);
+    for (int32_t i = 0; i < context; i++) wrong |= stop[i] != i + 1;
+    for (const Range part : {Range{1, num_context}, Range{num_context + 1, num_rows}})
+        for (Index i = part.first; i < part.stop; i++) {
+            const int joined = (prefix[i - 1] == first[i - 1]) & (start[i - 1] == first[i - 1]);
+            const int same = (first[i] == first[i - 1]) & ((prefix[i] == first[i]) | (prefix[i] == prefix[i - 1]) | joined);
+            const int later = (first[i] != first[i - 1]) & (first[i] >= stop[i - 1]);
+            wrong |= !(same | later) | (start[i] < start[i - 1]) | (stop[i] < stop[i - 1]);
+        }
+    return !wrong;
+}
 
 template <class F> Index padded_depth(const Arguments& x) { return round_up(x.head_dim, LANES<F>); }
 

@@ -77,7 +77,6 @@ def test_the_rule_by_hand() -> None:
         ({"num_targets": [-1]}, r"num_targets\[0\] must be >= 0, got -1"),
         ({"num_targets": []}, r"num_targets must have one entry per prompt \(1\), got 0"),
         ({"window": -1}, r"window must be an integer >= 0"),
-        ({"window": 2.5}, r"window must be an integer >= 0"),
         ({"prefix_lengths": [-2]}, r"prefix_lengths\[0\] must be >= 0, got -2"),
         ({"prefix_lengths": [1, 1]}, r"prefix_lengths must have one entry per prompt"),
     ],

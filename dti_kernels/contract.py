@@ -1,0 +1,124 @@
+"""What the operators take: tensors of which kind, shape, dtype and device, and what is said of all others. Reads no values.
+
+Stated once: `windowed_attn` and the reference ask it for their callers, and the registered operators, which anybody may call, again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from dti_kernels.layout import check_arrays
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that scores, softmax and sums are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_tensors(named: Mapping[str, object]) -> None:
+    """Raise TypeError unless all are tensors of one memory, with strides: the operators are registered for no others."""
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+        if x.layout is not torch.strided or x.is_nested:
+            kind = "a nested tensor" if x.is_nested else f"one of {x.layout}"
+            raise TypeError(f"{name} must be a strided tensor, got {kind}")
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_sum: Tensor | None,
+    k_initial: Tensor | None,
+    v_initial: Tensor | None,
+    ratios: Tensor | None,
+    slopes: Tensor | None,
+    rows: Tensor,
+    keys: Tensor,
+) -> None:
+    """Raise TypeError or ValueError unless the operators' inputs fit each other."""
+    check_arrays(rows, keys)
+    if (k_initial is None) != (v_initial is None) or (k_initial is None) != (ratios is None):
+        raise ValueError("reset.k_initial, reset.v_initial and ratios must be given together")
+    shape, of_keys = q.shape, k.shape
+    dtype, device, num_rows, num_context = q.dtype, rows.device, rows.shape[1], keys.shape[1]
+    if len(shape) != 3 or len(of_keys) != 3:
+        name, got = ("q", shape) if len(shape) != 3 else ("k", of_keys)
+        raise ValueError(f"{name} must be (rows, heads, head_dim), got shape {tuple(got)}")
+    num_queries, num_heads, head_dim = shape
+    num_groups = of_keys[1]
+    if dtype not in DTYPES:
+        raise TypeError(f"q must be of float16, bfloat16, float32 or float64, got {dtype}")
+    if head_dim < 1:
+        raise ValueError(f"q must have a head_dim of at least 1, got shape {tuple(shape)}")
+    if num_heads < 1 or num_groups < 1 or num_heads % num_groups:
+        raise ValueError(
+            f"q's heads must be a multiple of k's heads, each at least 1, got {num_heads} and {num_groups}"
+        )
+    # q may hold the [SUM] rows only.
+    of_queries = num_queries if num_queries == num_rows - num_context else num_rows
+    for_keys, for_context = (num_rows, num_groups, head_dim), (num_context, num_groups, head_dim)
+    for name, x, expected in (
+        ("q", q, (of_queries, num_heads, head_dim)),
+        ("k", k, for_keys),
+        ("v", v, for_keys),
+        ("k_sum", k_sum, for_keys),
+        ("reset.k_initial", k_initial, for_context),
+        ("reset.v_initial", v_initial, for_context),
+    ):
+        if x is not None and not (x.shape == expected and x.dtype == dtype and x.device == device):
+            _refuse(name, x, dtype, device, expected, f" for this layout (T = {num_rows}, C = {num_context})")
+    if slopes is not None and not (
+        slopes.shape == (num_heads,) and slopes.dtype in DTYPES and slopes.device == device
+    ):
+        _refuse_table("alibi_slopes", slopes, f"({num_heads},)", device)
+    if ratios is not None and not (
+        ratios.ndim == 1
+        and ratios.shape[0] > 0
+        and ratios.dtype in DTYPES
+        and ratios.device == device
+        and ratios.is_contiguous()
+    ):
+        _refuse_table("ratios", ratios, "(n,), n at least 1, contiguous", device)
+
+
+def check_saved(grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Raise TypeError or ValueError unless what the backward gets besides its forward's inputs fits the queries."""
+    shape, dtype, device = q.shape, q.dtype, q.device
+    for name, x, expected, kind in (
+        ("grad_out", grad_out, shape, dtype),
+        ("out", out, shape, dtype),
+        ("lse", lse, (shape[1], shape[0]), accumulation_dtype(dtype)),
+    ):
+        if not (x.shape == expected and x.dtype == kind and x.device == device):
+            _refuse(name, x, kind, device, tuple(expected), "")
+
+
+def _refuse(
+    name: str, x: Tensor, dtype: torch.dtype, device: torch.device, expected: tuple[int, ...], where: str
+) -> NoReturn:
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must have q's floating point dtype ({dtype}), got {x.dtype}")
+    _check_device(name, x, device)
+    if x.ndim != len(expected):
+        raise ValueError(f"{name} must be (rows, heads, head_dim), got shape {tuple(x.shape)}")
+    raise ValueError(f"{name} must have shape {expected}{where}, got {tuple(x.shape)}")
+
+
+def _refuse_table(name: str, x: Tensor, shape: str, device: torch.device) -> NoReturn:
+    _check_device(name, x, device)
+    raise ValueError(
+        f"{name} must be floating point of shape {shape}, got {x.dtype} of shape {tuple(x.shape)}"
+    )
+
+
+def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, the layout on {device}: use layout.to(...)")
