@@ -65,7 +65,7 @@ def read_stats(folder: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_file(path))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: damaged, not valid JSON ({error}). {REMOVE}") from error
     version = value.get("format_version") if isinstance(value, dict) else None
