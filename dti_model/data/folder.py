@@ -18,7 +18,7 @@ from typing import Any
 
 from dti_model.data.errors import DataError
 from dti_model.files import DamagedFileError, check_files, checksums, read_file, read_sealed, write_sealed
-from dti_model.places import why_irreplaceable
+from dti_model.places import why_irreplaceable, why_owned
 
 FORMAT_VERSION = 2
 STATS_FILE = "stats.json"
@@ -138,8 +138,11 @@ def check_replaceable(out: Path) -> None:
     """Only nothing, an empty folder, or an older prepared folder and nothing else may be in the way of a new one.
 
     Raises:
-        DataError: something else is there, and what it is.
+        DataError: something else is there, and what it is, or the place is one of another folder's own files.
     """
+    owned = why_owned(out)
+    if owned is not None:
+        raise DataError(f"{out} {owned}")
     if not out.exists():
         return
     other = f"{out}: exists and is not a prepared folder. Name another one with --out"

@@ -164,7 +164,9 @@ class Rejected:
             DataError: so many rows that this cannot be the right kind of file.
         """
         if len(self) == MAX_LISTED:
-            self.check(MAX_LISTED, 0)
+            raise DataError(
+                f"{self.path}: more than {MAX_LISTED:,} rows cannot be used. The first:{self._shown()}\nMend the file."
+            )
         self._lines.append(line)
         self._problems.append(problem if len(problem) <= 200 else problem[:197] + "...")
 
@@ -180,6 +182,9 @@ class Rejected:
         place = ":" if self.place == "line" else f" {self.place} "
         return [f"{file}{place}{line}: {problem}" for file, line, problem in head.iter_rows()]
 
+    def _shown(self) -> str:
+        return "".join(f"\n  {row}" for row in self.first())
+
     def check(self, num_rows: int, limit: float) -> None:
         """Stop when more than the share `limit` of the file's `num_rows` rows was rejected.
 
@@ -188,10 +193,9 @@ class Rejected:
         """
         if len(self) > limit * num_rows:
             share = len(self) / num_rows
-            shown = "".join(f"\n  {row}" for row in self.first())
             raise DataError(
                 f"{self.path}: {len(self):,} of {num_rows:,} rows ({share:.2%}) cannot be used, more than "
-                f"max_rejected = {limit:g} allows. The first:{shown}\nMend the file, or allow more with "
+                f"max_rejected = {limit:g} allows. The first:{self._shown()}\nMend the file, or allow more with "
                 "max_rejected (--max-rejected)."
             )
 
