@@ -60,7 +60,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     yield line, block[:stop].replace(b"\r\n", b"\n")
                     line += block.count(b"\n", 0, stop)
                 block = file.read(BATCH_BYTES)
-                _check_ratio(path, file)
+                check_ratio(path, os.fstat(file.fileno()).st_size, file.tell())
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(
@@ -91,12 +91,12 @@ def check_line_ends(path: Path, head: bytes) -> None:
         )
 
 
-def _check_ratio(path: Path, file: BinaryIO) -> None:
-    packed, unpacked = os.fstat(file.fileno()).st_size, file.tell()
+def check_ratio(path: Path, packed: int, unpacked: int) -> None:
+    """Raise a DataError where a file of `packed` bytes holds so many that it was made to fill the memory."""
     if unpacked > max(MIN_BOMB_BYTES, MAX_UNPACKED_RATIO * packed):
         raise DataError(
-            f"{path}: {packed:,} bytes unpack to more than {unpacked:,}, which no log does. If that is meant, unpack the file "
-            "(gunzip) and name what comes out."
+            f"{path}: {packed:,} bytes unpack to {unpacked:,} or more, which no log does. If that is meant, store the file without "
+            "compression and name that one."
         )
 
 

@@ -20,11 +20,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dti_model.data.errors import DataError, at_line
-from dti_model.data.rows import BATCH_BYTES, MAX_LINE_BYTES, Rejected, read_lines
+from dti_model.data.rows import BATCH_BYTES, MAX_LINE_BYTES, Rejected, check_ratio, read_lines
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet", ".pq")
 _MAX_RECORDS = 50_000  # of a batch
+_ROW_BYTES = 20  # of an interaction in memory
 _FIRST_DAY, _END_DAY = -719_162, 2_932_897  # of the years 1 to 9999, in days since 1970
 LINE = "line"  # the column that a batch has besides those asked for; they are renamed to "=name"
 
@@ -256,6 +257,7 @@ class _Parquet(Table):
                 raise DataError(
                     f"{self.path}: column {name} has the type {kind}, which has no plain text: make it text, a number or a time"
                 )
+        check_ratio(self.path, self.path.stat().st_size, self._num_bytes(names))
         try:
             for batch in self._batches(names):
                 batch.validate(full=True)  # among others, that text is UTF-8
@@ -275,6 +277,14 @@ class _Parquet(Table):
             raise DataError(
                 f"{self.path}: holds {self.num_rows:,} rows, but its footer promises {promised:,}"
             )
+
+    def _num_bytes(self, names: Sequence[str]) -> int:
+        """How much memory the footer promises: of columns as they are read, or of rows as they are kept."""
+        footer = self._file.metadata
+        groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+        chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+        wanted = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in names]
+        return max(footer.num_rows * _ROW_BYTES, sum(chunk.total_uncompressed_size for chunk in wanted))
 
     def _batches(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         kinds = [self._file.schema_arrow.field(name).type for name in names]

@@ -58,6 +58,11 @@ def test_everything_written_has_the_mode_of_the_umask(tmp_path: Path, umask: int
     main(["evaluate", "--run", str(run), "--split", "val", "--json", str(place / "val.json")])
     export_run(run, place / "exported", library_only=True)
     names = {path.relative_to(place).as_posix() for path in place.rglob("*")}
-    assert {"run/model/model.safetensors", "exported/model.safetensors", "data/tokens", "out.parquet"} <= names
+    assert {
+        "run/model/model.safetensors",
+        "exported/model.safetensors",
+        "data/tokens",
+        "out.parquet",
+    } <= names
     assert any(name.startswith("run/checkpoints/checkpoint-") for name in names), names
     assert wrong_modes(place, umask) == {}
