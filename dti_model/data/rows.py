@@ -41,6 +41,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         DataError: the file cannot be read, is empty, is a damaged gzip file, holds another encoding or other line ends, has an
             endless line, or unpacks to more than a text does.
     """
+    check_file(path)
     line, rest = 1, b""
     try:
         with _open(path) as file:
@@ -70,6 +71,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         yield line, rest.removesuffix(b"\r") + b"\n"
     elif line == 1:
         raise at_line(path, 1, "the file is empty.")
+
+
+def check_file(path: Path) -> None:
+    """Raise a DataError unless there is such a file; a named pipe would let its reader wait for ever."""
+    if not path.is_file():
+        raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
 
 
 def without_mark(path: Path, head: bytes) -> bytes:

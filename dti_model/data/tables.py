@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dti_model.data.errors import DataError, at_line
-from dti_model.data.rows import BATCH_BYTES, MAX_LINE_BYTES, Rejected, check_ratio, read_lines
+from dti_model.data.rows import BATCH_BYTES, MAX_LINE_BYTES, Rejected, check_file, check_ratio, read_lines
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet", ".pq")
@@ -57,7 +57,8 @@ class Table:
         missing = [name for name in names if name not in self.columns]
         if missing:
             raise DataError(
-                f"{self.path}: there is no column {', '.join(missing)}; there are {', '.join(self.columns)}"
+                f"{self.path}: there is no column {', '.join(missing)}; there are {', '.join(self.columns)}. Say "
+                "which one it is with the option of that column"
             )
         return self._read(names)
 
@@ -78,8 +79,7 @@ def open_table(path: Path, *, multiline: bool) -> Table:
         raise DataError(
             f"{path}: the name must end with one of {known}; .csv and .tsv may be followed by .gz"
         )
-    if not path.is_file():
-        raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    check_file(path)
     return _Parquet(path) if is_parquet else _Csv(path, SEPARATORS[ending], multiline)
 
 
@@ -284,7 +284,9 @@ class _Parquet(Table):
         groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
         chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
         wanted = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in names]
-        return max(footer.num_rows * _ROW_BYTES, sum(chunk.total_uncompressed_size for chunk in wanted))
+        return max(
+            int(footer.num_rows) * _ROW_BYTES, sum(int(chunk.total_uncompressed_size) for chunk in wanted)
+        )
 
     def _batches(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         kinds = [self._file.schema_arrow.field(name).type for name in names]

@@ -3,7 +3,8 @@
     tokens/<fingerprint of tokenizer and texts>-<sha256 of the file>.arrow
 
 The name says what the content must be, so one renamed file is whole or not there, and several processes may write it at once. A
-damaged one is encoded again, which takes a moment, rather than refused. In a folder that may not be written, nothing is kept.
+damaged one is encoded again, which takes a moment, rather than refused. In a folder that may not be written, nothing is kept,
+and a warning says so.
 """
 
 from __future__ import annotations

@@ -313,6 +313,16 @@ def test_times_beyond_the_year_9999_are_rejected(tmp_path: Path, kind: str) -> N
     assert found.items["titled"].to_list() == [True]
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    """A named pipe in the place of Amazon's reviews waited for ever."""
+    make(tmp_path / "reviews.json")
+    with pytest.raises(DataError, match=r"reviews\.json: not a file$"):
+        AmazonFiles(tmp_path / "reviews.json", tmp_path / "meta.json").load()
+    with pytest.raises(DataError, match=r"meta\.json: no such file$"):
+        list(rows.read_lines(tmp_path / "meta.json"))
+
+
 def test_more_rejected_rows_than_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message spoke of a `max_rejected` of 0 that nobody had given."""
     monkeypatch.setattr(rows, "MAX_LISTED", 2)
