@@ -209,9 +209,8 @@ def _dates(values: pl.Series) -> pl.Series:
     found = _moments(texts)
     missed = is_date & found.is_null()
     if missed.any():  # spellings of databases, which take longer to look for
-        rare = (
-            texts.set(~missed, None).str.replace("^(.{10})t", "${1}T").str.replace(" ?(UTC|GMT|z)$", "+00:00")
-        )
+        rare = values.set(~missed, None).str.replace("^(.{10})[ t]", "${1}T")
+        rare = rare.str.replace(" ?(UTC|GMT|[Zz])$", "+00:00")
         found = found.zip_with(~missed, _moments(rare.str.replace(" ([+-][0-9:]+)$", "${1}")))
     return found
 

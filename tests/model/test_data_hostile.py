@@ -258,6 +258,8 @@ def test_parquet_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch
         ("2020-01-01 12:00+05", -18_000),
         ("2020-01-01t12:00:00z", 0),
         ("2020-01-01 12:00:00 UTC", 0),
+        ("2020-01-01T12:00:00.0 GMT", 0),
+        ("2020-01-01T12:00:00 +05:30", -19_800),
     ],
 )
 def test_zones_as_databases_write_them(text: str, seconds: int) -> None:
