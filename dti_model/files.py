@@ -36,6 +36,7 @@ from dti_model.renames import exchanged, rename_file_to_nothing, rename_folder_t
 
 CHECKSUMS_FILE = "checksums.json"
 _SEAL = "sha256"
+_MOST_BYTES = 1 << 26  # of a file that is read as a whole; the logs of a million steps have half
 _INCOMPLETE, _REMOVED = ".incomplete", ".removed"
 _TEMPORARY = re.compile(r"\..+\.dti-[0-9a-f]{16}(\.incomplete|\.removed)")
 # Files that transformers, tokenizers and peft look for in a folder: a new one would change what is loaded.
@@ -258,9 +259,16 @@ def opened(path: Path) -> Iterator[BufferedReader]:
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a file that `opened` opens; errors as there."""
+    """The content of a file of ours that is read as a whole, such as JSON.
+
+    Raises:
+        OSError: it is no regular file, cannot be read, or is larger than any of ours.
+    """
     with opened(path) as file:
-        return file.read()
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise OSError(f"{path} has more than {_MOST_BYTES:,} bytes, which no file of its name needs")
+    return content
 
 
 def sha256_of(path: Path) -> str:

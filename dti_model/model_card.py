@@ -137,7 +137,7 @@ def token_window(model_config: Any) -> int | None:
 def without_token_window(model_folder: Path) -> None:
     """Take a sliding window in tokens out of a folder's config.json: the library ignores it, its window is in interactions."""
     path = model_folder / "config.json"
-    config = json.loads(path.read_bytes())
+    config = json.loads(read_file(path))
     changed = {**config}
     for name, off in (("sliding_window", None), ("use_sliding_window", False)):
         if name in config:

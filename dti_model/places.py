@@ -17,15 +17,21 @@ _OF_A_SEARCH = re.compile(r"search\.json|search\.csv|search-folder\.json|base|.*
 _OF_DATA = re.compile(r"stats\.json|(interactions|users|items)\.arrow|rejected\.csv|tokenizer|tokens|\..*")
 
 
-def why_owned(path: Path) -> str | None:
+def why_owned(path: Path, is_run: bool = False) -> str | None:
     """Why an output may not have a name: it is one of a run's, a search's or prepared data's own; None: it is free.
 
     A file there would be taken for theirs: `metrics.json` makes a run a finished one, and what lies in `model` goes with it.
+
+    Args:
+        path: of the output.
+        is_run: it is the folder of a run, which a search has in it.
     """
     real = Path(os.path.realpath(path))
     for folder in real.parents:
         names = _names_of(folder)
         if names is not None:
+            if is_run and names is _OF_A_SEARCH:
+                return None
             is_own = names.fullmatch(real.relative_to(folder).parts[0]) is not None
             return f"is a place of {folder}'s own files: choose another name" if is_own else None
     return None

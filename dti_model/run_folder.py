@@ -30,6 +30,7 @@ from dti_model.config import CONFIG_FILE, TrainConfig
 from dti_model.config_file import is_ours
 from dti_model.files import CHECKSUMS_FILE, is_passing, locked, opened, read_sealed
 from dti_model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance
+from dti_model.places import why_owned
 from dti_model.ranks import first_rank_does
 
 CARD_FILE = "README.md"
@@ -175,6 +176,13 @@ def _is_of_a_start(path: Path) -> bool:
     return path.name == LOCK_FILE or path.name.startswith(f".{CONFIG_FILE}.")
 
 
+def _check_place(out: Path) -> None:
+    owned = why_owned(out, is_run=True)
+    if owned is not None:
+        raise RunExistsError(f"{out} {owned}")
+    check_is_ours(out)
+
+
 @contextmanager
 def run_folder_of(out: Path, purpose: str) -> Iterator[None]:
     """Hold a run folder: rank 0 locks it, and the error of a lock that another process holds is raised by all ranks.
@@ -184,10 +192,10 @@ def run_folder_of(out: Path, purpose: str) -> Iterator[None]:
         purpose: what others are told, such as "dti train".
 
     Raises:
-        RunExistsError: it is not a run folder.
+        RunExistsError: it is not a run folder, or in the place of another run's or prepared data's own files.
         LockedError: another process writes there; the message says which.
     """
-    first_rank_does(lambda: check_is_ours(out))
+    first_rank_does(lambda: _check_place(out))
     made = [folder for folder in (out / CHECKPOINTS_FOLDER, out, *out.parents) if not folder.exists()]
     with ExitStack() as stack:
         first_rank_does(lambda: stack.enter_context(locked(out / LOCK_FILE, purpose)))

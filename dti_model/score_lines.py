@@ -21,6 +21,7 @@ from dti_model.scorer import Request, Scorer
 JSON_SUFFIXES, PARQUET_SUFFIXES = (".jsonl", ".json", ".ndjson"), (".parquet", ".pq")
 FIELDS = {"user", "history", "candidates"}
 MAX_DEPTH = 16  # of a line; a request with nested fields has 5 or so
+MAX_LINE_BYTES = 1 << 24  # a hundred thousand candidates with texts
 BATCH_ROWS = 64
 _BLOCK_BYTES = 1 << 20
 
@@ -77,8 +78,15 @@ class InputFile:
     def lines(self, after: int) -> Iterator[tuple[int, Line]]:
         """Lines behind the first `after`, with their numbers: bytes of JSON, or fields of a Parquet row."""
         self._file.seek(0)
-        lines: Iterator[Line] = self._rows() if self._is_parquet else self._file
+        lines: Iterator[Line] = self._rows() if self._is_parquet else self._json_lines()
         return itertools.islice(enumerate(lines, 1), after, self.num_lines)
+
+    def _json_lines(self) -> Iterator[bytes]:
+        """Lines; of one that is too long only enough to know that it is."""
+        while line := self._file.readline(MAX_LINE_BYTES + 1):
+            yield line
+            while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                line = self._file.readline(MAX_LINE_BYTES + 1)
 
     def check_stamp(self) -> None:
         """Raise an InputChangedError where the file was written to, replaced or removed."""
@@ -194,6 +202,10 @@ def fields_of(line: Line) -> Mapping[str, Any]:
     """
     value: Any = line
     if isinstance(line, bytes):
+        if len(line) > MAX_LINE_BYTES:
+            raise ItemError(
+                f"a line of more than {MAX_LINE_BYTES:,} bytes: put its candidates into several lines, each with the history"
+            )
         try:
             value = json.loads(line, object_pairs_hook=_without_repeats)
         except ItemError:

@@ -28,6 +28,7 @@ from dti_model.data import PreparedData
 from dti_model.files import DamagedFileError, check_checksums, locked, read_file, whole_file, write_json
 from dti_model.fingerprints import OtherOriginError, Provenance
 from dti_model.launch import let_settings_rule
+from dti_model.places import why_owned
 from dti_model.ranks import first_rank_does, join_ranks, rank
 from dti_model.run import tokenizer_of
 from dti_model.run_folder import (
@@ -127,6 +128,9 @@ def check_search_folder(folder: Path) -> None:
         RunExistsError: naming what is there.
     """
     check_is_no_broken_link(folder)
+    owned = why_owned(folder)
+    if owned is not None:
+        raise RunExistsError(f"{folder} {owned}")
     if folder.exists() and not folder.is_dir():
         raise RunExistsError(f"{folder} is not a folder: choose another --out")
     _check_written(folder)

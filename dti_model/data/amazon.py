@@ -27,7 +27,7 @@ import msgspec
 import polars as pl
 
 from dti_model.data.errors import DataError
-from dti_model.data.item_frames import items_with_text
+from dti_model.data.item_frames import ItemTexts
 from dti_model.data.rows import MAX_REJECTED, Interactions, Rejected, check_max_rejected, read_lines
 from dti_model.data.source import RawData, file_sha256
 from dti_model.data.texts import MAX_CHARS, Template, clean_text
@@ -97,15 +97,18 @@ class AmazonFiles:
                 pl.Series([row.overall for row in found], dtype=pl.Float64),
             )
         rejected[0].check(num_rows, self.max_rejected)
-        products = _Products(interactions.items.names())
-        num_listed = sum(products.add(found, count) for found, count in _decoded(meta, _Product, rejected[1]))
+        items = ItemTexts(interactions.items.names(), TEMPLATE, self.max_chars)
+        num_listed = 0
+        for found, count in _decoded(meta, _Product, rejected[1]):
+            num_listed += count
+            known = [row for row in found if row.asin in items]
+            items.add([row.asin for row in known], _values(known))
         rejected[1].check(num_listed, self.max_rejected)
-        items, repeated, cut = products.texts(self.max_chars)
         return RawData(
             interactions=interactions.frame(),
             users=interactions.users.names(),
             rated=interactions.items.names(),
-            items=items,
+            items=items.frame(),
             threshold=THRESHOLD,
             min_item_count=MIN_ITEM_COUNT,
             route="files",
@@ -114,8 +117,8 @@ class AmazonFiles:
             num_rows=num_rows,
             num_listed=num_listed,
             rejected=rejected,
-            repeated_items=repeated,
-            texts_cut=cut,
+            repeated_items=items.num_repeated,
+            texts_cut=items.num_cut,
             text_rule={"text": TEMPLATE.template, "max_chars": self.max_chars},
             checksums={path.name: file_sha256(path) for path in (reviews, meta)},
         )
@@ -172,28 +175,14 @@ def _decoded_one_by_one(
     return found, count
 
 
-class _Products:
-    """Raw values of the products that were reviewed."""
-
-    def __init__(self, rated: pl.Series) -> None:
-        self._rated = set(rated)
-        self._ids: list[str] = []
-        self._values: dict[str, list[str]] = {name: [] for name in TEMPLATE.columns}
-
-    def add(self, products: list[_Product], count: int) -> int:
-        """Keep what is needed of a batch; returns `count`, the rows that it was read from."""
-        for product in products:
-            if product.asin in self._rated:
-                self._ids.append(product.asin)
-                title = product.title or ""
-                self._values["title"].append("" if "getTime" in title else title)
-                self._values["category"].append(_categories(product.category or []))
-                self._values["brand"].append(_AUTHOR.sub(r"\1", clean_text(product.brand or "")))
-        return count
-
-    def texts(self, max_chars: int) -> tuple[pl.DataFrame, int, int]:
-        values = pl.DataFrame(self._values, schema=dict.fromkeys(TEMPLATE.columns, pl.String))
-        return items_with_text(pl.Series(self._ids, dtype=pl.String), values, TEMPLATE, max_chars)
+def _values(products: list[_Product]) -> dict[str, Iterator[str]]:
+    """The columns of the template, made one by one as they are asked for."""
+    titles = (product.title or "" for product in products)
+    return {
+        "title": ("" if "getTime" in title else title for title in titles),
+        "category": (_categories(product.category or []) for product in products),
+        "brand": (_AUTHOR.sub(r"\1", clean_text(product.brand or "")) for product in products),
+    }
 
 
 def _categories(names: list[str]) -> str:

@@ -9,22 +9,22 @@ Numbers are kept in millionths of their unit and date-times in microseconds, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
-from dti_model.data.item_frames import as_text, items_with_text
+from dti_model.data.item_frames import ItemTexts, as_text
 from dti_model.data.rows import MAX_REJECTED, Interactions, check_max_rejected
 from dti_model.data.source import RawData, file_sha256
 from dti_model.data.tables import LINE, Table, open_table
 from dti_model.data.texts import FINISHED, MAX_CHARS, Template
 
 INTEGERS, NUMBERS, DATES = "the file's", "millionths of the file's", "microseconds"
-_TIME_RULES = {INTEGERS: "an integer", NUMBERS: "a number", DATES: "an ISO date-time"}
+_TIME_RULES: dict[str | None, str] = {INTEGERS: "an integer", NUMBERS: "a number", DATES: "an ISO date-time"}
+_TIME_RULES[None] = "an integer, a number or an ISO date-time"
 _DATE_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
-_ZONED_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f%:z", "%Y-%m-%dT%H:%M%:z")
+_ZONED_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M%#z")  # +05:30, +0530 or +05
 _LABELS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 MAX_NUMBER = 9e12  # in millionths it still fits 64 bits
 MAX_THRESHOLD = (
@@ -109,14 +109,14 @@ class CustomFiles:
         table = open_table(Path(self.interactions), multiline=False)
         interactions, unit = self._read_interactions(table)
         table.rejected.check(table.num_rows, self.max_rejected)
-        ids, values = zip(*self._read_items(catalogue, template))
+        items = ItemTexts(interactions.items.names(), template, self.max_chars)
+        self._read_items(catalogue, template, items)
         catalogue.rejected.check(catalogue.num_rows, self.max_rejected)
-        items, repeated, cut = items_with_text(pl.concat(ids), pl.concat(values), template, self.max_chars)
         return RawData(
             interactions=interactions.frame(),
             users=interactions.users.names(),
             rated=interactions.items.names(),
-            items=items,
+            items=items.frame(),
             threshold=0.5 if self.threshold is None else float(self.threshold),
             min_item_count=1,
             route="files",
@@ -127,8 +127,8 @@ class CustomFiles:
             click=f"{self.label} = 1" if self.rating is None else f"{self.rating} > {{threshold:g}}",
             timestamp_unit=unit,
             rejected=(table.rejected, catalogue.rejected),
-            repeated_items=repeated,
-            texts_cut=cut,
+            repeated_items=items.num_repeated,
+            texts_cut=items.num_cut,
             text_rule={"text": self.text, "max_chars": self.max_chars},
             checksums={path.name: file_sha256(path) for path in (table.path, catalogue.path)},
         )
@@ -160,19 +160,18 @@ class CustomFiles:
             interactions.add(good["user"].to_list(), good["item"].to_list(), good["time"], good["value"])
         return interactions, unit or INTEGERS
 
-    def _read_items(self, table: Table, template: Template) -> Iterator[tuple[pl.Series, pl.DataFrame]]:
-        """Ids and values of the template's columns, in batches."""
+    def _read_items(self, table: Table, template: Template, items: ItemTexts) -> None:
         key = self.items_key or self.item
         for batch in table.batches(list(dict.fromkeys([key, *template.columns]))):
             ids = _ids(batch[f"={key}"])
             for line in batch[LINE].filter(ids.is_null()):
                 table.rejected.add(line, f"{key} must not be empty")
-            values = pl.DataFrame({name: as_text(batch[f"={name}"]) for name in template.columns})
-            yield ids.drop_nulls(), values.filter(ids.is_not_null())
+            known = batch.filter(ids.is_not_null())
+            items.add(ids.drop_nulls(), {name: as_text(known[f"={name}"]) for name in template.columns})
 
 
-def parsed_times(values: pl.Series, unit: str | None) -> tuple[pl.Series, str]:
-    """Times as Int64, null where there is none, and their unit; None lets the values decide.
+def parsed_times(values: pl.Series, unit: str | None) -> tuple[pl.Series, str | None]:
+    """Times as Int64, null where there is none, and their unit; None lets the values decide, and remains where none is a time.
 
     Example:
         >>> parsed_times(pl.Series(["1970-01-01T00:00:01Z", "soon"]), None)[0].to_list()
@@ -182,27 +181,42 @@ def parsed_times(values: pl.Series, unit: str | None) -> tuple[pl.Series, str]:
         return values.cast(pl.Datetime("us")).cast(pl.Int64), unit or DATES
     if values.dtype == pl.String:
         values = values.str.strip_chars()
-    numbers = values.cast(pl.Float64, strict=False)
-    in_range = numbers.abs() <= MAX_NUMBER
-    found = {
-        INTEGERS: values.cast(pl.Int64, strict=False)
-        if not values.dtype.is_float()
-        else numbers.clear(len(values)).cast(pl.Int64),
-        NUMBERS: (numbers.set(~in_range.fill_null(False), None) * 1e6).round().cast(pl.Int64),
-        DATES: _dates(values)
-        if values.dtype == pl.String
-        else pl.repeat(None, len(values), dtype=pl.Int64, eager=True),
-    }
     if unit is None:
         # The first of integers, numbers, dates that reads the most values.
-        unit = min(found, key=lambda kind: found[kind].null_count())
-    return found[unit], unit
+        nulls = {kind: read(values).null_count() for kind, read in _READERS.items()}
+        kind = min(nulls, key=lambda kind: nulls[kind])
+        unit = kind if nulls[kind] < len(values) else None
+    return _READERS[unit or INTEGERS](values), unit
+
+
+def _whole(values: pl.Series) -> pl.Series:
+    if values.dtype.is_float():
+        return pl.repeat(None, len(values), dtype=pl.Int64, eager=True)
+    return values.cast(pl.Int64, strict=False)
+
+
+def _millionths(values: pl.Series) -> pl.Series:
+    numbers = values.cast(pl.Float64, strict=False)
+    in_range = (numbers.abs() <= MAX_NUMBER).fill_null(False)
+    return (numbers.set(~in_range, None) * 1e6).round().cast(pl.Int64)
 
 
 def _dates(values: pl.Series) -> pl.Series:
     """ISO date-times as microseconds since 1970 (UTC), null where there is none."""
-    column = pl.lit(values.set(~values.str.contains(r"^\d{4}-\d\d-\d\d"), None))
-    column = column.str.replace(" ", "T", literal=True).str.replace("Z$", "+00:00")
+    if values.dtype != pl.String or not (is_date := values.str.contains(r"^\d{4}-\d\d-\d\d")).any():
+        return pl.repeat(None, len(values), dtype=pl.Int64, eager=True)
+    texts = values.set(~is_date, None).str.replace(" ", "T", literal=True).str.replace("Z$", "+00:00")
+    found = _moments(texts)
+    missed = is_date & found.is_null()
+    if missed.any():  # spellings of databases, which take longer to look for
+        rare = values.set(~missed, None).str.replace("^(.{10})[ t]", "${1}T")
+        rare = rare.str.replace(" ?(UTC|GMT|[Zz])$", "+00:00")
+        found = found.zip_with(~missed, _moments(rare.str.replace(" ([+-][0-9:]+)$", "${1}")))
+    return found
+
+
+def _moments(texts: pl.Series) -> pl.Series:
+    column = pl.lit(texts)
     plain = [column.str.to_datetime(form, strict=False, time_unit="us") for form in _DATE_FORMATS]
     zoned = [
         column.str.to_datetime(form, strict=False, time_unit="us", time_zone="UTC").dt.replace_time_zone(None)
@@ -211,11 +225,15 @@ def _dates(values: pl.Series) -> pl.Series:
     return pl.select(pl.coalesce(*plain, *zoned).cast(pl.Int64)).to_series()
 
 
+_READERS = {INTEGERS: _whole, NUMBERS: _millionths, DATES: _dates}
+
+
 def _problem(column: str, name: str, rule: str, values: pl.Series | None = None) -> pl.Expr:
     """The problem of the rows where `column` is null; `values` are shown."""
     text = pl.lit(f"{name} {rule}")
     if values is not None:
-        text = pl.concat_str(text, pl.lit(", but is "), pl.lit(as_text(values).fill_null("empty")))
+        nothing = "empty, or not of the years 1 to 9999" if values.dtype.is_temporal() else "empty"
+        text = pl.concat_str(text, pl.lit(", but is "), pl.lit(as_text(values).fill_null(nothing)))
     return pl.when(pl.col(column).is_null()).then(text)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from dti_model.data.errors import DataError
 from dti_model.files import DamagedFileError, check_files, checksums, read_file, read_sealed, write_sealed
-from dti_model.places import why_irreplaceable
+from dti_model.places import why_irreplaceable, why_owned
 
 FORMAT_VERSION = 2
 STATS_FILE = "stats.json"
@@ -65,7 +65,7 @@ def read_stats(folder: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_file(path))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: damaged, not valid JSON ({error}). {REMOVE}") from error
     version = value.get("format_version") if isinstance(value, dict) else None
@@ -138,8 +138,11 @@ def check_replaceable(out: Path) -> None:
     """Only nothing, an empty folder, or an older prepared folder and nothing else may be in the way of a new one.
 
     Raises:
-        DataError: something else is there, and what it is.
+        DataError: something else is there, and what it is, or the place is one of another folder's own files.
     """
+    owned = why_owned(out)
+    if owned is not None:
+        raise DataError(f"{out} {owned}")
     if not out.exists():
         return
     other = f"{out}: exists and is not a prepared folder. Name another one with --out"

@@ -5,6 +5,7 @@ What a text is made of, and how, is `texts.py`'s.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import polars as pl
@@ -31,30 +32,47 @@ def _text(values: pl.Expr, dtype: Any) -> pl.Expr:
     )
 
 
-def items_with_text(
-    ids: pl.Series, values: pl.DataFrame, template: Template, max_chars: int
-) -> tuple[pl.DataFrame, int, int]:
-    """Item texts from raw values, one row an item.
+class ItemTexts:
+    """The texts of the items that have interactions; of the others only their rows are counted.
 
-    Args:
-        ids: the item of every row; of the rows of one item the first with a title is used, or else the first.
-        values: the template's columns of the same rows, as text or null.
-        template: what a text is made of.
-        max_chars: longest value of a column; longer ones are cut at a word.
+    Rows come in batches, so that an item file of any size takes the memory of the texts that are needed.
 
-    Returns:
-        A frame of `ITEM_SCHEMA`, the number of rows that repeat an item, and the number of values cut.
+    Attributes:
+        num_repeated: rows of those items after their first.
+        num_cut: values of those items that were longer than allowed.
     """
-    cut, cleaned = 0, []
-    for name in template.columns:
-        texts = [clean_text(value) for value in values[name].fill_null("")]
-        cut += sum(len(text) > max_chars for text in texts)
-        cleaned.append([shorten(text, max_chars) for text in texts])
-    rendered = [template.render(dict(zip(template.columns, row))) for row in zip(*cleaned)]
-    frame = pl.DataFrame(
-        {"item": ids, "text": rendered, "titled": [title != "" for title in cleaned[0]]},
-        schema=ITEM_SCHEMA,
-    )
-    first = frame.sort("titled", descending=True, maintain_order=True)
-    first = first.unique("item", keep="first", maintain_order=True)
-    return first, frame.height - first.height, cut
+
+    def __init__(self, rated: pl.Series, template: Template, max_chars: int) -> None:
+        """Start without any.
+
+        Args:
+            rated: the ids of the items that have interactions.
+            template: what a text is made of.
+            max_chars: longest value of a column; longer ones are cut at a word.
+        """
+        self._texts: dict[str, tuple[str, bool] | None] = dict.fromkeys(rated)
+        self._template, self._max_chars = template, max_chars
+        self.num_repeated = self.num_cut = 0
+
+    def __contains__(self, item: str) -> bool:
+        return item in self._texts
+
+    def add(self, ids: Iterable[str], columns: Mapping[str, Iterable[str | None]]) -> None:
+        """Take rows: ids, and the template's columns as text or null. Of the rows of one item the first with a title is used, or else
+        the first."""
+        names = self._template.columns
+        for item, *row in zip(ids, *(columns[name] for name in names)):
+            if item not in self:
+                continue
+            texts = [clean_text(value or "") for value in row]
+            self.num_cut += sum(len(text) > self._max_chars for text in texts)
+            before, titled = self._texts[item], texts[0] != ""
+            self.num_repeated += before is not None
+            if before is None or (titled and not before[1]):
+                short = [shorten(text, self._max_chars) for text in texts]
+                self._texts[item] = self._template.render(dict(zip(names, short))), titled
+
+    def frame(self) -> pl.DataFrame:
+        """The items found, of `ITEM_SCHEMA`."""
+        found = [(item, *text) for item, text in self._texts.items() if text is not None]
+        return pl.DataFrame(found, schema=ITEM_SCHEMA, orient="row")

@@ -11,6 +11,9 @@ from pathlib import Path
 import polars as pl
 
 from dti_model.data.errors import DataError, at_line
+from dti_model.data.rows import check_line_ends, without_mark
+
+MAX_BYTES = 1 << 28  # ten times the largest file of the sets that have this form
 
 
 class DelimitedFile:
@@ -68,21 +71,31 @@ class DelimitedFile:
         )
         return values
 
-    def unique(self, column: str) -> pl.Series:
-        """A column of non-empty strings, none of them twice."""
-        values = self.columns[column]
-        self.require(values != "", f"{column} must not be empty")
+    def ids(self, column: str) -> pl.Series:
+        """A column of positive integers as text; 007 is 7."""
+        return self.integers(column, low=1).cast(pl.String)
+
+    def unique_ids(self, column: str) -> pl.Series:
+        """`ids`, none of them twice."""
+        values = self.ids(column)
         self.require(values.is_first_distinct(), f"{column} must not repeat an earlier line's")
         return values
 
 
 def _read_lines(path: Path, encoding: str) -> list[str]:
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Name the folder of the raw files."
+            f"{path}: cannot be read ({error.strerror or error}). Name the folder of the raw files."
         ) from error
+    if len(raw) > MAX_BYTES:
+        raise DataError(
+            f"{path}: more than {MAX_BYTES:,} bytes, which no file of this data set has. Fetch it again."
+        )
+    raw = without_mark(path, raw)
+    check_line_ends(path, raw)
     if not raw:
         raise at_line(path, 1, "the file is empty. Fetch it again.")
     try:

@@ -70,15 +70,15 @@ def load_1m(folder: Path) -> RawData:
     interactions = _ratings(DelimitedFile(ratings, ["user", "item", "rating", "timestamp"], "::", "latin-1"))
     file = DelimitedFile(movies, ["item", "title", "genres"], "::", "latin-1")
     genres = file.columns["genres"].str.split("|").to_list()
-    items = _item_frame(file.unique("item"), file.columns["title"].to_list(), genres)
+    items = _item_frame(file.unique_ids("item"), file.columns["title"].to_list(), genres)
     return _raw_data(interactions, items, "grouplens", ratings, movies, FACTS_1M)
 
 
 def _ratings(file: DelimitedFile) -> Interactions:
     interactions = Interactions()
     interactions.add(
-        file.integers("user", low=1).cast(pl.String).to_list(),
-        file.integers("item", low=1).cast(pl.String).to_list(),
+        file.ids("user").to_list(),
+        file.ids("item").to_list(),
         file.integers("timestamp"),
         file.numbers("rating", 1, 5),
     )
@@ -92,7 +92,7 @@ def _items_100k(path: Path) -> pl.DataFrame:
         file.require(file.columns[genre].is_in(["0", "1"]), f"the flag of genre {genre!r} must be 0 or 1")
     flags = (file.columns.select(GENRES_100K) == "1").rows()
     genres = [[genre for genre, is_set in zip(GENRES_100K, row) if is_set] for row in flags]
-    return _item_frame(file.unique("item"), file.columns["title"].to_list(), genres)
+    return _item_frame(file.unique_ids("item"), file.columns["title"].to_list(), genres)
 
 
 def _items_recbole(path: Path) -> pl.DataFrame:
@@ -101,7 +101,7 @@ def _items_recbole(path: Path) -> pl.DataFrame:
         "" if title == "unkonwn" else f"{title} ({year})"
         for title, year in zip(file.columns["title"], file.columns["year"])
     ]
-    return _item_frame(file.unique("item"), titles, file.columns["genres"].str.split(" ").to_list())
+    return _item_frame(file.unique_ids("item"), titles, file.columns["genres"].str.split(" ").to_list())
 
 
 def _item_frame(ids: pl.Series, titles: list[str], genres: list[list[str]]) -> pl.DataFrame:

@@ -6,7 +6,9 @@ distinct id, and one batch. Every row of a file is kept or rejected, and a rejec
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +21,11 @@ import polars as pl
 from dti_model.data.errors import DataError, at_line
 
 BATCH_BYTES = 1 << 24
-MAX_LINE_BYTES = 1 << 26  # a file without line ends must not fill the memory
+MAX_LINE_BYTES = 1 << 24  # a file without line ends must not fill the memory
 GZIP_MAGIC = b"\x1f\x8b"
+# Logs shrink 5 to 20 times. What shrinks 200 times is made to fill the memory, once there is enough of it to do so.
+MAX_UNPACKED_RATIO, MIN_BOMB_BYTES = 200, 1 << 26
+_WIDE = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 NUM_SHOWN = 5
 MAX_LISTED = 1_000_000  # rejected rows that are held in memory
 MAX_REJECTED = 0.01  # default share of a file's rows
@@ -29,30 +34,77 @@ MAX_REJECTED = 0.01  # default share of a file's rows
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Batches of whole lines of a plain or gzip file, each with the number of its first line, counted from 1.
 
-    Every batch ends with a line feed; one is added where the last line has none. CR LF becomes LF.
+    Every batch ends with a line feed; one is added where the last line has none. CR LF becomes LF, and a byte order mark of UTF-8
+    before the first line goes.
 
     Raises:
-        DataError: the file cannot be read, is empty, is a damaged gzip file, or has an endless line.
+        DataError: the file cannot be read, is empty, is a damaged gzip file, holds another encoding or other line ends, has an
+            endless line, or unpacks to more than a text does.
     """
+    check_file(path)
     line, rest = 1, b""
     try:
         with _open(path) as file:
-            while block := file.read(BATCH_BYTES):
+            block = without_mark(path, file.read(BATCH_BYTES))
+            check_line_ends(path, block)
+            while block:
                 block = rest + block
                 stop = block.rfind(b"\n") + 1
                 rest = block[stop:]
                 if len(rest) > MAX_LINE_BYTES:
-                    raise at_line(path, line, f"a line of more than {MAX_LINE_BYTES:,} bytes: no text file.")
+                    raise at_line(
+                        path,
+                        line + block.count(b"\n", 0, stop),
+                        f"a line of more than {MAX_LINE_BYTES:,} bytes. Shorten it, or leave its longest values out.",
+                    )
                 if stop:
                     yield line, block[:stop].replace(b"\r\n", b"\n")
                     line += block.count(b"\n", 0, stop)
+                block = file.read(BATCH_BYTES)
+                check_ratio(path, os.fstat(file.fileno()).st_size, file.tell())
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read after line {line - 1:,} ({reason}).") from error
+        raise DataError(
+            f"{path}: cannot be read after line {line - 1:,} ({reason}). Get the file again, whole."
+        ) from error
     if rest:
         yield line, rest.removesuffix(b"\r") + b"\n"
     elif line == 1:
         raise at_line(path, 1, "the file is empty.")
+
+
+def check_file(path: Path) -> None:
+    """Raise a DataError unless there is such a file; a named pipe would let its reader wait for ever."""
+    if not path.is_file():
+        raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+
+
+def without_mark(path: Path, head: bytes) -> bytes:
+    """The first bytes of a text file without the byte order mark of UTF-8.
+
+    Raises:
+        DataError: they are UTF-16 or UTF-32, which spreadsheets call Unicode text.
+    """
+    if head.startswith(_WIDE) or b"\0" in head[:2]:  # without a mark, every other byte of such a text is 0
+        raise at_line(path, 1, "not UTF-8 but UTF-16, UTF-32 or no text at all. Save the file as UTF-8.")
+    return head.removeprefix(codecs.BOM_UTF8)
+
+
+def check_line_ends(path: Path, head: bytes) -> None:
+    """Raise a DataError where lines end with a carriage return alone, so that the file would be one line."""
+    if b"\n" not in head and b"\r" in head.rstrip(b"\r"):
+        raise at_line(
+            path, 1, "lines end with a carriage return alone. Save the file with line feeds (LF or CR LF)."
+        )
+
+
+def check_ratio(path: Path, packed: int, unpacked: int) -> None:
+    """Raise a DataError where a file of `packed` bytes holds so many that it was made to fill the memory."""
+    if unpacked > max(MIN_BOMB_BYTES, MAX_UNPACKED_RATIO * packed):
+        raise DataError(
+            f"{path}: {packed:,} bytes unpack to {unpacked:,} or more, which no log does. If that is meant, store the file without "
+            "compression and name that one."
+        )
 
 
 def _open(path: Path) -> BinaryIO:
@@ -119,7 +171,9 @@ class Rejected:
             DataError: so many rows that this cannot be the right kind of file.
         """
         if len(self) == MAX_LISTED:
-            self.check(MAX_LISTED, 0)
+            raise DataError(
+                f"{self.path}: more than {MAX_LISTED:,} rows cannot be used. The first:{self._shown()}\nMend the file."
+            )
         self._lines.append(line)
         self._problems.append(problem if len(problem) <= 200 else problem[:197] + "...")
 
@@ -135,6 +189,9 @@ class Rejected:
         place = ":" if self.place == "line" else f" {self.place} "
         return [f"{file}{place}{line}: {problem}" for file, line, problem in head.iter_rows()]
 
+    def _shown(self) -> str:
+        return "".join(f"\n  {row}" for row in self.first())
+
     def check(self, num_rows: int, limit: float) -> None:
         """Stop when more than the share `limit` of the file's `num_rows` rows was rejected.
 
@@ -143,10 +200,9 @@ class Rejected:
         """
         if len(self) > limit * num_rows:
             share = len(self) / num_rows
-            shown = "".join(f"\n  {row}" for row in self.first())
             raise DataError(
                 f"{self.path}: {len(self):,} of {num_rows:,} rows ({share:.2%}) cannot be used, more than "
-                f"max_rejected = {limit:g} allows. The first:{shown}\nMend the file, or allow more with "
+                f"max_rejected = {limit:g} allows. The first:{self._shown()}\nMend the file, or allow more with "
                 "max_rejected (--max-rejected)."
             )
 

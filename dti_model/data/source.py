@@ -62,9 +62,9 @@ class RawData:
         click: what a click is, in words, with `{threshold}` where the threshold belongs.
         timestamp_unit: the unit of the timestamps, in words.
         rejected: rows that could not be used, of the interaction file and of the item file.
-        repeated_items: rows of the item file that repeat an item.
+        repeated_items: rows of the item file that repeat an item with interactions.
         texts_cut: values of item texts that were cut because of their length.
-        text_rule: `text` (template) and `max_chars`, where item texts are made by `items_with_text`; empty: MovieLens' own.
+        text_rule: `text` (template) and `max_chars`, where item texts are made by `ItemTexts`; empty: MovieLens' own.
     """
 
     interactions: pl.DataFrame

@@ -128,7 +128,7 @@ class Template:
 
 
 def template_text(template: Template, fields: Mapping[str, Any], max_chars: int) -> str:
-    """The text of one item, as `item_frames.items_with_text` makes it of columns with such values.
+    """The text of one item, as `item_frames.ItemTexts` makes it of columns with such values.
 
     Raises:
         DataError: a field that the template does not name, a value that no column has, or no value at all.

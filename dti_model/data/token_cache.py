@@ -3,7 +3,8 @@
     tokens/<fingerprint of tokenizer and texts>-<sha256 of the file>.arrow
 
 The name says what the content must be, so one renamed file is whole or not there, and several processes may write it at once. A
-damaged one is encoded again, which takes a moment, rather than refused. In a folder that may not be written, nothing is kept.
+damaged one is encoded again, which takes a moment, rather than refused. In a folder that may not be written, nothing is kept,
+and a warning says so.
 """
 
 from __future__ import annotations
@@ -60,8 +61,14 @@ def cached_token_ids(folder: Path, fingerprint: str, encode: Callable[[], TokenI
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         if cause.errno not in _UNWRITABLE:
             raise DataError(
-                f"{folder}: cannot write the token cache ({cause.strerror or cause}). Make room and give the same command again"
+                f"{cause.filename2 or cause.filename or folder}: cannot write the token cache ({cause.strerror or cause}). Make room, or move away what is in "
+                "the way, and give the same command again"
             ) from error
+        logging.getLogger(__name__).warning(
+            "%s may not be written: every process makes the token ids of this tokenizer anew. Make them once as somebody who may "
+            "write there, or copy the prepared folder",
+            folder,
+        )
     return offsets, ids
 
 

@@ -164,7 +164,7 @@ BROKEN_MOVIES = {
         "the flag of genre 'unknown' must be 0 or 1",
     ),
     "an id twice": ("u.item", 2, b"1|Again (1995)|||" + b"|0" * 19, "item must not repeat"),
-    "no id": ("u.item", 2, b"|Again (1995)|||" + b"|0" * 19, "item must not be empty"),
+    "no id": ("u.item", 2, b"|Again (1995)|||" + b"|0" * 19, "item must be an integer of at least 1"),
     "no genres": ("u.item", 8, b"9|Land (1995)", "must have 24 fields"),
 }
 

@@ -192,7 +192,7 @@ NOT_PLAIN = {
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("kind", NOT_PLAIN)
 def test_types_without_a_plain_text_are_named(tmp_path: Path, kind: str, column: str) -> None:
-    message = rf"clicks\.parquet: column {column} has the type .*, which has no plain text$"
+    message = rf"clicks\.parquet: column {column} has the type .*, which has no plain text: make it text, a number or a time$"
     with pytest.raises(DataError, match=message):
         loaded(tmp_path, {**COLUMNS, column: NOT_PLAIN[kind]})
 

@@ -46,7 +46,7 @@ COLUMNS: dict[str, list[Any]] = {
 
 def custom(tmp_path: Path, text: str, items: pl.DataFrame) -> CustomFiles:
     items.write_parquet(tmp_path / "items.parquet")
-    (tmp_path / "log.csv").write_text("user,item,timestamp,label\nu,0,1,1\n")
+    (tmp_path / "log.csv").write_text("user,item,timestamp,label\nu,0,1,1\nu,1,2,0\nu,2,3,1\n")
     return CustomFiles(tmp_path / "log.csv", tmp_path / "items.parquet", text, label="label")
 
 
