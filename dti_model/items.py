@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from dti_model.data import DataError
+from dti_model.data.text_encoder import TextEncoder
 from dti_model.data.texts import FINISHED, MISSING_TITLE, Template, movie_text, template_text
-from dti_model.data.tokens import plain_backend
 from dti_model.prompts import IntArray, PromptBuilder
 
 Item = str | int | Mapping[str, Any]
@@ -96,7 +96,7 @@ class ItemTokens:
         """
         self._builder, self._max_item_tokens = builder, max_item_tokens
         self._item_text = item_text
-        self._backend = plain_backend(tokenizer)
+        self._encoder = TextEncoder(tokenizer)
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -174,7 +174,7 @@ class ItemTokens:
         return text
 
     def _encoded(self, text: str) -> IntArray:
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        ids = self._encoder.encode(text)
         if not ids:
             raise ItemError(f"an item text must not be empty, got {shown(text)}")
         return np.asarray(ids[: self._max_item_tokens], np.int64)

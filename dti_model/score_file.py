@@ -28,6 +28,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from dti_model.data.text_encoder import ENCODING_VERSION
 from dti_model.items import ItemError
 from dti_model.locks import locked
 from dti_model.places import why_owned
@@ -183,6 +184,7 @@ def _identity(scorer: Scorer, source: InputFile) -> dict[str, Any]:
         **model.fingerprints(),
         "dti settings": asdict(model.dti),
         "prompt format": asdict(model.prompt),
+        "encoding of item texts": ENCODING_VERSION,
         "item text template": None if model.item_text is None else dict(model.item_text),
         "token budget": scorer.token_budget,
         "device": model.model.device.type,
