@@ -17,6 +17,7 @@ import numpy.typing as npt
 import polars as pl
 
 from dti_model.data.errors import DataError, at_line
+from dti_model.shown import MAX_CHARS, one_line
 
 BATCH_BYTES = 1 << 24
 MAX_LINE_BYTES = 1 << 26  # a file without line ends must not fill the memory
@@ -121,7 +122,7 @@ class Rejected:
         if len(self) == MAX_LISTED:
             self.check(MAX_LISTED, 0)
         self._lines.append(line)
-        self._problems.append(problem if len(problem) <= 200 else problem[:197] + "...")
+        self._problems.append(one_line(problem, MAX_CHARS))
 
     def frame(self) -> pl.DataFrame:
         """file, line and problem of every rejected row, in the order of the file."""
@@ -133,7 +134,7 @@ class Rejected:
         """The first few as text, `file:line: problem`."""
         head = self.frame().head(NUM_SHOWN)
         place = ":" if self.place == "line" else f" {self.place} "
-        return [f"{file}{place}{line}: {problem}" for file, line, problem in head.iter_rows()]
+        return [f"{one_line(file)}{place}{line}: {problem}" for file, line, problem in head.iter_rows()]
 
     def check(self, num_rows: int, limit: float) -> None:
         """Stop when more than the share `limit` of the file's `num_rows` rows was rejected.
@@ -143,11 +144,10 @@ class Rejected:
         """
         if len(self) > limit * num_rows:
             share = len(self) / num_rows
-            shown = "".join(f"\n  {row}" for row in self.first())
             raise DataError(
                 f"{self.path}: {len(self):,} of {num_rows:,} rows ({share:.2%}) cannot be used, more than "
-                f"max_rejected = {limit:g} allows. The first:{shown}\nMend the file, or allow more with "
-                "max_rejected (--max-rejected)."
+                f"max_rejected = {limit:g} allows. Mend the file, or allow more with max_rejected (--max-rejected). "
+                f"The first: {'; '.join(self.first())}"
             )
 
 
