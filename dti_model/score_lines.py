@@ -242,8 +242,9 @@ def fields_of(line: Line) -> Mapping[str, Any]:
 
 def _parsed(line: bytes) -> Any:
     """What a line of JSON says; a byte order mark may stand before it."""
+    line = line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
     try:
-        return json.loads(line.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_without_repeats)
+        return json.loads(line.decode(), object_pairs_hook=_without_repeats)
     except ItemError:
         raise
     except UnicodeDecodeError as error:
