@@ -163,9 +163,10 @@ def test_damaged_lines_are_one_record_each(run_scorer: Scorer, tmp_path: Path, l
     [
         (codecs.BOM_UTF16_LE + GOOD.decode().encode("utf-16-le"), "UTF-16"),
         (codecs.BOM_UTF16_BE + GOOD.decode().encode("utf-16-be"), "UTF-16"),
-        (gzip.compress(GOOD), r"compressed \(gzip\)"),
+        (gzip.compress(GOOD, mtime=0), r"compressed \(gzip\)"),
         (b"PAR1", "Parquet"),
     ],
+    ids=["UTF-16 LE", "UTF-16 BE", "gzip", "Parquet"],
 )
 def test_files_that_are_no_json_lines(tmp_path: Path, content: bytes, kind: str) -> None:
     """Each of their lines was a bad one."""

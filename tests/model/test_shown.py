@@ -41,6 +41,7 @@ class Loud:
         (list(range(99)), "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...]"),
         (float("nan"), "nan"),
     ],
+    ids=["odd", "text", "bytes", "digits", "thousands of digits", "mapping", "nested", "list", "nan"],
 )
 def test_values(value: Any, expected: str) -> None:
     assert shown(value) == expected
