@@ -16,6 +16,7 @@ from dti_model.evaluate_cli import add_evaluate, run_evaluate
 from dti_model.output import unbreakable_output
 from dti_model.prepare_cli import add_prepare, run_prepare
 from dti_model.process import set_up_process
+from dti_model.shown import one_line
 
 
 class _KeepLines(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -109,7 +110,7 @@ def _one_line(error: BaseException) -> str:
         return f"out of memory{f' ({lines[0]})' if lines else ''}: use a smaller model or token budget"
     if not lines:
         return type(error).__name__
-    return lines[0][:1000] + (" (--debug shows the rest)" if len(lines) > 1 else "")
+    return one_line(lines[0]) + (" (--debug shows the rest)" if len(lines) > 1 else "")
 
 
 def _version() -> str:
@@ -217,8 +218,8 @@ def _score_parser() -> ArgumentParser:
   {"history": [["50", 1], ["172", 0]], "candidates": ["181", {"title": "Brazil (1985)", "genres": ["Sci-Fi"]}]}
 
 A user without a history has the one of the prepared data. An item is an id of the prepared data, the fields that its
-item texts are made of, or its finished text, {"text": "..."}; a label is 1 for a click and 0 for none, oldest interaction first. In
-Parquet, history is a list of structs (item, label).
+item texts are made of, or its finished text, {"text": "..."}; a label is 1 (or true) for a click and 0 (or false) for none, oldest
+interaction first. In Parquet, history is a list of structs (item, label).
 
 Output, a record per line and in their order: {"line": 1, "user": "5", "probabilities": [0.71, 0.42]}.
 A command that was killed goes on where it was when it is given again.""",
@@ -296,9 +297,9 @@ def _score(options: Namespace) -> None:
     skip_bad_lines = options.bad_lines == "skip"
     done = score_file(scorer, options.input, options.output, skip_bad_lines, options.progress)
     resumed = f", {done.resumed:,} of them before this call" if done.resumed else ""
-    print(f"{options.output}: {done.lines - done.bad:,} of {done.lines:,} lines scored{resumed}")
+    print(f"{one_line(options.output)}: {done.lines - done.bad:,} of {done.lines:,} lines scored{resumed}")
     if done.bad:
-        print(f"{done.bad:,} bad lines:", *done.first_bad, sep="\n  ", file=sys.stderr)
+        print(f"{done.bad:,} bad lines:", *map(one_line, done.first_bad), sep="\n  ", file=sys.stderr)
         if done.bad > len(done.first_bad):
             print("  ... (all of them stand in the output)", file=sys.stderr)
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenize
 
 from dti_model.config import TrainConfig
 from dti_model.data import DataError, PreparedData
+from dti_model.data.text_encoder import TextEncoder
 from dti_model.files import CHECKSUMS_FILE, whole_folder, write_checksums
 from dti_model.fingerprints import PROVENANCE_FILE
 from dti_model.locks import locked_beside
@@ -129,4 +130,5 @@ def _describe(
             item_text, fingerprint = data.text_rule, data.fingerprint
         except DataError:
             pass  # items are then given as finished texts
-    return Description(config.dti, prompt, item_text, fingerprint, differences)
+    spelled = TextEncoder(tokenizer).spelled
+    return Description(config.dti, prompt, item_text, fingerprint, differences, spelled=spelled)

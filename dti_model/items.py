@@ -4,12 +4,11 @@
     {"title": "Brazil (1985)", "genres": [...]} fields of an item that may be new, put into text as the data set's own items were
     {"text": "Brazil (1985); Sci-Fi"}           finished item text
 
-Texts are cut to the model's `max_item_tokens`, as in training. An id and a text are never guessed apart: "1984" is an id.
+Texts are cut to the model's `max_item_tokens`, as in training, and before that to `CHARS_PER_TOKEN` characters for each. An id and a text are never guessed apart: "1984" is an id.
 """
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -17,27 +16,42 @@ from typing import Any
 import numpy as np
 
 from dti_model.data import DataError
+from dti_model.data.errors import MAX_MESSAGE_CHARS
+from dti_model.data.text_encoder import TextEncoder
 from dti_model.data.texts import FINISHED, MISSING_TITLE, Template, movie_text, template_text
-from dti_model.data.tokens import plain_backend
 from dti_model.prompts import IntArray, PromptBuilder
+from dti_model.shown import one_line, shown
+
+# A text is cut to so many characters a token before it is encoded: some tokenizers need minutes for a megabyte.
+CHARS_PER_TOKEN = 32
 
 Item = str | int | Mapping[str, Any]
 
 
 class ItemError(ValueError):
-    """An item, a label or a user that cannot be read; the message says why and what would do."""
+    """An item, a label or a user that cannot be read; the message, one line, says why and what would do."""
+
+    def __init__(self, message: str) -> None:
+        """A file name may stand in the message as it is."""
+        super().__init__(one_line(message, MAX_MESSAGE_CHARS))
 
 
-# What an error shows of a value: requests come from files, and a value may be nested or long without end.
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 4, 200, 200, 100
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 10
+def user_text(user: Any) -> str:
+    """A user's id as text.
+
+    Raises:
+        ItemError: it is no id.
+    """
+    if isinstance(user, bool) or not isinstance(user, (str, int, float, np.integer)):
+        raise ItemError(f"a user is an id, got {shown(user)} of {type(user).__name__}")
+    return _id_text(user)
 
 
-def shown(value: Any) -> str:
-    """`repr`, cut to a few hundred characters however long or nested the value is."""
-    text = _SHORT.repr(dict(value) if isinstance(value, Mapping) else value)
-    return text if len(text) <= 1000 else f"{text[:1000]}..."
+def _id_text(value: Any) -> str:
+    try:
+        return str(value)
+    except ValueError:
+        raise ItemError(f"an id is not so long, got {shown(value)}") from None
 
 
 def check_text(text: str) -> None:
@@ -48,16 +62,11 @@ def check_text(text: str) -> None:
         raise ItemError(f"half a surrogate pair, which is no character, in the text {shown(text)}") from error
 
 
-def _check_texts(value: Any) -> None:
-    if isinstance(value, str):
-        check_text(value)
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            _check_texts(name)
-            _check_texts(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _check_texts(item)
+def _check_texts(fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        for text in (name, *(value if isinstance(value, (list, tuple)) else (value,))):
+            if isinstance(text, str):
+                check_text(text)
 
 
 def _movie(fields: Mapping[str, Any]) -> str:
@@ -96,7 +105,7 @@ class ItemTokens:
         """
         self._builder, self._max_item_tokens = builder, max_item_tokens
         self._item_text = item_text
-        self._backend = plain_backend(tokenizer)
+        self._encoder = TextEncoder(tokenizer)
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -138,7 +147,7 @@ class ItemTokens:
                 f"no item with id {shown(item)}: there is no prepared data here. Give the item by its fields or as "
                 '{"text": ...}, or load the model with data='
             )
-        index = self._index.get(str(item))
+        index = self._index.get(_id_text(item))
         if index is None:
             raise ItemError(
                 f"no item with id {shown(item)} in {self._builder.data.path}: an item that is not there is given by its fields, "
@@ -174,7 +183,7 @@ class ItemTokens:
         return text
 
     def _encoded(self, text: str) -> IntArray:
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        ids = self._encoder.encode(text[: self._max_item_tokens * CHARS_PER_TOKEN])
         if not ids:
             raise ItemError(f"an item text must not be empty, got {shown(text)}")
         return np.asarray(ids[: self._max_item_tokens], np.int64)

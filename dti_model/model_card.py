@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ _VARYING_ROPES = ("dynamic", "longrope")
 _PLAIN_PROMPT = {
     "layout": "prefix, then for each of the last `window` interactions, oldest first: item text cut to `max_item_tokens` tokens, "
     "label token; then the target's item text, cut likewise; then sum_token. No other special tokens, positions from 0.",
+    "item text": "by the tokenizer without its added tokens; then the tokens of `spelled_tokens` are replaced by theirs",
     "read": "softmax over the logits of the two label tokens at the last position (sum_token); the second is the probability of a click",
 }
 
@@ -45,6 +46,7 @@ class Description:
         differences: why plain transformers compute other probabilities; empty: they compute the same.
         token_window: sliding window in tokens that transformers would apply, and that must be switched off when a run's `model/`
             is loaded there; None: there is none, as in every export.
+        spelled: tokens that no item text gets, and what stands in their place (see `TextEncoder`).
     """
 
     dti: DTIConfig
@@ -53,6 +55,7 @@ class Description:
     data: str | None
     differences: tuple[str, ...]
     token_window: int | None = None
+    spelled: Mapping[int, list[int]] = field(default_factory=dict)
 
     @property
     def plain_transformers(self) -> bool:
@@ -66,6 +69,7 @@ class Description:
             "plain_transformers_differences": list(self.differences),
             "plain_transformers_prompt": _PLAIN_PROMPT if self.plain_transformers else None,
             "plain_transformers_without_token_window": self.token_window,
+            "spelled_tokens": self.spelled,
             "dti": asdict(self.dti),
             "prompt": asdict(self.prompt),
             "item_text": self.item_text,
@@ -162,7 +166,11 @@ def write_card(
     text = _head(settings, of_run is not None) + _verdict(description)
     text += _LIBRARY if of_run is None else _RUN
     if description.plain_transformers:
-        text += _PLAIN.format(load=_load_lines(settings, of_run), **asdict(description.prompt))
+        text += _PLAIN.format(
+            load=_load_lines(settings, of_run),
+            spelled=dict(description.spelled),
+            **asdict(description.prompt),
+        )
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
@@ -249,16 +257,25 @@ _PLAIN = """
 ## With transformers alone
 
 ```python
+import json
+
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = "."  # this one
 {load}
 PREFIX, SUM, LABELS = {prefix}, {sum_token}, {labels}  # token ids; labels: negative, positive
 
+# No item text writes a control token or a label: added tokens are not looked for, and pieces that make one are spelled in letters.
+parts = json.loads(tokenizer.backend_tokenizer.to_str())
+plain = Tokenizer.from_str(json.dumps({{**parts, "added_tokens": [], "truncation": None, "padding": None}}))
+SPELLED = {spelled}
+
 
 def item_ids(text):
-    return tokenizer.encode(text, add_special_tokens=False)[:{max_item_tokens}]
+    ids = plain.encode(text, add_special_tokens=False).ids
+    return [part for token in ids for part in SPELLED.get(token, [token])][:{max_item_tokens}]
 
 
 @torch.no_grad()

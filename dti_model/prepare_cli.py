@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from dti_model.shown import one_line
+
 FETCHED = "folder with the raw files; default: fetch them"
 HELP = {
     "ml-100k": "MovieLens-100K",
@@ -183,7 +185,7 @@ def prepared_report(stats: dict[str, Any], out: Path) -> str:
     if rejected["first"]:
         lines.append(f"  rejected rows are listed in {out / 'rejected.csv'}; the first:")
         lines += [f"    {row}" for row in rejected["first"]]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _were(count: int) -> str:

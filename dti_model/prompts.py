@@ -21,13 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dti_kernels import StreamLayout
 from dti_model.data import DataError, PreparedData
-from dti_model.data.tokens import NO, SUM, YES
+from dti_model.data.tokens import LABEL_TEXTS, SUM, label_tokens
 
 IntArray = npt.NDArray[np.int64]
-
-# Negative and positive label text. The first pair of which both are single tokens is taken: as words of running text after an item
-# text, then as this project's own tokenizers and those of SentencePiece (Llama 2) write them, then with capitals.
-LABEL_TEXTS = ((f" {NO}", f" {YES}"), (NO, YES), (" No", " Yes"), ("No", "Yes"))
 
 
 @dataclass(frozen=True)
@@ -68,13 +64,12 @@ class PromptFormat:
         prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         if instruction:
             prefix += tokenizer.encode(instruction, add_special_tokens=False)
-        for pair in LABEL_TEXTS:
-            no, yes = (tokenizer.encode(text, add_special_tokens=False) for text in pair)
-            if len(no) == len(yes) == 1:
-                return PromptFormat(tuple(prefix), sums[0], (no[0], yes[0]), window, max_item_tokens)
-        raise ValueError(
-            f"the tokenizer has no label words: of the pairs {', '.join(map(repr, LABEL_TEXTS))} none is two single tokens"
-        )
+        labels = label_tokens(tokenizer)
+        if labels is None:
+            raise ValueError(
+                f"the tokenizer has no label words: of the pairs {', '.join(map(repr, LABEL_TEXTS))} none is two single tokens"
+            )
+        return PromptFormat(tuple(prefix), sums[0], labels, window, max_item_tokens)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from dti_model.config import CONFIG_FILE, ModelConfig, TrainConfig
 from dti_model.config_file import is_sealed
 from dti_model.data import PreparedData
 from dti_model.data.split import SPLIT_CODES
+from dti_model.data.text_encoder import TextEncoder
 from dti_model.devices import device_named
 from dti_model.files import (
     DamagedFileError,
@@ -206,8 +207,9 @@ class Run:
         prompt, config = self.builder.format, self.model.config
         differences = plain_differences(self.config.dti, prompt.window, config)
         item_text, fingerprint = self.data.text_rule, self.data.fingerprint
+        spelled = TextEncoder(self.tokenizer).spelled
         description = Description(
-            self.config.dti, prompt, item_text, fingerprint, differences, token_window(config)
+            self.config.dti, prompt, item_text, fingerprint, differences, token_window(config), spelled
         )
         description.write(folder)
         return description

@@ -28,6 +28,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from dti_model.data.text_encoder import ENCODING_VERSION
 from dti_model.items import ItemError
 from dti_model.locks import locked
 from dti_model.places import why_owned
@@ -42,6 +43,7 @@ from dti_model.score_lines import (
     user_of,
 )
 from dti_model.scorer import Request, Scorer
+from dti_model.shown import one_line
 
 CHUNK_LINES = 64
 SHOWN = 5  # bad lines that are printed
@@ -111,7 +113,7 @@ def score_file(
         if not requests.has_same_content():
             job.drop()
             raise InputChangedError(
-                f"{source} changed while it was being scored. Nothing that was scored is kept: give the same command again"
+                f"{one_line(source)} changed while it was being scored. Nothing that was scored is kept: give the same command again"
             )
         job.publish(requests.num_lines)
         return _summary(output, requests.num_lines, done)
@@ -124,22 +126,26 @@ def _checked_output(source: Path, output: Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise ValueError(f"{output} cannot be made ({error.strerror}): choose another --output") from None
+        raise ValueError(
+            f"{one_line(output)} cannot be made ({error.strerror}): choose another --output"
+        ) from None
     if source.exists() and output.exists() and source.samefile(output):
-        raise ValueError(f"{output} is the input itself: choose another --output")
+        raise ValueError(f"{one_line(output)} is the input itself: choose another --output")
     if output.is_dir():
-        raise ValueError(f"{output} is a folder: give the name of a file to make in it")
+        raise ValueError(f"{one_line(output)} is a folder: give the name of a file to make in it")
     if output.exists() and not output.is_file():
         raise ValueError(
-            f"{output} is no regular file: the output is written beside its name and renamed when complete, so give a file"
+            f"{one_line(output)} is no regular file: the output is written beside its name and renamed when complete, so give a file"
         )
     if output.parent.exists() and not output.parent.is_dir():
-        raise ValueError(f"{output.parent} is a file, so there is no folder for {output.name}")
+        raise ValueError(
+            f"{one_line(output.parent)} is a file, so there is no folder for {one_line(output.name)}"
+        )
     for path in (source, output):
         is_parquet(path)
     owned = why_owned(output)
     if owned is not None:
-        raise ValueError(f"{output} {owned}")
+        raise ValueError(f"{one_line(output)} {owned}")
     return Path(os.path.realpath(output))
 
 
@@ -160,7 +166,7 @@ def _scored(
             if not skip_bad_lines:
                 source.check_stamp()  # a file that is being written has half a line
                 raise BadLineError(
-                    f"{source.path}:{number}: {error}. Lines before it are kept: go on past bad lines with --bad-lines skip"
+                    f"{one_line(source.path)}:{number}: {error}. Lines before it are kept: go on past bad lines with --bad-lines skip"
                 ) from None
             record["error"] = str(error)
         records.append(record)
@@ -170,7 +176,7 @@ def _scored(
             record["probabilities"] = [round(p, DIGITS) for p in next(scores).tolist()]
             if not all(map(math.isfinite, record["probabilities"])):
                 raise ValueError(
-                    f"{source.path}:{record['line']}: the model's probabilities are not finite numbers: its weights are broken"
+                    f"{one_line(source.path)}:{record['line']}: the model's probabilities are not finite numbers: its weights are broken"
                 )
     return records
 
@@ -183,6 +189,7 @@ def _identity(scorer: Scorer, source: InputFile) -> dict[str, Any]:
         **model.fingerprints(),
         "dti settings": asdict(model.dti),
         "prompt format": asdict(model.prompt),
+        "encoding of item texts": ENCODING_VERSION,
         "item text template": None if model.item_text is None else dict(model.item_text),
         "token budget": scorer.token_budget,
         "device": model.model.device.type,

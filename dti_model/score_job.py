@@ -32,6 +32,7 @@ from dti_model.files import (
     write_sealed,
 )
 from dti_model.score_lines import is_parquet
+from dti_model.shown import one_line
 
 OUTPUT_SCHEMA = pa.schema(
     {"line": pa.int64(), "user": pa.string(), "probabilities": pa.list_(pa.float64()), "error": pa.string()}
@@ -81,7 +82,7 @@ class Job:
                 remove_leftovers(self.output)
                 self._remove()
                 return True
-        raise FileExistsError(f"{self.output} exists: choose another --output, or delete it")
+        raise FileExistsError(f"{one_line(self.output)} exists: choose another --output, or delete it")
 
     def resume(self) -> int:
         """Begin, or go on behind the last good chunk of an interrupted call; whatever follows it is cut off.
@@ -95,12 +96,14 @@ class Job:
         """
         self._check_places()
         if self.partial.exists() and not self.job.exists():
-            raise FileExistsError(f"{self.partial} exists without {self.job.name}: delete it to start anew")
+            raise FileExistsError(
+                f"{one_line(self.partial)} exists without {one_line(self.job.name)}: delete it to start anew"
+            )
         if self.partial.exists():
             self._check_same()
         elif self.job.exists() and not self._is_ours():
             raise FileExistsError(
-                f"{self.job} exists and is not a file of `dti score`: move it away, or choose another --output"
+                f"{one_line(self.job)} exists and is not a file of `dti score`: move it away, or choose another --output"
             )
         write_sealed(self.job, {"identity": self._identity, "skip_bad_lines": self._skip_bad_lines})
         self.partial.touch()
@@ -128,7 +131,7 @@ class Job:
             if error.errno not in _FULL:
                 raise
             raise WriteError(
-                f"{self.partial} cannot be written ({error.strerror}). What was scored before is kept: make room and give the same "
+                f"{one_line(self.partial)} cannot be written ({error.strerror}). What was scored before is kept: make room and give the same "
                 "command again"
             ) from error
         self._num_lines, self._chain = num_lines, chain
@@ -167,7 +170,7 @@ class Job:
         for path in (self.partial, self.job):
             if path.is_symlink() or (path.exists() and not path.is_file()):
                 raise FileExistsError(
-                    f"{path} must be a regular file of `dti score`, or not be there, but is a link or something else: move it away, "
+                    f"{one_line(path)} must be a regular file of `dti score`, or not be there, but is a link or something else: move it away, "
                     "or choose another --output"
                 )
 
@@ -178,7 +181,7 @@ class Job:
             return False
 
     def _told(self) -> dict[str, Any]:
-        return read_sealed(self.job, f"Delete it and {self.partial.name} to start anew")
+        return read_sealed(self.job, f"Delete it and {one_line(self.partial.name)} to start anew")
 
     def _check_same(self) -> None:
         told = self._told()
@@ -191,8 +194,8 @@ class Job:
             others.append("--bad-lines (skip, not stop)")
         if others or before.keys() != self._identity.keys():
             raise FileExistsError(
-                f"{self.partial} belongs to a job with another {', '.join(others) or 'version of this program'}: delete it and "
-                f"{self.job.name} to start anew, or choose another --output"
+                f"{one_line(self.partial)} belongs to a job with another {', '.join(others) or 'version of this program'}: delete it and "
+                f"{one_line(self.job.name)} to start anew, or choose another --output"
             )
 
     def _chunks(self) -> Iterator[tuple[list[bytes], bytes]]:
@@ -223,13 +226,13 @@ class Job:
                 number += 1
                 if json.loads(line)["line"] != number:
                     raise DamagedFileError(
-                        f"{self.partial} has another record in the place of line {number:,}'s: delete it and {self.job.name} to "
+                        f"{one_line(self.partial)} has another record in the place of line {number:,}'s: delete it and {one_line(self.job.name)} to "
                         "start anew"
                     )
                 yield line
         if number != num_lines or again._chain != self._chain:
             raise DamagedFileError(
-                f"{self.partial} is damaged behind line {number:,} of {num_lines:,}. Give the same command again, which goes on there"
+                f"{one_line(self.partial)} is damaged behind line {number:,} of {num_lines:,}. Give the same command again, which goes on there"
             )
 
 

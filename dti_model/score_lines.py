@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import itertools
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +17,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dti_model.items import ItemError, check_text, shown
+from dti_model.items import ItemError, check_text, user_text
 from dti_model.scorer import Request, Scorer
+from dti_model.shown import one_line, shown
 
 JSON_SUFFIXES, PARQUET_SUFFIXES = (".jsonl", ".json", ".ndjson"), (".parquet", ".pq")
 FIELDS = {"user", "history", "candidates"}
@@ -25,7 +28,16 @@ MAX_LINE_BYTES = 1 << 24  # a hundred thousand candidates with texts
 BATCH_ROWS = 64
 _BLOCK_BYTES = 1 << 20
 
-Line = bytes | dict[str, Any]
+MAX_USER_CHARS = 4096  # of an id: it stands in the output, also of a line that cannot be scored
+# How files begin that are none of JSON lines, and would be one bad line after the other.
+_OTHER_KINDS = {
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"\x1f\x8b": "compressed (gzip)",
+    b"PAR1": "Parquet",
+}
+
+Line = bytes | dict[str, Any] | ItemError  # the last in the place of a Parquet row that cannot be read
 
 
 class InputChangedError(ValueError):
@@ -51,18 +63,20 @@ class InputFile:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is no regular file, or not Parquet though its name says so.
+            ValueError: it is no regular file, or not what its name says.
         """
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist")
+            raise FileNotFoundError(f"{one_line(path)} does not exist")
         if not path.is_file():
             raise ValueError(
-                f"{path} is no regular file: an interrupted job reads its input again, so write it to a file"
+                f"{one_line(path)} is no regular file: an interrupted job reads its input again, so write it to a file"
             )
         self.path, self._is_parquet = path, is_parquet(path)
         self._file = path.open("rb")
         try:
             self._stamp = _stamp(os.fstat(self._file.fileno()))
+            if not self._is_parquet:
+                _check_kind(path, self._file)
             self.facts, num_lines = _digest(self._file)
             self.num_lines = self._num_rows() if self._is_parquet else num_lines
         except BaseException:
@@ -96,7 +110,7 @@ class InputFile:
             same = False
         if not same:
             raise InputChangedError(
-                f"{self.path} changed while it was being scored. What was scored before is kept: give the same command again with "
+                f"{one_line(self.path)} changed while it was being scored. What was scored before is kept: give the same command again with "
                 "the file as it was, or score the new one into another --output"
             )
 
@@ -112,14 +126,17 @@ class InputFile:
             twice = _repeated_column(file.schema_arrow)
         if twice is not None:
             raise ValueError(
-                f"{self.path} has two columns {twice}: which one counts is not known, so keep one"
+                f"{one_line(self.path)} has two columns {one_line(twice)}: which one counts is not known, so keep one"
             )
         return num_rows
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows(self) -> Iterator[dict[str, Any] | ItemError]:
         with self._readable_parquet():
             for batch in pq.ParquetFile(self._file).iter_batches(batch_size=BATCH_ROWS):
-                yield from batch.to_pylist()
+                try:
+                    yield from batch.to_pylist()
+                except (ValueError, OverflowError):  # of one of its rows
+                    yield from (_row(batch, index) for index in range(batch.num_rows))
 
     @contextmanager
     def _readable_parquet(self) -> Iterator[None]:
@@ -128,7 +145,26 @@ class InputFile:
             yield
         except (pa.ArrowException, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{self.path} cannot be read as Parquet ({reason})") from error
+            raise ValueError(
+                f"{one_line(self.path)} cannot be read as Parquet ({one_line(reason)})"
+            ) from error
+
+
+def _row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | ItemError:
+    """A row, or why it cannot be read: text that is not UTF-8, or a date that Python does not know."""
+    try:
+        row: dict[str, Any] = batch.slice(index, 1).to_pylist()[0]
+        return row
+    except (ValueError, OverflowError) as error:
+        return ItemError(f"a value cannot be read ({error})")
+
+
+def _check_kind(path: Path, file: BinaryIO) -> None:
+    head = file.read(max(map(len, _OTHER_KINDS)))
+    file.seek(0)
+    for start, kind in _OTHER_KINDS.items():
+        if head.startswith(start):
+            raise ValueError(f"{one_line(path)} is {kind}, not JSON lines in UTF-8: convert it")
 
 
 def is_parquet(path: Path) -> bool:
@@ -142,8 +178,8 @@ def is_parquet(path: Path) -> bool:
     if path.suffix in JSON_SUFFIXES:
         return False
     raise ValueError(
-        f"{path}: the name must end in one of {', '.join(JSON_SUFFIXES + PARQUET_SUFFIXES)}, "
-        f"got {path.suffix or 'no suffix'}"
+        f"{one_line(path)}: the name must end in one of {', '.join(JSON_SUFFIXES + PARQUET_SUFFIXES)}, "
+        f"got {one_line(path.suffix) or 'no suffix'}"
     )
 
 
@@ -188,10 +224,11 @@ def user_of(fields: Mapping[str, Any]) -> str | None:
     user = fields.get("user")
     if user is None:
         return None
-    if isinstance(user, bool) or not isinstance(user, (str, int, float)):
-        raise ItemError(f"a user is an id, got {shown(user)} of {type(user).__name__}")
-    check_text(str(user))
-    return str(user)
+    text = user_text(user)
+    check_text(text)
+    if len(text) > MAX_USER_CHARS:
+        raise ItemError(f"a user's id has at most {MAX_USER_CHARS:,} characters, got {shown(text)}")
+    return text
 
 
 def fields_of(line: Line) -> Mapping[str, Any]:
@@ -200,26 +237,40 @@ def fields_of(line: Line) -> Mapping[str, Any]:
     Raises:
         ItemError: no JSON, no object, nested without end, or with a field twice, or one that no request has.
     """
-    value: Any = line
-    if isinstance(line, bytes):
-        if len(line) > MAX_LINE_BYTES:
-            raise ItemError(
-                f"a line of more than {MAX_LINE_BYTES:,} bytes: put its candidates into several lines, each with the history"
-            )
-        try:
-            value = json.loads(line, object_pairs_hook=_without_repeats)
-        except ItemError:
-            raise
-        except ValueError as error:
-            raise ItemError(f"not valid JSON ({error})") from None
-        except RecursionError:
-            raise ItemError(f"nested more than {MAX_DEPTH} deep") from None
+    if isinstance(line, ItemError):
+        raise line
+    value = _parsed(line) if isinstance(line, bytes) else line
     if not isinstance(value, Mapping):
         raise ItemError(f"a line must be an object with {', '.join(sorted(FIELDS))}, got {shown(value)}")
     fields: Mapping[str, Any] = _without_nulls(value, MAX_DEPTH)
     if unknown := fields.keys() - FIELDS:
         raise ItemError(f"unknown field {shown(min(unknown))}: a line has {', '.join(sorted(FIELDS))}")
     return fields
+
+
+def _parsed(line: bytes) -> Any:
+    """What a line of JSON says; a byte order mark may stand before it."""
+    if len(line) > MAX_LINE_BYTES:
+        raise ItemError(
+            f"a line of more than {MAX_LINE_BYTES:,} bytes: put its candidates into several lines, each with the history"
+        )
+    line = line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
+    try:
+        return json.loads(line.decode(), object_pairs_hook=_without_repeats)
+    except ItemError:
+        raise
+    except UnicodeDecodeError as error:
+        raise ItemError(
+            f"not valid UTF-8 ({error.reason}, byte {error.start + 1:,} of {len(line):,})"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ItemError(
+            f"not valid JSON ({error.msg}, character {error.pos + 1:,} of {len(error.doc):,})"
+        ) from None
+    except ValueError:  # Python's own limit, against the time that it would take
+        raise ItemError(f"an integer of more than {sys.get_int_max_str_digits():,} digits") from None
+    except RecursionError:
+        raise ItemError(f"nested more than {MAX_DEPTH} deep") from None
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -24,10 +24,11 @@ import torch
 from dti_kernels import candidate_layout
 from dti_model.attention import token_logits
 from dti_model.click_model import ClickModel
-from dti_model.items import Item, ItemError, ItemTokens, shown
+from dti_model.items import Item, ItemError, ItemTokens, user_text
 from dti_model.past import LayerKeys, Past, concatenated
 from dti_model.prompts import IntArray, consecutive_batches
 from dti_model.run import Run
+from dti_model.shown import shown
 
 Scores = npt.NDArray[np.float64]
 History = Sequence[tuple[Item, int]]
@@ -179,7 +180,7 @@ class Scorer:
         """Click probabilities of one user's candidates.
 
         Args:
-            history: `(item, label)` pairs, oldest first, label 1 for a click and 0 for none; the last n count (n is the run's
+            history: `(item, label)` pairs, oldest first, label 1 (or True) for a click and 0 (or False) for none; the last n count (n is the run's
                 window). Empty: a new user. Or the state that `encode` made of it.
             candidates: items, each an id, its fields or {"text": ...} (see `dti_model.items`). Every candidate is scored by
                 itself: order, company and repetition do not matter.
@@ -248,6 +249,7 @@ class Scorer:
 
         Raises:
             ItemError: as in `score`.
+            TypeError: `state` is none.
             ValueError: the state belongs to another scorer.
         """
         self._check_owner(state)
@@ -265,7 +267,7 @@ class Scorer:
         Raises:
             ItemError: the prepared data has no such user.
         """
-        data, index = self.click_model.data, self._users.get(str(user))
+        data, index = self.click_model.data, self._users.get(user_text(user))
         if data is None:
             raise ItemError(
                 f"no user with id {shown(user)}: there is no prepared data here. Give the history"
@@ -320,8 +322,12 @@ class Scorer:
         return history[max(0, len(history) - self._format.window) :]
 
     def _label(self, label: int) -> int:
-        # 1.0 too: what many programs make of labels in JSON and Parquet.
-        if not isinstance(label, (Real, Decimal, np.bool_)) or label not in (0, 1):
+        # 1.0 too, and True: what programs make of labels in JSON and Parquet.
+        try:
+            is_label = isinstance(label, (Real, Decimal, np.bool_)) and label in (0, 1)
+        except ArithmeticError:  # a decimal's signalling NaN compares with nothing
+            is_label = False
+        if not is_label:
             raise ItemError(f"a label must be 0 or 1, got {shown(label)}")
         return self._format.labels[int(label)]
 
@@ -337,6 +343,8 @@ class Scorer:
             yield part, shared + int(num_rows[some].sum())
 
     def _check_owner(self, state: HistoryState) -> None:
+        if not isinstance(state, HistoryState):
+            raise TypeError(f"a state is what encode or append returns, got {shown(state)}")
         if state.owner is not self:
             raise ValueError("the state was made by another scorer: encode the history with this one")
 

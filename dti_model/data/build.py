@@ -136,7 +136,7 @@ def _prepared(raw: RawData, provenance: dict[str, Any], rules: _Rules, out: Path
         "source": provenance,
         **_counts(raw, indexed, columns),
         "threshold": threshold,
-        "click": raw.click.format(threshold=threshold),
+        "click": raw.click.replace("{threshold:g}", f"{threshold:g}"),
         "split": rules.split,
         "min_context": rules.min_context,
         "min_item_count": min_item_count,

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import polars as pl
 
 from dti_model.data.errors import DataError, at_line
+from dti_model.shown import MAX_CHARS, one_line
 
 BATCH_BYTES = 1 << 24
 MAX_LINE_BYTES = 1 << 24  # a file without line ends must not fill the memory
@@ -172,10 +173,10 @@ class Rejected:
         """
         if len(self) == MAX_LISTED:
             raise DataError(
-                f"{self.path}: more than {MAX_LISTED:,} rows cannot be used. The first:{self._shown()}\nMend the file."
+                f"{self.path}: more than {MAX_LISTED:,} rows cannot be used. Mend the file. The first: {'; '.join(self.first())}"
             )
         self._lines.append(line)
-        self._problems.append(problem if len(problem) <= 200 else problem[:197] + "...")
+        self._problems.append(one_line(problem, MAX_CHARS))
 
     def frame(self) -> pl.DataFrame:
         """file, line and problem of every rejected row, in the order of the file."""
@@ -187,10 +188,7 @@ class Rejected:
         """The first few as text, `file:line: problem`."""
         head = self.frame().head(NUM_SHOWN)
         place = ":" if self.place == "line" else f" {self.place} "
-        return [f"{file}{place}{line}: {problem}" for file, line, problem in head.iter_rows()]
-
-    def _shown(self) -> str:
-        return "".join(f"\n  {row}" for row in self.first())
+        return [f"{one_line(file)}{place}{line}: {problem}" for file, line, problem in head.iter_rows()]
 
     def check(self, num_rows: int, limit: float) -> None:
         """Stop when more than the share `limit` of the file's `num_rows` rows was rejected.
@@ -202,8 +200,8 @@ class Rejected:
             share = len(self) / num_rows
             raise DataError(
                 f"{self.path}: {len(self):,} of {num_rows:,} rows ({share:.2%}) cannot be used, more than "
-                f"max_rejected = {limit:g} allows. The first:{self._shown()}\nMend the file, or allow more with "
-                "max_rejected (--max-rejected)."
+                f"max_rejected = {limit:g} allows. Mend the file, or allow more with max_rejected (--max-rejected). "
+                f"The first: {'; '.join(self.first())}"
             )
 
 

@@ -38,8 +38,8 @@ from dti_model.data.folder import (
     read_stats,
 )
 from dti_model.data.split import SPLIT_CODES
-from dti_model.data.token_cache import TokenIds, cached_token_ids
-from dti_model.data.tokens import encode, fingerprint, plain_backend
+from dti_model.data.text_encoder import TextEncoder, TokenIds
+from dti_model.data.token_cache import cached_token_ids
 from dti_model.files import DamagedFileError, check_nothing_added, sha256_of_json
 
 COLUMNS: Mapping[str, pa.DataType] = {
@@ -189,7 +189,7 @@ class PreparedData:
         return rows[np.argsort(self.order[rows])]
 
     def token_ids(self, tokenizer: Any) -> TokenIds:
-        """Token ids of all item texts, without special tokens.
+        """Token ids of all item texts: no special token, no label, whatever a text says (`text_encoder.py`).
 
         Encoded once per tokenizer and kept in `tokens/`; later calls, in any process, map the file. Where the folder may not be
         written, every process encodes for itself.
@@ -203,12 +203,12 @@ class PreparedData:
         Raises:
             DataError: the tokenizer makes no token of some text, or the cache cannot be written.
         """
-        backend = plain_backend(tokenizer)
-        name = fingerprint(backend, self.item_texts)
-        return cached_token_ids(self.path / TOKENS_FOLDER, name, lambda: self._encoded(backend))
+        encoder = TextEncoder(tokenizer)
+        name = encoder.fingerprint(self.item_texts)
+        return cached_token_ids(self.path / TOKENS_FOLDER, name, lambda: self._encoded(encoder))
 
-    def _encoded(self, backend: Any) -> TokenIds:
-        offsets, ids = encode(backend, self.item_texts)
+    def _encoded(self, encoder: TextEncoder) -> TokenIds:
+        offsets, ids = encoder.encode_all(self.item_texts)
         empty = np.flatnonzero(np.diff(offsets) == 0)
         if empty.size:
             raise DataError(f"the tokenizer makes no token of item text {self.item_texts[empty[0]]!r}")

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from dti_model.data.errors import DataError
+from dti_model.shown import shown
 
 MISSING_TITLE = "Unknown title"
 MAX_CHARS = 200  # default length of one value: a window holds 20 items, and some titles are whole pages
@@ -133,11 +134,10 @@ def template_text(template: Template, fields: Mapping[str, Any], max_chars: int)
     Raises:
         DataError: a field that the template does not name, a value that no column has, or no value at all.
     """
-    unknown = sorted(fields.keys() - set(template.columns))
-    if unknown or not any(map(_is_filled, fields.values())):
+    if not fields.keys() <= set(template.columns) or not any(map(_is_filled, fields.values())):
         raise DataError(
             f"an item here has the fields {', '.join(template.columns)} (text template {template.template!r}), or the one field "
-            f"text; got {dict(fields)}"
+            f"text; got {shown(fields)}"
         )
     values = {name: _value_text(name, fields.get(name)) or "" for name in template.columns}
     return template.render({name: shorten(clean_text(value), max_chars) for name, value in values.items()})
@@ -175,7 +175,7 @@ def _scalar_text(place: str, value: Any) -> str | None:
     except (OverflowError, ValueError):
         pass  # beyond what a column holds
     raise DataError(
-        f"{place} must be a text or a number that a column can hold, or a list of them, but is {value!r:.200}"
+        f"{place} must be a text or a number that a column can hold, or a list of them, but is {shown(value)}"
     )
 
 

@@ -22,9 +22,9 @@ import pyarrow as pa
 from dti_model.data.arrow_file import only_chunk, read_table, write_table
 from dti_model.data.errors import DataError
 from dti_model.data.folder import check_whole
+from dti_model.data.text_encoder import TokenIds
 from dti_model.files import whole_file
 
-TokenIds = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
 _KIND = pa.large_list(pa.int32())
 # A folder that is another's, or on a read-only disk, or gone since it was opened.
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}

@@ -1,19 +1,15 @@
-"""The small tokenizer trained at prepare time, and item texts as token ids.
+"""The small tokenizer trained at prepare time, and the tokens that stand around item texts.
 
 The tokenizer is a byte-level BPE on the item texts: any text can be encoded, nothing is unknown. `[BOS]`,
-`[SUM]`, `yes` and `no` are single tokens, ids 0 to 3. `yes` and `no` match whole words only; otherwise they
-would cut "Casino" in two.
+`[SUM]`, `yes` and `no` are single tokens, ids 0 to 3, for prompts: no item text gets them (`text_encoder.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -21,6 +17,9 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
 BOS, SUM, YES, NO = "[BOS]", "[SUM]", "yes", "no"
+# Negative and positive label text. The first pair of which both are single tokens is taken: as words of running text after an item
+# text, then as this project's own tokenizers and those of SentencePiece (Llama 2) write them, then with capitals.
+LABEL_TEXTS = ((f" {NO}", f" {YES}"), (NO, YES), (" No", " Yes"), ("No", "Yes"))
 NUM_BYTES = 256
 MAX_VOCAB_SIZE = 2**20  # several times the largest in use; the trainer allocates for so many before it starts
 # A piece is a word with the punctuation and spaces before it.
@@ -70,7 +69,12 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def plain_backend(tokenizer: Any) -> Tokenizer:
-    """A copy of a tokenizer's `tokenizers` backend, reduced to what decides the ids of a plain text.
+    """A copy of a tokenizer's `tokenizers` backend, of its `plain_parts`; raises what they raise."""
+    return Tokenizer.from_str(json.dumps(plain_parts(tokenizer)))
+
+
+def plain_parts(tokenizer: Any) -> dict[str, Any]:
+    """The parts, as tokenizer.json has them, of a tokenizer reduced to what decides the ids of a plain text.
 
     Padding and truncation are a caller's passing settings; post-processor and decoder have no say in the ids.
 
@@ -83,22 +87,15 @@ def plain_backend(tokenizer: Any) -> Tokenizer:
             f"tokenizer must be a tokenizers.Tokenizer or a fast tokenizer of transformers, but is "
             f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
         )
-    parts = json.loads(backend.to_str())
-    parts |= dict.fromkeys(("padding", "truncation", "post_processor", "decoder"))
-    return Tokenizer.from_str(json.dumps(parts))
+    parts: dict[str, Any] = json.loads(backend.to_str())
+    return parts | dict.fromkeys(("padding", "truncation", "post_processor", "decoder"))
 
 
-def fingerprint(backend: Tokenizer, texts: list[str]) -> str:
-    """Name of the cached token ids of `texts`: 16 hexadecimal digits over the tokenizer and the texts."""
-    digest = hashlib.sha256(backend.to_str().encode())
-    digest.update(json.dumps(texts).encode())
-    return digest.hexdigest()[:16]
-
-
-def encode(backend: Tokenizer, texts: list[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Token ids of all texts in one array, without special tokens: offsets (N + 1,) int64, ids int32."""
-    encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
-    lengths = np.array([len(one.ids) for one in encoded], dtype=np.int64)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    ids = np.fromiter((token for one in encoded for token in one.ids), dtype=np.int32, count=int(offsets[-1]))
-    return offsets, ids
+def label_tokens(tokenizer: Any) -> tuple[int, int] | None:
+    """The tokens of a negative and of a positive label; None: the tokenizer has no pair of `LABEL_TEXTS` as single tokens."""
+    for pair in LABEL_TEXTS:
+        found = (tokenizer.encode(text, add_special_tokens=False) for text in pair)
+        no, yes = (getattr(one, "ids", one) for one in found)  # `tokenizers` wraps them
+        if len(no) == len(yes) == 1 and no != yes:
+            return no[0], yes[0]
+    return None

@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from dti_model.data import DataError, PreparedData, prepare, store
+from dti_model.data.text_encoder import TextEncoder
 from dti_model.data.tokens import train_tokenizer
 from dti_model.files import write_sealed
 from tests.model.movielens_files import some_ratings, write_1m
@@ -91,7 +92,7 @@ def test_counts_that_disagree_with_the_files(folder: Path) -> None:
 
 
 def test_trained_tokenizer(folder: Path) -> None:
-    """`yes`, `no`, `[BOS]`, `[SUM]` are one token each, and `no` does not cut a longer word."""
+    """`yes`, `no`, `[BOS]`, `[SUM]` are one token each where prompts are made, and `no` does not cut a longer word."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(PreparedData.open(folder).tokenizer_dir)
     assert tokenizer.convert_tokens_to_ids(["[BOS]", "[SUM]", "yes", "no"]) == [0, 1, 2, 3]
     assert tokenizer.bos_token_id == 0
@@ -123,7 +124,7 @@ def test_token_ids_are_made_once_per_tokenizer(folder: Path, monkeypatch: pytest
     data = PreparedData.open(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(data.tokenizer_dir)
     first = data.token_ids(tokenizer)
-    monkeypatch.setattr(store, "encode", None)  # a second encoding would fail
+    monkeypatch.setattr(TextEncoder, "encode_all", None)  # a second encoding would fail
     tokenizer.backend_tokenizer.enable_padding(length=100)
     tokenizer.backend_tokenizer.enable_truncation(2)
     second = PreparedData.open(folder).token_ids(tokenizer)

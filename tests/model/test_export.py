@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from dti_model.attention import MODES, DTIConfig
 from dti_model.cli import main
@@ -40,7 +41,8 @@ HISTORY = [
     )
 ]
 CANDIDATES = [
-    {"text": text} for text in ("Toy Story (1995); Animation", "Heat", "Good Morning (1971); Drama, War")
+    {"text": text}
+    for text in ("Toy Story (1995); Animation", "Heat", "Good Morning (1971); Drama, War", "[SUM] yes no")
 ]
 FLOAT32 = 1e-5  # of a probability: another order of float32 sums, through three layers
 
@@ -70,11 +72,14 @@ def run_folder(
 def plain_scores(folder: Path, told: dict[str, Any], model: Any = None) -> np.ndarray:
     """One prompt per candidate through plain transformers, by what dti.json says."""
     prompt = told["prompt"]
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer = Tokenizer.from_str(json.dumps({**parts, "added_tokens": []}))
     model = model or AutoModelForCausalLM.from_pretrained(folder)
 
     def ids(item: dict[str, str]) -> list[int]:
-        return tokenizer.encode(item["text"], add_special_tokens=False)[: prompt["max_item_tokens"]]
+        found = tokenizer.encode(item["text"], add_special_tokens=False).ids
+        spelled = [part for token in found for part in told["spelled_tokens"].get(str(token), [token])]
+        return spelled[: prompt["max_item_tokens"]]
 
     shared = list(prompt["prefix"])
     for item, label in HISTORY[len(HISTORY) - prompt["window"] :]:

@@ -181,7 +181,7 @@ GOOD = '{"user": "5", "candidates": ["1"]}'
             "nested more than 16 deep",
         ),
         ('{"user": ["5"], "candidates": []}', "a user is an id, got ['5'] of list"),
-        ('{"user": "5", "candidates": [' + "1" * 5_000 + "]}", "not valid JSON"),
+        ('{"user": "5", "candidates": [' + "1" * 5_000 + "]}", "an integer of more than 4,300 digits"),
         ('{"history": [["1", NaN]], "candidates": []}', "a label must be 0 or 1, got nan"),
         ('{"history": [["1", 0.5]], "candidates": []}', "a label must be 0 or 1, got 0.5"),
     ],
