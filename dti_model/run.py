@@ -31,12 +31,10 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from dti_model.attention import apply_dti
@@ -59,13 +57,14 @@ from dti_model.fingerprints import (
     Provenance,
     base_model_fingerprint,
 )
-from dti_model.lora import add_lora, load_adapter, save_adapter
+from dti_model.lora import add_lora, save_adapter
 from dti_model.metrics import click_metrics
 from dti_model.model_card import CARD_FILE, Description, plain_differences, token_window, write_card
 from dti_model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.prompts import PromptBuilder, PromptFormat
 from dti_model.references import HUB, PretrainedModelError, locate
 from dti_model.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, MODEL_FOLDER, check_model_is_ours
+from dti_model.safe_loading import adapter_from, fast_tokenizer_from, model_from
 from dti_model.scoring import score_targets
 
 __all__ = [
@@ -155,7 +154,7 @@ class Run:
             )
         config = replace(config, data=data.path, model=model_settings_of(config, folder, base))
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+            tokenizer = fast_tokenizer_from(path)
             model = _load_model(config, path, tokenizer, device)
         except (
             SafetensorError,
@@ -255,7 +254,7 @@ def tokenizer_of(pretrained: str | None, data: PreparedData) -> PreTrainedTokeni
     """The tokenizer that a run starts with: that of its pretrained model, or, from scratch, of its data."""
     if pretrained is not None:
         return load_tokenizer(pretrained)
-    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(data.tokenizer_dir)
+    tokenizer: PreTrainedTokenizerBase = fast_tokenizer_from(data.tokenizer_dir)
     data.check_tokenizer()  # by its path: the folder may have been made again since it was opened
     return tokenizer
 
@@ -351,9 +350,9 @@ def model_settings_of(config: TrainConfig, folder: Path, base: str | None = None
 def _load_model(config: TrainConfig, path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Any:
     if config.model.uses_lora:
         base = apply_dti(load_causal_lm(config.model, tokenizer, device), config.dti)
-        model: Any = load_adapter(base, path)
+        model: Any = adapter_from(base, path)
     else:
-        model = apply_dti(AutoModelForCausalLM.from_pretrained(path), config.dti)
+        model = apply_dti(model_from(path), config.dti)
         if config.dti.train_slopes:
             load_slopes(model, path)
     if not config.model.quantize:
