@@ -49,6 +49,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = _from_cache_first(
             place, lambda source: tokenizer_from(source, **options)
         )
+        has_sum = tokenizer.is_fast and len(tokenizer.encode(SUM, add_special_tokens=False)) == 1
     except (PretrainedModelError, MemoryError):
         raise
     except Exception as error:  # what a configuration of impossible values meets is anything
@@ -59,7 +60,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
         raise PretrainedModelError(
             f"{reference} has no fast tokenizer (tokenizer.json), which is needed here"
         )
-    if len(tokenizer.encode(SUM, add_special_tokens=False)) != 1:
+    if not has_sum:
         tokenizer.add_tokens([AddedToken(SUM, special=True, normalized=False)], special_tokens=True)
     return tokenizer
 

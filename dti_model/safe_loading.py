@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def model_from(source: str | Path, **options: Any) -> PreTrainedModel:
     """A model of safetensors: of a folder, or of an id on the hub.
 
     Raises:
-        PretrainedModelError: a folder with other weights, an adapter or code.
+        PretrainedModelError: a folder with other weights, an adapter or code; weights that lack some.
     """
     folder = Path(source)
     check_folder(folder)
@@ -52,9 +53,22 @@ def model_from(source: str | Path, **options: Any) -> PreTrainedModel:
         _check_weights(folder)
     # Named, since a configuration may name a kernel of the hub.
     options.setdefault("attn_implementation", "sdpa")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        source, trust_remote_code=False, use_safetensors=True, weights_only=True, **options
+    result: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        trust_remote_code=False,
+        use_safetensors=True,
+        weights_only=True,
+        output_loading_info=True,
+        **options,
     )
+    model: PreTrainedModel = result[0]
+    report = result[1]
+    # What is missing would be random numbers.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise PretrainedModelError(
+            f"{source} holds no weights of {missing[0]}, and lacks {len(missing)} tensors of its architecture in all: get it again"
+        )
     return model
 
 
@@ -94,8 +108,21 @@ def adapter_from(model: PreTrainedModel, folder: Path) -> PeftModel:
     """A model with the LoRA adapter of a folder, not trainable.
 
     Raises:
-        PretrainedModelError: it is no LoRA adapter of safetensors.
+        PretrainedModelError: it is no LoRA adapter of safetensors, or damaged.
     """
+    try:
+        with warnings.catch_warnings():
+            # The model without its updates would be used.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return _adapter_from(model, folder)
+    except (PretrainedModelError, MemoryError):
+        raise
+    except Exception as error:  # what a configuration of impossible values meets is anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise PretrainedModelError(f"the adapter {folder} cannot be loaded: {reason:.500}") from error
+
+
+def _adapter_from(model: PreTrainedModel, folder: Path) -> PeftModel:
     config = _object_of(folder / _ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA" or config.get("megatron_config") is not None:
         raise PretrainedModelError(f"{folder / _ADAPTER_CONFIG} is no LoRA adapter that `dti train` wrote")
