@@ -24,6 +24,7 @@ from dti_model.safe_loading import config_from, gguf_model_from, model_from, mod
 __all__ = ["PretrainedModelError", "load_causal_lm", "load_plain", "load_tokenizer"]
 
 HUB_TIMEOUT_S = 10
+MOST_LAYERS = 10_000  # as in bounds.py
 
 # By transformers' model type. `apply_dti` knows the decoder layers of these.
 SUPPORTED_TYPES = {
@@ -151,6 +152,11 @@ def _from_reference(reference: str, dtype: torch.dtype, more: dict[str, Any]) ->
         # The architecture first: the configuration is a few KiB, the weights may be many GiB.
         config = _from_cache_first(place, config_from)
         _check_type(reference, config.model_type)
+        if isinstance(config.num_hidden_layers, int) and config.num_hidden_layers > MOST_LAYERS:
+            raise PretrainedModelError(
+                f"{reference} has {config.num_hidden_layers:,} layers in its configuration, and models have at most {MOST_LAYERS:,}: "
+                "it is damaged"
+            )
         model: PreTrainedModel = _from_cache_first(
             place,
             lambda source: model_from(source, dtype=dtype, **more),

@@ -100,7 +100,9 @@ class Run:
         tokenizer = tokenizer_of(config.model.pretrained, data)
         if config.model.pretrained is None:
             torch.manual_seed(config.seed)
-            plain: PreTrainedModel = LlamaForCausalLM(llama_config(config.model, tokenizer))
+            sizes = llama_config(config.model, tokenizer)
+            _check_memory(sizes)
+            plain: PreTrainedModel = LlamaForCausalLM(sizes)
         else:
             plain = load_causal_lm(config.model, tokenizer)
         model = apply_dti(plain, config.dti, config.model.dropout_rate)
@@ -365,6 +367,23 @@ def load_slopes(model: PreTrainedModel, folder: Path) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         slopes = {name: x for name, x in load_file(file).items() if name.endswith(".alibi_slopes")}
         model.load_state_dict(slopes, strict=False)
+
+
+def _check_memory(sizes: LlamaConfig) -> None:
+    """Refuse a model whose weights alone this machine cannot hold: it would be ended by the system somewhere on the way."""
+    width, heads = sizes.hidden_size, sizes.num_attention_heads + (sizes.num_key_value_heads or 0)
+    layer = (
+        2 * width * (width // sizes.num_attention_heads) * heads
+        + 3 * width * sizes.intermediate_size
+        + 2 * width
+    )
+    number = sizes.vocab_size * width + sizes.num_hidden_layers * layer + width
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * number > memory:
+        raise ValueError(
+            f"a model of these sizes has {number:,} parameters, {4 * number / 2**30:,.0f} GiB of weights, and this machine has "
+            f"{memory / 2**30:,.0f} GiB of memory: choose a smaller model.width, model.mlp_width or model.layers"
+        )
 
 
 def llama_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
