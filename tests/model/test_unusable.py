@@ -64,6 +64,25 @@ def test_a_base_model_with_an_impossible_configuration(
     assert len(error.splitlines()) == 1, error
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prepare", "ml-1m", "--raw-dir=r\udcff", "--out=o"],
+        ["evaluate", "--run", "\udcff"],
+        ["score", "--run=r", "--input=\udcff.jsonl", "--output=o.jsonl"],
+        ["export", "--run=r", "--out=\udcff"],
+        ["train", "--data=d", "--out=o\udcff"],
+        ["fetch-model", "smollm2-135m", "--out=\udcff"],
+        ["\udcff"],
+    ],
+)
+def test_a_name_of_other_bytes_than_utf_8(command: list[str], capsys: Any) -> None:
+    """A page of usage, or an error of a codec."""
+    error = refused(command, capsys)
+    assert "\\udcff" in error
+    assert "is not UTF-8: rename the file, or make a link to it whose name is" in error
+
+
 def test_a_model_that_no_machine_holds(small_folder: Path, tmp_path: Path, capsys: Any) -> None:
     """It was allocated piece by piece until the system ended the process; a million layers were built for hours."""
     command = ["train", f"--data={small_folder}", f"--out={tmp_path / 'run'}", "--progress=false"]
