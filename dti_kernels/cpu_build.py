@@ -243,7 +243,6 @@ def _write(path: Path, content: bytes) -> None:
     """A new file for this user alone, on the disk: a name may outlive a power cut that its content does not."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(descriptor, "wb") as file:
-        os.fchmod(descriptor, 0o600)
         file.write(content)
         file.flush()
         os.fsync(descriptor)

@@ -76,8 +76,7 @@ def _make_private(folder: Path) -> None:
     for place in (*reversed(folder.parents), folder):
         if not place.is_dir():
             with suppress(FileExistsError):
-                place.mkdir(mode=0o700)
-                place.chmod(0o700)  # whatever the umask
+                place.mkdir(mode=0o700)  # whatever the umask
     status = os.lstat(folder)
     if stat.S_ISLNK(status.st_mode):
         raise OSError("it is a link: name the folder itself")

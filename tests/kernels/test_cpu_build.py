@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,6 +170,16 @@ def test_it_is_built_once(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> 
     other = loaded()
     assert other != kept, "other flags are another library"
     assert sorted(machine.cache.iterdir()) == sorted([kept, other])
+
+
+def test_the_system_knows_a_home_too(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services have no HOME."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_dir=str(machine.place / "home")))
+    monkeypatch.setenv("HOME", "")
+    assert loaded().parent == machine.home_cache
+    monkeypatch.delenv("HOME")
+    assert loaded().parent == machine.home_cache
 
 
 @pytest.mark.parametrize("name", ["HOME", "XDG_CACHE_HOME", "TMPDIR"])
