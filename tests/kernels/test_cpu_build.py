@@ -421,7 +421,6 @@ SAYS = {
     "sleep 99 & exit 1": "did not end within 1 s",
     "exec >/dev/null 2>&1; sleep 99": "did not end within 1 s",
     "yes error": "did not end within 1 s",
-    "cat; exit 1": "failed with status 1 (it said nothing)",
 }
 
 
@@ -435,6 +434,36 @@ def test_compilers_that_fail(machine: Machine, monkeypatch: pytest.MonkeyPatch, 
     assert message.endswith("install one (g++ or clang++), or name one in CXX")
     assert machine.compiled == 1
     assert list(machine.cache.iterdir()) == [], "something is left"
+
+
+def test_a_compiler_that_hangs_is_ended_with_what_it_started(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_build, "_TIMEOUT_S", 1)
+    started = machine.place / "started"
+    machine.compiler(f"sleep 99 & echo $! > {started}; wait")
+    refused()
+    place = Path("/proc") / started.read_text().strip() / "stat"
+    deadline = time.monotonic() + 20
+    while place.exists() and place.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "it goes on"
+        time.sleep(0.01)
+
+
+def test_a_compiler_asks_nobody(machine: Machine) -> None:
+    """It reads nothing of the terminal, and is not read without end."""
+    reading, writing, before = *os.pipe(), os.dup(0)
+    os.dup2(reading, 0)
+    try:
+        machine.compiler("cat; exit 1")
+        assert "failed with status 1 (it said nothing)" in refused()
+    finally:
+        os.dup2(before, 0)
+        for descriptor in (reading, writing, before):
+            os.close(descriptor)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(cpu_build, "_OUTPUT_BYTES", 10)
+        assert cpu_build._output(["printf", "x" * 100], 20) == "x" * 10
 
 
 @pytest.mark.parametrize(
