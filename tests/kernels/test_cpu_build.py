@@ -365,9 +365,14 @@ def test_a_library_of_other_arguments(machine: Machine) -> None:
     def check(_: ctypes.CDLL) -> None:
         raise AttributeError("it was built for other arguments")
 
+    def other_bytes(_: ctypes.CDLL) -> None:
+        b"\xff".decode()  # as ctypes does with a reason that names a path
+
     with pytest.raises(BuildError, match="built for other arguments.*DTI_CACHE_DIR"):
         cpu_build.library(check)
     assert machine.compiled == 1
+    with pytest.raises(BuildError, match="can't decode byte 0xff"):
+        cpu_build.library(other_bytes)
 
 
 def test_folders_that_run_or_keep_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

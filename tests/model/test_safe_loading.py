@@ -26,7 +26,7 @@ from dti_model.lora import add_lora, save_adapter
 from dti_model.pretrained import PretrainedModelError, load_plain, load_tokenizer
 from dti_model.references import Reference, locate
 from dti_model.run import Run
-from dti_model.safe_loading import adapter_from
+from dti_model.safe_loading import adapter_from, config_from, model_from, tokenizer_from
 from tests.model.pretrained_files import pretrained_folder
 
 EXAMPLES = int(os.environ.get("DTI_FUZZ_EXAMPLES", "60"))
@@ -137,8 +137,9 @@ def test_code_of_a_folder_is_refused(
         content |= {"model_type": "own", "tokenizer_class": "Own"}
     (folder / file).write_text(json.dumps(content))
     assert f"{folder / file} names code of the model's own (auto_map), which is never run" in refused(folder)
-    with pytest.raises(PretrainedModelError, match="auto_map"):
-        load_tokenizer(str(folder))
+    for load in (load_tokenizer, model_from, tokenizer_from, config_from):
+        with pytest.raises(PretrainedModelError, match="auto_map"):
+            load(str(folder))
 
 
 def test_a_kernel_of_the_hub_is_not_asked_for(whole: dict[str, Path], tmp_path: Path, marker: Path) -> None:
