@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.measure import parse_measuring
 from dti_kernels import StreamLayout
 from dti_model.attention import DTIConfig, Stream, apply_dti, position_ids
 from dti_model.prompts import Prompts
 from dti_model.run import MODEL_FOLDER, Run
+from dti_model.safe_loading import model_from
 
 LAST, ALL = (-1,), None
 # Name: ratios (alpha_min, alpha_max, alpha_own) and layers; None stands for every layer.
@@ -120,7 +121,7 @@ def measure_run(folder: Path, num_targets: int) -> list[dict[str, Any]]:
     rows = []
     for reset in (None, *RESETS):
         dti = config.dti if reset is None else replace(dti_config(reset, config.model.layers), mode="dti")
-        model = apply_dti(AutoModelForCausalLM.from_pretrained(folder / MODEL_FOLDER), dti).double().eval()
+        model = apply_dti(model_from(folder / MODEL_FOLDER), dti).double().eval()
         found = [leak(model, dti, example, run.builder.format.labels) for example in examples]
         name = f"{config.dti.mode}, k = {config.k or 'all'}"
         row = _row(name, config.model.layers, reset or "as trained", found)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dti_model.data import PreparedData
+from dti_model.safe_loading import fast_tokenizer_from
 
 
 def made_up_data(folder: Path) -> Path:
@@ -35,7 +36,7 @@ def made_up_data(folder: Path) -> Path:
 
 def made_up_model(folder: Path, data: Path) -> Path:
     """A folder with a tiny Llama of random weights and the tokenizer of a prepared folder, as transformers writes them."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(PreparedData.open(data).tokenizer_dir)
+    tokenizer = fast_tokenizer_from(PreparedData.open(data).tokenizer_dir)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import set_seed
 
 from dti_model.attention import DTIConfig, apply_dti
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
@@ -32,6 +32,7 @@ from dti_model.files import whole_folder
 from dti_model.metrics import click_metrics
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.run import MODEL_FOLDER, Run, write_json
+from dti_model.safe_loading import model_from
 from dti_model.scoring import score_targets
 from dti_model.train import _arguments, _trainer
 
@@ -210,7 +211,7 @@ def score_cell(folder: Path, name: str, split: str, k: int | None = 1, dti: DTIC
         return
     run = Run.load(folder)
     if dti is not None:
-        plain = AutoModelForCausalLM.from_pretrained(folder / MODEL_FOLDER)
+        plain = model_from(folder / MODEL_FOLDER)
         model = apply_dti(plain, dti).to(run.model.device)
         run = replace(run, model=model, config=replace(run.config, dti=dti))
     result["scores"][name] = _score(run, folder, name, split, k)

@@ -1,39 +1,26 @@
-"""Builds and calls `native/attention.cpp`, the compiled CPU implementation of the operators.
+"""Calls `native/attention.cpp`, the compiled CPU implementation of the operators, which `cpu_build.py` compiles and keeps.
 
-It is C++ without dependencies (no PyTorch headers, so one build serves every PyTorch), compiled once per machine, in about six
-seconds, for the machine's own vector instructions, and kept in a cache folder under a name that ends with its sha256: a damaged one
-is built again. A process reads it once for that, well under a millisecond. Where there is no compiler, `cpu.py` computes the
-same in PyTorch, and a warning says so once. Environment: `CXX` names the compiler, `DTI_CACHE_DIR` the folder (default
-`~/.cache/dti_kernels`), and `DTI_CPU=torch` chooses the PyTorch implementation, `DTI_CPU=native` makes a failed build an error.
+Where it cannot be had, `cpu.py` computes the same in PyTorch, and a warning says why, once. Environment: `DTI_CPU=torch` chooses the
+PyTorch implementation, `DTI_CPU=native` makes a failed build an error.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
-import hashlib
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from dti_kernels import cpu_build
 from dti_kernels.isolation import NotFinite
 from dti_kernels.layout import check_spans
 
-SOURCES = Path(__file__).parent / "native"
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
 CHOICES = ("auto", "native", "torch")
 
 _INTEGERS = (
@@ -72,7 +59,7 @@ def available() -> bool:
         ValueError: `DTI_CPU` is none of auto, native and torch.
         RuntimeError: `DTI_CPU=native`, and it cannot be built.
     """
-    choice = os.environ.get("DTI_CPU", "auto")
+    choice = os.environ.get("DTI_CPU") or "auto"
     if choice not in CHOICES:
         raise ValueError(f"DTI_CPU must be one of {', '.join(CHOICES)}, got {choice!r}")
     if choice == "torch":
@@ -88,137 +75,25 @@ def available() -> bool:
 @functools.cache
 def _build() -> tuple[ctypes.CDLL | None, str]:
     """The loaded library, or None and why not."""
-    if sys.platform != "linux":
-        return None, f"it is built on Linux only, and this is {sys.platform}"
     try:
-        return _load(_compiled()), ""
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        lines = error.stderr.splitlines() if isinstance(error, subprocess.CalledProcessError) else []
-        return None, next((line for line in lines if "error" in line), str(error))
+        return cpu_build.library(_check), ""
+    except cpu_build.BuildError as error:
+        return None, str(error)
+
+
+def _check(library: ctypes.CDLL) -> None:
+    for name in ("size_of_arguments", "num_gradients_float32", "num_gradients_float64"):
+        getattr(library, f"dti_{name}").restype = ctypes.c_int64
+    if library.dti_size_of_arguments() != ctypes.sizeof(_Arguments):
+        raise AttributeError("it was built for other arguments")
 
 
 @functools.cache
 def _warn(error: str) -> None:
     warnings.warn(
-        "attention on CPUs runs in PyTorch, more slowly than it could: its C++ could not be compiled. Install a C++ compiler "
-        f"(g++ or clang++) or name one in CXX; DTI_CPU=torch silences this. {error}",
+        f"attention on CPUs runs in PyTorch, more slowly than its C++ would: {error}. DTI_CPU=torch silences this",
         stacklevel=2,
     )
-
-
-def _compiled() -> Path:
-    """The shared library for this source, compiler and processor; made where it is missing."""
-    command = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, _architecture_flag()]
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
-    sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
-    identity = "\n".join([*sources, *command, version, _processor()])
-    name, folder = f"cpu_native-{hashlib.sha256(identity.encode()).hexdigest()[:20]}", _cache_folder()
-    damaged = []
-    for kept in sorted(folder.glob(f"{name}-*.so")):
-        with suppress(OSError):  # removed meanwhile
-            if kept.is_file() and kept.name == _named(name, kept):
-                return kept
-        damaged.append(kept)
-    # Several processes may build at once: each under a name of its own, renamed when complete.
-    with _scratch_folder(folder) as scratch:
-        made = scratch / "made.so"
-        subprocess.run(
-            [*command, "-o", str(made), str(SOURCES / "attention.cpp")],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        library = folder / _named(name, made)
-        _flush(made)
-        made.rename(library)
-        _flush(folder)
-    for other in damaged:
-        if other != library:
-            with suppress(OSError):
-                other.unlink()
-    return library
-
-
-def _named(name: str, library: Path) -> str:
-    """A library's name with what it must hold."""
-    return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()}.so"
-
-
-def _flush(path: Path) -> None:
-    """To the disk: a name may outlive a power cut that its content does not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _scratch_folder(parent: Path) -> Iterator[Path]:
-    """A folder to build in. Its lock ends with this process, so the next one removes what a killed one has left."""
-    for leftover in parent.glob("building-*"):
-        _remove_unlocked(leftover)
-    scratch = Path(tempfile.mkdtemp(dir=parent, prefix="building-"))
-    descriptor = os.open(scratch, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks: then leftovers stay
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        os.close(descriptor)
-
-
-def _remove_unlocked(folder: Path) -> None:
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between a folder's creation and its lock there is nothing in it.
-            if any(folder.iterdir()):
-                shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(descriptor)
-
-
-def _cache_folder() -> Path:
-    """The chosen folder; else the user's cache, or where that cannot be written one among temporary files that is nobody else's."""
-    chosen = os.environ.get("DTI_CACHE_DIR")
-    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    temporary = Path(tempfile.gettempdir()) / f"dti_kernels-{os.getuid()}"
-    for folder in [Path(chosen)] if chosen else [Path(user) / "dti_kernels", temporary]:
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            refused = error
-            continue
-        if not os.access(folder, os.W_OK | os.X_OK):
-            refused = PermissionError(f"{folder} cannot be written: name a folder in DTI_CACHE_DIR")
-            continue
-        if folder != temporary or folder.stat().st_uid == os.getuid():
-            return folder
-        refused = PermissionError(f"{folder} belongs to another user: name a folder in DTI_CACHE_DIR")
-    raise refused
-
-
-def _architecture_flag() -> str:
-    return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-
-
-def _processor() -> str:
-    """What `native` means here: a home folder may be shared by different machines."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    for name in ("size_of_arguments", "num_gradients_float32", "num_gradients_float64"):
-        getattr(library, f"dti_{name}").restype = ctypes.c_int64
-    if library.dti_size_of_arguments() != ctypes.sizeof(_Arguments):
-        raise AttributeError(f"{path} was built for other arguments: delete it")
-    return library
 
 
 @functools.cache
@@ -229,7 +104,7 @@ def _openmp_parallel() -> int | None:
     """
     mapped = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
     loaded = {Path(path) for path in mapped if path.startswith("/") and "omp" in Path(path).name}
-    pytorch = Path(torch.__file__).parent
+    pytorch = Path(torch.__file__).resolve().parent  # as the maps have it
     for path in sorted(loaded, key=lambda path: (pytorch not in path.parents, path)):
         try:
             return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value

@@ -21,6 +21,7 @@ from torch import Tensor
 from dti_kernels import cpu, cpu_native, isolation
 from dti_kernels.contract import accumulation_dtype, check_inputs, check_saved
 from dti_kernels.layout import check_spans
+from dti_kernels.private_folders import in_private_folder
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? k_sum, Tensor? k_initial, Tensor? v_initial, Tensor? ratios, Tensor? slopes, "
@@ -36,11 +37,20 @@ _LIBRARY.define(
 
 @functools.cache
 def _triton_modules() -> tuple[ModuleType, ModuleType]:
+    _give_triton_a_home()
     try:
         from dti_kernels import triton_bwd, triton_fwd
     except ImportError as error:
         raise ImportError("windowed_attn on a GPU needs Triton: pip install triton") from error
     return triton_fwd, triton_bwd
+
+
+def _give_triton_a_home() -> None:
+    """Where nobody knows the user's home, Triton would keep compiled kernels beneath the current folder, and run what lies there."""
+    if not {"TRITON_HOME", "TRITON_CACHE_DIR"} & os.environ.keys() and not os.path.isabs(
+        os.path.expanduser("~/")
+    ):
+        os.environ["TRITON_HOME"] = in_private_folder(str)
 
 
 def _interpreting() -> bool:

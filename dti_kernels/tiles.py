@@ -204,9 +204,11 @@ def _tuned_tiles() -> dict[tuple[str, str, int, int, bool], Tile]:
     if not path:
         return {}
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+            raise OSError("no regular file")
         entries = json.loads(Path(path).read_text())
         return {_tuned_key(entry): _tuned_tile(entry["tile"]) for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"DTI_TILES={path} is no file of tiles ({type(error).__name__}: {error}); unset it to use the table's"
         ) from error

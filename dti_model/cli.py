@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from dti_model.command_line import Parser, check_files, check_groups, check_numbers
+from dti_model.command_line import Parser, check_files, check_groups, check_numbers, check_text
 from dti_model.evaluate_cli import add_evaluate, run_evaluate
 from dti_model.output import unbreakable_output
 from dti_model.prepare_cli import add_prepare, run_prepare
@@ -67,6 +67,7 @@ def _main(arguments: Sequence[str]) -> int:
     name = next((f" {word}" for word in arguments if word in commands), "")
     options = Namespace()
     try:
+        check_text(arguments)
         check_files(arguments)
         check_numbers(arguments)
         parser = _parser()

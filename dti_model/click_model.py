@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dti_model.attention import DTIConfig, apply_dti
 from dti_model.data import DataError, PreparedData
@@ -25,6 +20,7 @@ from dti_model.files import check_checksums
 from dti_model.model_card import Description
 from dti_model.prompts import PromptBuilder, PromptFormat
 from dti_model.run import Run, load_slopes
+from dti_model.safe_loading import fast_tokenizer_from, model_from
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +64,8 @@ class ClickModel:
         # Exports of version 0.1.0 have neither checksums nor the data's fingerprint.
         is_new = description.data is not None
         check_checksums(folder, "Export the model again with `dti export`", required=is_new, is_model=True)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        model: Any = apply_dti(AutoModelForCausalLM.from_pretrained(folder), description.dti)
+        tokenizer = fast_tokenizer_from(folder)
+        model: Any = apply_dti(model_from(folder), description.dti)
         if description.dti.train_slopes:
             load_slopes(model, folder)
         model.to(device)

@@ -80,6 +80,21 @@ def in_one_line(message: str) -> str:
     return " ".join(message.split())[:1000]
 
 
+def check_text(arguments: Sequence[str]) -> None:
+    """Refuse names in other bytes than UTF-8, which neither settings nor results could hold.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for word in arguments:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"the argument {word!a} is not UTF-8: rename the file, or make a link to it whose name is (ln -s)"
+            ) from None
+
+
 def check_files(arguments: Sequence[str]) -> None:
     """Read the YAML files that are named on the command line, for errors that name them.
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from dti_model.launch import num_processes
 from dti_model.ranks import join_ranks
 
 
@@ -37,19 +36,20 @@ def device_of_rank(name: str | None) -> str:
         name: as `device_named` has it; where there are several processes its type alone, since each has a device of its own.
 
     Raises:
-        ValueError: there is no such device, or there are several processes and it is no type of theirs.
+        ValueError: there is no such device, or there are several processes and it is no type of theirs; the environment does not say
+            well which processes there are.
     """
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_processes < 2:
+    number = num_processes()
+    if number < 2:
         return device_named(name)
     kind, _, index = (name or device_named(None)).partition(":")
     if index:
         raise ValueError(
-            f"device {name!r} is one device, and each of {num_processes} processes has its own: say {kind}, or leave it out"
+            f"device {name!r} is one device, and each of {number} processes has its own: say {kind}, or leave it out"
         )
     joined = join_ranks(cpu=kind == "cpu")
     if joined.type != kind:
         raise ValueError(
-            f"device {name!r} cannot be used: the {num_processes} processes have {joined.type}. Say that, or leave it out"
+            f"device {name!r} cannot be used: the {number} processes have {joined.type}. Say that, or leave it out"
         )
     return str(joined)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from dti_model.config import TrainConfig
 from dti_model.data import DataError, PreparedData
@@ -22,7 +22,7 @@ from dti_model.data.text_encoder import TextEncoder
 from dti_model.files import CHECKSUMS_FILE, whole_folder, write_checksums
 from dti_model.fingerprints import PROVENANCE_FILE
 from dti_model.locks import locked_beside
-from dti_model.lora import load_adapter, merge
+from dti_model.lora import merge
 from dti_model.model_card import (
     CARD_FILE,
     DESCRIPTION_FILE,
@@ -35,6 +35,7 @@ from dti_model.places import check_new_folder
 from dti_model.pretrained import load_causal_lm
 from dti_model.prompts import PromptFormat
 from dti_model.run import MODEL_FOLDER, check_model, model_settings_of
+from dti_model.safe_loading import adapter_from, config_from, fast_tokenizer_from
 
 _OF_THE_RUN = (DESCRIPTION_FILE, CARD_FILE, CHECKSUMS_FILE, PROVENANCE_FILE)  # the export has its own
 
@@ -85,11 +86,11 @@ def _exported(run: Path, out: Path, library_only: bool, base_model: str | None) 
         )
     check_model(run, config)
     config = replace(config, model=model_settings_of(config, run, base_model))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    tokenizer = fast_tokenizer_from(source)
     base = None
     if config.model.uses_lora:
         base = load_causal_lm(replace(config.model, quantize=0, liger=False), tokenizer)
-    model_config = AutoConfig.from_pretrained(source) if base is None else base.config
+    model_config = config_from(source) if base is None else base.config
     description = _describe(config, source, tokenizer, model_config)
     if not description.plain_transformers and not library_only:
         raise LibraryOnlyError(
@@ -105,7 +106,7 @@ def _exported(run: Path, out: Path, library_only: bool, base_model: str | None) 
                         path, made / path.name
                     )  # without its mode: the umask may be another by now
         else:
-            merge(load_adapter(base, source)).save_pretrained(made)
+            merge(adapter_from(base, source)).save_pretrained(made)
             tokenizer.save_pretrained(made)
         without_token_window(made)
         description.write(made)

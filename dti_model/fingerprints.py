@@ -23,7 +23,7 @@ from typing import Any
 from dti_model.config import TrainConfig
 from dti_model.data.tokens import plain_backend
 from dti_model.files import read_file, read_sealed, sha256_of_json, write_sealed
-from dti_model.references import PretrainedModelError, Reference, locate
+from dti_model.references import PretrainedModelError, Reference, locate, may_hold_weights
 
 PROVENANCE_FILE = "provenance.json"
 _BLOCKS, _BLOCK_BYTES = 64, 4096
@@ -158,7 +158,11 @@ def base_model_fingerprint(place: Reference) -> str:
         raise PretrainedModelError(
             f"{folder / 'config.json'} must hold an object, the configuration of a model"
         )
-    weights = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
+    weights = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in _WEIGHTS and may_hold_weights(path.name) and path.is_file()
+    )
     return sha256_of_json(
         {
             "config": {name: value for name, value in config.items() if name not in _PASSING},

@@ -54,12 +54,6 @@ def save_adapter(model: PeftModel, folder: Path, base: str, weights: dict[str, T
         config.base_model_name_or_path = ""
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """A base model with the adapter that `save_adapter` or a checkpoint wrote, not trainable."""
-    adapted: PeftModel = PeftModel.from_pretrained(model, str(folder))
-    return adapted
-
-
 def merge(model: PeftModel) -> PreTrainedModel:
     """The base model with updates and [SUM] row added into its weights; in place."""
     merged: PreTrainedModel = model.merge_and_unload()

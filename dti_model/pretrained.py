@@ -14,22 +14,17 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import AddedToken
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dti_model.config import ModelConfig
 from dti_model.data.tokens import SUM
 from dti_model.references import PretrainedModelError, Reference, locate
+from dti_model.safe_loading import config_from, gguf_model_from, model_from, model_of, tokenizer_from
 
 __all__ = ["PretrainedModelError", "load_causal_lm", "load_plain", "load_tokenizer"]
 
 HUB_TIMEOUT_S = 10
+MOST_LAYERS = 10_000  # as in bounds.py
 
 # By transformers' model type. `apply_dti` knows the decoder layers of these.
 SUPPORTED_TYPES = {
@@ -53,9 +48,10 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     options = {} if place.gguf_file is None else {"gguf_file": place.gguf_file}
     try:
         tokenizer: PreTrainedTokenizerBase = _from_cache_first(
-            place, lambda source: AutoTokenizer.from_pretrained(source, **options)
+            place, lambda source: tokenizer_from(source, **options)
         )
-    except MemoryError:
+        has_sum = tokenizer.is_fast and len(tokenizer.encode(SUM, add_special_tokens=False)) == 1
+    except (PretrainedModelError, MemoryError):
         raise
     except Exception as error:  # what a configuration of impossible values meets is anything
         raise PretrainedModelError(
@@ -65,7 +61,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
         raise PretrainedModelError(
             f"{reference} has no fast tokenizer (tokenizer.json), which is needed here"
         )
-    if len(tokenizer.encode(SUM, add_special_tokens=False)) != 1:
+    if not has_sum:
         tokenizer.add_tokens([AddedToken(SUM, special=True, normalized=False)], special_tokens=True)
     return tokenizer
 
@@ -116,11 +112,17 @@ def _found(reference: str) -> Reference:
 
         try:
             # Asks first, where a download would wait and try again for a minute.
-            HfApi().model_info(place.source, timeout=HUB_TIMEOUT_S)
+            info = HfApi().model_info(place.source, timeout=HUB_TIMEOUT_S)
         except Exception as error:  # its own errors, and those of the HTTP library beneath
             raise PretrainedModelError(
                 f"{reference} is not in the hub's cache on this machine, and the hub does not give it: {_first_line(error)}"
             ) from error
+        names = [file.rfilename for file in info.siblings or []]
+        if names and not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+            raise PretrainedModelError(
+                f"{reference} has no safetensors on the hub, and pickled weights, which are programs, are never loaded: choose "
+                "another model"
+            )
     return place
 
 
@@ -148,11 +150,16 @@ def _from_reference(reference: str, dtype: torch.dtype, more: dict[str, Any]) ->
                 )
             return _from_gguf(reference, place.source, place.gguf_file, dtype)
         # The architecture first: the configuration is a few KiB, the weights may be many GiB.
-        config = _from_cache_first(place, AutoConfig.from_pretrained)
+        config = _from_cache_first(place, config_from)
         _check_type(reference, config.model_type)
+        if isinstance(config.num_hidden_layers, int) and config.num_hidden_layers > MOST_LAYERS:
+            raise PretrainedModelError(
+                f"{reference} has {config.num_hidden_layers:,} layers in its configuration, and models have at most {MOST_LAYERS:,}: "
+                "it is damaged"
+            )
         model: PreTrainedModel = _from_cache_first(
             place,
-            lambda source: AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **more),
+            lambda source: model_from(source, dtype=dtype, **more),
         )
     except (PretrainedModelError, MemoryError):
         raise
@@ -168,14 +175,12 @@ def _from_gguf(reference: str, folder: str, file: str, dtype: torch.dtype) -> Pr
     unpack: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions can keep the blocks packed
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype, **unpack)
+    packed = gguf_model_from(folder, file, dtype=dtype, **unpack)
     _check_type(reference, packed.config.model_type)
     config = type(packed.config)(**packed.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model: PreTrainedModel = type(packed).from_pretrained(
-        None, config=config, state_dict=packed.state_dict(), dtype=dtype
-    )
+    model: PreTrainedModel = model_of(type(packed), config, packed.state_dict(), dtype=dtype)
     return model
 
 

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from dti_model.launch import num_processes
+
 Result = TypeVar("Result")
 
 _WAIT = timedelta(minutes=30)  # for the first rank's work; as TrainingArguments have it
@@ -31,7 +33,11 @@ def join_ranks(cpu: bool | None = None) -> torch.device:
 
     Returns:
         The device of this process. A second call changes nothing.
+
+    Raises:
+        ValueError: the environment does not say well which processes there are.
     """
+    num_processes()
     state = PartialState(cpu=not torch.cuda.is_available() if cpu is None else cpu, timeout=_WAIT)
     device: torch.device = state.device
     return device

@@ -31,12 +31,10 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from dti_model.attention import apply_dti
@@ -60,13 +58,14 @@ from dti_model.fingerprints import (
     Provenance,
     base_model_fingerprint,
 )
-from dti_model.lora import add_lora, load_adapter, save_adapter
+from dti_model.lora import add_lora, save_adapter
 from dti_model.metrics import click_metrics
 from dti_model.model_card import CARD_FILE, Description, plain_differences, token_window, write_card
 from dti_model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.prompts import PromptBuilder, PromptFormat
 from dti_model.references import HUB, PretrainedModelError, locate
 from dti_model.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, MODEL_FOLDER, check_model_is_ours
+from dti_model.safe_loading import adapter_from, fast_tokenizer_from, model_from
 from dti_model.scoring import score_targets
 
 __all__ = [
@@ -102,7 +101,9 @@ class Run:
         tokenizer = tokenizer_of(config.model.pretrained, data)
         if config.model.pretrained is None:
             torch.manual_seed(config.seed)
-            plain: PreTrainedModel = LlamaForCausalLM(llama_config(config.model, tokenizer))
+            sizes = llama_config(config.model, tokenizer)
+            _check_memory(sizes)
+            plain: PreTrainedModel = LlamaForCausalLM(sizes)
         else:
             plain = load_causal_lm(config.model, tokenizer)
         model = apply_dti(plain, config.dti, config.model.dropout_rate)
@@ -156,7 +157,7 @@ class Run:
             )
         config = replace(config, data=data.path, model=model_settings_of(config, folder, base))
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+            tokenizer = fast_tokenizer_from(path)
             model = _load_model(config, path, tokenizer, device)
         except (
             SafetensorError,
@@ -257,7 +258,7 @@ def tokenizer_of(pretrained: str | None, data: PreparedData) -> PreTrainedTokeni
     """The tokenizer that a run starts with: that of its pretrained model, or, from scratch, of its data."""
     if pretrained is not None:
         return load_tokenizer(pretrained)
-    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(data.tokenizer_dir)
+    tokenizer: PreTrainedTokenizerBase = fast_tokenizer_from(data.tokenizer_dir)
     data.check_tokenizer()  # by its path: the folder may have been made again since it was opened
     return tokenizer
 
@@ -353,9 +354,9 @@ def model_settings_of(config: TrainConfig, folder: Path, base: str | None = None
 def _load_model(config: TrainConfig, path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Any:
     if config.model.uses_lora:
         base = apply_dti(load_causal_lm(config.model, tokenizer, device), config.dti)
-        model: Any = load_adapter(base, path)
+        model: Any = adapter_from(base, path)
     else:
-        model = apply_dti(AutoModelForCausalLM.from_pretrained(path), config.dti)
+        model = apply_dti(model_from(path), config.dti)
         if config.dti.train_slopes:
             load_slopes(model, path)
     if not config.model.quantize:
@@ -368,6 +369,23 @@ def load_slopes(model: PreTrainedModel, folder: Path) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         slopes = {name: x for name, x in load_file(file).items() if name.endswith(".alibi_slopes")}
         model.load_state_dict(slopes, strict=False)
+
+
+def _check_memory(sizes: LlamaConfig) -> None:
+    """Refuse a model whose weights alone this machine cannot hold: it would be ended by the system somewhere on the way."""
+    width, heads = sizes.hidden_size, sizes.num_attention_heads + (sizes.num_key_value_heads or 0)
+    layer = (
+        2 * width * (width // sizes.num_attention_heads) * heads
+        + 3 * width * sizes.intermediate_size
+        + 2 * width
+    )
+    number = sizes.vocab_size * width + sizes.num_hidden_layers * layer + width
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * number > memory:
+        raise ValueError(
+            f"a model of these sizes has {number:,} parameters, {4 * number / 2**30:,.0f} GiB of weights, and this machine has "
+            f"{memory / 2**30:,.0f} GiB of memory: choose a smaller model.width, model.mlp_width or model.layers"
+        )
 
 
 def llama_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:

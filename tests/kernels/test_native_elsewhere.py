@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dti_kernels import cpu_native, testing
+from dti_kernels import cpu_build, cpu_native, testing
 from tests.cases import CASES, Case
 from tests.numerics import golden_and_budgets
 
@@ -45,8 +45,8 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler ({compiler[0]})")
     built = tmp_path_factory.mktemp("driver") / "driver"
-    flags = [flag for flag in cpu_native.FLAGS if flag not in ("-shared", "-fPIC")]
-    sources = ["-I", str(cpu_native.SOURCES), str(DRIVER), "-o", str(built)]
+    flags = [flag for flag in cpu_build.FLAGS if flag not in ("-shared", "-fPIC")]
+    sources = ["-I", str(cpu_build.SOURCES), str(DRIVER), "-o", str(built)]
     subprocess.run([*compiler, *flags, "-O1", *sources], check=True, capture_output=True)
     return [*emulator, str(built)]
 

@@ -143,6 +143,18 @@ def test_bad_tuned_tiles_are_refused(tuned: Callable[[Path], None], tmp_path: Pa
         table_tile("sm_90", "ctx_dq", 128, 16, 1024)
 
 
+@pytest.mark.parametrize("content", [b"\xff", b"[" * 100_000, b"", b"{}[", b"3", b'[{"arch": []}]', None])
+def test_what_is_no_file_of_tiles_is_refused(
+    tuned: Callable[[Path], None], tmp_path: Path, content: bytes | None
+) -> None:
+    """A pipe was waited for, and deep nesting was an error of its own."""
+    path = tmp_path / "tiles.json"
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    tuned(path)
+    with pytest.raises(ValueError, match=r"DTI_TILES=.*tiles\.json is no file of tiles.*unset it"):
+        table_tile("sm_90", "ctx_dq", 128, 16, 1024)
+
+
 def test_triton_is_imported_only_to_launch() -> None:
     """The package imports, runs and differentiates on CPU where triton cannot be imported at all."""
     program = (

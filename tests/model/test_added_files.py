@@ -110,9 +110,9 @@ def test_a_tokenizer_that_is_exchanged_before_it_is_loaded(
     raw = tmp_path / "raw"
     load = PreTrainedTokenizerFast.from_pretrained
 
-    def exchanged(folder: Path) -> Any:
+    def exchanged(folder: Path, **options: Any) -> Any:
         prepare("ml-1m", prepared, raw, subset=True, vocab_size=300)
-        return load(folder)
+        return load(folder, **options)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", exchanged)
     with pytest.raises(DataError, match=r"tokenizer\.json"):

@@ -365,8 +365,8 @@ def test_a_long_line_of_requests_is_one_bad_line(tmp_path: Path, monkeypatch: py
 def test_a_download_has_a_longest_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "zeros").write_bytes(b"\0" * 1000)
     monkeypatch.setattr(fetch, "GROUPLENS_URL", f"file://{tmp_path}/zeros")
-    monkeypatch.setattr(fetch, "MOST_BYTES", 100)
-    with pytest.raises(DataError, match=r"ml-1m\.zip is cut short or changed: its 100 bytes"):
+    monkeypatch.setattr(fetch, "MAX_BYTES", 100)
+    with pytest.raises(DataError, match=r"/zeros sends more than 100 bytes"):
         fetch.fetch("ml-1m", tmp_path)
 
 

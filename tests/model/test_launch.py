@@ -1,9 +1,10 @@
-"""Launchers' environments: the settings rule."""
+"""Launchers' environments: the settings rule, and what says which processes there are is looked at first."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.devices import device_of_rank
+from dti_model.launch import num_processes
+from dti_model.ranks import join_ranks
 from dti_model.train import _arguments
 
 
@@ -46,3 +50,53 @@ def test_another_way_to_train_is_refused(
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(ValueError, match=rf"the environment asks for .* \(ACCELERATE_USE_{name}\)"):
         _arguments(config, config.optim)
+
+
+PAIR = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"WORLD_SIZE": "abc"},
+            "WORLD_SIZE='abc' in the environment must be an integer of at least 1, as torchrun sets it",
+        ),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment must be an integer"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' in the environment must be an integer of at least 1"),
+        ({"WORLD_SIZE": "9" * 5000}, "in the environment must be an integer"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x' in the environment must be an integer of at least -1"),
+        (
+            {"WORLD_SIZE": "2"},
+            "2 processes, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is missing: start with torchrun",
+        ),
+        ({**PAIR, "LOCAL_RANK": None}, "but LOCAL_RANK is missing: start with torchrun, or unset WORLD_SIZE"),
+        ({**PAIR, "MASTER_PORT": "x"}, "MASTER_PORT='x' in the environment must be an integer"),
+        ({**PAIR, "RANK": "2"}, "RANK=2 in the environment must be at least 0 and below WORLD_SIZE=2"),
+        ({**PAIR, "RANK": "-1"}, "RANK=-1 in the environment must be at least 0"),
+    ],
+)
+def test_processes_that_no_launcher_started(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str | None], message: str
+) -> None:
+    """`invalid literal for int()`, without a name; and without LOCAL_RANK each process took itself for the only one."""
+    for name in (*PAIR, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    for call in (lambda: device_of_rank("cpu"), join_ranks, lambda: _arguments(config, config.optim)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+
+
+def test_what_launchers_say_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*PAIR, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert num_processes() == 1
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "-1")
+    assert num_processes() == 1
+    for name, value in PAIR.items():
+        monkeypatch.setenv(name, value)
+    assert num_processes() == 2

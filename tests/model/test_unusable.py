@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dti_model.cli import main
 from dti_model.files import read_sealed
 from dti_model.fingerprints import base_model_fingerprint
+from dti_model.pretrained import load_plain
 from dti_model.references import PretrainedModelError, locate
+from dti_model.run import _check_memory
 from tests.model.pretrained_files import pretrained_folder
 
 
@@ -59,6 +62,60 @@ def test_a_base_model_with_an_impossible_configuration(
     error = capsys.readouterr().err
     assert str(base) in error
     assert len(error.splitlines()) == 1, error
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prepare", "ml-1m", "--raw-dir=r\udcff", "--out=o"],
+        ["evaluate", "--run", "\udcff"],
+        ["score", "--run=r", "--input=\udcff.jsonl", "--output=o.jsonl"],
+        ["export", "--run=r", "--out=\udcff"],
+        ["train", "--data=d", "--out=o\udcff"],
+        ["fetch-model", "smollm2-135m", "--out=\udcff"],
+        ["\udcff"],
+    ],
+)
+def test_a_name_of_other_bytes_than_utf_8(command: list[str], capsys: Any) -> None:
+    """A page of usage, or an error of a codec."""
+    error = refused(command, capsys)
+    assert "\\udcff" in error
+    assert "is not UTF-8: rename the file, or make a link to it whose name is" in error
+
+
+def test_a_model_that_no_machine_holds(small_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """It was allocated piece by piece until the system ended the process; a million layers were built for hours."""
+    command = ["train", f"--data={small_folder}", f"--out={tmp_path / 'run'}", "--progress=false"]
+    assert main([*command, "--model.width=1048576", "--model.mlp_width=16777216", "--model.layers=9999"]) == 2
+    error = capsys.readouterr().err
+    assert "parameters, " in error
+    assert "GiB of memory: choose a smaller model.width, model.mlp_width or model.layers" in error
+    assert len(error.splitlines()) == 1
+    base = pretrained_folder(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**6}))
+    with pytest.raises(
+        PretrainedModelError, match="has 1,000,000 layers in its configuration.*at most 10,000"
+    ):
+        load_plain(str(base))
+
+
+def test_the_weights_of_a_model_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = LlamaConfig(
+        vocab_size=50,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    number = sum(weight.numel() for weight in LlamaForCausalLM(sizes).parameters())
+    monkeypatch.setattr(os, "sysconf", lambda name: 4 * number if name == "SC_PAGE_SIZE" else 1)
+    _check_memory(sizes)
+    monkeypatch.setattr(os, "sysconf", lambda name: 4 * number - 1 if name == "SC_PAGE_SIZE" else 1)
+    with pytest.raises(ValueError, match=f"has {number:,} parameters"):
+        _check_memory(sizes)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{", "[" * 100_000])
