@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from dti_model.launch import num_processes
 from dti_model.ranks import join_ranks
 
 
@@ -39,17 +38,17 @@ def device_of_rank(name: str | None) -> str:
     Raises:
         ValueError: there is no such device, or there are several processes and it is no type of theirs.
     """
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_processes < 2:
+    processes = num_processes()
+    if processes < 2:
         return device_named(name)
     kind, _, index = (name or device_named(None)).partition(":")
     if index:
         raise ValueError(
-            f"device {name!r} is one device, and each of {num_processes} processes has its own: say {kind}, or leave it out"
+            f"device {name!r} is one device, and each of {processes} processes has its own: say {kind}, or leave it out"
         )
     joined = join_ranks(cpu=kind == "cpu")
     if joined.type != kind:
         raise ValueError(
-            f"device {name!r} cannot be used: the {num_processes} processes have {joined.type}. Say that, or leave it out"
+            f"device {name!r} cannot be used: the {processes} processes have {joined.type}. Say that, or leave it out"
         )
     return str(joined)
