@@ -14,7 +14,8 @@ _PACKAGES = ("dti_model", "dti_kernels")
 
 def one_line(text: str) -> str:
     """Lines joined, what no terminal shows as it is written as escapes, and the middle of long ones left out."""
-    joined = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    lines = text.splitlines()
+    joined = " ".join(line.strip() for line in lines if line.strip()) if len(lines) > 1 else text
     plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)
     if len(plain) <= MOST_CHARACTERS:
         return plain
