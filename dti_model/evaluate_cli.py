@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeInt
 
+from dti_model.bounds import RULES, must_be, shown
 from dti_model.command_line import Parser
 from dti_model.files import DamagedFileError, read_sealed, temporary_folder, write_sealed
 from dti_model.locks import locked_beside
@@ -36,7 +36,7 @@ def add_evaluate(commands: Any, add_base: Any) -> None:
     evaluate.add_argument("--split", type=str, choices=["val", "test"], default="test", help="which targets")
     evaluate.add_argument(
         "--k",
-        type=NonNegativeInt,
+        type=int,
         default=1,
         help="targets per prompt; 0: whole histories. Streaming prompts are many times faster, and a model of several layers "
         "that was trained with them may score better with them",
@@ -59,6 +59,8 @@ def run_evaluate(options: Namespace) -> None:
     from dti_model.report import metrics_table, sentence_about_baselines
     from dti_model.train import evaluate_run
 
+    if not RULES["k"].accepts(options.k):
+        raise ValueError(must_be("k", shown(options.k)))
     device_of_rank(options.device)  # joins the other processes, so that one of them holds the file
     with ExitStack() as stack:
         if options.json is not None:

@@ -34,7 +34,7 @@ from dti_model.model_card import (
 from dti_model.places import check_new_folder
 from dti_model.pretrained import load_causal_lm
 from dti_model.prompts import PromptFormat
-from dti_model.run import MODEL_FOLDER, check_model, model_settings_of
+from dti_model.run import MODEL_FOLDER, check_model, loading, model_settings_of
 from dti_model.safe_loading import adapter_from, config_from, fast_tokenizer_from
 
 _OF_THE_RUN = (DESCRIPTION_FILE, CARD_FILE, CHECKSUMS_FILE, PROVENANCE_FILE)  # the export has its own
@@ -86,12 +86,13 @@ def _exported(run: Path, out: Path, library_only: bool, base_model: str | None) 
         )
     check_model(run, config)
     config = replace(config, model=model_settings_of(config, run, base_model))
-    tokenizer = fast_tokenizer_from(source)
+    with loading(source, f"Put it back, or delete {run} and train again"):
+        tokenizer = fast_tokenizer_from(source)
+        model_config = config_from(source) if not config.model.uses_lora else None
     base = None
     if config.model.uses_lora:
         base = load_causal_lm(replace(config.model, quantize=0, liger=False), tokenizer)
-    model_config = config_from(source) if base is None else base.config
-    description = _describe(config, source, tokenizer, model_config)
+    description = _describe(config, source, tokenizer, base.config if base is not None else model_config)
     if not description.plain_transformers and not library_only:
         raise LibraryOnlyError(
             f"plain transformers would load this export and silently give wrong probabilities, because "

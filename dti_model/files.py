@@ -308,6 +308,31 @@ def check_files(folder: Path, wanted: Mapping[str, Mapping[str, Any]], way_out: 
             raise DamagedFileError(f"{path} is damaged: its content is not what was written. {way_out}")
 
 
+def are_checksums(value: Any) -> bool:
+    """Whether a value has the types of what `checksums` gives; a seal says that nobody changed it, not who wrote it."""
+    return isinstance(value, dict) and all(
+        isinstance(facts, dict) and type(facts.get("bytes")) is int and isinstance(facts.get("sha256"), str)
+        for facts in value.values()
+    )
+
+
+def read_checksums(path: Path, way_out: str) -> dict[str, dict[str, Any]]:
+    """The files that a `checksums.json` is about, with their facts.
+
+    Args:
+        path: the file.
+        way_out: what the user can do, a sentence without its full stop.
+
+    Raises:
+        DamagedFileError: as `read_sealed`, or it holds no checksums.
+        OSError: as `read_sealed`.
+    """
+    files = read_sealed(path, way_out).get("files")
+    if not are_checksums(files):
+        raise DamagedFileError(f"{path} is damaged: it holds no checksums. {way_out}")
+    return dict(files or {})
+
+
 def write_checksums(folder: Path) -> None:
     """Write `checksums.json` into a folder whose other files are complete."""
     write_sealed(folder / CHECKSUMS_FILE, {"files": checksums(folder)})
@@ -326,7 +351,7 @@ def check_checksums(folder: Path, way_out: str, required: bool = False, is_model
         DamagedFileError: as `check_files` and `check_nothing_added`.
     """
     if required or (folder / CHECKSUMS_FILE).is_file():
-        files = read_sealed(folder / CHECKSUMS_FILE, way_out)["files"]
+        files = read_checksums(folder / CHECKSUMS_FILE, way_out)
         check_files(folder, files, way_out)
         if is_model:
             check_nothing_added(folder, files)

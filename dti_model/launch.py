@@ -7,7 +7,6 @@ float32 was trained in bfloat16. The settings of the run rule.
 from __future__ import annotations
 
 import os
-import re
 
 # Another way to train, which these runs do not know.
 _REFUSED = {
@@ -18,36 +17,60 @@ _REFUSED = {
 # Answers to what `optim` says: FSDP2 or not, compilation, accumulation, precision.
 _ANSWERS = ("FSDP_", "ACCELERATE_DYNAMO_", "ACCELERATE_FP8_")
 _ANSWER = ("ACCELERATE_USE_FSDP", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DOWNCAST_BF16")
-# What torchrun and accelerate set for each process, and the least that it can be.
-_NUMBERS = {"WORLD_SIZE": 1, "RANK": -1, "LOCAL_RANK": -1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
-_OF_SEVERAL = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Integers that torchrun and accelerate export, and the least that each may be; -1 is their word for "not set".
+_COUNTS = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
+# What each of several processes needs to find the others.
+_NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def num_processes() -> int:
-    """How many processes a launcher says that it started; 1 where there is none.
+    """How many processes a launcher started, this one too.
 
     Raises:
-        ValueError: what it says is no number, or something is missing.
+        ValueError: the environment names a number that is none, or not all that a process needs to find the others.
     """
-    for name, least in _NUMBERS.items():
-        value = os.environ.get(name)
-        if value is not None and (not re.fullmatch(r"-?[0-9]{1,9}", value) or int(value) < least):
-            raise ValueError(
-                f"{name}={value!r} in the environment must be an integer of at least {least}, as torchrun sets it: start with torchrun, "
-                f"or unset {name}"
-            )
-    number = int(os.environ.get("WORLD_SIZE", "1"))
-    missing = [name for name in _OF_SEVERAL if not os.environ.get(name)]
-    if number > 1 and missing:
+    counts = {name: _count(name, least) for name, least in _COUNTS.items()}
+    processes = counts["WORLD_SIZE"] or 1
+    if processes == 1:
+        return 1
+    missing = [name for name in _NEEDED if not os.environ.get(name)]
+    if missing:
         raise ValueError(
-            f"WORLD_SIZE={number} in the environment says that a launcher started {number} processes, but {', '.join(missing)} is "
-            "missing: start with torchrun, or unset WORLD_SIZE"
+            f"the environment says WORLD_SIZE={processes} and no {', '.join(missing)}: start with torchrun, or unset WORLD_SIZE"
         )
-    if number > 1 and not 0 <= int(os.environ["RANK"]) < number:
+    if (counts["RANK"] or 0) >= processes:
         raise ValueError(
-            f"RANK={os.environ['RANK']} in the environment must be at least 0 and below WORLD_SIZE={number}: start with torchrun"
+            f"RANK={counts['RANK']} in the environment must be below WORLD_SIZE={processes}: start with torchrun, or unset both"
         )
-    return number
+    return processes
+
+
+def check_alone(command: str) -> None:
+    """Refuse several processes where one does the work.
+
+    Args:
+        command: as a user writes it.
+
+    Raises:
+        ValueError: a launcher started several.
+    """
+    processes = num_processes()
+    if processes > 1:
+        raise ValueError(
+            f"{command} runs in one process, and WORLD_SIZE={processes} in the environment says that there are more: start it without "
+            "torchrun, or unset WORLD_SIZE"
+        )
+
+
+def _count(name: str, least: int) -> int | None:
+    text = os.environ.get(name)
+    if text is None or text == "-1":
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+        raise ValueError(
+            f"{name} in the environment must be an integer >= {least}, got {text[:60]!r}: start with torchrun, or unset it"
+        )
+    return int(text)
 
 
 def let_settings_rule(bf16: bool) -> None:
@@ -57,7 +80,7 @@ def let_settings_rule(bf16: bool) -> None:
         bf16: of the settings.
 
     Raises:
-        ValueError: the environment asks for DeepSpeed, Megatron-LM or the like, or does not say well which processes there are.
+        ValueError: the environment asks for DeepSpeed, Megatron-LM or the like, or as `num_processes`.
     """
     num_processes()
     for name, what in _REFUSED.items():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from dti_model.command_line import Parser
 from dti_model.shown import one_line
 
 FETCHED = "folder with the raw files; default: fetch them"
@@ -32,7 +33,7 @@ class _Number:
 
 def add_prepare(commands: Any) -> None:
     """Add `prepare` to the subcommands of `dti`, with one subcommand a source that has the options applying to it."""
-    parser = ArgumentParser(
+    parser = Parser(
         description="Turn a raw data set into a prepared folder: checked, split, tokenised, memory-mapped. "
         "`dti prepare SOURCE --help` lists the options of a source."
     )
@@ -43,7 +44,7 @@ def add_prepare(commands: Any) -> None:
 
 
 def _source_parser(name: str) -> ArgumentParser:
-    parser = ArgumentParser(description=f"Prepare {HELP[name]}.")
+    parser = Parser(description=f"Prepare {HELP[name]}.")
     parser.add_argument(
         "--out",
         type=Path,

@@ -33,6 +33,7 @@ from dti_model.checkpoint import (
     set_random_state,
     tidy,
     trained_parameters,
+    using,
     whole_optimizer,
     whole_weights,
     write_checkpoint,
@@ -137,19 +138,27 @@ class ResumableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         assert checkpoint is not None
         run = self._read_run(Path(checkpoint))
-        load_optimizer(self._parameters(), self._torch_optimizer(), Path(checkpoint), run["groups"])
-        self._scheduler().load_state_dict(run["scheduler"])
+        with using(Path(checkpoint) / RUN_FILE):
+            load_optimizer(self._parameters(), self._torch_optimizer(), Path(checkpoint), run["groups"])
+            self._scheduler().load_state_dict(run["scheduler"])
         self._resumed = run
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            set_random_state(self._read_run(Path(checkpoint))["random"][rank()])
+            run = self._read_run(Path(checkpoint))
+            with using(Path(checkpoint) / RUN_FILE):
+                set_random_state(run["random"][rank()])
 
     def _read_run(self, checkpoint: Path) -> dict[str, Any]:
         run = read_document(checkpoint / RUN_FILE)
         missing = {"groups", "scheduler", "random", "unlogged_loss", "last_logged_step"} - run.keys()
         if missing:
             raise damaged(checkpoint / RUN_FILE, KeyError(min(missing)))
+        per_rank = ("random", "unlogged_loss")
+        if not all(isinstance(run[name], list) for name in per_rank):
+            raise damaged(
+                checkpoint / RUN_FILE, TypeError(f"{' and '.join(per_rank)} must be lists, a value a rank")
+            )
         if len(run["random"]) != world_size():
             raise CheckpointError(
                 f"{checkpoint} was written by {len(run['random'])} processes and this run has {world_size()}: an epoch would "

@@ -17,6 +17,8 @@ relative to the run folder is looked at: folders of runs and data that were move
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +30,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     LlamaConfig,
@@ -147,7 +148,6 @@ class Run:
             raise FileNotFoundError(
                 f"{path} holds no model: the run has not ended. Give `dti train` the same settings again to go on"
             )
-        way_out = f"Put it back, or delete {folder} and train again"
         made_of = check_model(folder, config)
         data = PreparedData.open(data_folder or _data_of(config, folder))
         if made_of is not None and data.fingerprint != made_of.data and not other_data:
@@ -156,16 +156,9 @@ class Run:
                 "on. Give the data of the run with --data, or say --other-data if it is meant"
             )
         config = replace(config, data=data.path, model=model_settings_of(config, folder, base))
-        try:
+        with loading(path, f"Put it back, or delete {folder} and train again"):
             tokenizer = fast_tokenizer_from(path)
             model = _load_model(config, path, tokenizer, device)
-        except (
-            SafetensorError,
-            UnicodeDecodeError,
-            KeyError,
-            TypeError,
-        ) as error:  # of version 0.1.0, without checksums
-            raise DamagedFileError(f"{path} cannot be read ({error}). {way_out}") from error
         return Run._over(config, model.eval(), tokenizer, data)
 
     @staticmethod
@@ -349,6 +342,22 @@ def model_settings_of(config: TrainConfig, folder: Path, base: str | None = None
             "--base where it is"
         )
     return replace(model, pretrained=reference)
+
+
+@contextmanager
+def loading(path: Path, way_out: str) -> Iterator[None]:
+    """A model folder without checksums (of version 0.1.0) may be damaged: what libraries meet in one is anything.
+
+    Raises:
+        DamagedFileError: naming the folder.
+    """
+    try:
+        yield
+    except (PretrainedModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DamagedFileError(f"{path} cannot be read ({reason:.300}). {way_out}") from error
 
 
 def _load_model(config: TrainConfig, path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Any:

@@ -28,7 +28,7 @@ from dti_model.checkpoint import (
 )
 from dti_model.config import CONFIG_FILE, TrainConfig
 from dti_model.config_file import is_ours
-from dti_model.files import CHECKSUMS_FILE, is_passing, locked, opened, read_sealed
+from dti_model.files import CHECKSUMS_FILE, is_passing, locked, opened, read_checksums
 from dti_model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance
 from dti_model.places import why_owned
 from dti_model.ranks import first_rank_does
@@ -128,7 +128,7 @@ def _is_result(path: Path) -> bool:
     try:
         with opened(path) as file:
             if path.name == CHECKSUMS_FILE:
-                return bool(CONFIG_FILE in read_sealed(path, "").get("files", ()))
+                return CONFIG_FILE in read_checksums(path, "")
             if path.name == REPORT_FILE:
                 return REPORT_MARK["Software"].encode() in file.read(1000)
             return bool(pq.read_schema(file).names == PREDICTION_COLUMNS)
@@ -150,7 +150,7 @@ def check_model_is_ours(path: Path) -> None:
         return
     known = None
     if (path / CHECKSUMS_FILE).is_file():
-        known = read_sealed(path / CHECKSUMS_FILE, f"Delete {path}, or choose another --out")["files"].keys()
+        known = read_checksums(path / CHECKSUMS_FILE, f"Delete {path}, or choose another --out").keys()
         if PROVENANCE_FILE not in known:  # an export
             raise RunExistsError(
                 f"{path} is not a folder of a run's model: move it elsewhere, or choose another --out"

@@ -25,6 +25,7 @@ from dti_model.bounds import RULES, must_be, shown
 from dti_model.config import CONFIG_FILE, TrainConfig
 from dti_model.config_file import is_ours, is_sealed
 from dti_model.data import PreparedData
+from dti_model.error_lines import did_you_mean
 from dti_model.files import DamagedFileError, check_checksums, locked, read_file, whole_file, write_json
 from dti_model.fingerprints import OtherOriginError, Provenance
 from dti_model.launch import let_settings_rule
@@ -181,7 +182,10 @@ def cell_config(base: TrainConfig, cell: Mapping[str, Any], seed: int) -> TrainC
     config = replace(base, seed=seed, score_test=False)
     for name, value in cell.items():
         if name in RESERVED or name not in RULES:
-            raise ValueError(f"{name!r} is not a setting that a search can vary: see `dti train --help`")
+            meant = did_you_mean(name, RULES.keys() - RESERVED)
+            raise ValueError(
+                f"{name!r} is not a setting that a search can vary (see `dti train --help`){meant}"
+            )
         setting = _as_setting(name, value)
         if not RULES[name].accepts(setting):
             raise ValueError(f"{value!r} is no value of {name}: {must_be(name, shown(setting))}")

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from dti_model.data.errors import DataError
-from dti_model.files import DamagedFileError, check_files, checksums, read_file, read_sealed, write_sealed
+from dti_model.files import (
+    DamagedFileError,
+    are_checksums,
+    check_files,
+    checksums,
+    read_file,
+    read_sealed,
+    write_sealed,
+)
 from dti_model.places import why_irreplaceable, why_owned
 
 FORMAT_VERSION = 2
@@ -82,16 +90,10 @@ def read_stats(folder: Path) -> dict[str, Any]:
 
 def _has_fields(stats: Mapping[str, Any]) -> bool:
     """Whether what is read here has its types; the seal says that nobody changed it, not who wrote it."""
-    files, source = stats.get("files"), stats.get("source")
+    files, source = stats.get("files", {}), stats.get("source")
     return (
-        isinstance(files, dict)
+        are_checksums(files)
         and files.keys() >= set(TABLES)
-        and all(
-            isinstance(facts, dict)
-            and type(facts.get("bytes")) is int
-            and isinstance(facts.get("sha256"), str)
-            for facts in files.values()
-        )
         and all(type(stats.get(name)) is int for name in ("users", "items", "interactions"))
         and isinstance(source, dict)
         and isinstance(source.get("name"), str)

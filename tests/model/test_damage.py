@@ -18,7 +18,8 @@ from dti_model.checkpoint import CheckpointError, check_checkpoint, last_checkpo
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.config_file import ConfigFileError
-from dti_model.files import DamagedFileError
+from dti_model.export import export_run
+from dti_model.files import DamagedFileError, write_checksums, write_sealed
 from dti_model.run import Run
 from dti_model.run_folder import RunExistsError, find_checkpoint
 from dti_model.train import train
@@ -172,6 +173,51 @@ def test_a_missing_file_of_a_checkpoint(broken: TrainConfig, name: str) -> None:
     find_checkpoint(broken)
 
 
+@pytest.mark.parametrize(
+    "files", [None, 3, [], {"a": 1}, {"a": {"bytes": None, "sha256": ""}}, {"a": {"bytes": 1}}]
+)
+def test_checksums_of_other_types(broken: TrainConfig, files: Any) -> None:
+    """Their seal fits, so that nothing but their types is wrong: a traceback."""
+    last = last_checkpoint(broken.out / "checkpoints")
+    assert last is not None
+    file = last / "checksums.json"
+    kept = file.read_bytes()
+    write_sealed(file, {"files": files})
+    with pytest.raises(CheckpointError, match="it holds no checksums") as raised:
+        find_checkpoint(broken)
+    assert_names(raised.value, file, f"Delete {last} and give the same")
+    file.write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("random", [{}]),
+        ("random", {}),
+        ("random", [{"python": [3, [{}], None], "numpy": [], "torch": [], "cuda": None}]),
+        ("unlogged_loss", 3),
+        ("groups", None),
+        ("groups", [{}, {}, {}]),
+        ("scheduler", [1]),
+    ],
+)
+def test_a_checkpoint_whose_document_has_other_types(
+    broken: TrainConfig, tmp_path: Path, name: str, value: Any
+) -> None:
+    """Tracebacks, of what is no more than a file to delete."""
+    copy = dataclasses.replace(broken, out=tmp_path / "run")
+    shutil.copytree(broken.out, copy.out)
+    last = last_checkpoint(copy.out / "checkpoints")
+    assert last is not None
+    file = last / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    (last / "checksums.json").unlink()
+    write_checksums(last)
+    with pytest.raises(CheckpointError) as raised:
+        train(copy)
+    assert_names(raised.value, file, f"Delete {last} and give the same")
+
+
 def test_a_renamed_checkpoint(broken: TrainConfig) -> None:
     """The state after step 2 is not that after step 99."""
     last = last_checkpoint(broken.out / "checkpoints")
@@ -284,6 +330,16 @@ def test_a_model_folder_without_checksums_is_read(
     unsealed(tmp_path / "run")
     run = Run.load(tmp_path / "run")
     assert run.metrics("test", run.score("test")) == whole["test"]
+    settings = tmp_path / "run" / "model" / "config.json"
+    content = settings.read_text()
+    for name, value in (("hidden_act", {}), ("pad_token_id", 1e308), ("vocab_size", None)):
+        settings.write_text(json.dumps({**json.loads(content), name: value}))
+        with pytest.raises(DamagedFileError, match="model cannot be read") as raised:
+            Run.load(tmp_path / "run")
+        assert_names(raised.value, tmp_path / "run" / "model", "Put it back, or delete")
+        with pytest.raises(DamagedFileError, match="model cannot be read"):
+            export_run(tmp_path / "run", tmp_path / "export", library_only=True)
+    settings.write_text(content)
     weights = tmp_path / "run" / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(DamagedFileError, match="model cannot be read"):
