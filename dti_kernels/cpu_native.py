@@ -113,6 +113,23 @@ def _openmp_parallel() -> int | None:
     return None
 
 
+def _in_memory(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`, row after row.
+
+    Raises:
+        ValueError: its storage was freed or made smaller, which nobody else would notice before it is read.
+    """
+    numbers, is_contiguous = x.numel(), x.is_contiguous()
+    if numbers and not is_contiguous:
+        numbers = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    needed, there = (x.storage_offset() + numbers) * x.element_size(), x.untyped_storage().nbytes()
+    if numbers and there < needed:
+        raise ValueError(
+            f"{name} must have {needed:,} bytes of memory for its shape, its storage has {there:,}"
+        )
+    return x if is_contiguous and x.dtype == dtype else x.to(dtype).contiguous()
+
+
 def _arguments(
     tensors: Sequence[Tensor | None], rows: Tensor, keys: Tensor, scale: float, num_groups: int
 ) -> tuple[_Arguments, list[Tensor]]:
@@ -121,8 +138,8 @@ def _arguments(
     q = tensors[0]
     assert q is not None
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    kept = {name: x.to(dtype).contiguous() for name, x in zip(names, tensors) if x is not None}
-    kept["rows"] = rows.to(torch.int32).contiguous()
+    kept = {name: _in_memory(name, x, dtype) for name, x in zip(names, tensors) if x is not None}
+    kept["rows"] = _in_memory("rows", rows, torch.int32)
     ratios = kept.get("ratios")
     arguments = _Arguments(
         num_rows=rows.shape[1],
@@ -203,7 +220,8 @@ def backward(
     inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
     arguments, kept = _arguments(inputs, rows, keys, scale, k.shape[1])
     dtype = kept[0].dtype
-    d_out, outputs, lse = grad_out.to(dtype).contiguous(), out.to(dtype).contiguous(), lse.contiguous()
+    d_out, outputs = _in_memory("grad_out", grad_out, dtype), _in_memory("out", out, dtype)
+    lse = _in_memory("lse", lse, dtype)
     arguments.grad_out, arguments.out, arguments.lse = d_out.data_ptr(), outputs.data_ptr(), lse.data_ptr()
     grads = {}
     for name, x in zip(("dq", "dk", "dv", "dk_sum", "dk_initial", "dv_initial"), inputs):

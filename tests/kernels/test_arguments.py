@@ -338,3 +338,20 @@ def test_shares_name_what_is_wrong() -> None:
     refused(TypeError, "golden out", lambda: testing.shares(one, {"out": 1.0}, budgets, torch.float32))
     refused(TypeError, "out", lambda: testing.shares({"out": one["out"].int()}, one, budgets, torch.float32))
     refused(TypeError, "dtype", lambda: testing.shares(one, one, budgets, torch.int64))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("num_bytes", [0, 64])
+def test_memory_that_was_freed_is_not_read(num_bytes: int) -> None:
+    """As sharded training frees it: the tensor keeps its shape. SIGSEGV."""
+    x, layout = X.leaves["q"].detach(), X.layout
+    for name in ("q", "k", "v"):
+        for like in (x, x.permute(2, 1, 0).contiguous().permute(2, 1, 0)):
+            freed = like.clone()
+            freed.untyped_storage().resize_(num_bytes)
+            arguments = {"q": x, "k": x, "v": x, name: freed}
+            refused(
+                ValueError,
+                f"{name} must have",
+                lambda arguments=arguments: windowed_attn(**arguments, layout=layout),
+            )
