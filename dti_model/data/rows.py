@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,8 +77,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def check_file(path: Path) -> None:
     """Raise a DataError unless there is such a file; a named pipe would let its reader wait for ever."""
-    if not path.is_file():
-        raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not is_file:
+        raise DataError(f"{path}: not a file")
 
 
 def without_mark(path: Path, head: bytes) -> bytes:

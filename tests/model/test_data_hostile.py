@@ -323,6 +323,8 @@ def test_what_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], objec
         AmazonFiles(tmp_path / "reviews.json", tmp_path / "meta.json").load()
     with pytest.raises(DataError, match=r"meta\.json: no such file$"):
         list(rows.read_lines(tmp_path / "meta.json"))
+    with pytest.raises(DataError, match=r"x: cannot be read \(File name too long\)$"):
+        list(rows.read_lines(tmp_path / ("x" * 300)))
 
 
 def test_more_rejected_rows_than_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
