@@ -228,7 +228,7 @@ def _openmp_parallel() -> int | None:
     """
     mapped = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
     loaded = {Path(path) for path in mapped if path.startswith("/") and "omp" in Path(path).name}
-    pytorch = Path(torch.__file__).parent
+    pytorch = Path(torch.__file__).resolve().parent  # as it is mapped, whatever links lead there
     for path in sorted(loaded, key=lambda path: (pytorch not in path.parents, path)):
         try:
             return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
