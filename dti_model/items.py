@@ -4,7 +4,8 @@
     {"title": "Brazil (1985)", "genres": [...]} fields of an item that may be new, put into text as the data set's own items were
     {"text": "Brazil (1985); Sci-Fi"}           finished item text
 
-Texts are cut to the model's `max_item_tokens`, as in training, and before that to `CHARS_PER_TOKEN` characters for each. An id and a text are never guessed apart: "1984" is an id.
+Texts are cut to the model's `max_item_tokens`, as in training, and before that to `CHARS_PER_TOKEN` characters for each.
+An id and a text are never guessed apart: "1984" is an id.
 """
 
 from __future__ import annotations
