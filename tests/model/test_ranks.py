@@ -223,7 +223,9 @@ def test_two_ranks_evaluate_on_a_device_that_is_named(
 def test_processes_have_one_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that contradicts it is refused, not ignored."""
     monkeypatch.setattr(devices, "join_ranks", lambda cpu: torch.device("cpu" if cpu else "cuda:1"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    pair = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in pair.items():
+        monkeypatch.setenv(name, value)
     assert device_of_rank("cpu") == "cpu"
     assert device_of_rank("cuda") == "cuda:1"
     for name, message in (
