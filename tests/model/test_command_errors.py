@@ -170,8 +170,6 @@ def test_every_path_of_every_command(
         for kind, value in broken.items():
             if is_output and kind in MAY_BE_MADE:
                 continue
-            if kind == "pipe" and command == ("prepare", "amazon"):
-                continue
             line = refused(words_of(command, {**bases[command], option: value}), capsys)
             value = value.removesuffix("/")
             # A message may have escaped the name before its lines were joined.
