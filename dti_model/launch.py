@@ -33,7 +33,7 @@ def num_processes() -> int:
     processes = counts["WORLD_SIZE"] or 1
     if processes == 1:
         return 1
-    missing = [name for name in _NEEDED if not os.environ.get(name)]
+    missing = [name for name in _NEEDED if os.environ.get(name, "-1") in ("", "-1")]
     if missing:
         raise ValueError(
             f"the environment says WORLD_SIZE={processes} and no {', '.join(missing)}: start with torchrun, or unset WORLD_SIZE"

@@ -21,7 +21,8 @@ import pytest
 
 from dti_model import files
 from dti_model.cli import main
-from dti_model.data import DataError, PreparedData, build, fetch, store
+from dti_model.data import DataError, PreparedData, build, fetch
+from dti_model.data.text_encoder import TextEncoder
 from dti_model.data.tokens import train_tokenizer
 from tests.model.log_files import write_amazon
 from tests.model.movielens_files import some_ratings, write_1m
@@ -57,7 +58,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "a table": (build, "write_table"),
     "the tokenizer": (build, "save_tokenizer"),
     "stats": (build, "write_stats"),
-    "the token cache": (store, "encode"),
+    "the token cache": (TextEncoder, "encode_all"),
     "the disk": (files, "_flush"),
     "the swap": (files, "exchanged"),
     "the removal": (files.shutil, "rmtree"),

@@ -60,20 +60,20 @@ PAIR = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "local
     [
         (
             {"WORLD_SIZE": "abc"},
-            "WORLD_SIZE='abc' in the environment must be an integer of at least 1, as torchrun sets it",
+            "WORLD_SIZE in the environment must be an integer >= 1, got 'abc': start with",
         ),
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment must be an integer"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' in the environment must be an integer of at least 1"),
-        ({"WORLD_SIZE": "9" * 5000}, "in the environment must be an integer"),
-        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x' in the environment must be an integer of at least -1"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE in the environment must be an integer >= 1, got ''"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE in the environment must be an integer >= 1, got '0'"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE in the environment must be an integer >= 1, got '999"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK in the environment must be an integer >= 0, got 'x'"),
         (
             {"WORLD_SIZE": "2"},
-            "2 processes, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is missing: start with torchrun",
+            "WORLD_SIZE=2 and no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start with torchrun, or unset WORLD_SIZE",
         ),
-        ({**PAIR, "LOCAL_RANK": None}, "but LOCAL_RANK is missing: start with torchrun, or unset WORLD_SIZE"),
-        ({**PAIR, "MASTER_PORT": "x"}, "MASTER_PORT='x' in the environment must be an integer"),
-        ({**PAIR, "RANK": "2"}, "RANK=2 in the environment must be at least 0 and below WORLD_SIZE=2"),
-        ({**PAIR, "RANK": "-1"}, "RANK=-1 in the environment must be at least 0"),
+        ({**PAIR, "LOCAL_RANK": None}, "WORLD_SIZE=2 and no LOCAL_RANK: start with torchrun"),
+        ({**PAIR, "MASTER_PORT": "x"}, "MASTER_PORT in the environment must be an integer >= 0, got 'x'"),
+        ({**PAIR, "RANK": "2"}, "RANK=2 in the environment must be below WORLD_SIZE=2"),
+        ({**PAIR, "RANK": "-1"}, "WORLD_SIZE=2 and no RANK"),
     ],
 )
 def test_processes_that_no_launcher_started(
