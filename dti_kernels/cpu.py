@@ -247,15 +247,18 @@ def forward(
     rows: Tensor,
     keys: Tensor,
     scale: float,
+    is_cleared: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`out`, shape and dtype of q, and the natural log-sum-exp `(H, T or S)` in the accumulation dtype.
+
+    `is_cleared`: zeros stand where keys and values were not finite, and what is not finite now is so by right.
 
     Raises:
         NotFinite: a key or value is not finite.
     """
     inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
     if _needs_float64(q, inputs[1:6], slopes, scale):
-        out, lse = forward(*(*_doubled(inputs), rows, keys, scale))
+        out, lse = forward(*(*_doubled(inputs), rows, keys, scale, is_cleared))
         return out.to(q.dtype), lse.float()
     x = _Inputs.of(*inputs, rows, keys, scale)
     out, lse = torch.empty_like(x.q), torch.empty_like(x.q[..., :1])
@@ -333,18 +336,24 @@ def backward(
     lse: Tensor,
     scale: float,
     slopes_grad: bool,
+    is_cleared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, k_sum, k_initial, v_initial and slopes; empty where the input was None, or slopes need none.
+
+    `is_cleared` as for the forward.
 
     Raises:
         NotFinite: a key, a value, or the log-sum-exp or delta (`out . grad_out`) of a row is not finite.
     """
     inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
-    largest(lse, (grad_out.to(lse.dtype) * out).sum(-1))
+    if not is_cleared:
+        largest(lse, (grad_out.to(lse.dtype) * out).sum(-1))
     if _needs_float64(q, inputs[1:6], slopes, scale) or _needs_float64(grad_out, inputs[1:6], None, 1.0):
         doubled = _doubled(inputs)
-        out, lse = forward(*(*doubled, rows, keys, scale))
-        grads_64 = backward(*(grad_out.double(), *doubled, rows, keys, out, lse, scale, slopes_grad))
+        out, lse = forward(*(*doubled, rows, keys, scale, is_cleared))
+        grads_64 = backward(
+            *(grad_out.double(), *doubled, rows, keys, out, lse, scale, slopes_grad, is_cleared)
+        )
         of = (q, k, v, k_sum, k_initial, v_initial, slopes)
         return tuple(grad if x is None else grad.to(x.dtype) for grad, x in zip(grads_64, of))  # type: ignore[return-value]
     x = _Inputs.of(*inputs, rows, keys, scale)

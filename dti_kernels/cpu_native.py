@@ -49,6 +49,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _INTEGERS),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("is_cleared", ctypes.c_int64),
     ]
 
 
@@ -187,10 +188,12 @@ def forward(
     rows: Tensor,
     keys: Tensor,
     scale: float,
+    is_cleared: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `cpu.forward`, which see for what is raised."""
     inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
     arguments, kept = _arguments(inputs, rows, keys, scale, k.shape[1])
+    arguments.is_cleared = is_cleared
     out = torch.empty_like(kept[0])
     lse = out.new_empty(q.shape[1], q.shape[0])
     arguments.out, arguments.lse = out.data_ptr(), lse.data_ptr()
@@ -215,10 +218,12 @@ def backward(
     lse: Tensor,
     scale: float,
     slopes_grad: bool,
+    is_cleared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `cpu.backward`, which see for what is raised."""
     inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
     arguments, kept = _arguments(inputs, rows, keys, scale, k.shape[1])
+    arguments.is_cleared = is_cleared
     dtype = kept[0].dtype
     d_out, outputs = _in_memory("grad_out", grad_out, dtype), _in_memory("out", out, dtype)
     lse = _in_memory("lse", lse, dtype)

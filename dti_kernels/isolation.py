@@ -7,6 +7,7 @@ would be, and then
     out, lse of a row are NaN     where its query, its own key or value, or a key or value that it sees is not finite
     dq of such a row is NaN, and so are the gradients of the keys and values that it sees
 
+A number that no block meets beside rows which do not see it is left to IEEE arithmetic, and so are slopes, ratios and the scale.
 O(T) beside the second run.
 """
 
@@ -58,7 +59,9 @@ def forward(
     q = inputs[0]
     assert q is not None
     bad = [_bad_rows(x) for x in inputs[_STREAMS]]
-    out, lse = compute(q, *map(_cleared, inputs[_STREAMS], bad), *inputs[6:], rows, keys, scale)
+    out, lse = compute(
+        q, *map(_cleared, inputs[_STREAMS], bad), *inputs[6:], rows, keys, scale, is_cleared=True
+    )
     num_context, num_skipped = keys.shape[1], rows.shape[1] - q.shape[0]
     k, v, k_sum, k_initial, v_initial = bad
     assert k is not None
@@ -110,6 +113,7 @@ def backward(
         lse.masked_fill(unclear.T, 0.0),
         scale,
         slopes_grad,
+        is_cleared=True,
     )
     dq, dk, dv, dk_sum, dk_initial, dv_initial, dslopes = (grad.clone() for grad in grads)
     dq[unclear] = NAN

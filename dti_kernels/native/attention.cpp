@@ -69,7 +69,7 @@ template <class F> Status run_segments(const Arguments& x, const std::vector<Seg
             worker.run(segments[segment], task % x.num_groups, slopes ? slopes + segment * x.num_heads : nullptr);
         };
     });
-    return !done ? NO_MEMORY : not_finite ? NOT_FINITE : DONE;
+    return !done ? NO_MEMORY : not_finite && !x.is_cleared ? NOT_FINITE : DONE;
 }
 
 // Gradients of neighbouring keys: sums over segments, in their order. `kind`: 0 keys, 1 values, 2 and 3 those of the initial states.

@@ -17,6 +17,7 @@ struct Arguments {
     double* dslopes;  // (H,)
     void* key_gradients;  // memory of the segments' own, `dti_num_gradients` numbers
     void* parallel;  // GOMP_parallel of the OpenMP runtime that PyTorch runs on; null: threads of our own
+    int64_t is_cleared;  // whether zeros stand where numbers were not finite: what is not finite now is so by right
 };
 
 namespace dti {

@@ -26,7 +26,7 @@ template <class F> class Worker {
 
     // `slopes`: where the (H,) gradients of slopes are added to; null where nobody asks.
     void run(const Segment& segment, Index key_head, double* slopes) {
-        if (not_finite) return;
+        if (not_finite && !x.is_cleared) return;
         s = &segment, g = key_head, slope_gradients = s->sums ? slopes : nullptr;
         two_streams = s->sums && x.k_initial;
         pack();

@@ -5,6 +5,7 @@ Of 11 rows that did not see a value of inf, one was NaN in the compiled implemen
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -51,6 +52,28 @@ def test_other_dtypes(
         request.getfixturevalue("native")
     for stream in streams_of(named("prefix")):
         check_isolation(named("prefix"), windowed_attn, dtype, stream, math.inf, bitwise=True)
+
+
+@pytest.mark.parametrize("slope", [math.nan, math.inf, -math.inf, -3e38])
+@pytest.mark.parametrize("implementation", ["native", "torch"])
+def test_a_slope_is_the_matter_of_its_head(
+    slope: float, implementation: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The compiled backward ended in the error by which it asks to be called again."""
+    monkeypatch.setenv("DTI_CPU", implementation)
+    if implementation == "native":
+        request.getfixturevalue("native")
+    x = named("mha").inputs(torch.float32)
+    slopes = x.leaves["alibi_slopes"].detach().clone()
+    slopes[0] = slope
+    y = dataclasses.replace(x, leaves=x.leaves | {"alibi_slopes": slopes.requires_grad_()})
+    before, after = x.run(windowed_attn), y.run(windowed_attn)
+    for name in before:
+        others = (slice(1, None),) if name == "dalibi_slopes" else (slice(None), slice(1, None))
+        if implementation == "native" or not math.isfinite(slope):
+            assert torch.equal(after[name][others], before[name][others]), name
+        else:
+            assert after[name][others].isfinite().all(), name
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)

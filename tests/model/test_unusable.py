@@ -80,7 +80,7 @@ def test_a_name_of_other_bytes_than_utf_8(command: list[str], capsys: Any) -> No
     """A page of usage, or an error of a codec."""
     error = refused(command, capsys)
     assert "\\udcff" in error
-    assert "is not UTF-8: rename the file, or make a link to it whose name is" in error
+    assert "holds bytes that are no utf-8: give it, or a link to it, another name" in error
 
 
 def test_a_model_that_no_machine_holds(small_folder: Path, tmp_path: Path, capsys: Any) -> None:
