@@ -101,6 +101,18 @@ def check_saved(grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
             _refuse(name, x, kind, device, tuple(expected), "")
 
 
+def check_memory(name: str, x: Tensor) -> None:
+    """Raise ValueError where the storage of a CPU tensor was freed or made smaller, which nobody else would notice before it is read."""
+    numbers = x.numel()
+    if numbers and not x.is_contiguous():
+        numbers = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    needed, there = (x.storage_offset() + numbers) * x.element_size(), x.untyped_storage().nbytes()
+    if numbers and there < needed:
+        raise ValueError(
+            f"{name} must have {needed:,} bytes of memory for its shape, its storage has {there:,}"
+        )
+
+
 def _refuse(
     name: str, x: Tensor, dtype: torch.dtype, device: torch.device, expected: tuple[int, ...], where: str
 ) -> NoReturn:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dti_kernels import cpu_build
+from dti_kernels.contract import check_memory
 from dti_kernels.isolation import NotFinite
 from dti_kernels.layout import check_spans
 
@@ -115,20 +116,9 @@ def _openmp_parallel() -> int | None:
 
 
 def _in_memory(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In `dtype`, row after row.
-
-    Raises:
-        ValueError: its storage was freed or made smaller, which nobody else would notice before it is read.
-    """
-    numbers, is_contiguous = x.numel(), x.is_contiguous()
-    if numbers and not is_contiguous:
-        numbers = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-    needed, there = (x.storage_offset() + numbers) * x.element_size(), x.untyped_storage().nbytes()
-    if numbers and there < needed:
-        raise ValueError(
-            f"{name} must have {needed:,} bytes of memory for its shape, its storage has {there:,}"
-        )
-    return x if is_contiguous and x.dtype == dtype else x.to(dtype).contiguous()
+    """In `dtype`, row after row; raises what `check_memory` does."""
+    check_memory(name, x)
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 def _arguments(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dti_kernels import cpu, cpu_native, isolation
-from dti_kernels.contract import accumulation_dtype, check_inputs, check_saved
+from dti_kernels.contract import accumulation_dtype, check_inputs, check_memory, check_saved
 from dti_kernels.layout import check_spans
 from dti_kernels.private_folders import in_private_folder
 
@@ -89,6 +89,26 @@ def _check_fwd(*args: Any) -> None:
     check_inputs(*args[_FORWARD])
 
 
+_NAMES = (
+    "q",
+    "k",
+    "v",
+    "k_sum",
+    "reset.k_initial",
+    "reset.v_initial",
+    "ratios",
+    "alibi_slopes",
+    "rows",
+    "keys",
+)
+
+
+def _check_memory(inputs: tuple[Any, ...]) -> None:
+    for name, x in zip(_NAMES, inputs):
+        if x is not None:
+            check_memory(name, x)
+
+
 def _check_bwd(*args: Any) -> None:
     check_inputs(*args[_BACKWARD])
     check_saved(args[0], args[1], *args[11:13])
@@ -108,6 +128,7 @@ def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor]:
     _check_fwd(*args)
     if not _interpreting() and cpu_native.available():  # which checks the spans itself
         return isolation.forward(cpu_native.forward, args[:8], *args[8:-1])
+    _check_memory(args[_FORWARD])
     check_spans(*args[8:10])
     if _interpreting():
         out, lse = _fwd_triton(*_widened(args))
@@ -122,6 +143,7 @@ def _bwd_cpu(*args: Any) -> tuple[Tensor, ...]:
     of_cpu = (args[0], args[1:9], rows, keys, out, lse, scale, slopes_grad)
     if not _interpreting() and cpu_native.available():
         return isolation.backward(cpu_native.backward, *of_cpu)
+    _check_memory(args[_BACKWARD])
     check_spans(rows, keys)
     if _interpreting():
         grad_out, q, k, v, k_sum, k_initial, v_initial, _, slopes = args[:9]

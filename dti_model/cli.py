@@ -332,7 +332,7 @@ def _export(options: Namespace) -> None:
         reader = (
             "Scorer.from_export computes its probabilities. Plain transformers load it and give wrong ones"
         )
-    print(f"{options.out}: {reader}; its README.md says how")
+    print(f"{one_line(options.out)}: {reader}; its README.md says how")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,11 @@ _CONVERT = (
 def config_from(source: str | Path) -> Any:
     """The configuration of a model: of a folder, or of an id on the hub."""
     check_folder(Path(source))
-    return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    # A file may name kernels of the hub, which are programs.
+    config._attn_implementation = "sdpa"
+    config._experts_implementation = None
+    return config
 
 
 def model_from(source: str | Path, **options: Any) -> PreTrainedModel:
@@ -51,10 +55,12 @@ def model_from(source: str | Path, **options: Any) -> PreTrainedModel:
     check_folder(folder)
     if folder.is_dir():
         _check_weights(folder)
-    # Named, since a configuration may name a kernel of the hub.
-    options.setdefault("attn_implementation", "sdpa")
+    config = config_from(source)
+    if "attn_implementation" in options:
+        config._attn_implementation = options.pop("attn_implementation")
     result: Any = AutoModelForCausalLM.from_pretrained(
         source,
+        config=config,
         trust_remote_code=False,
         use_safetensors=True,
         weights_only=True,

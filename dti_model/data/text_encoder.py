@@ -43,16 +43,27 @@ class TextEncoder:
         parts["added_tokens"] = []
         unknown = _hide_unknown(parts["model"])
         self._backend = Tokenizer.from_str(json.dumps(parts))
-        self.spelled = self._spellings(reserved - {unknown})
+        self.spelled = self._spellings(reserved - {unknown}, parts["model"].get("end_of_word_suffix") or "")
         self._reserved = np.array(sorted(self.spelled), np.int32)
 
-    def _spellings(self, reserved: set[int]) -> dict[int, list[int]]:
-        """By token, the single characters of those that the vocabulary's pieces can make."""
+    def _spellings(self, reserved: set[int], suffix: str) -> dict[int, list[int]]:
+        """By token, the single characters of those that the vocabulary's pieces can make; `suffix` marks the end of a word."""
         model, spelled = self._backend.model, {}
         for token in sorted(reserved):
             text = self._backend.id_to_token(token)
-            if text and len(text) > 1 and [piece.id for piece in model.tokenize(text)] == [token]:
-                spelled[token] = [piece.id for letter in text for piece in model.tokenize(letter)]
+            if suffix and text and len(text.removesuffix(suffix)) > 1:
+                # Its pieces differ inside a word and at its end, where no letter stands alone: of either kind what there is.
+                word = text.removesuffix(suffix)
+                letters = [*word[:-1], word[-1] + text[len(word) :]]
+                found = [model.token_to_id(letter) for letter in letters]
+                spelled[token] = [
+                    piece
+                    for letter, known in zip(letters, found)
+                    for piece in ([known] if known is not None else _ids(model, letter.removesuffix(suffix)))
+                    if piece not in reserved
+                ]
+            elif text and len(text) > 1 and _ids(model, text) == [token]:
+                spelled[token] = [piece for letter in text for piece in _ids(model, letter)]
         return spelled
 
     def fingerprint(self, texts: list[str]) -> str:
@@ -87,6 +98,10 @@ class TextEncoder:
         for place, spelling in zip(places.tolist(), spellings):
             ids[starts[place] : starts[place + 1]] = spelling
         return starts[offsets], ids
+
+
+def _ids(model: Any, text: str) -> list[int]:
+    return [piece.id for piece in model.tokenize(text)]
 
 
 def _hide_unknown(model: dict[str, Any]) -> int | None:

@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers.integrations import hub_kernels
 
 from dti_model import pretrained
 from dti_model.config import LoraSettings
@@ -142,12 +143,25 @@ def test_code_of_a_folder_is_refused(
             load(str(folder))
 
 
-def test_a_kernel_of_the_hub_is_not_asked_for(whole: dict[str, Path], tmp_path: Path, marker: Path) -> None:
-    """A configuration may name one, which is a program."""
+@pytest.mark.parametrize("prefix", ["", "_"])
+@pytest.mark.parametrize("name", ["attn_implementation", "experts_implementation"])
+def test_a_kernel_of_the_hub_is_not_asked_for(
+    whole: dict[str, Path],
+    tmp_path: Path,
+    marker: Path,
+    prefix: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A configuration may name one, which is a program; by its inner name it was asked for."""
     folder = shutil.copytree(whole["base"], tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "evil/kernel"}))
+    (folder / "config.json").write_text(json.dumps({**config, f"{prefix}{name}": "evil/kernel"}))
+    asked: list[Any] = []
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda *_: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", lambda *words, **_: asked.append(words))
     assert load_plain(str(folder)).config._attn_implementation == "sdpa"
+    assert asked == []
 
 
 def test_an_adapter_in_the_folder_of_a_model(whole: dict[str, Path], tmp_path: Path, marker: Path) -> None:

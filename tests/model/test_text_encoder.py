@@ -37,6 +37,7 @@ CONTROL = [
     "no",
     " yes",
     " No",
+    "Yes",
 ]
 BYTE_PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
 
@@ -146,6 +147,20 @@ def _whole_words(_: Path) -> Any:
     return tokenizer
 
 
+def _ends_of_words(_: Path) -> Any:
+    """Pieces at the end of a word have a mark of their own, as in GPT-1 and CLIP: the text `Yes` is the piece `Yes</w>`."""
+    mark = "</w>"
+    letters = [*"<|endofx>ysYNoiaceIST[]SUM/unk_"]
+    pieces = dict.fromkeys(["<unk>", *letters, *(letter + mark for letter in letters)])
+    pieces |= dict.fromkeys(["Ye", "Yes", f"Yes{mark}", f"No{mark}", "No"])
+    merges = [("Y", "e"), ("Ye", f"s{mark}"), ("Ye", "s"), ("N", f"o{mark}"), ("N", "o")]
+    vocab = {piece: token for token, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", end_of_word_suffix=mark))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(SUM), AddedToken("<s>")])
+    return tokenizer
+
+
 def _llama(model: Any) -> Any:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -168,6 +183,7 @@ KINDS = {
     "GGUF": _gguf,
     "unigram": _unigram,
     "whole words": _whole_words,
+    "ends of words": _ends_of_words,
 }
 
 
