@@ -124,16 +124,21 @@ template <class F> class Worker {
 
     void pack_rows(std::vector<F>& memory, const void* tensor) {
         F* to = sized(memory, s->num_keys * depth);
+        V<F> sums = {};  // of its own: a member would be written at every step
         for (Index key = 0; key < s->num_keys; key++) {
             copy_padded(to + key * depth, key_row(tensor, key));
-            add_zeros(to + key * depth, depth);
+            sums += zeros_of(to + key * depth, depth);
         }
+        zeros += sums;
     }
 
-    void add_zeros(const F* row, Index count) {
+    // 0 times `count` numbers, added up.
+    static V<F> zeros_of(const F* row, Index count) {
+        V<F> sums = {};
         Index d = 0;
-        for (; d + LANES<F> <= count; d += LANES<F>) zeros += load(row + d) * F(0);
-        for (; d < count; d++) zeros[0] += row[d] * F(0);
+        for (; d + LANES<F> <= count; d += LANES<F>) sums += load(row + d) * F(0);
+        for (; d < count; d++) sums[0] += row[d] * F(0);
+        return sums;
     }
 
     void copy_padded(F* to, const F* row) const {
@@ -144,14 +149,16 @@ template <class F> class Worker {
 
     void pack_panels(std::vector<F>& memory, const void* tensor) {
         F* to = sized(memory, s->num_keys * depth);
+        V<F> sums = {};
         for (Index key = 0; key < s->num_keys; key++) {
             const F* row = key_row(tensor, key);
             const Index filled = row ? x.head_dim : 0;
-            add_zeros(row, filled);
+            sums += zeros_of(row, filled);
             F* panel = to + key / NR<F> * NR<F> * depth + key % NR<F>;
             for (Index d = 0; d < filled; d++) panel[d * NR<F>] = row[d];
             for (Index d = filled; d < depth; d++) panel[d * NR<F>] = F(0);
         }
+        zeros += sums;
     }
 
     // Few [SUM] rows where they lie far apart: a tile has a column for every key between them.

@@ -122,7 +122,7 @@ def test_nothing_leaks_from_what_a_row_may_not_see(name: str) -> None:
         assert torch.equal(other[~visible[:, key]], out[~visible[:, key]])
 
 
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("stream", STREAMS if DEVICE == "cuda" else ("v", "grad_out"))
 def test_numbers_that_are_not_finite_are_isolated(stream: str) -> None:
     cases = [next(case for case in CASES if case.name == "prefix"), *([LLAMA] if DEVICE == "cuda" else [])]
     for case, value in zip(cases, (float("nan"), float("inf"))):
