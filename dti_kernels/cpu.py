@@ -48,15 +48,21 @@ _PLANS: Any = WeakIdKeyDictionary()
 
 
 def _needs_float64(
-    rows: Tensor, streams: Iterable[Tensor | None], slopes: Tensor | None, scale: float
+    rows: Iterable[tuple[Tensor, float]], streams: Iterable[Tensor | None], slopes: Tensor | None
 ) -> bool:
-    """Could products of `rows (T or S, H, D)` with keys or values pass the bias that hides in float32? Raises NotFinite as `largest` does."""
-    # Queries and slopes that are not finite are the matter of their own rows and heads.
-    query, slope = (
-        0.0 if x is None or not x.numel() else x.detach().abs().amax().item() for x in (rows, slopes)
-    )
-    bound = max(query * largest(*streams) * rows.shape[-1] * max(scale, 1.0), slope * 2.0**31)
-    return rows.dtype != torch.float64 and HIDDEN[torch.float32] / 64 <= bound < math.inf
+    """Could products of rows `(T or S, H, D)`, each tensor with its factor, and keys or values pass the bias that hides in float32? Raises
+    NotFinite as `largest` does."""
+    keys, bound = largest(*streams), _magnitude(slopes) * 2.0**31
+    for x, factor in rows:
+        if x.dtype == torch.float64:
+            return False
+        bound = max(_magnitude(x) * keys * x.shape[-1] * max(factor, 1.0), bound)
+    return HIDDEN[torch.float32] / 64 <= bound < math.inf
+
+
+def _magnitude(x: Tensor | None) -> float:
+    """The largest, also where it is not finite: of queries and slopes that is the matter of their own rows and heads."""
+    return 0.0 if x is None or not x.numel() else x.detach().abs().amax().item()
 
 
 def _doubled(inputs: Iterable[Tensor | None]) -> Any:
@@ -257,7 +263,7 @@ def forward(
         NotFinite: a key or value is not finite.
     """
     inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
-    if _needs_float64(q, inputs[1:6], slopes, scale):
+    if _needs_float64([(q, scale)], inputs[1:6], slopes):
         out, lse = forward(*(*_doubled(inputs), rows, keys, scale, is_cleared))
         return out.to(q.dtype), lse.float()
     x = _Inputs.of(*inputs, rows, keys, scale)
@@ -348,7 +354,7 @@ def backward(
     inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
     if not is_cleared:
         largest(lse, (grad_out.to(lse.dtype) * out).sum(-1))
-    if _needs_float64(q, inputs[1:6], slopes, scale) or _needs_float64(grad_out, inputs[1:6], None, 1.0):
+    if _needs_float64([(q, scale), (grad_out, 1.0)], inputs[1:6], slopes):
         doubled = _doubled(inputs)
         out, lse = forward(*(*doubled, rows, keys, scale, is_cleared))
         grads_64 = backward(

@@ -110,9 +110,8 @@ def sum_dq_kernel(
             s -= slope[:, None] * distance
         seen = visible_keys(spans, key, inside)
         p = tl.where(seen, exponential(s - lse[:, None], True), 0.0)
-        ds = tl.where(
-            seen, p * (dp - delta[:, None]), 0.0
-        )  # slopes take what is not dq: p x inf must not reach it
+        # The slopes' summands are not computed again: 0 x inf must not reach them.
+        ds = tl.where(seen, p * (dp - delta[:, None]), 0.0)
         if slopes_ptr is not None:
             dslope -= tl.sum(ds * distance, 1)
             mean_distance += tl.sum(p * distance, 1)
