@@ -20,6 +20,16 @@ def native(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DTI_CPU", "native")
 
 
+@pytest.fixture(params=["native", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each CPU implementation, where it can run."""
+    monkeypatch.setenv("DTI_CPU", request.param)
+    if request.param == "native":
+        request.getfixturevalue("native")
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The rehearsal's card, whose host gets ahead of it behind a pause of at least `needed` cycles; `pauses` are those it was given."""

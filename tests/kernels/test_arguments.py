@@ -340,15 +340,10 @@ def test_shares_name_what_is_wrong() -> None:
     refused(TypeError, "dtype", lambda: testing.shares(one, one, budgets, torch.int64))
 
 
-@pytest.mark.parametrize("implementation", ["native", "torch"])
 @pytest.mark.parametrize("num_bytes", [0, 64])
-def test_memory_that_was_freed_is_not_read(
-    num_bytes: int, implementation: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.usefixtures("implementation")
+def test_memory_that_was_freed_is_not_read(num_bytes: int) -> None:
     """As sharded training frees it: the tensor keeps its shape. SIGSEGV."""
-    monkeypatch.setenv("DTI_CPU", implementation)
-    if implementation == "native":
-        request.getfixturevalue("native")
     x, layout = X.leaves["q"].detach(), X.layout
     for name in ("q", "k", "v"):
         for like in (x, x.permute(2, 1, 0).contiguous().permute(2, 1, 0)):

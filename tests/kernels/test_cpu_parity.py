@@ -24,14 +24,6 @@ def in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DTI_CPU", "torch")
 
 
-@pytest.fixture(params=["native", "torch"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each implementation."""
-    monkeypatch.setenv("DTI_CPU", request.param)
-    if request.param == "native":
-        request.getfixturevalue("native")
-
-
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

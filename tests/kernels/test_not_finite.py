@@ -24,14 +24,8 @@ def named(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
-@pytest.mark.parametrize("implementation", ["native", "torch"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_cpu(
-    case: Case, implementation: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    monkeypatch.setenv("DTI_CPU", implementation)
-    if implementation == "native":
-        request.getfixturevalue("native")
+def test_cpu(case: Case, implementation: str) -> None:
     for stream in streams_of(case):
         for value in VALUES:
             # Where products could overflow, PyTorch's implementation computes in float64.
@@ -39,30 +33,16 @@ def test_cpu(
             check_isolation(case, windowed_attn, torch.float32, stream, value, bitwise)
 
 
-@pytest.mark.parametrize("implementation", ["native", "torch"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_other_dtypes(
-    dtype: torch.dtype,
-    implementation: str,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> None:
-    monkeypatch.setenv("DTI_CPU", implementation)
-    if implementation == "native":
-        request.getfixturevalue("native")
+@pytest.mark.usefixtures("implementation")
+def test_other_dtypes(dtype: torch.dtype) -> None:
     for stream in streams_of(named("prefix")):
         check_isolation(named("prefix"), windowed_attn, dtype, stream, math.inf, bitwise=True)
 
 
 @pytest.mark.parametrize("slope", [math.nan, math.inf, -math.inf, -3e38])
-@pytest.mark.parametrize("implementation", ["native", "torch"])
-def test_a_slope_is_the_matter_of_its_head(
-    slope: float, implementation: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_a_slope_is_the_matter_of_its_head(slope: float, implementation: str) -> None:
     """The compiled backward ended in the error by which it asks to be called again."""
-    monkeypatch.setenv("DTI_CPU", implementation)
-    if implementation == "native":
-        request.getfixturevalue("native")
     x = named("mha").inputs(torch.float32)
     slopes = x.leaves["alibi_slopes"].detach().clone()
     slopes[0] = slope
