@@ -254,10 +254,11 @@ def isolated_keys_kernel(
             offs_dk = offsets(key, group, stride_dkt, stride_dkh)
             v = load_row(v_ptr, offsets(key, group, stride_vt, stride_vh), HEAD_DIM, BLOCK_D)
             dv = tl.zeros([BLOCK_D], tl.float32)
-            finite = tl.sum(tl.where(keys == key, marks, 0), 0) > 0
+            marked = tl.sum(tl.where(keys == key, marks, 0), 0) > 0
+            finite = marked  # and seen by rows that are finite
             if marks_ptr is not None:
                 stop = tl.load(field(keys_ptr, ROW_STOP, num_context) + key)
-                by_context = finite & seen_by_finite(lse_tile_ptr, delta_ptr, base, key, stop, GROUP, BLOCK_N)
+                by_context = marked & seen_by_finite(lse_tile_ptr, delta_ptr, base, key, stop, GROUP, BLOCK_N)
                 finite = by_context
                 if by_context:
                     k = load_row(k_ptr, offsets(key, group, stride_kt, stride_kh), HEAD_DIM, BLOCK_D)
@@ -271,7 +272,7 @@ def isolated_keys_kernel(
             if sum_marks_ptr is not None:
                 sum_first = num_context + tl.load(field(keys_ptr, SUM_START, num_context) + key)
                 sum_stop = num_context + tl.load(field(keys_ptr, SUM_STOP, num_context) + key)
-                by_sums = (tl.sum(tl.where(keys == key, marks, 0), 0) > 0) & seen_by_finite(
+                by_sums = marked & seen_by_finite(
                     lse_tile_ptr, delta_ptr, base, sum_first - skipped, sum_stop - skipped, GROUP, BLOCK_N
                 )
                 finite = finite & by_sums
