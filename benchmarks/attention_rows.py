@@ -18,7 +18,7 @@ from benchmarks.measure import provenance
 from benchmarks.providers import MODES, OURS
 from benchmarks.tune_tiles import numbers_of
 from benchmarks.workloads import AttentionInputs, useful_flops
-from dti_kernels.tiles import KERNELS, choose_tile
+from dti_kernels.gpu.tiles import KERNELS, choose_tile
 
 # Matmuls of head_dim x pairs that each kernel computes, masked or not: forward 2, dQ 3, dK/dV 4.
 _MATMULS = {"ctx_fwd": 2, "sum_fwd": 2, "ctx_dq": 3, "sum_dq": 3, "ctx_dkv": 4, "sum_dkv": 4}

@@ -27,9 +27,10 @@ import torch
 from benchmarks import stand_in
 from benchmarks.measure import RESULTS, read_rows
 from benchmarks.workloads import Workload
-from dti_kernels import HiddenStateReset, StreamLayout, tiles, windowed_attn
+from dti_kernels import HiddenStateReset, StreamLayout, windowed_attn
+from dti_kernels.gpu import tiles
+from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile
 from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, ROW_STOP, START, STOP, SUM_START, SUM_STOP
-from dti_kernels.tiles import KERNELS, TABLE, Tile
 from dti_model.files import whole_file
 
 RECORDED = RESULTS / "compile.jsonl"

@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.measure import commit_of, parse_measuring
 from benchmarks.rehearsal import REHEARSING
-from dti_kernels.tiles import architecture
+from dti_kernels.gpu.tiles import architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 STAMP = "made-with.json"

@@ -28,8 +28,9 @@ from benchmarks import stand_in
 from benchmarks.measure import parse_measuring
 from benchmarks.rehearsal import REHEARSING
 from benchmarks.workloads import HEADS, AttentionInputs, Workload
-from dti_kernels import StreamLayout, candidate_layout, tiles, windowed_attn
-from dti_kernels.tiles import KERNELS, TABLE, Tile
+from dti_kernels import StreamLayout, candidate_layout, windowed_attn
+from dti_kernels.gpu import tiles
+from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile
 from dti_model.attention import DTIConfig, apply_dti, token_logits
 
 # One of each row of the table.
@@ -202,7 +203,7 @@ def architecture_here() -> str:
     """Of this machine's GPU, asked in a process of its own: a process that has opened the device is not forked."""
     if REHEARSING or (torch.version.cuda is None and torch.version.hip is None):
         return "sm_90"
-    program = "import torch; from dti_kernels.tiles import architecture; print(architecture(torch.device('cuda', 0)))"
+    program = "import torch; from dti_kernels.gpu.tiles import architecture; print(architecture(torch.device('cuda', 0)))"
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.split()[-1]

@@ -16,8 +16,9 @@ from unittest import mock
 
 import torch
 
-from dti_kernels import ops, tiles
-from dti_kernels.tiles import Tile
+from dti_kernels import ops
+from dti_kernels.gpu import tiles
+from dti_kernels.gpu.tiles import Tile
 
 
 def target_of(arch: str) -> Any:
@@ -71,7 +72,9 @@ def driver_of(arch: str) -> Iterator[None]:
 def recorded(arch: str) -> Iterator[list[Any]]:
     """Inside, operators on CPU tensors take the GPU's path with the tiles of `arch`, and their launches are written into the list instead of
     launched: outputs hold anything."""
-    from dti_kernels import triton_bwd, triton_fwd, triton_tile
+    from dti_kernels.gpu import backward as triton_bwd
+    from dti_kernels.gpu import forward as triton_fwd
+    from dti_kernels.gpu import tile as triton_tile
 
     launches: list[Any] = []
 
@@ -192,7 +195,7 @@ def unavailable() -> str:
         import triton
     except ImportError as error:
         return f"triton is not installed: {error}"
-    from dti_kernels.triton_tile import visible
+    from dti_kernels.gpu.tile import visible
 
     return (
         "" if isinstance(visible, triton.JITFunction) else "TRITON_INTERPRET is set: kernels are interpreted"

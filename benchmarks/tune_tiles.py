@@ -1,4 +1,4 @@
-"""Time candidate tiles of every kernel on this GPU: rows for `dti_kernels/tiles.py`, and a file of winners that it can read.
+"""Time candidate tiles of every kernel on this GPU: rows for `dti_kernels/gpu/tiles.py`, and a file of winners that it can read.
 
     python -m benchmarks.tune_tiles [--heads llama8b] [--k 50] [--seconds 600] [--out ROWS.jsonl] [--record]
     python -m benchmarks.tune_tiles --slot --seconds 25 --winners TILES.json [--out ROWS.jsonl]
@@ -32,12 +32,12 @@ from benchmarks.measure import TIME_IS_UP, RowFiles, parse_measuring
 from benchmarks.rehearsal import DEVICE, REHEARSING
 from benchmarks.statuses import INCOMPLETE
 from benchmarks.workloads import HEADS, SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
-from dti_kernels import tiles
-from dti_kernels.tiles import KERNELS, Tile
+from dti_kernels.gpu import tiles
+from dti_kernels.gpu.tiles import KERNELS, Tile
 from dti_model.files import whole_file
 
 if TYPE_CHECKING:
-    from dti_kernels.triton_tile import Launch
+    from dti_kernels.gpu.tile import Launch
 
 # Share of the table's time that another tile has to save before it replaces the table's: less is the noise of a sweep.
 MARGIN = 0.02
@@ -106,7 +106,9 @@ def numbers_of(tile: Tile) -> list[int]:
 
 def launches(x: AttentionInputs) -> dict[str, Launch]:
     """All launches of forward and backward with the tiles now in force, by kernel. Only time is asked: what they read is zeros."""
-    from dti_kernels import triton_bwd, triton_fwd, triton_tile
+    from dti_kernels.gpu import backward as triton_bwd
+    from dti_kernels.gpu import forward as triton_fwd
+    from dti_kernels.gpu import tile as triton_tile
 
     if x.q.device.type == "cpu":
         triton_tile.repair_interpreter()
@@ -202,7 +204,7 @@ class Sweep:
         return kept if kept is not None and best["p50_ms"] > (1 - MARGIN) * kept["p50_ms"] else best
 
     def entry(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """The winner as `dti_kernels.tiles` reads it from the file that DTI_TILES names."""
+        """The winner as `dti_kernels.gpu.tiles` reads it from the file that DTI_TILES names."""
         won = next((row for row in rows if row["won"]), None)
         return None if won is None else {**self.place, "tile": won["tile"]}
 

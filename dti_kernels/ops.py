@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dti_kernels import cpu, cpu_native, isolation
+from dti_kernels import isolation
 from dti_kernels.contract import accumulation_dtype, check_inputs, check_memory, check_saved
+from dti_kernels.cpu.blocks import blocks as cpu
+from dti_kernels.cpu.blocks import compiled as cpu_native
 from dti_kernels.layout import check_spans
 from dti_kernels.private_folders import in_private_folder
 
@@ -39,7 +41,8 @@ _LIBRARY.define(
 def _triton_modules() -> tuple[ModuleType, ModuleType]:
     _give_triton_a_home()
     try:
-        from dti_kernels import triton_bwd, triton_fwd
+        from dti_kernels.gpu import backward as triton_bwd
+        from dti_kernels.gpu import forward as triton_fwd
     except ImportError as error:
         raise ImportError("windowed_attn on a GPU needs Triton: pip install triton") from error
     return triton_fwd, triton_bwd

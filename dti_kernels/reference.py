@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dti_kernels.fixes import HiddenStateReset
 from dti_kernels.layout import StreamLayout
-from dti_kernels.scores import HiddenStateReset
 from dti_kernels.windowed_attn import check_types, checked_inputs
 
 

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from dti_kernels.contract import DTYPES, check_tensors
 from dti_kernels.counts import shown
+from dti_kernels.fixes import HiddenStateReset
 from dti_kernels.layout import StreamLayout
 from dti_kernels.reference import alibi_distance, reset_ratio
-from dti_kernels.scores import HiddenStateReset
 from dti_kernels.windowed_attn import check_types, checked_inputs
 
 DEVIATIONS = 6.0  # standard deviations: of a thousand million normal draws, two lie beyond

@@ -19,8 +19,8 @@ from torch import Tensor
 from dti_kernels import ops  # noqa: F401  registers the operators
 from dti_kernels.contract import accumulation_dtype, check_inputs, check_tensors
 from dti_kernels.counts import shown
+from dti_kernels.fixes import HiddenStateReset, real
 from dti_kernels.layout import StreamLayout
-from dti_kernels.scores import HiddenStateReset, real
 
 _AUTOCAST_FROM = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 import dti_kernels
-from dti_kernels import testing, tiles, windowed_attn
+from dti_kernels import testing, windowed_attn
+from dti_kernels.gpu import tiles
 from tests.cases import CASES
 from tests.numerics import golden_and_budgets
 

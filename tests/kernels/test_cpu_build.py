@@ -31,8 +31,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dti_kernels import cpu_build, ops, private_folders
-from dti_kernels.cpu_build import BuildError
+from dti_kernels import ops, private_folders
+from dti_kernels.cpu.blocks import build as cpu_build
+from dti_kernels.cpu.build import BuildError
 
 GOOD, PLANTED = 1, 666
 EXAMPLES = int(os.environ.get("DTI_FUZZ_EXAMPLES", "40"))

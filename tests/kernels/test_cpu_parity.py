@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dti_kernels import cpu, windowed_attn
-from dti_kernels.cpu_blocks import RowTable, whole_prompts
+from dti_kernels import windowed_attn
+from dti_kernels.cpu.blocks import blocks as cpu
+from dti_kernels.cpu.chunks import RowTable, whole_prompts
 from tests.cases import CASES, Case
 from tests.numerics import check_parity
 

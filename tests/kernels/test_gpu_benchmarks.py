@@ -12,9 +12,9 @@ from benchmarks.attention_gpu import plans, workloads
 from benchmarks.tune_tiles import Sweep, candidates_of, launches, numbers_of
 from benchmarks.workloads import AttentionInputs, Workload
 from dti_kernels import StreamLayout, windowed_attn_reference
-from dti_kernels import tiles as tiles_module
+from dti_kernels.gpu import tiles as tiles_module
+from dti_kernels.gpu.tiles import KERNELS, Tile
 from dti_kernels.testing import assert_within_budget, error_budgets
-from dti_kernels.tiles import KERNELS, Tile
 
 SMALL = Workload("small", 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2)
 

@@ -23,8 +23,8 @@ from benchmarks import (
 )
 from benchmarks.device_time import LONGEST_PAUSE, PAUSE, device_times
 from benchmarks.workloads import AttentionInputs, Workload
-from dti_kernels import tiles
-from dti_kernels.tiles import Tile
+from dti_kernels.gpu import tiles
+from dti_kernels.gpu.tiles import Tile
 from tests.conftest import ROOT
 
 SMALL = Workload("small", 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dti_kernels.tiles import TABLE
+from dti_kernels.gpu.tiles import TABLE
 from tests.cases import CASES
 from tests.kernels import gpu_calls
 

@@ -17,7 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dti_kernels import cpu_build, cpu_native, testing
+from dti_kernels import testing
+from dti_kernels.cpu.blocks import build as cpu_build
+from dti_kernels.cpu.blocks import compiled as cpu_native
 from tests.cases import CASES, Case
 from tests.numerics import golden_and_budgets
 

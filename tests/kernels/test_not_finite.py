@@ -11,8 +11,9 @@ import math
 import pytest
 import torch
 
-from dti_kernels import tiles, windowed_attn, windowed_attn_reference
-from dti_kernels.tiles import Tile
+from dti_kernels import windowed_attn, windowed_attn_reference
+from dti_kernels.gpu import tiles
+from dti_kernels.gpu.tiles import Tile
 from tests.cases import CASES, Case
 from tests.kernels.interpreter import interpret
 from tests.kernels.not_finite import VALUES, check_isolation, streams_of

@@ -25,8 +25,8 @@ from benchmarks.compile_report import (
     table_rows,
     useful_fraction,
 )
-from dti_kernels import tiles
-from dti_kernels.tiles import KERNELS, TABLE, Tile, table_tile
+from dti_kernels.gpu import tiles
+from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile, table_tile
 
 ROWS = [*table_rows(), *rows_of_groups()]
 MAX_SPILLED_BYTES = 64  # of a backward kernel; a forward spills nothing

@@ -13,8 +13,9 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from dti_kernels import tiles, windowed_attn, windowed_attn_reference
-from dti_kernels.tiles import Tile
+from dti_kernels import windowed_attn, windowed_attn_reference
+from dti_kernels.gpu import tiles
+from dti_kernels.gpu.tiles import Tile
 from tests.cases import CASES, Case
 from tests.kernels.interpreter import interpret
 from tests.kernels.test_cpu_parity import random_cases
@@ -193,7 +194,7 @@ def test_unwritten_memory_is_nan() -> None:
 
 def scratch_is_read_within(heads: int, tile: Tile) -> None:
     """The smallest batches: a tile of keys and heads is far larger than what there is of delta and the log-sum-exp."""
-    from dti_kernels import triton_bwd
+    from dti_kernels.gpu import backward as triton_bwd
 
     make = triton_bwd.Gradients.of
 

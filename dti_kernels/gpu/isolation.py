@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dti_kernels.tiles import Tile
-from dti_kernels.triton_tile import (
+from dti_kernels.gpu.tile import (
     LN2,
     PER_BATCH,
     PREFIX_STOP,
@@ -42,6 +41,7 @@ from dti_kernels.triton_tile import (
     reset_ratio,
     strides,
 )
+from dti_kernels.gpu.tiles import Tile
 
 # Rows or keys whose bytes a program looks at, and rows or keys that it then loads at a time.
 _TILE = Tile(128, 16, 4, 1)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dti_kernels.tiles import Tile
-from dti_kernels.triton_bwd_context import ctx_dkv_kernel, ctx_dq_kernel
-from dti_kernels.triton_bwd_sum import sum_dkv_kernel, sum_dq_kernel, sum_self_kernel
-from dti_kernels.triton_isolation import key_marks, keys_launch, row_marks, rows_launch
-from dti_kernels.triton_tile import MAX_BLOCK_M, Batch, Launch, addressable, run_all, strides
+from dti_kernels.gpu.backward_context import ctx_dkv_kernel, ctx_dq_kernel
+from dti_kernels.gpu.backward_sum import sum_dkv_kernel, sum_dq_kernel, sum_self_kernel
+from dti_kernels.gpu.isolation import key_marks, keys_launch, row_marks, rows_launch
+from dti_kernels.gpu.tile import MAX_BLOCK_M, Batch, Launch, addressable, run_all, strides
+from dti_kernels.gpu.tiles import Tile
 
 # The own keys of [SUM] rows are a matrix-free sum over the heads of a group: memory bound, any small tile serves.
 _SELF_TILE = Tile(16, 16, 4, 1)

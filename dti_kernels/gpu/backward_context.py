@@ -7,8 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dti_kernels.triton_isolation import mark
-from dti_kernels.triton_tile import (
+from dti_kernels.gpu.isolation import mark
+from dti_kernels.gpu.tile import (
     PER_BATCH,
     ROW_STOP,
     exponential,

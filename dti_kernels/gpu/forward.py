@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dti_kernels.triton_isolation import mark, row_marks, rows_launch
-from dti_kernels.triton_tile import (
+from dti_kernels.gpu.isolation import mark, row_marks, rows_launch
+from dti_kernels.gpu.tile import (
     LN2,
     PER_BATCH,
     RESET_ID,

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dti_kernels import layout
-from dti_kernels.tiles import MAX_PACK, Tile, choose_tile
+from dti_kernels.gpu.tiles import MAX_PACK, Tile, choose_tile
 
 PROMPT_FIRST = tl.constexpr(layout.PROMPT_FIRST)
 PREFIX_STOP = tl.constexpr(layout.PREFIX_STOP)

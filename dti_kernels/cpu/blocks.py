@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dti_kernels.contract import accumulation_dtype
-from dti_kernels.cpu_blocks import HIDDEN, Chunk, Plan, Prompt, RowTable, Sizes
+from dti_kernels.cpu.chunks import HIDDEN, Chunk, Plan, Prompt, RowTable, Sizes
 from dti_kernels.isolation import largest
 from dti_kernels.layout import PREFIX_STOP, RESET_ID, START, STOP
 
