@@ -30,8 +30,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes, windowed_attn
-from dti_model.bounds import MODES as MODES
-from dti_model.bounds import check_settings
+from dti_model.config.bounds import MODES as MODES
+from dti_model.config.bounds import check_settings
 from dti_model.past import LayerKeys, Past
 
 ATTENTION_NAME = "dti"

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
-from dti_model.bounds import GROUPS, RULES, must_be, shown
+from dti_model.config.bounds import GROUPS, RULES, must_be, shown
+from dti_model.config.strict_yaml import StrictYAMLError, check_yaml, read_settings
 from dti_model.error_lines import did_you_mean, joined
-from dti_model.strict_yaml import StrictYAMLError, check_yaml, read_settings
 
 _MODE = "strict yaml"
 # Flags whose values may be names of YAML files.

@@ -20,8 +20,9 @@ from dti_model.config import TrainConfig
 from dti_model.data import DataError, PreparedData
 from dti_model.data.text_encoder import TextEncoder
 from dti_model.files import CHECKSUMS_FILE, whole_folder, write_checksums
+from dti_model.files.locks import locked_beside
+from dti_model.files.places import check_new_folder
 from dti_model.fingerprints import PROVENANCE_FILE
-from dti_model.locks import locked_beside
 from dti_model.lora import merge
 from dti_model.model_card import (
     CARD_FILE,
@@ -31,7 +32,6 @@ from dti_model.model_card import (
     without_token_window,
     write_card,
 )
-from dti_model.places import check_new_folder
 from dti_model.pretrained import load_causal_lm
 from dti_model.prompts import PromptFormat
 from dti_model.run import MODEL_FOLDER, check_model, loading, model_settings_of

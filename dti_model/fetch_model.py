@@ -15,8 +15,8 @@ from pathlib import Path
 
 from dti_model.data.fetch import FetchError, extract, wheel_from_index
 from dti_model.files import whole_folder, write_checksums
-from dti_model.locks import locked_beside
-from dti_model.places import check_new_folder
+from dti_model.files.locks import locked_beside
+from dti_model.files.places import check_new_folder
 from dti_model.pretrained import PretrainedModelError, load_plain
 from dti_model.safe_loading import tokenizer_from
 

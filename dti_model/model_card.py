@@ -18,9 +18,9 @@ from typing import Any
 
 from dti_model.attention import DTIConfig
 from dti_model.config import ModelConfig
+from dti_model.config.references import locate
 from dti_model.files import DamagedFileError, read_file, write_json
 from dti_model.prompts import PromptFormat
-from dti_model.references import locate
 
 DESCRIPTION_FILE, CARD_FILE = "dti.json", "README.md"
 # Rotary frequencies that follow the longest prompt of a pass, so that a packed pass differs from a prompt alone.

@@ -40,7 +40,8 @@ from transformers import (
 
 from dti_model.attention import apply_dti
 from dti_model.config import CONFIG_FILE, ModelConfig, TrainConfig
-from dti_model.config_file import is_sealed
+from dti_model.config.file import is_sealed
+from dti_model.config.references import HUB, PretrainedModelError, locate
 from dti_model.data import PreparedData
 from dti_model.data.split import SPLIT_CODES
 from dti_model.data.text_encoder import TextEncoder
@@ -64,7 +65,6 @@ from dti_model.metrics import click_metrics
 from dti_model.model_card import CARD_FILE, Description, plain_differences, token_window, write_card
 from dti_model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.prompts import PromptBuilder, PromptFormat
-from dti_model.references import HUB, PretrainedModelError, locate
 from dti_model.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, MODEL_FOLDER, check_model_is_ours
 from dti_model.safe_loading import adapter_from, fast_tokenizer_from, model_from
 from dti_model.scoring import score_targets

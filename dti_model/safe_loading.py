@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dti_model.config.references import PretrainedModelError, may_hold_weights
 from dti_model.files import read_file
-from dti_model.references import PretrainedModelError, may_hold_weights
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER_CONFIG, _ADAPTER = "adapter_config.json", "adapter_model.safetensors"

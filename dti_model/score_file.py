@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from dti_model.data.text_encoder import ENCODING_VERSION
+from dti_model.files.locks import locked
+from dti_model.files.places import why_owned
 from dti_model.items import ItemError
-from dti_model.locks import locked
-from dti_model.places import why_owned
 from dti_model.score_job import Job
 from dti_model.score_lines import (
     InputChangedError,

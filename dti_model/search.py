@@ -21,15 +21,16 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import yaml
 
-from dti_model.bounds import RULES, must_be, shown
 from dti_model.config import CONFIG_FILE, TrainConfig
-from dti_model.config_file import is_ours, is_sealed
+from dti_model.config.bounds import RULES, must_be, shown
+from dti_model.config.file import is_ours, is_sealed
+from dti_model.config.strict_yaml import check_yaml
 from dti_model.data import PreparedData
 from dti_model.error_lines import did_you_mean
 from dti_model.files import DamagedFileError, check_checksums, locked, read_file, whole_file, write_json
+from dti_model.files.places import why_owned
 from dti_model.fingerprints import OtherOriginError, Provenance
 from dti_model.launch import let_settings_rule
-from dti_model.places import why_owned
 from dti_model.ranks import first_rank_does, join_ranks, rank
 from dti_model.run import tokenizer_of
 from dti_model.run_folder import (
@@ -39,7 +40,6 @@ from dti_model.run_folder import (
     check_is_no_broken_link,
     check_is_ours,
 )
-from dti_model.strict_yaml import check_yaml
 from dti_model.train import train
 
 MARKER_FILE, TABLE_FILE, CSV_FILE = "search-folder.json", "search.json", "search.csv"

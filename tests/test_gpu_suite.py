@@ -20,7 +20,7 @@ from benchmarks.gpu_steps import SLOTS, Places, steps_of
 from benchmarks.gpu_suite import environment_of, run_steps
 from benchmarks.made_up import made_up_data
 from benchmarks.statuses import SKIPPED
-from dti_model.locks import locked
+from dti_model.files.locks import locked
 from tests.checkout import file_hashes
 from tests.conftest import ROOT
 from tests.fake_steps import MakeStep, call, statuses, step_maker

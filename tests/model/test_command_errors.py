@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dti_model import cli
-from dti_model.bounds import RULES, check_settings
 from dti_model.cli import BUG_STATUS, ERROR_STATUS, main
+from dti_model.config.bounds import RULES, check_settings
 from dti_model.error_lines import MOST_CHARACTERS, joined, line_of, line_of_bug
 from dti_model.launch import num_processes
 from dti_model.shown import one_line
@@ -348,7 +348,7 @@ def test_lines_of_errors() -> None:
     )
     with pytest.raises(TypeError) as raised:
         check_settings(3)
-    assert "TypeError at dti_model/bounds.py:" in line_of_bug(raised.value)
+    assert "TypeError at dti_model/config/bounds.py:" in line_of_bug(raised.value)
     long = joined("x" * 10**6 + " delete it")
     assert len(long) < MOST_CHARACTERS
     assert long.endswith("x delete it")

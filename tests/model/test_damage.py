@@ -17,7 +17,7 @@ import yaml
 from dti_model.checkpoint import CheckpointError, check_checkpoint, last_checkpoint
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
-from dti_model.config_file import ConfigFileError
+from dti_model.config.file import ConfigFileError
 from dti_model.export import export_run
 from dti_model.files import DamagedFileError, write_checksums, write_sealed
 from dti_model.run import Run

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dti_model import files
 from dti_model.cli import main
 from dti_model.data import DataError, PreparedData, build, folder, prepare, store
 from dti_model.data.tokens import train_tokenizer
+from dti_model.files import files
 from tests.model.movielens_files import some_ratings, write_1m
 
 

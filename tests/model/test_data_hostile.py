@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dti_model import files
 from dti_model.config import TrainConfig
 from dti_model.data import AmazonFiles, CustomFiles, DataError, PreparedData, fetch, lines, prepare, rows
 from dti_model.data.custom import parsed_times
 from dti_model.data.movielens import load_1m, load_100k
 from dti_model.data.source import RawData
 from dti_model.data.tokens import train_tokenizer
+from dti_model.files import files
 from dti_model.items import ItemError
 from dti_model.run_folder import RunExistsError
 from dti_model.score_lines import InputFile, fields_of

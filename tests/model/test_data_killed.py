@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
-from dti_model import files
 from dti_model.cli import main
 from dti_model.data import DataError, PreparedData, build, fetch
 from dti_model.data.text_encoder import TextEncoder
 from dti_model.data.tokens import train_tokenizer
+from dti_model.files import files
 from tests.model.log_files import write_amazon
 from tests.model.movielens_files import some_ratings, write_1m
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dti_model import files
+from dti_model.files import files
 from tests.conftest import ROOT
 
 

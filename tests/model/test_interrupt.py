@@ -21,10 +21,11 @@ import polars as pl
 import pytest
 import torch
 
-from dti_model import checkpoint, files
+from dti_model import checkpoint
 from dti_model import train as training
 from dti_model.checkpoint import OPTIMIZER_FILE, TRAINER_FILE, WEIGHTS_FILE, CheckpointError, last_checkpoint
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.files import files
 from dti_model.resumable import TERMINATED_STATUS, Terminated
 from dti_model.run import CHECKPOINTS_FOLDER, METRICS_FILE
 from dti_model.train import train

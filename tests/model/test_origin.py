@@ -20,10 +20,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dti_model.cli import main
 from dti_model.config import LoraSettings, ModelConfig, OptimConfig, TrainConfig
+from dti_model.config.references import PretrainedModelError, locate, located
 from dti_model.data import prepare
 from dti_model.fingerprints import OtherOriginError, base_model_fingerprint, tokenizer_fingerprint
 from dti_model.pretrained import load_tokenizer
-from dti_model.references import PretrainedModelError, locate, located
 from dti_model.run import Run
 from dti_model.search import search
 from dti_model.train import RunExistsError, evaluate_run, train
@@ -341,7 +341,7 @@ import sys
 from pathlib import Path
 import huggingface_hub.constants as constants
 from dti_model.pretrained import PretrainedModelError, load_plain, load_tokenizer
-from dti_model.references import locate, located
+from dti_model.config.references import locate, located
 from tests.model.pretrained_files import pretrained_folder
 repository = Path(constants.HF_HUB_CACHE) / "models--owner--name"
 pretrained_folder(repository / "snapshots" / "abc")

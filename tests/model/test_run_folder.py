@@ -24,7 +24,7 @@ from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.export import export_run
 from dti_model.files import LockedError, locked, write_checksums
-from dti_model.places import why_owned
+from dti_model.files.places import why_owned
 from dti_model.run_folder import LOCK_FILE, RunExistsError
 from dti_model.search import search
 from dti_model.train import train

@@ -14,12 +14,12 @@ import yaml
 
 from dti_kernels import HiddenStateReset
 from dti_model.attention import DTIConfig, apply_dti
-from dti_model.bounds import GROUPS, RULES
 from dti_model.cli import main
 from dti_model.config import LoraSettings, ModelConfig, OptimConfig, TrainConfig
+from dti_model.config.bounds import GROUPS, RULES
+from dti_model.config.strict_yaml import StrictYAMLError, check_yaml
 from dti_model.run import Run
 from dti_model.search import search
-from dti_model.strict_yaml import StrictYAMLError, check_yaml
 
 STRANGE: list[Any] = [None, "x", [], {}, [None], float("nan"), float("inf"), -1, 10**23, True, 0.5, b"x"]
 CLASSES = {"": TrainConfig, "dti.": DTIConfig, "model.": ModelConfig, "model.lora.": LoraSettings, "optim.": OptimConfig}  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
-from dti_model.config_file import ConfigFileError
+from dti_model.config.file import ConfigFileError
 from dti_model.export import export_run
 from dti_model.files import DamagedFileError, checksums, write_checksums, write_sealed
 from dti_model.fingerprints import OtherOriginError, settings_fingerprint

@@ -21,8 +21,8 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
+from dti_model.config.strict_yaml import parse_settings, read_text
 from dti_model.files import whole_file
-from dti_model.strict_yaml import parse_settings, read_text
 
 CONFIG_FILE = "config.yaml"
 _FIRST_LINE = "# Settings of a run of `dti train`, sealed by the last line: change none, give `dti train` others and another --out\n"

@@ -29,10 +29,10 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from dti_model.locks import LockedError as LockedError
-from dti_model.locks import is_still
-from dti_model.locks import locked as locked
-from dti_model.renames import exchanged, rename_file_to_nothing, rename_folder_to_nothing
+from dti_model.files.locks import LockedError as LockedError
+from dti_model.files.locks import is_still
+from dti_model.files.locks import locked as locked
+from dti_model.files.renames import exchanged, rename_file_to_nothing, rename_folder_to_nothing
 
 CHECKSUMS_FILE = "checksums.json"
 _SEAL = "sha256"

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from dti_model.config_file import CONFIG_FILE, is_ours
+from dti_model.config.file import CONFIG_FILE, is_ours
 
 # What commands write into their folders.
 _OF_A_RUN = re.compile(
