@@ -141,7 +141,7 @@ def _add_protocol(parser: ArgumentParser, min_item_count: int) -> None:
 def run_prepare(options: Namespace) -> None:
     """Make the prepared folder that the options ask for and print the report."""
     from dti_model.data import AmazonFiles, CustomFiles, prepare
-    from dti_model.data.amazon import amazon_category
+    from dti_model.data.sources.amazon import amazon_category
 
     name = options.source
     settings = options[

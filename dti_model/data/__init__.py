@@ -8,9 +8,9 @@ from dti_model.data.split import CONTEXT, TEST, TRAIN, VAL
 from dti_model.data.store import PreparedData
 
 if TYPE_CHECKING:
-    from dti_model.data.amazon import AmazonFiles
     from dti_model.data.build import prepare
-    from dti_model.data.custom import CustomFiles
+    from dti_model.data.sources.amazon import AmazonFiles
+    from dti_model.data.sources.custom import CustomFiles
 
 __all__ = [
     "CONTEXT",

@@ -23,9 +23,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from dti_model.data.amazon import AMAZON_CATEGORIES, AmazonFiles, amazon_category
 from dti_model.data.arrow_file import write_table
-from dti_model.data.custom import MAX_THRESHOLD, CustomFiles
 from dti_model.data.errors import DataError
 from dti_model.data.fetch import fetch
 from dti_model.data.folder import (
@@ -36,8 +34,10 @@ from dti_model.data.folder import (
     write_stats,
 )
 from dti_model.data.index import Indexed, index_rows
-from dti_model.data.movielens import load_1m, load_100k
-from dti_model.data.source import RawData, Source
+from dti_model.data.sources.amazon import AMAZON_CATEGORIES, AmazonFiles, amazon_category
+from dti_model.data.sources.custom import MAX_THRESHOLD, CustomFiles
+from dti_model.data.sources.movielens import load_1m, load_100k
+from dti_model.data.sources.source import RawData, Source
 from dti_model.data.split import CONTEXT, SPLIT_CODES, SplitKind, assign_split
 from dti_model.data.store import COLUMNS, PreparedData
 from dti_model.data.texts import MISSING_TITLE

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from dti_model.data import DataError, PreparedData, fetch, prepare
-from dti_model.data.source import Facts
+from dti_model.data.sources.source import Facts
 from tests.model.movielens_files import some_ratings, write_1m, write_100k, write_recbole
 
 
 @pytest.fixture(autouse=True)
 def small_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FACTS_100K", "FACTS_1M"):
-        monkeypatch.setattr(f"dti_model.data.movielens.{name}", Facts(96, 12, 8, 8))
+        monkeypatch.setattr(f"dti_model.data.sources.movielens.{name}", Facts(96, 12, 8, 8))
 
 
 def _grouplens_archive(tmp_path: Path, name: str) -> bytes:
@@ -133,7 +133,7 @@ def test_archive_without_the_files_is_refused(tmp_path: Path, monkeypatch: pytes
 def test_wrong_count_of_fetched_files_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files were once checked after the download folder was gone."""
     _serve(monkeypatch, _grouplens_archive(tmp_path, "ml-100k"))
-    monkeypatch.setattr("dti_model.data.movielens.FACTS_100K", Facts(97, 12, 8, 8))
+    monkeypatch.setattr("dti_model.data.sources.movielens.FACTS_100K", Facts(97, 12, 8, 8))
     with pytest.raises(DataError, match=r"u\.data:96: 96 interactions"):
         prepare("ml-100k", tmp_path / "out")
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from dti_model.data import AmazonFiles, CustomFiles, DataError
 from dti_model.data.index import index_rows
-from dti_model.data.movielens import load_1m, load_100k
-from dti_model.data.source import RawData
+from dti_model.data.sources.movielens import load_1m, load_100k
+from dti_model.data.sources.source import RawData
 from tests.model.log_files import (
     CUSTOM_COLUMNS,
     ITEM_COLUMNS,

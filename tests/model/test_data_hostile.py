@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from dti_model.config import TrainConfig
-from dti_model.data import AmazonFiles, CustomFiles, DataError, PreparedData, fetch, lines, prepare, rows
-from dti_model.data.custom import parsed_times
-from dti_model.data.movielens import load_1m, load_100k
-from dti_model.data.source import RawData
+from dti_model.data import AmazonFiles, CustomFiles, DataError, PreparedData, fetch, prepare
+from dti_model.data.sources import lines, rows
+from dti_model.data.sources.custom import parsed_times
+from dti_model.data.sources.movielens import load_1m, load_100k
+from dti_model.data.sources.source import RawData
 from dti_model.data.tokens import train_tokenizer
 from dti_model.files import files
 from dti_model.items import ItemError
@@ -220,7 +221,7 @@ def test_a_line_and_a_row_have_a_longest_length(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DataError, match=r"log\.csv:5: a line of more than 1,000 bytes. Shorten it, or leave"):
         custom(tmp_path, LOG + "x" * 2000).load()
     monkeypatch.undo()
-    monkeypatch.setattr("dti_model.data.tables.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("dti_model.data.sources.tables.MAX_LINE_BYTES", 100)
     found = custom(tmp_path, LOG, CATALOGUE + 'c,"' + "\n" * 200).load()
     assert found.rejected is not None
     assert found.rejected[1].first() == ["items.csv:4: a row of more than 100 characters"]

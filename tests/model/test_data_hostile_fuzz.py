@@ -18,10 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dti_model.data import AmazonFiles, CustomFiles, DataError, rows
+from dti_model.data import AmazonFiles, CustomFiles, DataError
 from dti_model.data.index import index_rows
-from dti_model.data.movielens import load_1m, load_100k
-from dti_model.data.source import RawData
+from dti_model.data.sources import rows
+from dti_model.data.sources.movielens import load_1m, load_100k
+from dti_model.data.sources.source import RawData
 from tests.model.movielens_files import some_ratings, write_1m, write_100k, write_recbole
 
 EXAMPLES = settings(

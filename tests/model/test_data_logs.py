@@ -11,9 +11,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dti_model.data import AmazonFiles, CustomFiles, DataError, PreparedData, prepare, rows
-from dti_model.data.custom import parsed_times
-from dti_model.data.tables import open_table
+from dti_model.data import AmazonFiles, CustomFiles, DataError, PreparedData, prepare
+from dti_model.data.sources import rows
+from dti_model.data.sources.custom import parsed_times
+from dti_model.data.sources.tables import open_table
 from dti_model.data.texts import Template, clean_text, shorten, template_text
 from tests.model.log_files import (
     CUSTOM_COLUMNS,

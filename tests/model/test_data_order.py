@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dti_model.data import AmazonFiles, CustomFiles, PreparedData, prepare, rows
+from dti_model.data import AmazonFiles, CustomFiles, PreparedData, prepare
+from dti_model.data.sources import rows
 from tests.model.log_files import (
     CUSTOM_COLUMNS,
     ITEM_COLUMNS,

@@ -221,7 +221,7 @@ def test_right_counts_with_other_content_are_an_error(
     assert facts is not None
     for wanted, fails in ((digest, False), ("0" * 64, True)):
         small = type(facts)(interactions=96, users=12, items_rated=8, items_listed=8, digest=wanted)
-        monkeypatch.setattr("dti_model.data.movielens.FACTS_100K", small)
+        monkeypatch.setattr("dti_model.data.sources.movielens.FACTS_100K", small)
         if fails:
             with pytest.raises(DataError, match="all counts agree, but the content is not"):
                 prepare("ml-100k", tmp_path / "out", raw)

@@ -12,7 +12,7 @@ import pytest
 
 from dti_model.baselines import baseline_metrics
 from dti_model.data import AmazonFiles, DataError, PreparedData, prepare
-from dti_model.data.movielens import load_1m, load_100k
+from dti_model.data.sources.movielens import load_1m, load_100k
 
 
 def _folder(real_data_dir: Path, name: str) -> Path:

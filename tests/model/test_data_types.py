@@ -16,7 +16,7 @@ import pytest
 
 from dti_model.cli import main
 from dti_model.data import AmazonFiles, CustomFiles, DataError, PreparedData, prepare
-from dti_model.data.source import RawData
+from dti_model.data.sources.source import RawData
 from tests.model.log_files import write_amazon
 from tests.model.movielens_files import some_ratings, write_1m
 

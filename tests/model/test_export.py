@@ -20,7 +20,7 @@ from dti_model.cli import main
 from dti_model.config import LoraSettings, ModelConfig, TrainConfig
 from dti_model.data import DataError, PreparedData
 from dti_model.data.build import prepare
-from dti_model.data.custom import CustomFiles
+from dti_model.data.sources.custom import CustomFiles
 from dti_model.export import LibraryOnlyError, export_run
 from dti_model.items import ItemError
 from dti_model.model_card import plain_differences

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from dti_model.cli import main
 from dti_model.data import CustomFiles
 from dti_model.data.errors import DataError
-from dti_model.data.item_frames import as_text
+from dti_model.data.sources.item_frames import as_text
 from dti_model.data.texts import Template, template_text
 from dti_model.items import ItemError, ItemTokens
 from dti_model.score_lines import InputFile, fields_of, request_of

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import polars as pl
 
-from dti_model.data.item_frames import ItemTexts, as_text
-from dti_model.data.rows import MAX_REJECTED, Interactions, check_max_rejected
-from dti_model.data.source import RawData, file_sha256
-from dti_model.data.tables import LINE, Table, open_table
+from dti_model.data.sources.item_frames import ItemTexts, as_text
+from dti_model.data.sources.rows import MAX_REJECTED, Interactions, check_max_rejected
+from dti_model.data.sources.source import RawData, file_sha256
+from dti_model.data.sources.tables import LINE, Table, open_table
 from dti_model.data.texts import FINISHED, MAX_CHARS, Template
 
 INTEGERS, NUMBERS, DATES = "the file's", "millionths of the file's", "microseconds"

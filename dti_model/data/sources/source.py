@@ -22,7 +22,7 @@ import numpy.typing as npt
 import polars as pl
 
 from dti_model.data.errors import DataError
-from dti_model.data.rows import Rejected
+from dti_model.data.sources.rows import Rejected
 
 INTERACTION_SCHEMA = {"user": pl.Int32, "item": pl.Int32, "timestamp": pl.Int64, "rating": pl.Float32}
 ITEM_SCHEMA = {"item": pl.String, "text": pl.String, "titled": pl.Boolean}

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from dti_model.data.source import ITEM_SCHEMA
+from dti_model.data.sources.source import ITEM_SCHEMA
 from dti_model.data.texts import Template, clean_text, shorten
 
 

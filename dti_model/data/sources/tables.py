@@ -20,7 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dti_model.data.errors import DataError, at_line
-from dti_model.data.rows import BATCH_BYTES, MAX_LINE_BYTES, Rejected, check_file, check_ratio, read_lines
+from dti_model.data.sources.rows import (
+    BATCH_BYTES,
+    MAX_LINE_BYTES,
+    Rejected,
+    check_file,
+    check_ratio,
+    read_lines,
+)
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet", ".pq")

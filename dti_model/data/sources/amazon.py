@@ -27,9 +27,9 @@ import msgspec
 import polars as pl
 
 from dti_model.data.errors import DataError
-from dti_model.data.item_frames import ItemTexts
-from dti_model.data.rows import MAX_REJECTED, Interactions, Rejected, check_max_rejected, read_lines
-from dti_model.data.source import RawData, file_sha256
+from dti_model.data.sources.item_frames import ItemTexts
+from dti_model.data.sources.rows import MAX_REJECTED, Interactions, Rejected, check_max_rejected, read_lines
+from dti_model.data.sources.source import RawData, file_sha256
 from dti_model.data.texts import MAX_CHARS, Template, clean_text
 
 AMAZON_CATEGORIES = {"amazon-cds": "CDs_and_Vinyl", "amazon-kindles": "Kindle_Store"}

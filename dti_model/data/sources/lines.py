@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 
 from dti_model.data.errors import DataError, at_line
-from dti_model.data.rows import check_line_ends, without_mark
+from dti_model.data.sources.rows import check_line_ends, without_mark
 
 MAX_BYTES = 1 << 28  # ten times the largest file of the sets that have this form
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import polars as pl
 
 from dti_model.data.errors import DataError
-from dti_model.data.lines import DelimitedFile
-from dti_model.data.rows import Interactions
-from dti_model.data.source import ITEM_SCHEMA, Facts, RawData, file_sha256
+from dti_model.data.sources.lines import DelimitedFile
+from dti_model.data.sources.rows import Interactions
+from dti_model.data.sources.source import ITEM_SCHEMA, Facts, RawData, file_sha256
 from dti_model.data.texts import movie_text
 
 THRESHOLD = 3.0  # the paper's: a rating above 3 is a click
