@@ -34,9 +34,9 @@ from benchmarks.quality_runs import (
     scores_of,
 )
 from benchmarks.quality_stats import auc_difference
-from dti_model.attention import DTIConfig
 from dti_model.data import PreparedData
 from dti_model.files import whole_file
+from dti_model.model.attention import DTIConfig
 
 METRICS = ("auc", "log_loss", "f1", "gauc")
 

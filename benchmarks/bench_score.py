@@ -26,12 +26,12 @@ from transformers import LlamaForCausalLM
 from benchmarks import score_shape
 from benchmarks.measure import interleaved_ms, parse_measuring, slowest_ms
 from benchmarks.rehearsal import DEVICE
-from dti_model.attention import DTIConfig
+from dti_model.model.attention import DTIConfig
 
 # What reads prepared data is imported where it is used: `--shape` runs where the packages that read it are missing.
 if TYPE_CHECKING:
     from dti_model.config import ModelConfig
-    from dti_model.run import Run
+    from dti_model.model.run import Run
 
 HISTORY = 20
 # Repeats by number of candidates: enough for a p99 where a call is short, and the maximum elsewhere.
@@ -43,7 +43,7 @@ BATCH = 32
 def new_run(data: Path, model: ModelConfig, dti: DTIConfig, device: str) -> Run:
     """An untrained run, on a device."""
     from dti_model.config import TrainConfig
-    from dti_model.run import Run
+    from dti_model.model.run import Run
 
     run = Run.start(TrainConfig(data=data, out=Path("unused"), window=HISTORY, model=model, dti=dti))
     run.model.to(device).eval()
@@ -125,8 +125,8 @@ def padded_scores(
 
 def measure_evaluation(run: Run, device: str, repeats: int, user_step: int) -> list[dict[str, Any]]:
     """Rows of all ways to score the test split, or a slice of it; `speedup` is over the plain loop."""
+    from dti_model.model.run import llama_config
     from dti_model.prompts import Prompts
-    from dti_model.run import llama_config
     from dti_model.scoring import score_targets
 
     assert run.config.dti.mode == "dti-minus"

@@ -22,9 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.made_up import made_up_data
 from benchmarks.measure import parse_measuring
-from dti_model.attention import DTIConfig
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
-from dti_model.run import Run
+from dti_model.model.attention import DTIConfig
+from dti_model.model.run import Run
 from dti_model.speed import StepCost
 from dti_model.throughput import measure_training, packed_epoch, timed_step
 

@@ -24,7 +24,7 @@ from benchmarks.measure import parse_measuring, percentiles_ms
 from benchmarks.rehearsal import DEVICE, REHEARSING
 from benchmarks.workloads import Workload
 from dti_kernels import StreamLayout
-from dti_model.attention import DTIConfig, apply_dti, token_logits
+from dti_model.model.attention import DTIConfig, apply_dti, token_logits
 from dti_model.speed import StepCost, peak_flops
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -25,10 +25,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.measure import parse_measuring
 from dti_kernels import StreamLayout
-from dti_model.attention import DTIConfig, Stream, apply_dti, position_ids
+from dti_model.model.attention import DTIConfig, Stream, apply_dti, position_ids
+from dti_model.model.run import MODEL_FOLDER, Run
+from dti_model.model.safe_loading import model_from
 from dti_model.prompts import Prompts
-from dti_model.run import MODEL_FOLDER, Run
-from dti_model.safe_loading import model_from
 
 LAST, ALL = (-1,), None
 # Name: ratios (alpha_min, alpha_max, alpha_own) and layers; None stands for every layer.

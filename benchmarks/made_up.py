@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dti_model.data import PreparedData
-from dti_model.safe_loading import fast_tokenizer_from
+from dti_model.model.safe_loading import fast_tokenizer_from
 
 
 def made_up_data(folder: Path) -> Path:

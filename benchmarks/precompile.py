@@ -31,7 +31,7 @@ from benchmarks.workloads import HEADS, AttentionInputs, Workload
 from dti_kernels import StreamLayout, candidate_layout, windowed_attn
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile
-from dti_model.attention import DTIConfig, apply_dti, token_logits
+from dti_model.model.attention import DTIConfig, apply_dti, token_logits
 
 # One of each row of the table.
 MEAN_SPANS = (256, 1024)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from benchmarks.quality_runs import Cell
-from dti_model.attention import DTIConfig
 from dti_model.config import ModelConfig
+from dti_model.model.attention import DTIConfig
 
 SW, SW_ALIBI, MINUS, DTI = "SW", "SW, position fix", "DTI-minus", "DTI"
 

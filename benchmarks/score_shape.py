@@ -23,8 +23,8 @@ from benchmarks.measure import interleaved_ms, slowest_ms
 from benchmarks.rehearsal import DEVICE, REHEARSING
 from benchmarks.workloads import SHORT_TOKENS
 from dti_kernels import candidate_layout
-from dti_model.attention import DTIConfig, apply_dti, token_logits
-from dti_model.past import LayerKeys, Past
+from dti_model.model.attention import DTIConfig, apply_dti, token_logits
+from dti_model.model.past import LayerKeys, Past
 
 Ids = npt.NDArray[np.int64]
 HISTORY, WINDOW = 20, 20
@@ -65,7 +65,7 @@ class ShapeScorer:
         torch.manual_seed(0)
         config = LlamaConfig(max_position_embeddings=1 << 17, use_cache=False, **MODELS[shape])
         self.dti, self.device = DTIConfig(), device
-        # As `dti_model.pretrained` loads: the weights are made in `dtype` before apply_dti, so that rotary frequencies and slopes stay
+        # As `dti_model.model.pretrained` loads: the weights are made in `dtype` before apply_dti, so that rotary frequencies and slopes stay
         # float32. Rounded to bfloat16, positions would be wrong, and the kernels others than those of training.
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)

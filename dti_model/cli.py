@@ -312,7 +312,7 @@ def _score(options: Namespace) -> None:
 
 
 def _fetch_model(options: Namespace) -> None:
-    from dti_model.fetch_model import fetch_model
+    from dti_model.model.fetch import fetch_model
 
     _quiet_transformers()
     route = fetch_model(options.name, options.out)
@@ -322,7 +322,7 @@ def _fetch_model(options: Namespace) -> None:
 
 
 def _export(options: Namespace) -> None:
-    from dti_model.export import export_run
+    from dti_model.model.export import export_run
 
     _quiet_transformers()
     made = export_run(options.run, options.out, options.library_only, options.base)

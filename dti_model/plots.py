@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from dti_kernels import StreamLayout
-from dti_model.run_folder import REPORT_MARK
+from dti_model.model.run_folder import REPORT_MARK
 
 MODEL_COLOR, LINE_COLOR, SUM_COLOR = "#1f5fa8", "#8a8a8a", "#d1602b"
 

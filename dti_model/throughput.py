@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dti_model.model.run import Run
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.run import Run
 from dti_model.trainer import model_inputs
 
 

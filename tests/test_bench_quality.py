@@ -15,8 +15,8 @@ from benchmarks.quality_stats import auc_difference, weighted_auc
 from dti_model.cli import main
 from dti_model.config import TrainConfig
 from dti_model.data import PreparedData, prepare
+from dti_model.model.run import Run
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.run import Run
 from tests.model.movielens_files import some_ratings, write_1m
 
 

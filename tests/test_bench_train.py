@@ -9,8 +9,8 @@ import pytest
 from benchmarks.bench_train import measure
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.data import prepare
+from dti_model.model.run import Run
 from dti_model.prompts import Prompts
-from dti_model.run import Run
 from tests.model.movielens_files import some_ratings, write_1m
 
 

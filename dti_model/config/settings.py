@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dti_model.attention import DTIConfig, check_reset_layers
 from dti_model.config.bounds import PROJECTIONS, check_settings, shown
 from dti_model.config.file import CONFIG_FILE, read_config, write_config
 from dti_model.config.references import located
+from dti_model.model.attention import DTIConfig, check_reset_layers
 
 __all__ = ["CONFIG_FILE", "PROJECTIONS", "LoraSettings", "ModelConfig", "OptimConfig", "TrainConfig"]
 

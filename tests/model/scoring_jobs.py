@@ -16,7 +16,7 @@ import torch
 from dti_model import score_file as module
 from dti_model.cli import main
 from dti_model.config import ModelConfig, TrainConfig
-from dti_model.run import MODEL_FOLDER, Run
+from dti_model.model.run import MODEL_FOLDER, Run
 from dti_model.score_file import FileScores, score_file
 from dti_model.scorer import Scorer
 

@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dti_model.data import DataError, PreparedData, prepare
-from dti_model.export import export_run
 from dti_model.files import DamagedFileError
-from dti_model.run import Run
+from dti_model.model.export import export_run
+from dti_model.model.run import Run
 from dti_model.scorer import Scorer
 from tests.model.movielens_files import some_ratings, write_1m
 from tests.model.test_export import RESET, run_folder

@@ -18,10 +18,10 @@ from dti_model.checkpoint import CheckpointError, check_checkpoint, last_checkpo
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.config.file import ConfigFileError
-from dti_model.export import export_run
 from dti_model.files import DamagedFileError, write_checksums, write_sealed
-from dti_model.run import Run
-from dti_model.run_folder import RunExistsError, find_checkpoint
+from dti_model.model.export import export_run
+from dti_model.model.run import Run
+from dti_model.model.run_folder import RunExistsError, find_checkpoint
 from dti_model.train import train
 from dti_model.trainer import StreamTrainer
 

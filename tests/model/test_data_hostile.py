@@ -26,7 +26,7 @@ from dti_model.data.sources.source import RawData
 from dti_model.data.tokens import train_tokenizer
 from dti_model.files import files
 from dti_model.items import ItemError
-from dti_model.run_folder import RunExistsError
+from dti_model.model.run_folder import RunExistsError
 from dti_model.score_lines import InputFile, fields_of
 from dti_model.search import search
 from dti_model.train import train

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dti_model.export import export_run
 from dti_model.files import DamagedFileError
+from dti_model.model.export import export_run
 from dti_model.scorer import Scorer
 from tests.conftest import ROOT
 from tests.model.test_export import RESET, export, run_folder

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from dti_model import fetch_model as module
 from dti_model.data.fetch import FetchError
-from dti_model.fetch_model import fetch_model
 from dti_model.files import DamagedFileError, WriteError, check_checksums
-from dti_model.pretrained import PretrainedModelError, load_plain
+from dti_model.model import fetch as module
+from dti_model.model.fetch import fetch_model
+from dti_model.model.pretrained import PretrainedModelError, load_plain
 from tests.model.pretrained_files import pretrained_folder
 
 NAME = "smollm2-135m"

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from dti_model import export as export_module
-from dti_model import fetch_model as fetch_module
-from dti_model.export import export_run
-from dti_model.fetch_model import fetch_model
 from dti_model.files import files, locks, renames, whole_file, whole_folder
 from dti_model.files.locks import locked, locked_beside
-from dti_model.pretrained import PretrainedModelError
+from dti_model.model import export as export_module
+from dti_model.model import fetch as fetch_module
+from dti_model.model.export import export_run
+from dti_model.model.fetch import fetch_model
+from dti_model.model.pretrained import PretrainedModelError
 from dti_model.score_file import CHUNK_LINES
 from dti_model.scorer import Scorer
 from tests.model.pretrained_files import pretrained_folder

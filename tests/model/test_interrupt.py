@@ -26,8 +26,8 @@ from dti_model import train as training
 from dti_model.checkpoint import OPTIMIZER_FILE, TRAINER_FILE, WEIGHTS_FILE, CheckpointError, last_checkpoint
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.files import files
+from dti_model.model.run import CHECKPOINTS_FOLDER, METRICS_FILE
 from dti_model.resumable import TERMINATED_STATUS, Terminated
-from dti_model.run import CHECKPOINTS_FOLDER, METRICS_FILE
 from dti_model.train import train
 from dti_model.trainer import StreamTrainer
 from tests.conftest import ROOT

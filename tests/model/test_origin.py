@@ -22,9 +22,9 @@ from dti_model.cli import main
 from dti_model.config import LoraSettings, ModelConfig, OptimConfig, TrainConfig
 from dti_model.config.references import PretrainedModelError, locate, located
 from dti_model.data import prepare
-from dti_model.fingerprints import OtherOriginError, base_model_fingerprint, tokenizer_fingerprint
-from dti_model.pretrained import load_tokenizer
-from dti_model.run import Run
+from dti_model.model.fingerprints import OtherOriginError, base_model_fingerprint, tokenizer_fingerprint
+from dti_model.model.pretrained import load_tokenizer
+from dti_model.model.run import Run
 from dti_model.search import search
 from dti_model.train import RunExistsError, evaluate_run, train
 from dti_model.trainer import StreamTrainer
@@ -340,7 +340,7 @@ CACHED = """
 import sys
 from pathlib import Path
 import huggingface_hub.constants as constants
-from dti_model.pretrained import PretrainedModelError, load_plain, load_tokenizer
+from dti_model.model.pretrained import PretrainedModelError, load_plain, load_tokenizer
 from dti_model.config.references import locate, located
 from tests.model.pretrained_files import pretrained_folder
 repository = Path(constants.HF_HUB_CACHE) / "models--owner--name"

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from dti_kernels import StreamLayout
-from dti_model.attention import DTIConfig, Stream, apply_dti, position_ids, token_logits
 from dti_model.config import LoraSettings, ModelConfig, OptimConfig, TrainConfig
-from dti_model.export import export_run
-from dti_model.lora import add_lora
-from dti_model.pretrained import PretrainedModelError, load_causal_lm, load_plain, load_tokenizer
+from dti_model.model.attention import DTIConfig, Stream, apply_dti, position_ids, token_logits
+from dti_model.model.export import export_run
+from dti_model.model.lora import add_lora
+from dti_model.model.pretrained import PretrainedModelError, load_causal_lm, load_plain, load_tokenizer
+from dti_model.model.run import Run
 from dti_model.prompts import PromptFormat
-from dti_model.run import Run
 from dti_model.scoring import score_targets
 from dti_model.train import evaluate_run, train
 from tests.model.pretrained_files import FAMILIES, pretrained_folder, small_tokenizer
@@ -303,7 +303,7 @@ def test_optional_libraries_that_are_missing_are_named(
     base: Path, monkeypatch, more, library, message
 ) -> None:
     monkeypatch.setattr(
-        "dti_model.pretrained.find_spec", lambda name: None if name == library else sys.modules
+        "dti_model.model.pretrained.find_spec", lambda name: None if name == library else sys.modules
     )
     settings = ModelConfig(pretrained=str(base), **more)
     with pytest.raises(PretrainedModelError, match=message):

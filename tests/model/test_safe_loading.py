@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers.integrations import hub_kernels
 
-from dti_model import pretrained
 from dti_model.config import LoraSettings
 from dti_model.config.references import Reference, locate
-from dti_model.fingerprints import base_model_fingerprint
-from dti_model.lora import add_lora, save_adapter
-from dti_model.pretrained import PretrainedModelError, load_plain, load_tokenizer
-from dti_model.run import Run
-from dti_model.safe_loading import adapter_from, config_from, model_from, tokenizer_from
+from dti_model.model import pretrained
+from dti_model.model.fingerprints import base_model_fingerprint
+from dti_model.model.lora import add_lora, save_adapter
+from dti_model.model.pretrained import PretrainedModelError, load_plain, load_tokenizer
+from dti_model.model.run import Run
+from dti_model.model.safe_loading import adapter_from, config_from, model_from, tokenizer_from
 from tests.model.pretrained_files import pretrained_folder
 
 EXAMPLES = int(os.environ.get("DTI_FUZZ_EXAMPLES", "60"))

@@ -24,7 +24,7 @@ import torch
 from dti_model.cli import main
 from dti_model.data import prepare
 from dti_model.files import DamagedFileError, LockedError, WriteError, locked
-from dti_model.run import Run
+from dti_model.model.run import Run
 from dti_model.score_file import CHUNK_LINES
 from dti_model.score_job import Job
 from dti_model.scorer import Scorer

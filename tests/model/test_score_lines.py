@@ -19,7 +19,7 @@ from dti_model import score_file as module
 from dti_model import score_lines
 from dti_model.cli import main
 from dti_model.items import ItemError
-from dti_model.run import Run
+from dti_model.model.run import Run
 from dti_model.score_file import CHUNK_LINES
 from dti_model.score_lines import InputChangedError, InputFile, fields_of, request_of, user_of
 from dti_model.scorer import Scorer

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from dti_model import search as searching
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
-from dti_model.fingerprints import OtherOriginError
+from dti_model.model.fingerprints import OtherOriginError
 from dti_model.search import cell_config, cell_name, search
 from dti_model.train import RunExistsError
 from tests.model.pretrained_files import pretrained_folder

@@ -13,12 +13,12 @@ import torch
 import yaml
 
 from dti_kernels import HiddenStateReset
-from dti_model.attention import DTIConfig, apply_dti
 from dti_model.cli import main
 from dti_model.config import LoraSettings, ModelConfig, OptimConfig, TrainConfig
 from dti_model.config.bounds import GROUPS, RULES
 from dti_model.config.strict_yaml import StrictYAMLError, check_yaml
-from dti_model.run import Run
+from dti_model.model.attention import DTIConfig, apply_dti
+from dti_model.model.run import Run
 from dti_model.search import search
 
 STRANGE: list[Any] = [None, "x", [], {}, [None], float("nan"), float("inf"), -1, 10**23, True, 0.5, b"x"]

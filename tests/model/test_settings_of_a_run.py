@@ -13,11 +13,11 @@ import yaml
 
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.config.file import ConfigFileError
-from dti_model.export import export_run
 from dti_model.files import DamagedFileError, checksums, write_checksums, write_sealed
-from dti_model.fingerprints import OtherOriginError, settings_fingerprint
-from dti_model.run import Run
-from dti_model.run_folder import RunExistsError, find_checkpoint
+from dti_model.model.export import export_run
+from dti_model.model.fingerprints import OtherOriginError, settings_fingerprint
+from dti_model.model.run import Run
+from dti_model.model.run_folder import RunExistsError, find_checkpoint
 from dti_model.train import train
 
 
@@ -193,7 +193,7 @@ def test_what_appears_in_the_model_while_it_is_trained(
         original(folder)
         (config.out / "model" / "thesis.txt").write_text("x")
 
-    monkeypatch.setattr("dti_model.run.write_checksums", meanwhile)
+    monkeypatch.setattr("dti_model.model.run.write_checksums", meanwhile)
     with pytest.raises(RunExistsError, match=r"thesis\.txt is no file of a run's model"):
         run.save_model(config.out / "model")
     assert (config.out / "model" / "thesis.txt").read_text() == "x"

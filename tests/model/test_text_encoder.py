@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from dti_model.data import CustomFiles, PreparedData, prepare
 from dti_model.data.text_encoder import TextEncoder
 from dti_model.data.tokens import BOS, SUM, label_tokens, save_tokenizer, train_tokenizer
-from dti_model.pretrained import load_tokenizer
+from dti_model.model.pretrained import load_tokenizer
 from dti_model.prompts import PromptFormat
 from tests.model.pretrained_files import small_tokenizer
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dti_model.attention import DTIConfig, token_logits
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.data import DataError, PreparedData, prepare
+from dti_model.model.attention import DTIConfig, token_logits
+from dti_model.model.run import METRICS_FILE, Run
 from dti_model.prompts import Prompts
-from dti_model.run import METRICS_FILE, Run
 from dti_model.train import (
     RunExistsError,
     _arguments,

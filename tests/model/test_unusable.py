@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dti_model.cli import main
 from dti_model.config.references import PretrainedModelError, locate
 from dti_model.files import read_sealed
-from dti_model.fingerprints import base_model_fingerprint
-from dti_model.pretrained import load_plain
-from dti_model.run import _check_memory
+from dti_model.model.fingerprints import base_model_fingerprint
+from dti_model.model.pretrained import load_plain
+from dti_model.model.run import _check_memory
 from tests.model.pretrained_files import pretrained_folder
 
 

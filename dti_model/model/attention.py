@@ -32,7 +32,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes, windowed_attn
 from dti_model.config.bounds import MODES as MODES
 from dti_model.config.bounds import check_settings
-from dti_model.past import LayerKeys, Past
+from dti_model.model.past import LayerKeys, Past
 
 ATTENTION_NAME = "dti"
 # Decoder layers of this shape (norm, attention, residual, norm, MLP, residual) with Llama's projections, perhaps q/k norms.

@@ -22,9 +22,9 @@ from dti_model.data.text_encoder import TextEncoder
 from dti_model.files import CHECKSUMS_FILE, whole_folder, write_checksums
 from dti_model.files.locks import locked_beside
 from dti_model.files.places import check_new_folder
-from dti_model.fingerprints import PROVENANCE_FILE
-from dti_model.lora import merge
-from dti_model.model_card import (
+from dti_model.model.fingerprints import PROVENANCE_FILE
+from dti_model.model.lora import merge
+from dti_model.model.model_card import (
     CARD_FILE,
     DESCRIPTION_FILE,
     Description,
@@ -32,10 +32,10 @@ from dti_model.model_card import (
     without_token_window,
     write_card,
 )
-from dti_model.pretrained import load_causal_lm
+from dti_model.model.pretrained import load_causal_lm
+from dti_model.model.run import MODEL_FOLDER, check_model, loading, model_settings_of
+from dti_model.model.safe_loading import adapter_from, config_from, fast_tokenizer_from
 from dti_model.prompts import PromptFormat
-from dti_model.run import MODEL_FOLDER, check_model, loading, model_settings_of
-from dti_model.safe_loading import adapter_from, config_from, fast_tokenizer_from
 
 _OF_THE_RUN = (DESCRIPTION_FILE, CARD_FILE, CHECKSUMS_FILE, PROVENANCE_FILE)  # the export has its own
 

@@ -38,7 +38,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dti_model.attention import apply_dti
 from dti_model.config import CONFIG_FILE, ModelConfig, TrainConfig
 from dti_model.config.file import is_sealed
 from dti_model.config.references import HUB, PretrainedModelError, locate
@@ -54,19 +53,20 @@ from dti_model.files import (
     write_checksums,
     write_json,
 )
-from dti_model.fingerprints import (
+from dti_model.metrics import click_metrics
+from dti_model.model.attention import apply_dti
+from dti_model.model.fingerprints import (
     PROVENANCE_FILE,
     OtherOriginError,
     Provenance,
     base_model_fingerprint,
 )
-from dti_model.lora import add_lora, save_adapter
-from dti_model.metrics import click_metrics
-from dti_model.model_card import CARD_FILE, Description, plain_differences, token_window, write_card
-from dti_model.pretrained import load_causal_lm, load_tokenizer
+from dti_model.model.lora import add_lora, save_adapter
+from dti_model.model.model_card import CARD_FILE, Description, plain_differences, token_window, write_card
+from dti_model.model.pretrained import load_causal_lm, load_tokenizer
+from dti_model.model.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, MODEL_FOLDER, check_model_is_ours
+from dti_model.model.safe_loading import adapter_from, fast_tokenizer_from, model_from
 from dti_model.prompts import PromptBuilder, PromptFormat
-from dti_model.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, MODEL_FOLDER, check_model_is_ours
-from dti_model.safe_loading import adapter_from, fast_tokenizer_from, model_from
 from dti_model.scoring import score_targets
 
 __all__ = [

@@ -30,7 +30,7 @@ from dti_model.config import CONFIG_FILE, TrainConfig
 from dti_model.config.file import is_ours
 from dti_model.files import CHECKSUMS_FILE, is_passing, locked, opened, read_checksums
 from dti_model.files.places import why_owned
-from dti_model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance
+from dti_model.model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance
 from dti_model.ranks import first_rank_does
 
 CARD_FILE = "README.md"

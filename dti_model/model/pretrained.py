@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from dti_model.config import ModelConfig
 from dti_model.config.references import PretrainedModelError, Reference, locate
 from dti_model.data.tokens import SUM
-from dti_model.safe_loading import config_from, gguf_model_from, model_from, model_of, tokenizer_from
+from dti_model.model.safe_loading import config_from, gguf_model_from, model_from, model_of, tokenizer_from
 
 __all__ = ["PretrainedModelError", "load_causal_lm", "load_plain", "load_tokenizer"]
 
