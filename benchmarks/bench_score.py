@@ -125,9 +125,9 @@ def padded_scores(
 
 def measure_evaluation(run: Run, device: str, repeats: int, user_step: int) -> list[dict[str, Any]]:
     """Rows of all ways to score the test split, or a slice of it; `speedup` is over the plain loop."""
+    from dti_model.evaluation.scoring import score_targets
     from dti_model.model.run import llama_config
     from dti_model.prompts import Prompts
-    from dti_model.scoring import score_targets
 
     assert run.config.dti.mode == "dti-minus"
     plain = LlamaForCausalLM(llama_config(run.config.model, run.tokenizer))

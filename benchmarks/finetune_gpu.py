@@ -28,14 +28,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from benchmarks.bench_training import STREAMING
 from benchmarks.measure import RowFiles, parse_measuring, read_rows
 from benchmarks.rehearsal import DEVICE, REHEARSING
-from dti_model.baselines import item_user_auc
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.evaluation.baselines import item_user_auc
+from dti_model.evaluation.metrics import click_metrics
+from dti_model.evaluation.scoring import score_targets
 from dti_model.launch import let_settings_rule
-from dti_model.metrics import click_metrics
 from dti_model.model.attention import DTIConfig
 from dti_model.model.run import Run, eval_targets
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.scoring import score_targets
 from dti_model.trainer import RunLog, StreamTrainer
 
 INSTRUCTION = "Films that one user rated, and whether the user liked each of them:\n"

@@ -27,13 +27,13 @@ from dti_model.data.arrow_file import write_table
 from dti_model.data.folder import STATS_FILE, write_stats
 from dti_model.data.split import CONTEXT, SPLIT_CODES
 from dti_model.data.store import COLUMNS
+from dti_model.evaluation.metrics import click_metrics
+from dti_model.evaluation.scoring import score_targets
 from dti_model.files import whole_folder
-from dti_model.metrics import click_metrics
 from dti_model.model.attention import DTIConfig, apply_dti
 from dti_model.model.run import MODEL_FOLDER, Run, write_json
 from dti_model.model.safe_loading import model_from
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.scoring import score_targets
 from dti_model.train import _arguments, _trainer
 
 CELL_FILE = "cell.json"

@@ -27,9 +27,9 @@ from benchmarks.measure import RESULTS, median_and_p99, provenance, read_rows
 from benchmarks.report_plots import attention_over_rows, auc_over_k, last_run, leak_by_layers, time_over_k
 from benchmarks.report_quality import LEAK, leak, quality, quality_rows
 from dti_kernels import StreamLayout
+from dti_model.evaluation.plots import plot_mask
+from dti_model.evaluation.report import metrics_table, sentence_about_baselines
 from dti_model.files import whole_file, write_json
-from dti_model.plots import plot_mask
-from dti_model.report import metrics_table, sentence_about_baselines
 
 README = Path(__file__).parents[1] / "README.md"
 QUICKSTART = RESULTS / "quickstart.json"

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dti_model.baselines import baseline_metrics
 from dti_model.config import CONFIG_FILE
+from dti_model.evaluation.baselines import baseline_metrics
+from dti_model.evaluation.plots import plot_report
+from dti_model.evaluation.report import metrics_table, sentence_about_baselines
 from dti_model.files import CHECKSUMS_FILE, sha256_of, whole_file, without_nan, write_sealed
 from dti_model.model.run import Run
 from dti_model.model.run_folder import METRICS_FILE, REPORT_FILE, check_results_are_ours
-from dti_model.plots import plot_report
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import world_size
-from dti_model.report import metrics_table, sentence_about_baselines
 from dti_model.throughput import measure_training
 from dti_model.trainer import StreamTrainer
 

@@ -11,14 +11,15 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dti_model.baselines import baseline_metrics, item_user_auc
 from dti_model.config import OptimConfig, TrainConfig
 from dti_model.curves import curves
 from dti_model.data import DataError, PreparedData
 from dti_model.devices import device_of_rank
+from dti_model.evaluation.baselines import baseline_metrics, item_user_auc
+from dti_model.evaluation.metrics import click_metrics
+from dti_model.evaluation.scoring import score_targets
 from dti_model.files import without_nan
 from dti_model.launch import let_settings_rule
-from dti_model.metrics import click_metrics
 from dti_model.model.run import MODEL_FOLDER, Run, eval_targets
 from dti_model.model.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -32,7 +33,6 @@ from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import first_rank_does, rank, world_size
 from dti_model.results import write_results
 from dti_model.resumable import SaveInTime
-from dti_model.scoring import score_targets
 from dti_model.trainer import RunLog, StreamTrainer
 
 __all__ = ["RunExistsError", "evaluate_run", "train"]

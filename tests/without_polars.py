@@ -77,10 +77,10 @@ def train_and_score(data: Path, out: Path) -> None:
     """A run of two steps, and its scores by `score_targets`, by `Scorer` and of a file of requests."""
     from dti_model.config import ModelConfig, OptimConfig, TrainConfig
     from dti_model.data.texts import Template, template_text
+    from dti_model.evaluation.scoring import score_targets
     from dti_model.model.run import Run
     from dti_model.score_file import score_file
     from dti_model.scorer import Scorer
-    from dti_model.scoring import score_targets
     from dti_model.search import cell_config
     from dti_model.train import train
 

@@ -45,6 +45,8 @@ from dti_model.data import PreparedData
 from dti_model.data.split import SPLIT_CODES
 from dti_model.data.text_encoder import TextEncoder
 from dti_model.devices import device_named
+from dti_model.evaluation.metrics import click_metrics
+from dti_model.evaluation.scoring import score_targets
 from dti_model.files import (
     DamagedFileError,
     check_checksums,
@@ -53,7 +55,6 @@ from dti_model.files import (
     write_checksums,
     write_json,
 )
-from dti_model.metrics import click_metrics
 from dti_model.model.attention import apply_dti
 from dti_model.model.fingerprints import (
     PROVENANCE_FILE,
@@ -67,7 +68,6 @@ from dti_model.model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.model.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, MODEL_FOLDER, check_model_is_ours
 from dti_model.model.safe_loading import adapter_from, fast_tokenizer_from, model_from
 from dti_model.prompts import PromptBuilder, PromptFormat
-from dti_model.scoring import score_targets
 
 __all__ = [
     "CHECKPOINTS_FOLDER",

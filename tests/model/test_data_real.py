@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dti_model.baselines import baseline_metrics
 from dti_model.data import AmazonFiles, DataError, PreparedData, prepare
 from dti_model.data.sources.movielens import load_1m, load_100k
+from dti_model.evaluation.baselines import baseline_metrics
 
 
 def _folder(real_data_dir: Path, name: str) -> Path:

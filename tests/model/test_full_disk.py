@@ -20,7 +20,7 @@ from dti_model.curves import Curves
 
 pytestmark = pytest.mark.slow
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dti_model.train", "dti_model.cli", "dti_model.report"])
+PROCESSES.set_forkserver_preload(["dti_model.train", "dti_model.cli", "dti_model.evaluation.report"])
 
 
 def command(data: Path, out: Path) -> list[str]:

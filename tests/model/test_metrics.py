@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import f1_score, log_loss, roc_auc_score
 
 from dti_model.data import DataError
-from dti_model.metrics import click_metrics, grouped_auc
+from dti_model.evaluation.metrics import click_metrics, grouped_auc
 
 
 def _gauc_by_loop(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> tuple[float, float]:

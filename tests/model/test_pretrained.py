@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from dti_kernels import StreamLayout
 from dti_model.config import LoraSettings, ModelConfig, OptimConfig, TrainConfig
+from dti_model.evaluation.scoring import score_targets
 from dti_model.model.attention import DTIConfig, Stream, apply_dti, position_ids, token_logits
 from dti_model.model.export import export_run
 from dti_model.model.lora import add_lora
 from dti_model.model.pretrained import PretrainedModelError, load_causal_lm, load_plain, load_tokenizer
 from dti_model.model.run import Run
 from dti_model.prompts import PromptFormat
-from dti_model.scoring import score_targets
 from dti_model.train import evaluate_run, train
 from tests.model.pretrained_files import FAMILIES, pretrained_folder, small_tokenizer
 

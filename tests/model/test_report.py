@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dti_model.cli import main
-from dti_model.report import metrics_table, sentence_about_baselines
+from dti_model.evaluation.report import metrics_table, sentence_about_baselines
 
 LINES = {
     "item_mean": {"auc": 0.7054, "log_loss": 0.6215, "gauc": 0.7047, "f1": 0.7219, "mean_prediction": 0.5682},

@@ -27,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 
 from dti_model.data import DataError, PreparedData
-from dti_model.metrics import click_metrics
+from dti_model.evaluation.metrics import click_metrics
 
 ITEM_PRIOR, USER_PRIOR = 20.0, 5.0
 # Ends where the published line was found. ML-100K per user would take C = 1: AUC .7933, log loss .5513 for .7884, .5581.
