@@ -25,8 +25,8 @@ from benchmarks.measure import parse_measuring
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.model.attention import DTIConfig
 from dti_model.model.run import Run
-from dti_model.speed import StepCost
-from dti_model.throughput import measure_training, packed_epoch, timed_step
+from dti_model.training.compare import measure_training, packed_epoch, timed_step
+from dti_model.training.flops import StepCost
 
 
 def measure(config: TrainConfig, ks: list[int | None], num_steps: int) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def profiled_step(run: Run, k: int | None) -> tuple[float, float]:
 
 
 def flops_per_target(run: Run, k: int | None, num_batches: int = 8) -> float:
-    """Forward and backward, counted over the first batches of an epoch (`dti_model.speed`)."""
+    """Forward and backward, counted over the first batches of an epoch (`dti_model.training.flops`)."""
     cost, dataset = StepCost.of(run.model), packed_epoch(run, k)
     batches = [dataset[i] for i in range(min(num_batches, len(dataset)))]
     return sum(cost.flops(batch.layout) for batch in batches) / sum(batch.layout.num_sum for batch in batches)

@@ -4,7 +4,7 @@
 
 Both kinds get the same model, the same packed batches of about as many tokens, the same attention and the same optimizer; steps
 are interleaved. `llama8b-slice` is Llama-3.1-8B's shape with two layers, `smollm` all of SmolLM2-135M's, in bfloat16. Beside the ratio of
-targets/s stands that of FLOPs per target, counted as the training's own MFU is (`dti_model/speed.py`).
+targets/s stands that of FLOPs per target, counted as the training's own MFU is (`dti_model/training/flops.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.rehearsal import DEVICE, REHEARSING
 from benchmarks.workloads import Workload
 from dti_kernels import StreamLayout
 from dti_model.model.attention import DTIConfig, apply_dti, token_logits
-from dti_model.speed import StepCost, peak_flops
+from dti_model.training.flops import StepCost, peak_flops
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama8b-slice": {

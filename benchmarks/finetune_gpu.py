@@ -36,7 +36,7 @@ from dti_model.launch import let_settings_rule
 from dti_model.model.attention import DTIConfig
 from dti_model.model.run import Run, eval_targets
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.trainer import RunLog, StreamTrainer
+from dti_model.training.trainer import RunLog, StreamTrainer
 
 INSTRUCTION = "Films that one user rated, and whether the user liked each of them:\n"
 # Targets of a prompt in validation and test; and how many test targets get a prompt of their own, whose rows are some ten times as many.

@@ -34,7 +34,7 @@ from dti_model.model.attention import DTIConfig, apply_dti
 from dti_model.model.run import MODEL_FOLDER, Run, write_json
 from dti_model.model.safe_loading import model_from
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.train import _arguments, _trainer
+from dti_model.training.train import _arguments, _trainer
 
 CELL_FILE = "cell.json"
 SCORING_BUDGET = 8192

@@ -269,7 +269,7 @@ def _quiet_transformers() -> None:
 
 def _train(options: Namespace) -> None:
     from dti_model.config import TrainConfig
-    from dti_model.train import train
+    from dti_model.training.train import train
 
     _quiet_transformers()
     settings = dict(vars(options))
@@ -279,7 +279,7 @@ def _train(options: Namespace) -> None:
 
 def _search(options: Namespace) -> None:
     from dti_model.config import TrainConfig
-    from dti_model.search import search
+    from dti_model.training.search import search
 
     _quiet_transformers()
     settings = dict(vars(options))

@@ -57,7 +57,7 @@ def run_evaluate(options: Namespace) -> None:
     from dti_model.devices import device_of_rank
     from dti_model.evaluation.report import metrics_table, sentence_about_baselines
     from dti_model.ranks import first_rank_does, rank
-    from dti_model.train import evaluate_run
+    from dti_model.training.train import evaluate_run
 
     if not RULES["k"].accepts(options.k):
         raise ValueError(must_be("k", shown(options.k)))

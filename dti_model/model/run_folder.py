@@ -16,7 +16,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dti_model.checkpoint import (
+from dti_model.config import CONFIG_FILE, TrainConfig
+from dti_model.config.file import is_ours
+from dti_model.files import CHECKSUMS_FILE, is_passing, locked, opened, read_checksums
+from dti_model.files.places import why_owned
+from dti_model.model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance
+from dti_model.ranks import first_rank_does
+from dti_model.training.checkpoint import (
     RUN_FILE,
     TRAINER_FILE,
     CheckpointError,
@@ -26,12 +32,6 @@ from dti_model.checkpoint import (
     last_checkpoint,
     read_document,
 )
-from dti_model.config import CONFIG_FILE, TrainConfig
-from dti_model.config.file import is_ours
-from dti_model.files import CHECKSUMS_FILE, is_passing, locked, opened, read_checksums
-from dti_model.files.places import why_owned
-from dti_model.model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance
-from dti_model.ranks import first_rank_does
 
 CARD_FILE = "README.md"
 CHECKPOINTS_FOLDER, METRICS_FILE, LOCK_FILE = "checkpoints", "metrics.json", ".lock"

@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 
-from dti_model.checkpoint import CheckpointError, check_checkpoint, last_checkpoint
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.config.file import ConfigFileError
@@ -22,8 +21,9 @@ from dti_model.files import DamagedFileError, write_checksums, write_sealed
 from dti_model.model.export import export_run
 from dti_model.model.run import Run
 from dti_model.model.run_folder import RunExistsError, find_checkpoint
-from dti_model.train import train
-from dti_model.trainer import StreamTrainer
+from dti_model.training.checkpoint import CheckpointError, check_checkpoint, last_checkpoint
+from dti_model.training.train import train
+from dti_model.training.trainer import StreamTrainer
 
 FLIPS_PER_FILE = 25
 

@@ -28,8 +28,8 @@ from dti_model.files import files
 from dti_model.items import ItemError
 from dti_model.model.run_folder import RunExistsError
 from dti_model.score_lines import InputFile, fields_of
-from dti_model.search import search
-from dti_model.train import train
+from dti_model.training.search import search
+from dti_model.training.train import train
 from tests.model.log_files import (
     CUSTOM_COLUMNS,
     ITEM_COLUMNS,

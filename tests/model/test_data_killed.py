@@ -29,7 +29,7 @@ from tests.model.movielens_files import some_ratings, write_1m
 
 # A server imports once; every process that is killed starts from it.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dti_model.train", "dti_model.cli"])
+PROCESSES.set_forkserver_preload(["dti_model.training.train", "dti_model.cli"])
 
 
 @pytest.fixture

@@ -21,21 +21,27 @@ import polars as pl
 import pytest
 import torch
 
-from dti_model import checkpoint
-from dti_model import train as training
-from dti_model.checkpoint import OPTIMIZER_FILE, TRAINER_FILE, WEIGHTS_FILE, CheckpointError, last_checkpoint
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.files import files
 from dti_model.model.run import CHECKPOINTS_FOLDER, METRICS_FILE
-from dti_model.resumable import TERMINATED_STATUS, Terminated
-from dti_model.train import train
-from dti_model.trainer import StreamTrainer
+from dti_model.training import checkpoint
+from dti_model.training import train as training
+from dti_model.training.checkpoint import (
+    OPTIMIZER_FILE,
+    TRAINER_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    last_checkpoint,
+)
+from dti_model.training.resumable import TERMINATED_STATUS, Terminated
+from dti_model.training.train import train
+from dti_model.training.trainer import StreamTrainer
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 # A server imports once; every process that is killed starts from it.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dti_model.train"])
+PROCESSES.set_forkserver_preload(["dti_model.training.train"])
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.devices import device_of_rank
 from dti_model.launch import num_processes
 from dti_model.ranks import join_ranks
-from dti_model.train import _arguments
+from dti_model.training.train import _arguments
 
 
 @pytest.fixture

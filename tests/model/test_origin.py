@@ -25,9 +25,9 @@ from dti_model.data import prepare
 from dti_model.model.fingerprints import OtherOriginError, base_model_fingerprint, tokenizer_fingerprint
 from dti_model.model.pretrained import load_tokenizer
 from dti_model.model.run import Run
-from dti_model.search import search
-from dti_model.train import RunExistsError, evaluate_run, train
-from dti_model.trainer import StreamTrainer
+from dti_model.training.search import search
+from dti_model.training.train import RunExistsError, evaluate_run, train
+from dti_model.training.trainer import StreamTrainer
 from tests.conftest import ROOT
 from tests.model.movielens_files import some_ratings, write_1m
 from tests.model.pretrained_files import FAMILIES, pretrained_folder

@@ -25,7 +25,7 @@ from dti_model.model.lora import add_lora
 from dti_model.model.pretrained import PretrainedModelError, load_causal_lm, load_plain, load_tokenizer
 from dti_model.model.run import Run
 from dti_model.prompts import PromptFormat
-from dti_model.train import evaluate_run, train
+from dti_model.training.train import evaluate_run, train
 from tests.model.pretrained_files import FAMILIES, pretrained_folder, small_tokenizer
 
 FLOAT32 = torch.finfo(torch.float32).eps

@@ -25,7 +25,7 @@ from dti_model.files import locked
 from dti_model.model.run import Run
 from dti_model.model.run_folder import LOCK_FILE
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.train import evaluate_run, train
+from dti_model.training.train import evaluate_run, train
 from tests.conftest import ROOT
 from tests.model.pretrained_files import pretrained_folder
 from tests.model.two_ranks import STOP_AT

@@ -18,7 +18,6 @@ from typing import Any
 import polars as pl
 import pytest
 
-from dti_model.checkpoint import CheckpointError
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.files import LockedError, locked, write_checksums
@@ -26,9 +25,10 @@ from dti_model.files.places import why_owned
 from dti_model.model import run as run_module
 from dti_model.model.export import export_run
 from dti_model.model.run_folder import LOCK_FILE, RunExistsError
-from dti_model.search import search
-from dti_model.train import train
-from dti_model.trainer import StreamTrainer
+from dti_model.training.checkpoint import CheckpointError
+from dti_model.training.search import search
+from dti_model.training.train import train
+from dti_model.training.trainer import StreamTrainer
 from tests.conftest import ROOT
 from tests.model.test_damage import unsealed
 
@@ -256,7 +256,9 @@ def test_what_comes_into_a_run_that_is_trained_stays(
     with (
         monkeypatch.context() as patch
     ):  # killed between its results and its end: they are known for the run's
-        patch.setattr("dti_model.results._write_checksums", lambda *_: (_ for _ in ()).throw(Interrupted))
+        patch.setattr(
+            "dti_model.training.results._write_checksums", lambda *_: (_ for _ in ()).throw(Interrupted)
+        )
         with pytest.raises(Interrupted):
             train(config)
     assert (config.out / "report.png").exists()

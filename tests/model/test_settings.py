@@ -19,7 +19,7 @@ from dti_model.config.bounds import GROUPS, RULES
 from dti_model.config.strict_yaml import StrictYAMLError, check_yaml
 from dti_model.model.attention import DTIConfig, apply_dti
 from dti_model.model.run import Run
-from dti_model.search import search
+from dti_model.training.search import search
 
 STRANGE: list[Any] = [None, "x", [], {}, [None], float("nan"), float("inf"), -1, 10**23, True, 0.5, b"x"]
 CLASSES = {"": TrainConfig, "dti.": DTIConfig, "model.": ModelConfig, "model.lora.": LoraSettings, "optim.": OptimConfig}  # fmt: skip

@@ -18,7 +18,7 @@ from dti_model.model.export import export_run
 from dti_model.model.fingerprints import OtherOriginError, settings_fingerprint
 from dti_model.model.run import Run
 from dti_model.model.run_folder import RunExistsError, find_checkpoint
-from dti_model.train import train
+from dti_model.training.train import train
 
 
 @pytest.fixture(scope="module")

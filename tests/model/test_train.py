@@ -16,7 +16,7 @@ from dti_model.data import DataError, PreparedData, prepare
 from dti_model.model.attention import DTIConfig, token_logits
 from dti_model.model.run import METRICS_FILE, Run
 from dti_model.prompts import Prompts
-from dti_model.train import (
+from dti_model.training.train import (
     RunExistsError,
     _arguments,
     _checkpointing_option,
@@ -24,7 +24,7 @@ from dti_model.train import (
     evaluate_run,
     train,
 )
-from dti_model.trainer import NonFiniteLossError, StreamTrainer
+from dti_model.training.trainer import NonFiniteLossError, StreamTrainer
 from tests.model.movielens_files import some_ratings, write_1m
 from tests.model.pretrained_files import pretrained_folder
 

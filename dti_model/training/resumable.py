@@ -16,7 +16,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from dti_model.checkpoint import (
+from dti_model.ranks import first_rank_does, gather_from_ranks, rank, world_size
+from dti_model.training.checkpoint import (
     CHECKPOINT_VERSION,
     OPTIMIZER_FILE,
     RUN_FILE,
@@ -38,7 +39,6 @@ from dti_model.checkpoint import (
     whole_weights,
     write_checkpoint,
 )
-from dti_model.ranks import first_rank_does, gather_from_ranks, rank, world_size
 
 # EX_TEMPFAIL of sysexits.h: give the same command again. A process that SIGTERM itself has ended shows another status.
 TERMINATED_STATUS = 75

@@ -20,8 +20,8 @@ from dti_model.model.run import Run
 from dti_model.model.run_folder import METRICS_FILE, REPORT_FILE, check_results_are_ours
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import world_size
-from dti_model.throughput import measure_training
-from dti_model.trainer import StreamTrainer
+from dti_model.training.compare import measure_training
+from dti_model.training.trainer import StreamTrainer
 
 
 def write_results(

@@ -16,7 +16,7 @@ import torch
 
 from dti_model.model.run import Run
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.trainer import model_inputs
+from dti_model.training.trainer import model_inputs
 
 
 @dataclass(frozen=True)

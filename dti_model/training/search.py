@@ -40,7 +40,7 @@ from dti_model.model.run_folder import (
     check_is_ours,
 )
 from dti_model.ranks import first_rank_does, join_ranks, rank
-from dti_model.train import train
+from dti_model.training.train import train
 
 MARKER_FILE, TABLE_FILE, CSV_FILE = "search-folder.json", "search.json", "search.csv"
 MARKER = {"made by": "dti search"}

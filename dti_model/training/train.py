@@ -12,7 +12,6 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dti_model.config import OptimConfig, TrainConfig
-from dti_model.curves import curves
 from dti_model.data import DataError, PreparedData
 from dti_model.devices import device_of_rank
 from dti_model.evaluation.baselines import baseline_metrics, item_user_auc
@@ -31,9 +30,10 @@ from dti_model.model.run_folder import (
 from dti_model.output import unbreakable_output
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import first_rank_does, rank, world_size
-from dti_model.results import write_results
-from dti_model.resumable import SaveInTime
-from dti_model.trainer import RunLog, StreamTrainer
+from dti_model.training.curves import curves
+from dti_model.training.results import write_results
+from dti_model.training.resumable import SaveInTime
+from dti_model.training.trainer import RunLog, StreamTrainer
 
 __all__ = ["RunExistsError", "evaluate_run", "train"]
 

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from dti_model.model.attention import DTIConfig, Stream, position_ids
 from dti_model.prompts import PackedPrompts, StreamBatch
 from dti_model.ranks import world_size
-from dti_model.resumable import ResumableTrainer
-from dti_model.speed import Speed, StepCost, peak_flops
+from dti_model.training.flops import Speed, StepCost, peak_flops
+from dti_model.training.resumable import ResumableTrainer
 
 
 class NonFiniteLossError(RuntimeError):
