@@ -294,8 +294,8 @@ def _evaluate(options: Namespace) -> None:
 
 
 def _score(options: Namespace) -> None:
-    from dti_model.score_file import score_file
     from dti_model.scorer import Scorer
+    from dti_model.scorer.file import score_file
 
     _quiet_transformers()
     scorer = Scorer.from_run(

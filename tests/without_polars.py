@@ -79,8 +79,8 @@ def train_and_score(data: Path, out: Path) -> None:
     from dti_model.data.texts import Template, template_text
     from dti_model.evaluation.scoring import score_targets
     from dti_model.model.run import Run
-    from dti_model.score_file import score_file
     from dti_model.scorer import Scorer
+    from dti_model.scorer.file import score_file
     from dti_model.training.search import cell_config
     from dti_model.training.train import train
 

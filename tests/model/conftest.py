@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dti_model.data import PreparedData, prepare
-from dti_model.score_file import CHUNK_LINES
 from dti_model.scorer import Scorer
+from dti_model.scorer.file import CHUNK_LINES
 from tests.model.movielens_files import some_ratings, write_1m
 from tests.model.scoring_jobs import requests, score, untrained_run, write_jsonl
 

@@ -13,16 +13,16 @@ import polars as pl
 import pytest
 import torch
 
-from dti_model import score_file as module
 from dti_model.cli import main
 from dti_model.config import ModelConfig, TrainConfig
 from dti_model.model.run import MODEL_FOLDER, Run
-from dti_model.score_file import FileScores, score_file
 from dti_model.scorer import Scorer
+from dti_model.scorer import file as module
+from dti_model.scorer.file import FileScores, score_file
 
 # A server imports once; every process starts from it.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dti_model.score_file"])
+PROCESSES.set_forkserver_preload(["dti_model.scorer.file"])
 ITEMS = ["1", "2", "9", "10", "11", "100", "101"]
 
 

@@ -25,9 +25,9 @@ from dti_model.data.sources.movielens import load_1m, load_100k
 from dti_model.data.sources.source import RawData
 from dti_model.data.tokens import train_tokenizer
 from dti_model.files import files
-from dti_model.items import ItemError
 from dti_model.model.run_folder import RunExistsError
-from dti_model.score_lines import InputFile, fields_of
+from dti_model.scorer.items import ItemError
+from dti_model.scorer.lines import InputFile, fields_of
 from dti_model.training.search import search
 from dti_model.training.train import train
 from tests.model.log_files import (
@@ -353,7 +353,7 @@ def test_files_read_as_a_whole_have_a_longest_length(
 
 def test_a_long_line_of_requests_is_one_bad_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was read as a whole, however long."""
-    monkeypatch.setattr("dti_model.score_lines.MAX_LINE_BYTES", 50)
+    monkeypatch.setattr("dti_model.scorer.lines.MAX_LINE_BYTES", 50)
     for length in (51, 100, 101, 102, 153, 1000):
         (tmp_path / "in.jsonl").write_bytes(b'{"user": "1"}\n' + b" " * length + b'\n{"user": "2"}\n')
         with InputFile(tmp_path / "in.jsonl") as opened:

@@ -15,8 +15,8 @@ from dti_model.model import fetch as fetch_module
 from dti_model.model.export import export_run
 from dti_model.model.fetch import fetch_model
 from dti_model.model.pretrained import PretrainedModelError
-from dti_model.score_file import CHUNK_LINES
 from dti_model.scorer import Scorer
+from dti_model.scorer.file import CHUNK_LINES
 from tests.model.pretrained_files import pretrained_folder
 from tests.model.scoring_jobs import broken_off, meanwhile, score
 

@@ -21,9 +21,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dti_model.items import CHARS_PER_TOKEN, ItemError
-from dti_model.score_lines import InputFile
 from dti_model.scorer import Scorer
+from dti_model.scorer.items import CHARS_PER_TOKEN, ItemError
+from dti_model.scorer.lines import InputFile
 from tests.model.scoring_jobs import score
 
 GOOD = b'{"user": "5", "candidates": ["1"]}'

@@ -25,9 +25,9 @@ from dti_model.data import CustomFiles
 from dti_model.data.errors import DataError
 from dti_model.data.sources.item_frames import as_text
 from dti_model.data.texts import Template, template_text
-from dti_model.items import ItemError, ItemTokens
-from dti_model.score_lines import InputFile, fields_of, request_of
 from dti_model.scorer import Scorer
+from dti_model.scorer.items import ItemError, ItemTokens
+from dti_model.scorer.lines import InputFile, fields_of, request_of
 
 NOON = datetime.datetime(2020, 7, 1, 12, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin"))
 COLUMNS: dict[str, list[Any]] = {

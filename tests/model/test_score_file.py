@@ -15,9 +15,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dti_model import score_file
 from dti_model.cli import main
 from dti_model.scorer import Scorer
+from dti_model.scorer import file as score_file
 from tests.conftest import ROOT
 from tests.model.scoring_jobs import requests, write_jsonl
 

@@ -25,9 +25,9 @@ from dti_model.cli import main
 from dti_model.data import prepare
 from dti_model.files import DamagedFileError, LockedError, WriteError, locked
 from dti_model.model.run import Run
-from dti_model.score_file import CHUNK_LINES
-from dti_model.score_job import Job
 from dti_model.scorer import Scorer
+from dti_model.scorer.file import CHUNK_LINES
+from dti_model.scorer.job import Job
 from tests.model.movielens_files import some_ratings, write_1m
 from tests.model.scoring_jobs import (
     Stop,

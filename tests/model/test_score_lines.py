@@ -15,14 +15,14 @@ import polars as pl
 import pytest
 import torch
 
-from dti_model import score_file as module
-from dti_model import score_lines
 from dti_model.cli import main
-from dti_model.items import ItemError
 from dti_model.model.run import Run
-from dti_model.score_file import CHUNK_LINES
-from dti_model.score_lines import InputChangedError, InputFile, fields_of, request_of, user_of
 from dti_model.scorer import Scorer
+from dti_model.scorer import file as module
+from dti_model.scorer import lines as score_lines
+from dti_model.scorer.file import CHUNK_LINES
+from dti_model.scorer.items import ItemError
+from dti_model.scorer.lines import InputChangedError, InputFile, fields_of, request_of, user_of
 from tests.model.scoring_jobs import (
     meanwhile,
     score,

@@ -13,12 +13,12 @@ import torch
 from dti_kernels import StreamLayout
 from dti_model.config import ModelConfig, TrainConfig
 from dti_model.evaluation.scoring import score_targets
-from dti_model.items import ItemError
 from dti_model.model.attention import MODES, DTIConfig, token_logits
 from dti_model.model.run import Run
 from dti_model.prompts import Prompts
 from dti_model.scorer import History, Scorer
-from dti_model.state_cache import StateCache
+from dti_model.scorer.items import ItemError
+from dti_model.scorer.state_cache import StateCache
 from tests.numerics import FLOAT64_RELATIVE
 
 WINDOW, MAX_ITEM_TOKENS = 4, 12

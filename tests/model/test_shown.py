@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dti_model.cli import main
 from dti_model.data import DataError
 from dti_model.data.texts import Template, template_text
-from dti_model.items import ItemError
+from dti_model.scorer.items import ItemError
 from dti_model.shown import MAX_VALUE_CHARS, one_line, shown
 
 ODD = "\x1b[2J\x07\n\u2028\u202e\ud83d\0é"

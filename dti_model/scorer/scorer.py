@@ -22,12 +22,12 @@ import numpy.typing as npt
 import torch
 
 from dti_kernels import candidate_layout
-from dti_model.items import Item, ItemError, ItemTokens, user_text
 from dti_model.model.attention import token_logits
 from dti_model.model.click_model import ClickModel
 from dti_model.model.past import LayerKeys, Past, concatenated
 from dti_model.model.run import Run
 from dti_model.prompts import IntArray, consecutive_batches
+from dti_model.scorer.items import Item, ItemError, ItemTokens, user_text
 from dti_model.shown import shown
 
 Scores = npt.NDArray[np.float64]
@@ -182,7 +182,7 @@ class Scorer:
         Args:
             history: `(item, label)` pairs, oldest first, label 1 (or True) for a click and 0 (or False) for none; the last n count (n is the run's
                 window). Empty: a new user. Or the state that `encode` made of it.
-            candidates: items, each an id, its fields or {"text": ...} (see `dti_model.items`). Every candidate is scored by
+            candidates: items, each an id, its fields or {"text": ...} (see `dti_model.scorer.items`). Every candidate is scored by
                 itself: order, company and repetition do not matter.
 
         Returns:

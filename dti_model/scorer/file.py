@@ -31,9 +31,10 @@ from tqdm.auto import tqdm
 from dti_model.data.text_encoder import ENCODING_VERSION
 from dti_model.files.locks import locked
 from dti_model.files.places import why_owned
-from dti_model.items import ItemError
-from dti_model.score_job import Job
-from dti_model.score_lines import (
+from dti_model.scorer import Request, Scorer
+from dti_model.scorer.items import ItemError
+from dti_model.scorer.job import Job
+from dti_model.scorer.lines import (
     InputChangedError,
     InputFile,
     Line,
@@ -42,7 +43,6 @@ from dti_model.score_lines import (
     request_of,
     user_of,
 )
-from dti_model.scorer import Request, Scorer
 from dti_model.shown import one_line
 
 CHUNK_LINES = 64

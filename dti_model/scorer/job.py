@@ -31,7 +31,7 @@ from dti_model.files import (
     whole_file,
     write_sealed,
 )
-from dti_model.score_lines import is_parquet
+from dti_model.scorer.lines import is_parquet
 from dti_model.shown import one_line
 
 OUTPUT_SCHEMA = pa.schema(
