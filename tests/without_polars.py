@@ -18,9 +18,9 @@ PACKAGES = ("dti_kernels", "dti_model", "benchmarks")
 # Those that make prepared folders or parse a command line; every other module, a new one too, must do without.
 NEED_THEM = {
     "dti_model.cli",
-    "dti_model.command_line",
-    "dti_model.evaluate_cli",
-    "dti_model.prepare_cli",
+    "dti_model.cli.command_line",
+    "dti_model.cli.evaluate",
+    "dti_model.cli.prepare",
     *(
         f"dti_model.data.{name}"
         for name in (

@@ -14,7 +14,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from dti_model.cli import _parser, main
-from dti_model.prepare_cli import HELP
+from dti_model.cli.prepare import HELP
 from tests.conftest import ROOT
 from tests.model.log_files import CUSTOM_COLUMNS, ITEM_COLUMNS, custom_rows, item_rows, write_csv
 from tests.model.movielens_files import some_ratings, write_1m

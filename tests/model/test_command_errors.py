@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dti_model import cli
 from dti_model.cli import BUG_STATUS, ERROR_STATUS, main
+from dti_model.cli import main as cli
 from dti_model.config.bounds import RULES, check_settings
 from dti_model.error_lines import MOST_CHARACTERS, joined, line_of, line_of_bug
 from dti_model.launch import num_processes
@@ -317,7 +317,7 @@ def test_bugs_have_a_line_and_a_status_of_their_own(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """A traceback, and the status 1."""
-    monkeypatch.setattr("dti_model.evaluate_cli.add_evaluate", raising(error))
+    monkeypatch.setattr("dti_model.cli.evaluate.add_evaluate", raising(error))
     monkeypatch.setattr(cli, "run_evaluate", raising(error))
     line = refused(["evaluate", "--run=x"], capsys, BUG_STATUS)
     start = rf"dti evaluate: a bug in dti, {type(error).__name__} at dti_model/cli\.py:\d+: "

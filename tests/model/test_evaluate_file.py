@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dti_model import evaluate_cli
+from dti_model.cli import evaluate as evaluate_cli
 from dti_model.cli import main
 from dti_model.files import WriteError, write_sealed
 from dti_model.files.locks import locked_beside

@@ -15,7 +15,7 @@ import pytest
 from tqdm.auto import tqdm
 
 from dti_model import __main__ as command
-from dti_model import evaluate_cli
+from dti_model.cli import evaluate as evaluate_cli
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.output import Output, unbreakable_output

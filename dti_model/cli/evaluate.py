@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from dti_model.command_line import Parser
+from dti_model.cli.command_line import Parser
 from dti_model.config.bounds import RULES, must_be, shown
 from dti_model.files import DamagedFileError, read_sealed, temporary_folder, write_sealed
 from dti_model.files.locks import locked_beside

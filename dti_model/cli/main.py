@@ -12,12 +12,12 @@ from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from dti_model.command_line import Parser, check_arguments, check_groups
+from dti_model.cli.command_line import Parser, check_arguments, check_groups
+from dti_model.cli.evaluate import add_evaluate, run_evaluate
+from dti_model.cli.prepare import add_prepare, run_prepare
 from dti_model.error_lines import line_of, line_of_bug
-from dti_model.evaluate_cli import add_evaluate, run_evaluate
 from dti_model.launch import check_alone
 from dti_model.output import unbreakable_output
-from dti_model.prepare_cli import add_prepare, run_prepare
 from dti_model.process import set_up_process
 from dti_model.shown import one_line
 

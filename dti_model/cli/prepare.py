@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from dti_model.command_line import Parser
+from dti_model.cli.command_line import Parser
 from dti_model.shown import one_line
 
 FETCHED = "folder with the raw files; default: fetch them"
