@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import interleaved_ms, parse_measuring, percentiles_ms
-from benchmarks.parity import gate
-from benchmarks.providers import sdpa_dense_mask, windowed
-from benchmarks.statuses import INCOMPLETE
-from benchmarks.workloads import AttentionInputs, Workload, useful_flops
+from benchmarks.attention.parity import gate
+from benchmarks.attention.providers import sdpa_dense_mask, windowed
+from benchmarks.attention.workloads import AttentionInputs, Workload, useful_flops
+from benchmarks.measuring.measure import interleaved_ms, parse_measuring, percentiles_ms
+from benchmarks.measuring.statuses import INCOMPLETE
 from dti_kernels import windowed_attn
 
 # 4 heads of 64 and a window of 700 tokens (20 interactions of 35): the sizes that the project's CPU claim is stated for.
@@ -107,7 +107,7 @@ def main() -> None:
     )
     options = parse_measuring(parser, "attention-{device}", {"lengths": SMOKE_LENGTHS, "repeats": 1})
     if options.device == "cuda":
-        from benchmarks import attention_gpu
+        from benchmarks.attention import gpu as attention_gpu
 
         complete = attention_gpu.run(
             options.rows, options.seconds, options.resume, options.only == "ours", options.logs

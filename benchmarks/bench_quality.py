@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from benchmarks.measure import RESULTS, SCRATCH, add_record, provenance
-from benchmarks.quality_full import commands
-from benchmarks.quality_plans import PLANS, SIZES, Arm, Plan
-from benchmarks.quality_runs import (
+from benchmarks.measuring.measure import RESULTS, SCRATCH, add_record, provenance
+from benchmarks.quality.full import commands
+from benchmarks.quality.plans import PLANS, SIZES, Arm, Plan
+from benchmarks.quality.runs import (
     CELL_FILE,
     Cell,
     restrict_targets,
@@ -33,7 +33,7 @@ from benchmarks.quality_runs import (
     score_cell,
     scores_of,
 )
-from benchmarks.quality_stats import auc_difference
+from benchmarks.quality.stats import auc_difference
 from dti_model.data import PreparedData
 from dti_model.files import whole_file
 from dti_model.model.attention import DTIConfig

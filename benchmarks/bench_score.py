@@ -1,7 +1,7 @@
 """Scoring: candidates of one user in one pass, and evaluation of a test split, each beside what one would do without.
 
     python -m benchmarks.bench_score [--data DIR] [--part candidates evaluation] [--device cuda] [--out ROWS.jsonl] [--record] [--size smoke]
-    python -m benchmarks.bench_score --part candidates --shape smollm --device cuda        (`benchmarks/score_shape.py`)
+    python -m benchmarks.bench_score --part candidates --shape smollm --device cuda        (`benchmarks/gpu/score_shape.py`)
 
 `candidates`: 1 to 500 candidates of a real user with a history of 20: one pass; an encoded history, with which only candidates are
 computed; and one sliding-window prompt per candidate, packed, with the same model and attention.
@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks import score_shape
-from benchmarks.measure import interleaved_ms, parse_measuring, slowest_ms
-from benchmarks.rehearsal import DEVICE
+from benchmarks.gpu import score_shape
+from benchmarks.measuring.measure import interleaved_ms, parse_measuring, slowest_ms
+from benchmarks.measuring.rehearsal import DEVICE
 from dti_model.model.attention import DTIConfig
 
 # What reads prepared data is imported where it is used: `--shape` runs where the packages that read it are missing.
@@ -202,7 +202,7 @@ def main() -> None:
 
 def measure_data(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the parts asked for, on prepared data or on made-up data."""
-    from benchmarks.made_up import made_up_data
+    from benchmarks.synthetic import made_up_data
     from dti_model.config import ModelConfig
 
     device = DEVICE if options.device == "cuda" else "cpu"

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.made_up import made_up_data
-from benchmarks.measure import parse_measuring
+from benchmarks.measuring.measure import parse_measuring
+from benchmarks.synthetic import made_up_data
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.model.attention import DTIConfig
 from dti_model.model.run import Run

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import stand_in
-from benchmarks.measure import RESULTS, read_rows
-from benchmarks.workloads import Workload
+from benchmarks.attention.workloads import Workload
+from benchmarks.measuring import stand_in
+from benchmarks.measuring.measure import RESULTS, read_rows
 from dti_kernels import HiddenStateReset, StreamLayout, windowed_attn
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile

@@ -27,8 +27,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarks.gpu_child import ROOT, how_it_ended, run_child
-from benchmarks.gpu_results import (
+from benchmarks.gpu.child import ROOT, how_it_ended, run_child
+from benchmarks.gpu.results import (
     log,
     mend_rows,
     note_origin,
@@ -43,7 +43,7 @@ from benchmarks.gpu_results import (
     unpack,
     write_summary,
 )
-from benchmarks.gpu_steps import SLOTS, Places, Step, steps_of
+from benchmarks.gpu.steps import SLOTS, Places, Step, steps_of
 from dti_model.files.locks import LockedError, locked
 
 DEFAULT_OUT = Path("runs/benchmarks/gpu")

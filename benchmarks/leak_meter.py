@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.measure import parse_measuring
+from benchmarks.measuring.measure import parse_measuring
 from dti_kernels import StreamLayout
 from dti_model.model.attention import DTIConfig, Stream, apply_dti, position_ids
 from dti_model.model.run import MODEL_FOLDER, Run

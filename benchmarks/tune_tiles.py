@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.device_time import check_device, device_times, failure
-from benchmarks.measure import TIME_IS_UP, RowFiles, parse_measuring
-from benchmarks.rehearsal import DEVICE, REHEARSING
-from benchmarks.statuses import INCOMPLETE
-from benchmarks.workloads import HEADS, SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
+from benchmarks.attention.workloads import HEADS, SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
+from benchmarks.measuring.device_time import check_device, device_times, failure
+from benchmarks.measuring.measure import TIME_IS_UP, RowFiles, parse_measuring
+from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
+from benchmarks.measuring.statuses import INCOMPLETE
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import KERNELS, Tile
 from dti_model.files import whole_file

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu_steps import Places, Step
+from benchmarks.gpu.steps import Places, Step
 from benchmarks.gpu_suite import Call
 
 MakeStep = Callable[..., Step]

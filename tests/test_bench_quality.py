@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from benchmarks import bench_quality, quality_full
-from benchmarks.quality_runs import UserBatches, restrict_targets
-from benchmarks.quality_stats import auc_difference, weighted_auc
+from benchmarks import bench_quality
+from benchmarks.quality import full as quality_full
+from benchmarks.quality.runs import UserBatches, restrict_targets
+from benchmarks.quality.stats import auc_difference, weighted_auc
 from dti_model.cli import main
 from dti_model.config import TrainConfig
 from dti_model.data import PreparedData, prepare

@@ -17,19 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import (
-    bench_attention,
-    bench_quality,
-    bench_score,
-    bench_train,
-    bench_training,
-    leak_meter,
-    measure,
-    score_shape,
-    simulate,
-)
-from benchmarks.made_up import made_up_data
-from benchmarks.measure import commit_of, median_and_p99, slowest_ms
+from benchmarks import bench_attention, bench_quality, bench_score, bench_train, leak_meter, simulate
+from benchmarks import bench_train_gpu as bench_training
+from benchmarks.gpu import score_shape
+from benchmarks.measuring import measure
+from benchmarks.measuring.measure import commit_of, median_and_p99, slowest_ms
+from benchmarks.synthetic import made_up_data
 from tests.checkout import file_hashes
 from tests.conftest import ROOT
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.finetune_gpu import TimedTrainer, TimeLimit, Watch, epochs_by_speed, rate_after
-from benchmarks.made_up import made_up_data, made_up_model
+from benchmarks.gpu.finetune import TimedTrainer, TimeLimit, Watch, epochs_by_speed, rate_after
+from benchmarks.synthetic import made_up_data, made_up_model
 from tests.conftest import ROOT
 
 
@@ -29,7 +29,7 @@ def test_learning_rate_rises_and_falls_to_zero() -> None:
 def test_learning_rate_follows_the_clock_where_time_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """After half the time between the first step and the limit it is where half the steps would have it, and at the limit zero."""
     now = [100.0]
-    monkeypatch.setattr("benchmarks.finetune_gpu.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("benchmarks.gpu.finetune.time.monotonic", lambda: now[0])
     trainer = TimedTrainer.__new__(TimedTrainer)
     trainer.limit, trainer.first_step = TimeLimit(50, 100.0), None
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)

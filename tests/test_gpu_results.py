@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_results, gpu_suite
-from benchmarks.gpu_results import pack, remove_packed, table, unpack
-from benchmarks.gpu_steps import Places
+from benchmarks import gpu_suite
+from benchmarks.gpu import results as gpu_results
+from benchmarks.gpu.results import pack, remove_packed, table, unpack
+from benchmarks.gpu.steps import Places
 from benchmarks.gpu_suite import Call, run_steps
-from benchmarks.statuses import DOUBTFUL, INCOMPLETE
+from benchmarks.measuring.statuses import DOUBTFUL, INCOMPLETE
 from tests.fake_steps import MakeStep, call, statuses, step_maker
 
 

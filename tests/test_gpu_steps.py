@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import device_gpu, ncu_gpu, parity, smoke_gpu
-from benchmarks.statuses import DOUBTFUL, SKIPPED
-from benchmarks.workloads import Workload
+from benchmarks.attention import parity
+from benchmarks.attention.workloads import Workload
+from benchmarks.gpu import device as device_gpu
+from benchmarks.gpu import ncu as ncu_gpu
+from benchmarks.gpu import smoke as smoke_gpu
+from benchmarks.measuring.statuses import DOUBTFUL, SKIPPED
 from dti_kernels import windowed_attn
 from tests.cases import CASES, Case, Inputs
 from tests.conftest import ROOT
@@ -77,7 +80,7 @@ def fake_ncu(folder: Path, fails: str = "") -> str:
 
 
 def run_tests(tmp_path: Path, select: str, jobs: int) -> tuple[int, list[dict], str]:
-    """`benchmarks.gpu_tests` over a file of tests of our own; its status, rows and output."""
+    """`benchmarks.gpu.tests` over a file of tests of our own; its status, rows and output."""
     (tmp_path / "test_made_up.py").write_text(TESTS)
     code = (
         f"import sys; from benchmarks import gpu_tests; gpu_tests.TESTS = {str(tmp_path / 'test_made_up.py')!r}; "

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_suite
-from benchmarks.gpu_results import table
-from benchmarks.gpu_steps import SLOTS, Places, steps_of
+from benchmarks.gpu.results import table
+from benchmarks.gpu.steps import SLOTS, Places, steps_of
 from benchmarks.gpu_suite import environment_of, run_steps
-from benchmarks.made_up import made_up_data
-from benchmarks.statuses import SKIPPED
+from benchmarks.measuring.statuses import SKIPPED
+from benchmarks.synthetic import made_up_data
 from dti_model.files.locks import locked
 from tests.checkout import file_hashes
 from tests.conftest import ROOT

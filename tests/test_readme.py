@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
-from benchmarks.made_up import made_up_data
+from benchmarks.report import report
+from benchmarks.synthetic import made_up_data
 from dti_model.config import ModelConfig, TrainConfig
 from dti_model.model.run import MODEL_FOLDER, Run
 from tests.conftest import ROOT

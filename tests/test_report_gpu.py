@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
-from benchmarks import report, report_gpu
+from benchmarks.report import gpu as report_gpu
+from benchmarks.report import report
 
 H100, MI300X = "NVIDIA H100 80GB HBM3", "AMD Instinct MI300X"
 # Forward ms and useful TFLOP/s of the made-up attention rows.

@@ -34,7 +34,10 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The rehearsal's card, whose host gets ahead of it behind a pause of at least `needed` cycles; `pauses` are those it was given."""
     # Here, so that a kernel's test needs no benchmark.
-    from benchmarks import attention_gpu, device_time, host_gpu, rehearsal, tune_tiles
+    from benchmarks import tune_tiles
+    from benchmarks.attention import gpu as attention_gpu
+    from benchmarks.gpu import host as host_gpu
+    from benchmarks.measuring import device_time, rehearsal
 
     found = SimpleNamespace(needed=0, pauses=[])
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.workloads import AttentionInputs
+from benchmarks.attention.workloads import AttentionInputs
 from dti_kernels import StreamLayout, windowed_attn
 from tests.cases import CASES, Case
 from tests.kernels.test_gpu import GROUPS, LLAMA, MEMORY, SMOLLM, WIDE, grouped

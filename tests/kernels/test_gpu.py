@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU: parity, determinism, memory, long batches. Everything here needs a CUDA or ROCm device.
 
-In a rehearsal (`benchmarks.rehearsal`) the same tests run on a CPU, where Triton interprets the kernels: the small ones of them.
+In a rehearsal (`benchmarks.measuring.rehearsal`) the same tests run on a CPU, where Triton interprets the kernels: the small ones of them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.rehearsal import DEVICE
-from benchmarks.workloads import AttentionInputs, Workload
+from benchmarks.attention.workloads import AttentionInputs, Workload
+from benchmarks.measuring.rehearsal import DEVICE
 from dti_kernels import StreamLayout, windowed_attn
 from tests.cases import CASES, Case
 from tests.kernels.not_finite import STREAMS, check_isolation

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention_gpu, clocks, device_time, flex_tuned, parity
-from benchmarks.measure import RowFiles
-from benchmarks.workloads import AttentionInputs, Workload
+from benchmarks.attention import flex_tuned, parity
+from benchmarks.attention import gpu as attention_gpu
+from benchmarks.attention.workloads import AttentionInputs, Workload
+from benchmarks.measuring import clocks, device_time
+from benchmarks.measuring.measure import RowFiles
 
 SMALL = Workload("small", 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2)
 

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import flex_tuned, providers
-from benchmarks.attention_gpu import plans, workloads
+from benchmarks.attention import flex_tuned, providers
+from benchmarks.attention.gpu import plans, workloads
+from benchmarks.attention.workloads import AttentionInputs, Workload
 from benchmarks.tune_tiles import Sweep, candidates_of, launches, numbers_of
-from benchmarks.workloads import AttentionInputs, Workload
 from dti_kernels import StreamLayout, windowed_attn_reference
 from dti_kernels.gpu import tiles as tiles_module
 from dti_kernels.gpu.tiles import KERNELS, Tile

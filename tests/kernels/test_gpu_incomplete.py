@@ -12,10 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention_gpu, bench_attention, flex_tuned, host_gpu, precompile, stand_in, tune_tiles
-from benchmarks.measure import TIME_IS_UP, RowFiles
-from benchmarks.statuses import INCOMPLETE
-from benchmarks.workloads import AttentionInputs, Workload
+from benchmarks import bench_attention, tune_tiles
+from benchmarks.attention import flex_tuned
+from benchmarks.attention import gpu as attention_gpu
+from benchmarks.attention.workloads import AttentionInputs, Workload
+from benchmarks.gpu import host as host_gpu
+from benchmarks.gpu import precompile
+from benchmarks.measuring import stand_in
+from benchmarks.measuring.measure import TIME_IS_UP, RowFiles
+from benchmarks.measuring.statuses import INCOMPLETE
 
 SMALL = Workload("small", 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2, dtype=torch.float16)
 

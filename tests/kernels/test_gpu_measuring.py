@@ -14,15 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import (
-    bench_training,
-    clocks,
-    device_time,
-    flex_tuned,
-    tune_tiles,
-)
-from benchmarks.device_time import LONGEST_PAUSE, PAUSE, device_times
-from benchmarks.workloads import AttentionInputs, Workload
+from benchmarks import bench_train_gpu as bench_training
+from benchmarks import tune_tiles
+from benchmarks.attention import flex_tuned
+from benchmarks.attention.workloads import AttentionInputs, Workload
+from benchmarks.measuring import clocks, device_time
+from benchmarks.measuring.device_time import LONGEST_PAUSE, PAUSE, device_times
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import Tile
 from tests.conftest import ROOT

@@ -21,8 +21,9 @@ pytestmark = pytest.mark.skipif(
     "TRITON_INTERPRET" in os.environ, reason="interpreted kernels are not launched"
 )
 
-from benchmarks import precompile, stand_in  # noqa: E402
-from benchmarks.measure import read_rows  # noqa: E402
+from benchmarks.gpu import precompile
+from benchmarks.measuring import stand_in
+from benchmarks.measuring.measure import read_rows  # noqa: E402
 
 KERNELS = (
     "ctx_fwd",
@@ -140,7 +141,7 @@ def test_precompile_fills_the_cache(tmp_path: Any) -> None:
     command = [
         sys.executable,
         "-m",
-        "benchmarks.precompile",
+        "benchmarks.gpu.precompile",
         "--set",
         "score",
         "--jobs",

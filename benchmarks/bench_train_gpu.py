@@ -1,6 +1,6 @@
 """Training steps with random weights: streaming prompts beside sliding-window prompts, targets per second.
 
-    python -m benchmarks.bench_training [--model llama8b-slice] [--device cuda] [--seconds 80] [--profile TRACE.json.gz] [--out ROWS.jsonl]
+    python -m benchmarks.bench_train_gpu [--model llama8b-slice] [--device cuda] [--seconds 80] [--profile TRACE.json.gz] [--out ROWS.jsonl]
 
 Both kinds get the same model, the same packed batches of about as many tokens, the same attention and the same optimizer; steps
 are interleaved. `llama8b-slice` is Llama-3.1-8B's shape with two layers, `smollm` all of SmolLM2-135M's, in bfloat16. Beside the ratio of
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.device_time import check_device, failure
-from benchmarks.measure import parse_measuring, percentiles_ms
-from benchmarks.rehearsal import DEVICE, REHEARSING
-from benchmarks.workloads import Workload
+from benchmarks.attention.workloads import Workload
+from benchmarks.measuring.device_time import check_device, failure
+from benchmarks.measuring.measure import parse_measuring, percentiles_ms
+from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
 from dti_kernels import StreamLayout
 from dti_model.model.attention import DTIConfig, apply_dti, token_logits
 from dti_model.training.flops import StepCost, peak_flops

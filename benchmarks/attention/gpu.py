@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_attention --device cuda [--out FILE] [--seconds 110] [--resume] [--only ours]
 
-Times are of the device (`benchmarks/device_time.py`). Ours comes first, alone, over all workloads; then each baseline by turns with ours,
+Times are of the device (`benchmarks/measuring/device_time.py`). Ours comes first, alone, over all workloads; then each baseline by turns with ours,
 in order of weight. Rows are saved after each provider. What no longer fits into the seconds given is recorded as left out, and the status
 is 75; `--resume` measures what a file of rows lacks. A provider that fails is a row that says why.
 """
@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import flex_tuned
-from benchmarks.attention_rows import about_tiles, measured, printed, speeds
-from benchmarks.clocks import card_state
-from benchmarks.device_time import DeviceLost, Timing, check_device, device_times, failure
-from benchmarks.measure import TIME_IS_UP, RowFiles
-from benchmarks.parity import MOST_SHARE, gate
-from benchmarks.providers import GPU_PROVIDERS, MODES, OURS, Unavailable, by_mode, settle
-from benchmarks.rehearsal import DEVICE, REHEARSING
-from benchmarks.workloads import HEADS, SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
+from benchmarks.attention import flex_tuned
+from benchmarks.attention.parity import MOST_SHARE, gate
+from benchmarks.attention.providers import GPU_PROVIDERS, MODES, OURS, Unavailable, by_mode, settle
+from benchmarks.attention.rows import about_tiles, measured, printed, speeds
+from benchmarks.attention.workloads import HEADS, SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
+from benchmarks.measuring.clocks import card_state
+from benchmarks.measuring.device_time import DeviceLost, Timing, check_device, device_times, failure
+from benchmarks.measuring.measure import TIME_IS_UP, RowFiles
+from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
 
 # Wall-clock seconds for each provider and mode: 40 repeats of a millisecond with their pauses.
 _SHARE = 0.01 if REHEARSING else 0.2

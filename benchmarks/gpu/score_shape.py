@@ -18,10 +18,10 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.bench_training import MODELS
-from benchmarks.measure import interleaved_ms, slowest_ms
-from benchmarks.rehearsal import DEVICE, REHEARSING
-from benchmarks.workloads import SHORT_TOKENS
+from benchmarks.attention.workloads import SHORT_TOKENS
+from benchmarks.bench_train_gpu import MODELS
+from benchmarks.measuring.measure import interleaved_ms, slowest_ms
+from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
 from dti_kernels import candidate_layout
 from dti_model.model.attention import DTIConfig, apply_dti, token_logits
 from dti_model.model.past import LayerKeys, Past

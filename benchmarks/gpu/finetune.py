@@ -1,6 +1,6 @@
 """A pretrained language model fine-tuned on clicks within a time limit: what streaming prompts cost and what comes of them on a GPU.
 
-    python -m benchmarks.finetune_gpu --data DATA --weights FOLDER_OR_GGUF [--k 50] [--epochs 1] [--seconds 200] [--out ROWS.jsonl]
+    python -m benchmarks.gpu.finetune --data DATA --weights FOLDER_OR_GGUF [--k 50] [--epochs 1] [--seconds 200] [--out ROWS.jsonl]
 
 All weights are trained, in float32 with bfloat16 products. Validation comes before the first step and after every epoch. Whenever it is the
 best so far, all test targets are scored at once, in prompts of 50 targets: a process that is ended later has its result, and the last such
@@ -25,9 +25,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from benchmarks.bench_training import STREAMING
-from benchmarks.measure import RowFiles, parse_measuring, read_rows
-from benchmarks.rehearsal import DEVICE, REHEARSING
+from benchmarks.bench_train_gpu import STREAMING
+from benchmarks.measuring.measure import RowFiles, parse_measuring, read_rows
+from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.evaluation.baselines import item_user_auc
 from dti_model.evaluation.metrics import click_metrics
@@ -43,7 +43,7 @@ INSTRUCTION = "Films that one user rated, and whether the user liked each of the
 STREAMING_K, ONE_PROMPT_EACH = 50, 6000
 # Above this many rows a second, two epochs of half of MovieLens-1M fit into a slot.
 ROWS_PER_S_FOR_TWO_EPOCHS = 120_000
-# `benchmarks.bench_training` has bfloat16 weights. Float32 ones under autocast are cast at every use, and the optimizer reads twice the
+# `benchmarks.bench_train_gpu` has bfloat16 weights. Float32 ones under autocast are cast at every use, and the optimizer reads twice the
 # bytes. The share is a guess on the safe side: two epochs that do not fit cost more than one that leaves time over.
 SHARE_OF_BF16_SPEED = 0.6
 WARMUP = 0.05
@@ -145,7 +145,7 @@ def settings(options: argparse.Namespace, epochs: int) -> TrainConfig:
 
 
 def epochs_by_speed(rows: Path) -> int:
-    """Two where rows of `benchmarks.bench_training` say that streaming training of a model of this size is fast enough, else one."""
+    """Two where rows of `benchmarks.bench_train_gpu` say that streaming training of a model of this size is fast enough, else one."""
     wanted = ["training", "smollm", STREAMING]
     found = [
         row.get("tokens_per_s") or 0
@@ -287,7 +287,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if not (options.data and options.weights):
             # Preparing data needs packages that a machine with a GPU may lack.
-            from benchmarks.made_up import made_up_data, made_up_model
+            from benchmarks.synthetic import made_up_data, made_up_model
 
             options.data = options.data or made_up_data(Path(folder))
             options.weights = options.weights or made_up_model(Path(folder) / "model", Path(options.data))

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import RESULTS, read_rows
-from benchmarks.report_plots import last_run
+from benchmarks.measuring.measure import RESULTS, read_rows
+from benchmarks.report.plots import last_run
 
 Rows = list[dict[str, Any]]
 LEAK = RESULTS / "leak.jsonl"

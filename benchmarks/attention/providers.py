@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.rehearsal import REHEARSING
-from benchmarks.workloads import AttentionInputs
+from benchmarks.attention.workloads import AttentionInputs
+from benchmarks.measuring.rehearsal import REHEARSING
 from dti_kernels import StreamLayout, windowed_attn
 
 Call = Callable[[AttentionInputs], Tensor]
@@ -237,7 +237,7 @@ def flash_scalar_window(x: AttentionInputs) -> Call:
     return run
 
 
-# The tuned FlexAttention is not among them: it is another call for every mode (`benchmarks/flex_tuned.py`).
+# The tuned FlexAttention is not among them: it is another call for every mode (`benchmarks/attention/flex_tuned.py`).
 GPU_PROVIDERS: dict[str, Callable[[AttentionInputs], Call]] = {
     OURS: windowed,
     "flex": flex,

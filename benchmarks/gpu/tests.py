@@ -1,6 +1,6 @@
 """The tests that need a GPU, in several processes, with a row for each as it ends.
 
-    python -m benchmarks.gpu_tests [--select "not inductor"] [--jobs 10] [--out ROWS.jsonl]
+    python -m benchmarks.gpu.tests [--select "not inductor"] [--jobs 10] [--out ROWS.jsonl]
 
 A run that is ended halfway has the rows of the tests that were done. A row holds what the test recorded: of parity tests the share of
 its error budget that each tensor uses.
@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.measure import RowFiles, parse_measuring
-from benchmarks.rehearsal import REHEARSING
+from benchmarks.measuring.measure import RowFiles, parse_measuring
+from benchmarks.measuring.rehearsal import REHEARSING
 
 TESTS = "tests/kernels/test_gpu.py"
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.rehearsal import REHEARSING
+from benchmarks.measuring.rehearsal import REHEARSING
 from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes
 
 # Query heads, key heads and head_dim of Llama-3.1-8B and SmolLM2-135M.

@@ -130,14 +130,14 @@ def _rows(*arguments: str) -> tuple[str, ...]:
 
 # Its limit is that of the first `import torch` on a bare machine with a slow disk.
 _DEVICE = Step(
-    "device", "benchmarks.device_gpu", _rows(), 120, "versions, card, clocks, C compiler; is the carried cache good", least=5, always=True, stops=True
+    "device", "benchmarks.gpu.device", _rows(), 120, "versions, card, clocks, C compiler; is the carried cache good", least=5, always=True, stops=True
 )  # fmt: skip
 
 
 def _precompile(name: str, *sets: str) -> Step:
     return Step(
         name,
-        "benchmarks.precompile",
+        "benchmarks.gpu.precompile",
         _rows("--set", *sets, "--jobs", "{jobs}"),
         110,
         "all kernels compiled in parallel, into Triton's cache",
@@ -153,7 +153,7 @@ SLOT_A = (
     _precompile("precompile", "smoke", "tests", "tune", "bench", "train", "score"),
     Step(
         "smoke",
-        "benchmarks.smoke_gpu",
+        "benchmarks.gpu.smoke",
         _rows(),
         50,
         "does it work at all: three cases, output and gradients, error / budget",
@@ -161,7 +161,7 @@ SLOT_A = (
     ),
     Step(
         "gpu-tests",
-        "benchmarks.gpu_tests",
+        "benchmarks.gpu.tests",
         _rows("--select", "not inductor", "--jobs", "{jobs}"),
         100,
         "parity, equal runs, leaks, unwritten memory, offsets beyond 2**31",
@@ -202,7 +202,7 @@ SLOT_A = (
     ),
     Step(
         "training",
-        "benchmarks.bench_training",
+        "benchmarks.bench_train_gpu",
         _rows("--seconds", "{seconds}", "--profile", "{kept}/training-step.json.gz"),
         80,
         "targets a second, streaming against sliding windows; one profiled step",
@@ -211,7 +211,7 @@ SLOT_A = (
     ),
     Step(
         "host",
-        "benchmarks.host_gpu",
+        "benchmarks.gpu.host",
         _rows("--seconds", "{seconds}"),
         45,
         "host microseconds a call",
@@ -228,7 +228,7 @@ SLOT_A = (
     ),
     Step(
         "ncu",
-        "benchmarks.ncu_gpu",
+        "benchmarks.gpu.ncu",
         _rows("--kept", "{kept}"),
         60,
         "why the context kernels are as fast as they are",
@@ -236,7 +236,7 @@ SLOT_A = (
     ),
     Step(
         "inductor",
-        "benchmarks.gpu_tests",
+        "benchmarks.gpu.tests",
         _rows("--select", "inductor", "--jobs", "1"),
         75,
         "torch.compile, where time is left",
@@ -252,7 +252,7 @@ def slot_b(k: str) -> tuple[Step, ...]:
         _precompile("precompile-training", "train", "score"),
         Step(
             f"finetune-k{k}",
-            "benchmarks.finetune_gpu",
+            "benchmarks.gpu.finetune",
             _rows(
                 "--data", "{data}", "--weights", "{weights}", "--k", "{k}", "--epochs", "{epochs}", "--seconds", "{seconds}"
             ),

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.attention.providers import MODES, OURS
+from benchmarks.attention.workloads import AttentionInputs, useful_flops
 from benchmarks.compile_report import visited_pairs
-from benchmarks.measure import provenance
-from benchmarks.providers import MODES, OURS
+from benchmarks.measuring.measure import provenance
 from benchmarks.tune_tiles import numbers_of
-from benchmarks.workloads import AttentionInputs, useful_flops
 from dti_kernels.gpu.tiles import KERNELS, choose_tile
 
 # Matmuls of head_dim x pairs that each kernel computes, masked or not: forward 2, dQ 3, dK/dV 4.

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS, median_and_p99, read_rows
-from benchmarks.providers import MODES, OURS
-from benchmarks.report_plots import roofline
+from benchmarks.attention.providers import MODES, OURS
+from benchmarks.measuring.measure import RESULTS, median_and_p99, read_rows
+from benchmarks.report.plots import roofline
 from dti_model.files import whole_file
 
 Rows = list[dict[str, Any]]

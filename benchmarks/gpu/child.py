@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.statuses import STATUSES
+from benchmarks.measuring.statuses import STATUSES
 
 ROOT = Path(__file__).resolve().parents[1]
 # Between asking a step to end and ending it.

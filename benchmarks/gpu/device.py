@@ -1,7 +1,7 @@
 """What a GPU benchmark ran on: versions, card, clocks, and whether a cache of compiled kernels that was carried here will be used.
 
-    python -m benchmarks.device_gpu [--out ROWS.jsonl]
-    python -m benchmarks.device_gpu --stamp          note in Triton's cache what it was made with
+    python -m benchmarks.gpu.device [--out ROWS.jsonl]
+    python -m benchmarks.gpu.device --stamp          note in Triton's cache what it was made with
 
 Triton finds a compiled kernel again where its own files, the kernel's source and the path of that source are the same, byte for byte.
 So a cache that was filled on one machine serves another one, and `--stamp` writes down there what must be equal.
@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import commit_of, parse_measuring
-from benchmarks.rehearsal import REHEARSING
+from benchmarks.measuring.measure import commit_of, parse_measuring
+from benchmarks.measuring.rehearsal import REHEARSING
 from dti_kernels.gpu.tiles import architecture
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,6 +1,6 @@
 """Nsight Compute on the kernels over context rows: where their cycles go.
 
-    python -m benchmarks.ncu_gpu --kept FOLDER [--out ROWS.jsonl]
+    python -m benchmarks.gpu.ncu --kept FOLDER [--out ROWS.jsonl]
 
 Clocks are left as they are. The report goes into FOLDER, its text to the terminal, and what explains a kernel's speed into a row for each
 kernel. It needs an NVIDIA GPU and `ncu`, and ends with the status of a skipped step where one is missing.
@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import parse_measuring
-from benchmarks.rehearsal import DEVICE, REHEARSING
-from benchmarks.statuses import SKIPPED
-from benchmarks.workloads import HEADS, AttentionInputs, Workload, gpu_workload
+from benchmarks.attention.workloads import HEADS, AttentionInputs, Workload, gpu_workload
+from benchmarks.measuring.measure import parse_measuring
+from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
+from benchmarks.measuring.statuses import SKIPPED
 from dti_kernels import windowed_attn
 
 _PLACES = ("/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu")
@@ -81,7 +81,7 @@ def profile(ncu: str, report: Path) -> str:
     command = [ncu, "--clock-control", "none", "--set", "full", "--profile-from-start", "off"]
     command += ["--kernel-name", _KERNELS, "--force-overwrite", "--export", str(report.with_suffix(""))]
     done = subprocess.run(
-        [*command, sys.executable, "-m", "benchmarks.ncu_gpu", "--launch"], capture_output=True, text=True
+        [*command, sys.executable, "-m", "benchmarks.gpu.ncu", "--launch"], capture_output=True, text=True
     )
     printed = done.stdout + done.stderr
     if _NOT_ALLOWED in printed:

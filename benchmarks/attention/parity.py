@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from benchmarks.workloads import AttentionInputs, Workload
+from benchmarks.attention.workloads import AttentionInputs, Workload
 from dti_kernels import windowed_attn, windowed_attn_reference
 from dti_kernels.testing import error_budgets, shares
 

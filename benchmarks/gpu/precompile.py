@@ -1,9 +1,9 @@
 """Compile every kernel that the GPU benchmarks and tests will launch into Triton's cache, in parallel, before the first is launched.
 
-    python -m benchmarks.precompile [--set smoke tests tune bench train score] [--jobs 16] [--arch sm_90] [--list] [--out ROWS.jsonl]
+    python -m benchmarks.gpu.precompile [--set smoke tests tune bench train score] [--jobs 16] [--arch sm_90] [--list] [--out ROWS.jsonl]
 
 Compiled one by one as they are met, they take minutes of a GPU that waits. Operators and models run on small CPU tensors with the heads,
-dtypes and tiles of the real ones; their launches go through Triton's just-in-time path up to the launch (`benchmarks/stand_in.py`), so
+dtypes and tiles of the real ones; their launches go through Triton's just-in-time path up to the launch (`benchmarks/measuring/stand_in.py`), so
 the cache's keys are those of the real run. Needs no GPU where `--arch` says which one.
 """
 
@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import stand_in
-from benchmarks.measure import parse_measuring
-from benchmarks.rehearsal import REHEARSING
-from benchmarks.workloads import HEADS, AttentionInputs, Workload
+from benchmarks.attention.workloads import HEADS, AttentionInputs, Workload
+from benchmarks.measuring import stand_in
+from benchmarks.measuring.measure import parse_measuring
+from benchmarks.measuring.rehearsal import REHEARSING
 from dti_kernels import StreamLayout, candidate_layout, windowed_attn
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile
@@ -54,7 +54,7 @@ def run_alone(x: AttentionInputs) -> None:
 
 
 def smoke() -> Iterator[Callable[[], None]]:
-    """What `benchmarks.smoke_gpu` runs: slopes take a gradient."""
+    """What `benchmarks.gpu.smoke` runs: slopes take a gradient."""
     for heads in HEADS:
         for reset in (True, False):
             for span in MEAN_SPANS:

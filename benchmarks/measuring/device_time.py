@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from benchmarks.rehearsal import DEVICE, REHEARSING
+from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
 
 Name = TypeVar("Name")
 # Cycles of the first pause, about a millisecond, and of the longest: what is not queued by then waits for the device itself.

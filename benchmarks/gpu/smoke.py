@@ -1,6 +1,6 @@
 """Does the operator work on this GPU at all? Three cases with the heads of real models in bfloat16, output and every gradient.
 
-    python -m benchmarks.smoke_gpu [--out ROWS.jsonl]
+    python -m benchmarks.gpu.smoke [--out ROWS.jsonl]
 
 Each tensor is held to the dense reference in float64 by the one tolerance rule (`dti_kernels.testing`), and the share of its budget is
 printed. It takes seconds, so it comes first. Where a case raises, gives a number that is not finite or goes far beyond its budget, it
@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import parse_measuring
-from benchmarks.parity import MOST_SHARE, budget_shares
-from benchmarks.rehearsal import DEVICE, REHEARSING
-from benchmarks.statuses import DOUBTFUL
-from benchmarks.workloads import HEADS, AttentionInputs, Workload
+from benchmarks.attention.parity import MOST_SHARE, budget_shares
+from benchmarks.attention.workloads import HEADS, AttentionInputs, Workload
+from benchmarks.measuring.measure import parse_measuring
+from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
+from benchmarks.measuring.statuses import DOUBTFUL
 from dti_kernels import windowed_attn
 
 

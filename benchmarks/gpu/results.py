@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_steps import Places
+from benchmarks.gpu.steps import Places
 from dti_model.files import whole_file
 
 # One file is carried with at most 16 MiB; xz packs this many unpacked bytes in a few seconds.

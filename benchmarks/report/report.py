@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_gpu
 from benchmarks.bench_attention import ratios
-from benchmarks.measure import RESULTS, median_and_p99, provenance, read_rows
-from benchmarks.report_plots import attention_over_rows, auc_over_k, last_run, leak_by_layers, time_over_k
-from benchmarks.report_quality import LEAK, leak, quality, quality_rows
+from benchmarks.measuring.measure import RESULTS, median_and_p99, provenance, read_rows
+from benchmarks.report import gpu as report_gpu
+from benchmarks.report.plots import attention_over_rows, auc_over_k, last_run, leak_by_layers, time_over_k
+from benchmarks.report.quality import LEAK, leak, quality, quality_rows
 from dti_kernels import StreamLayout
 from dti_model.evaluation.plots import plot_mask
 from dti_model.evaluation.report import metrics_table, sentence_about_baselines

@@ -1,6 +1,6 @@
 """FlexAttention at its best: a handful of kernel options and mask blocks, timed once per head_dim, the best kept for every mode.
 
-    python -m benchmarks.flex_tuned --heads llama8b --options NAME      compile one of them, for the caches
+    python -m benchmarks.attention.flex_tuned --heads llama8b --options NAME      compile one of them, for the caches
 
 Why not `torch.compile(mode="max-autotune-no-cudagraphs")`: it compiles some twenty kernels per head_dim, times them on a made-up mask in
 which every block is visible, and cannot choose the blocks of the mask, which decide how much of a window's edge is computed in vain.
@@ -22,9 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.device_time import check_device, device_times, failure
-from benchmarks.measure import TIME_IS_UP
-from benchmarks.providers import (
+from benchmarks.attention.providers import (
     MODES,
     Call,
     by_mode,
@@ -32,8 +30,10 @@ from benchmarks.providers import (
     flex_with_mask_construction,
     settle,
 )
-from benchmarks.rehearsal import DEVICE, REHEARSING
-from benchmarks.workloads import HEADS, AttentionInputs, gpu_workload
+from benchmarks.attention.workloads import HEADS, AttentionInputs, gpu_workload
+from benchmarks.measuring.device_time import check_device, device_times, failure
+from benchmarks.measuring.measure import TIME_IS_UP
+from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
 
 NAME = "flex_tuned"
 _MASK = "mask"
@@ -179,7 +179,15 @@ class _Child:
         log = folder / f"flex-{heads}-{options.replace(' ', '-')}.txt"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.flex_tuned", "--heads", heads, "--options", options],
+                [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.attention.flex_tuned",
+                    "--heads",
+                    heads,
+                    "--options",
+                    options,
+                ],
                 env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},  # the processes are the threads
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from benchmarks.rehearsal import REHEARSING
+from benchmarks.measuring.rehearsal import REHEARSING
 
 Name = TypeVar("Name")
 RESULTS = Path(__file__).parent / "results"

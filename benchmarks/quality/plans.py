@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from benchmarks.quality_runs import Cell
+from benchmarks.quality.runs import Cell
 from dti_model.config import ModelConfig
 from dti_model.model.attention import DTIConfig
 

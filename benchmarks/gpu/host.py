@@ -1,6 +1,6 @@
 """What a call of `windowed_attn` costs the host on a GPU: microseconds per call at a size that the device is done with at once.
 
-    python -m benchmarks.host_gpu [--out ROWS.jsonl] [--record]
+    python -m benchmarks.gpu.host [--out ROWS.jsonl] [--record]
 
 It is the floor of scoring, where a request is a few hundred rows. Forward alone and with its backward, with and without the hidden-state
 reset, beside SDPA; eager, through `torch.compile`, and the forward as a captured CUDA graph, whose replay costs the host next to nothing.
@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.device_time import check_device, failure
-from benchmarks.measure import TIME_IS_UP, RowFiles, parse_measuring
-from benchmarks.providers import OURS
-from benchmarks.rehearsal import DEVICE, REHEARSING
-from benchmarks.statuses import INCOMPLETE
-from benchmarks.workloads import HEADS, AttentionInputs, Workload
+from benchmarks.attention.providers import OURS
+from benchmarks.attention.workloads import HEADS, AttentionInputs, Workload
+from benchmarks.measuring.device_time import check_device, failure
+from benchmarks.measuring.measure import TIME_IS_UP, RowFiles, parse_measuring
+from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
+from benchmarks.measuring.statuses import INCOMPLETE
 from dti_kernels import windowed_attn
 
 # One prompt of a few interactions: no kernel of it takes longer than its launch. Kernels are specialised on the query heads of a key head,
-# so the heads are those of a model whose kernels `benchmarks.precompile` has compiled.
+# so the heads are those of a model whose kernels `benchmarks.gpu.precompile` has compiled.
 TINY = Workload(
     "host", 48, 3, *HEADS["smollm"], window=2, mean_tokens=8.0, std_tokens=1.0, dtype=torch.bfloat16
 )
