@@ -35,7 +35,7 @@ INTERPRETER_TESTS = (
 THREADED_TESTS = (
     "tests/kernels/test_properties.py",
     "tests/model/test_attention.py",
-    "tests/model/test_scorer.py",
+    "tests/scorer/test_scorer.py",
 )
 # The operators under the sanitizers: all cases and 10,000 calls, right and wrong. They write to the process's own standard error, and C++'s
 # runtime must be there before they look for it. The compiler runs without them.
@@ -162,14 +162,14 @@ def rows(scratch: Path) -> list[Row]:
             "no git, no make",
             (
                 "tests/test_readme.py",
-                "tests/test_bench_quality.py",
-                "tests/test_benchmarks_smoke.py",
+                "tests/benchmarks/test_bench_quality.py",
+                "tests/benchmarks/test_benchmarks_smoke.py",
                 "-k",
                 "not test_smoke",
             ),
             {"PATH": no_tools},
         ),
-        Row("4 threads", (*THREADED_TESTS, "tests/model/test_ranks.py"), threads["4"]),
+        Row("4 threads", (*THREADED_TESTS, "tests/training/test_ranks.py"), threads["4"]),
         Row("PyTorch's loops: default", PYTORCH_TESTS, {"ATEN_CPU_CAPABILITY": "default"}),
         Row("PyTorch's loops: avx2", PYTORCH_TESTS, {"ATEN_CPU_CAPABILITY": "avx2"}, has("avx2")),
         Row("MKL: COMPATIBLE", PYTORCH_TESTS, {"MKL_CBWR": "COMPATIBLE"}),

@@ -17,7 +17,7 @@ from dti_model.__main__ import run
 from dti_model.cli import main
 from dti_model.data import PreparedData, prepare
 from tests.conftest import ROOT
-from tests.model.movielens_files import some_ratings, write_1m
+from tests.data.movielens_files import some_ratings, write_1m
 
 ALLOWED = {
     "dti_kernels": {"dti_kernels"},

@@ -18,7 +18,7 @@ from dti_model.cli import _parser
 from dti_model.data import prepare
 from tests.checkout import copy_checkout, file_hashes, paste
 from tests.conftest import ROOT
-from tests.model.log_files import (
+from tests.data.log_files import (
     CUSTOM_COLUMNS,
     ITEM_COLUMNS,
     custom_rows,
@@ -27,7 +27,7 @@ from tests.model.log_files import (
     write_csv,
     write_parquet,
 )
-from tests.model.movielens_files import some_ratings, write_1m
+from tests.data.movielens_files import some_ratings, write_1m
 from tests.model.pretrained_files import pretrained_folder
 
 TEXT = (ROOT / "README.md").read_text()

@@ -9,8 +9,8 @@ import pytest
 from dti_model.data import PreparedData, prepare
 from dti_model.scorer import Scorer
 from dti_model.scorer.file import CHUNK_LINES
-from tests.model.movielens_files import some_ratings, write_1m
-from tests.model.scoring_jobs import requests, score, untrained_run, write_jsonl
+from tests.data.movielens_files import some_ratings, write_1m
+from tests.scorer.scoring_jobs import requests, score, untrained_run, write_jsonl
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 from dti_model.data import DataError, PreparedData, prepare
 from dti_model.evaluation.baselines import baseline_metrics, baseline_scores
-from tests.model.movielens_files import Rating, some_ratings, write_1m
+from tests.data.movielens_files import Rating, some_ratings, write_1m
 
 LINES = ["item_mean", "item_user_mean", "logistic_regression", "item_user_residual"]
 

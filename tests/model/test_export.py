@@ -26,8 +26,8 @@ from dti_model.model.model_card import plain_differences
 from dti_model.model.run import MODEL_FOLDER, Run
 from dti_model.scorer import Scorer
 from dti_model.scorer.items import ItemError
+from tests.files.test_damage import unsealed
 from tests.model.pretrained_files import pretrained_folder
-from tests.model.test_damage import unsealed
 
 # Strong resets in two of three layers, so that every mode that differs does so by more than rounding.
 RESET = DTIConfig(alpha_min=0.3, alpha_max=0.9, reset_layers=(1, 2))

@@ -29,7 +29,7 @@ from dti_model.training.search import search
 from dti_model.training.train import RunExistsError, evaluate_run, train
 from dti_model.training.trainer import StreamTrainer
 from tests.conftest import ROOT
-from tests.model.movielens_files import some_ratings, write_1m
+from tests.data.movielens_files import some_ratings, write_1m
 from tests.model.pretrained_files import FAMILIES, pretrained_folder
 
 

@@ -30,7 +30,7 @@ from dti_model.training.search import search
 from dti_model.training.train import train
 from dti_model.training.trainer import StreamTrainer
 from tests.conftest import ROOT
-from tests.model.test_damage import unsealed
+from tests.files.test_damage import unsealed
 
 
 @pytest.fixture

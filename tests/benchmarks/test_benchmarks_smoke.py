@@ -1,0 +1,214 @@
+"""Every benchmark's command runs at its smoke size, behind its parity gates, and its rows hold together. Times prove nothing here.
+
+What none of them may do: change a file of the project that nobody asked it to.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import bench_attention, bench_quality, bench_score, bench_train, leak_meter, simulate
+from benchmarks import bench_train_gpu as bench_training
+from benchmarks.gpu import score_shape
+from benchmarks.measuring import measure
+from benchmarks.measuring.measure import commit_of, median_and_p99, slowest_ms
+from benchmarks.synthetic import made_up_data
+from tests.checkout import file_hashes
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_up_data(tmp_path_factory.mktemp("made_up"))
+
+
+def run_main(module: ModuleType, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__.split('.')[-1]}.py", *arguments])
+    module.main()
+
+
+@pytest.mark.parametrize(
+    ("module", "num_rows", "takes_data"),
+    [(bench_attention, 12, False), (bench_train, 3, True), (bench_score, 9, True), (leak_meter, 12, False)],
+    ids=lambda x: x.__name__ if isinstance(x, ModuleType) else "",
+)
+def test_smoke(
+    module: ModuleType,
+    num_rows: int,
+    takes_data: bool,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_main(module, ["--size", "smoke", *(["--data", str(data)] if takes_data else [])], monkeypatch)
+    (written,) = (tmp_path / "runs" / "benchmarks" / "smoke").iterdir()  # not among the recorded results
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert len(rows) == num_rows
+    for row in rows:
+        assert {"date", "commit", "machine", "torch", "benchmark"} <= row.keys()
+        times = [value for key, value in row.items() if key.endswith(("_ms", "_per_s"))]
+        assert all(time > 0 for time in times)
+        assert times or row["benchmark"] == "leak"
+    assert f"rows: {written.relative_to(tmp_path)}" in capsys.readouterr().out
+
+
+# Full sizes as far as where rows go is concerned; their own options make them small.
+FULL = {
+    bench_attention: ["--lengths", "128", "256", "--repeats", "1"],
+    bench_train: ["--layers", "1", "--width", "16", "--heads", "2", "--k", "1", "--steps", "1", "--data"],
+    bench_training: ["--model", "tiny", "--device", "cpu", "--tokens", "512", "--steps", "1"],
+    bench_score: ["--layers", "1", "--width", "16", "--repeats", "1", "--user-step", "40", "--part", "evaluation", "--data"],
+    leak_meter: ["--layers", "1", "--prompts", "1"],
+}  # fmt: skip
+NAMES = {
+    bench_attention: "attention-cpu",
+    bench_train: "train-cpu",
+    bench_training: "training-cpu",
+    bench_score: "score-cpu",
+    leak_meter: "leak",
+}
+
+
+@pytest.mark.parametrize("module", FULL, ids=lambda module: module.__name__)
+def test_only_record_changes_results(
+    module: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m benchmarks.bench_train --data ...`, as the README had it, appended to a tracked file, and the README's tables then
+    differed from their rows."""
+    results = tmp_path / "results"
+    monkeypatch.setattr(measure, "RESULTS", results)
+    monkeypatch.chdir(tmp_path)
+    before = file_hashes(ROOT)
+    arguments = [*FULL[module], *([str(data)] if FULL[module][-1] == "--data" else [])]
+    run_main(module, arguments, monkeypatch)
+    scratch = tmp_path / "runs" / "benchmarks" / f"{NAMES[module]}.jsonl"
+    num_rows = len(scratch.read_text().splitlines())
+    assert num_rows > 0
+    assert not results.exists()
+    assert file_hashes(ROOT) == before
+    run_main(module, [*arguments, "--record"], monkeypatch)
+    assert len((results / scratch.name).read_text().splitlines()) == num_rows
+    assert len(scratch.read_text().splitlines()) == 2 * num_rows
+
+
+def test_the_others_write_nothing_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`simulate` prints. What the GPU suite writes is in tests/benchmarks/test_gpu_suite.py."""
+    monkeypatch.chdir(tmp_path)
+    before = file_hashes(ROOT)
+    run_main(simulate, [], monkeypatch)
+    assert "Table 3" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert file_hashes(ROOT) == before
+
+
+@pytest.mark.parametrize("module", [bench_train, bench_quality], ids=lambda module: module.__name__)
+def test_a_smoke_run_is_never_recorded(
+    module: ModuleType, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = ["--plan", "table1"] if module is bench_quality else []
+    arguments = [*plan, "--size", "smoke", "--record", "--data", str(data)]
+    with pytest.raises(SystemExit) as exit_:
+        run_main(module, arguments, monkeypatch)
+    assert exit_.value.code == 2
+    assert "--size smoke" in capsys.readouterr().err
+
+
+def test_a_shape_has_nothing_to_evaluate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_main(bench_score, ["--shape", "smollm"], monkeypatch)
+    assert exit_.value.code == 2
+    assert "give --part candidates" in capsys.readouterr().err
+
+
+def test_scoring_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal scores three ways, from a state of the right history only; and rows of them, behind that gate."""
+    monkeypatch.setattr(
+        score_shape, "TOKEN_BUDGET", 700
+    )  # a prompt of a candidate has about 320 rows: several passes
+    monkeypatch.setattr(score_shape, "REPEATS", {1: 1, 5: 1})
+    scorer = score_shape.ShapeScorer("tiny", "cpu", torch.float32)
+    providers = scorer.providers(5)
+    assert score_shape._difference(providers) < score_shape.PARITY
+    history, candidates = scorer.texts(20, 0), scorer.texts(5, 1)
+    _, right = scorer.forward([score_shape.Prompt(history, [])])
+    assert len(right[0].k) > 200
+    # The keys of other rows in the same places: of another history, as far as a pass can tell.
+    state = [type(layer)(*(None if x is None else torch.roll(x, 1, 0) for x in layer)) for layer in right]
+    scores = scorer.score([score_shape.Prompt(history, candidates, state)])
+    assert np.abs(scores - providers["one pass"]()).max() > 10 * score_shape.PARITY
+    rows = score_shape.measure("tiny", on_gpu=False)
+    assert [(row["candidates"], row["provider"]) for row in rows] == [
+        (count, provider) for count in (1, 5) for provider in providers
+    ]
+    monkeypatch.setattr(score_shape, "PARITY", -1.0)
+    with pytest.raises(AssertionError, match="probabilities differ"):
+        score_shape.measure("tiny", on_gpu=False)
+
+
+def test_a_shape_in_bfloat16_is_what_training_loads() -> None:
+    """Cast after apply_dti, slopes and rotary frequencies became bfloat16: other kernels than training's, and rounded positions."""
+    scorer = score_shape.ShapeScorer("tiny", "cpu", torch.bfloat16)
+    assert {parameter.dtype for parameter in scorer.model.parameters()} == {torch.bfloat16}
+    buffers = dict(scorer.model.named_buffers())
+    assert any(name.endswith("inv_freq") for name in buffers)
+    assert any(name.endswith("alibi_slopes") for name in buffers)
+    assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}
+    _, state = scorer.forward([score_shape.Prompt(scorer.texts(3, 0), [])])
+    assert state[0].k.dtype == torch.bfloat16
+
+
+def test_a_p99_is_of_a_hundred_repeats() -> None:
+    """Of fifteen it was about the slowest, under another name."""
+    assert slowest_ms(np.arange(1.0, 101.0)) == {"p99_ms": 99.01}
+    assert slowest_ms(np.arange(1.0, 100.0)) == {"max_ms": 99.0}
+    assert median_and_p99({"p50_ms": 1.0, "p99_ms": 2.0, "repeats": 100}, 1) == "1.0 / 2.0"
+    assert median_and_p99({"p50_ms": 1.0, "p99_ms": 2.0, "repeats": 99}, 1) == "1.0"
+
+
+def test_rows_without_git_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a git program every benchmark ended in a traceback, after it had measured; so did two tests."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit_of(ROOT) == "unknown"
+
+
+def test_rows_outside_of_a_repository_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a repository that git does not trust, and in a copy that lies in somebody else's."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "file").touch()
+    assert commit_of(copy) == "unknown"
+    if shutil.which("git") is None:
+        pytest.skip("no git here: the rest needs a repository")
+
+    def commit(folder: Path, *, new: bool) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "all"])[not new :]:
+            subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True)
+
+    commit(tmp_path, new=True)
+    assert commit_of(copy) == "unknown"
+    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
+    assert commit_of(copy) == "unknown", "no commit yet"
+    commit(copy, new=False)
+    ours = commit_of(copy)
+    assert re.fullmatch("[0-9a-f]{7,}", ours)
+    (copy / "file").write_text("changed")
+    assert commit_of(copy) == f"{ours}-dirty"
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert commit_of(copy) == "unknown", "dubious ownership"

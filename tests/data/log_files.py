@@ -1,0 +1,85 @@
+"""Tiny Amazon and custom data sets in their exact file formats, made up for the tests."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.data.movielens_files import MOVIES, Rating, some_ratings
+
+# One of each oddity of the real files: entities and markup, a department repeated, an asin twice, no title, a page's script
+# as a title, an author as a brand, a huge title.
+PRODUCTS: list[dict[str, Any]] = [
+    {"asin": "1", "title": " Rainforest Caf&eacute; <b>Gift</b> Card", "brand": "Rain &amp; Co", "rank": []},
+    {"asin": "2", "title": "", "brand": "Visit Amazon's Jane Austen Page", "rank": "3 in Books"},
+    {"asin": "2", "title": "Emma", "brand": "Visit Amazon's Jane Austen Page", "rank": [">#3 in Books"]},
+    {"asin": "3", "title": "var aPageStart = (new Date()).getTime();", "brand": ""},
+    {"asin": "9", "title": "A very long title " * 40, "brand": "by\n    \n    Someone"},
+    {"asin": "10"},
+    {"asin": "11", "title": None, "category": None, "brand": None},
+    {"asin": "100", "title": "Never reviewed", "brand": "x"},
+]
+CATEGORY = ["Gift Cards", "Gift Cards", "Food &amp; Drink", "</span></span>"]
+
+
+def write_amazon(folder: Path, ratings: list[Rating], *, zipped: bool = True) -> tuple[Path, Path]:
+    """`CDs_and_Vinyl_5.json.gz` and `meta_CDs_and_Vinyl.json.gz`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reviews = [
+        {
+            "overall": float(r),
+            "reviewerID": f"A{u:03}",
+            "asin": str(i),
+            "unixReviewTime": t,
+            "reviewText": "☃",
+        }
+        for u, i, r, t in ratings
+    ]
+    paths = folder / "CDs_and_Vinyl_5.json.gz", folder / "meta_CDs_and_Vinyl.json.gz"
+    for path, rows in zip(paths, (reviews, [{"category": CATEGORY, **product} for product in PRODUCTS])):
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(text, mtime=0) if zipped else text)
+    return paths
+
+
+CUSTOM_COLUMNS = ("user", "item", "timestamp", "liked", "stars")
+ITEM_COLUMNS = ("item", "title", "genres", "year")
+
+
+def custom_rows(ratings: list[Rating] | None = None) -> list[dict[str, Any]]:
+    """Interactions with a label and a rating that agree at a threshold of 3."""
+    rows = some_ratings() if ratings is None else ratings
+    return [{"user": u, "item": i, "timestamp": t, "liked": int(r > 3), "stars": r} for u, i, r, t in rows]
+
+
+def item_rows() -> list[dict[str, Any]]:
+    """The test movies; a quoted title, a line end in a title, and no title."""
+    rows = [{"item": m.item, "title": m.short, "genres": list(m.genres), "year": m.year} for m in MOVIES]
+    rows[0]["title"] = 'Toy "Story", &amp; more'
+    rows[1]["title"] = "Misérables,\nLes"
+    rows[2].update(title="", genres=["Drama"], year="")
+    return rows
+
+
+def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> Path:
+    """A CSV or TSV file, lists joined with commas."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow(", ".join(row[c]) if isinstance(row[c], list) else row[c] for c in columns)
+    return path
+
+
+def write_parquet(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> Path:
+    """A Parquet file with the types that the values have."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({name: [row[name] for row in rows] for name in columns}), path)
+    return path
