@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dti_kernels import isolation
 from dti_kernels.contract import accumulation_dtype, check_inputs, check_memory, check_saved
-from dti_kernels.cpu.blocks import blocks as cpu
-from dti_kernels.cpu.blocks import compiled as cpu_native
+from dti_kernels.cpu import blocks as cpu
+from dti_kernels.cpu import compiled as cpu_native
 from dti_kernels.layout import check_spans
 from dti_kernels.private_folders import in_private_folder
 

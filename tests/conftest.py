@@ -1,13 +1,18 @@
-"""Paths and real data for the whole suite."""
+"""Paths, real data and small runs for the whole suite. The imports of fixtures wait for their use: kernels are tested without them."""
 
 from __future__ import annotations
 
 import os
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from dti_model.data import PreparedData
+    from dti_model.scorer import Scorer
 
 # One thread a process, unless asked otherwise: tests run beside each other (pytest -n), and tiny tensors only lose time to more.
 torch.set_num_threads(int(os.environ.get("DTI_TEST_THREADS", "1")))
@@ -43,3 +48,57 @@ def real_data_dir() -> Path:
         if candidate and Path(candidate).is_dir():
             return Path(candidate)
     pytest.skip("no real data: set DTI_DATA_DIR to a folder with ml-100k/")
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of 60 users in MovieLens-1M's format."""
+    from dti_model.data import prepare
+    from tests.data.movielens_files import some_ratings, write_1m
+
+    raw, out = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("prepared") / "data"
+    prepare("ml-1m", out, write_1m(raw, some_ratings(num_users=60)), subset=True, vocab_size=400)
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_data(small_folder: Path) -> PreparedData:
+    from dti_model.data import PreparedData
+
+    return PreparedData.open(small_folder)
+
+
+@pytest.fixture(scope="session")
+def run_folder(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as `dti train` leaves it, untrained."""
+    from tests.scorer.scoring_jobs import untrained_run
+
+    return untrained_run(tmp_path_factory.mktemp("runs") / "run", small_folder)
+
+
+@pytest.fixture(scope="session")
+def run_scorer(run_folder: Path) -> Scorer:
+    """Of `run_folder`."""
+    from dti_model.scorer import Scorer
+
+    return Scorer.from_run(run_folder, device="cpu")
+
+
+@pytest.fixture
+def requests_file(tmp_path: Path) -> Path:
+    """Four chunks of requests, the last one short."""
+    from dti_model.scorer.file import CHUNK_LINES
+    from tests.scorer.scoring_jobs import requests, write_jsonl
+
+    write_jsonl(tmp_path / "in.jsonl", requests(3 * CHUNK_LINES + 5))
+    return tmp_path / "in.jsonl"
+
+
+@pytest.fixture
+def whole_scores(run_scorer: Scorer, requests_file: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What an unbroken job writes."""
+    from tests.scorer.scoring_jobs import score
+
+    output = tmp_path_factory.mktemp("whole") / "out.jsonl"
+    score(run_scorer, requests_file, output)
+    return output.read_bytes()

@@ -86,7 +86,7 @@ def test_training_and_scoring_need_no_polars(tmp_path: Path) -> None:
 def test_preparing_names_a_missing_package(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("build", "amazon"):
+    for name in ("build", "sources.amazon"):
         monkeypatch.delitem(sys.modules, f"dti_model.data.{name}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["prepare", "ml-100k", f"--out={tmp_path / 'out'}"]) == 2
@@ -99,7 +99,8 @@ def test_preparing_names_a_missing_package(
 def test_the_command_names_a_missing_parser(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "dti_model.cli")
+    for module in [name for name in sys.modules if name.startswith("dti_model.cli")]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     with pytest.raises(SystemExit, match="^2$"):
         run()

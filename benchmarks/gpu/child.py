@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.measuring.statuses import STATUSES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Between asking a step to end and ending it.
 GRACE_S = 2.0
 _ERROR = re.compile(r"^(?:E\s+)?((?:\w+\.)*\w*(?:Error|Exception|OutOfResources|Interrupt)\b.*|FAILED .*)$")

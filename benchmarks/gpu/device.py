@@ -34,7 +34,7 @@ from benchmarks.measuring.measure import commit_of, parse_measuring
 from benchmarks.measuring.rehearsal import REHEARSING
 from dti_kernels.gpu.tiles import architecture
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STAMP = "made-with.json"
 _PACKAGES = ("triton", "transformers", "numpy", "peft", "accelerate", "flash-attn", "nvidia-ml-py", "pyarrow")
 _EXTENSION_NAME, _ANSWER = "dti_c_compiler", 42

@@ -24,7 +24,7 @@ import torch
 from benchmarks.measuring.rehearsal import REHEARSING
 
 Name = TypeVar("Name")
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 # In the working folder; git ignores it. A measurement that nobody asked to keep changes no file of the project.
 SCRATCH = Path("runs/benchmarks")
 UNKNOWN_COMMIT = "unknown"
@@ -150,7 +150,7 @@ def provenance() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if REHEARSING or torch.cuda.is_available() else None
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit_of(Path(__file__).resolve().parents[1]),
+        "commit": commit_of(Path(__file__).resolve().parents[2]),
         "machine": gpu or f"{_cpu_name()}, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "torch": torch.__version__,

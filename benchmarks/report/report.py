@@ -31,7 +31,7 @@ from dti_model.evaluation.plots import plot_mask
 from dti_model.evaluation.report import metrics_table, sentence_about_baselines
 from dti_model.files import whole_file, write_json
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 QUICKSTART = RESULTS / "quickstart.json"
 ATTENTION_CPU = RESULTS / "attention-cpu.jsonl"
 SCORE_CPU = RESULTS / "score-cpu.jsonl"

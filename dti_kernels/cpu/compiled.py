@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dti_kernels.contract import check_memory
-from dti_kernels.cpu.blocks import build as cpu_build
+from dti_kernels.cpu import build as cpu_build
 from dti_kernels.isolation import NotFinite
 from dti_kernels.layout import check_spans
 

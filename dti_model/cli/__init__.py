@@ -1,5 +1,5 @@
-from __future__ import annotations
+"""The command line, `dti`."""
 
-from dti_model.cli.main import BUG_STATUS, ERROR_STATUS, _parser, run
+from dti_model.cli.command import main, run
 
-__all__ = ["BUG_STATUS", "ERROR_STATUS", "_parser", "run"]
+__all__ = ["main", "run"]

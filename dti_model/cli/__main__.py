@@ -1,6 +1,6 @@
-"""`python -m dti_model.cli`."""
+"""`python -m dti_model.cli`, which `torchrun` starts."""
 
-from dti_model.cli.main import run
+from dti_model.cli.command import run
 
 if __name__ == "__main__":
     run()

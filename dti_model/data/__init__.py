@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 # Prepared folders are made with polars and msgspec, and read without them: these names are imported when they are asked for.
-_MAKERS = {"AmazonFiles": "amazon", "CustomFiles": "custom", "prepare": "build"}
+_MAKERS = {"AmazonFiles": "sources.amazon", "CustomFiles": "sources.custom", "prepare": "build"}
 
 
 def __getattr__(name: str) -> Any:

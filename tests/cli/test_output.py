@@ -135,7 +135,7 @@ def test_commands_where_the_output_knows_ascii_only(small_folder: Path, tmp_path
 
 def test_metrics_that_are_neither_printed_nor_written(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Exit status 0 would say that somebody has them."""
-    monkeypatch.setattr("dti_model.cli.run_evaluate", lambda _: print("metrics"))
+    monkeypatch.setattr("dti_model.cli.command.run_evaluate", lambda _: print("metrics"))
     assert main(["evaluate", "--run=x"]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Broken(errno.ENOSPC, at_flush=True))
@@ -189,7 +189,8 @@ def test_ctrl_c_while_modules_are_imported(monkeypatch: pytest.MonkeyPatch, caps
             command.run()
         assert ended.value.code == 0
         assert capsys.readouterr().out
-        patch.delitem(sys.modules, "dti_model.cli")
+        for module in [name for name in sys.modules if name.startswith("dti_model.cli")]:
+            patch.delitem(sys.modules, module)
         patch.setattr(sys, "meta_path", [Interrupted])
         with pytest.raises(SystemExit) as ended:
             command.run()

@@ -25,14 +25,14 @@ from tests.numerics import golden_and_budgets
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {
-    "segments": "native/segments.h",
-    "worker": "native/worker.h",
-    "cpu": "cpu.py",
-    "blocks": "cpu_blocks.py",
-    "tile": "triton_tile.py",
-    "forward": "triton_fwd.py",
-    "context": "triton_bwd_context.py",
-    "sums": "triton_bwd_sum.py",
+    "segments": "cpu/native/segments.h",
+    "worker": "cpu/native/worker.h",
+    "cpu": "cpu/blocks.py",
+    "blocks": "cpu/chunks.py",
+    "tile": "gpu/tile.py",
+    "forward": "gpu/forward.py",
+    "context": "gpu/backward_context.py",
+    "sums": "gpu/backward_sum.py",
 }
 
 

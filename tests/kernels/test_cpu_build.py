@@ -32,7 +32,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dti_kernels import ops, private_folders
-from dti_kernels.cpu.blocks import build as cpu_build
+from dti_kernels.cpu import build as cpu_build
 from dti_kernels.cpu.build import BuildError
 
 GOOD, PLANTED = 1, 666

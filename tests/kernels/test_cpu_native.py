@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings
 
 from dti_kernels import StreamLayout, windowed_attn
-from dti_kernels.cpu.blocks import build as cpu_build
-from dti_kernels.cpu.blocks import compiled as cpu_native
+from dti_kernels.cpu import build as cpu_build
+from dti_kernels.cpu import compiled as cpu_native
 from tests.cases import CASES, Case
 from tests.kernels.test_cpu_parity import random_cases
 from tests.numerics import check_parity

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dti_kernels import windowed_attn
-from dti_kernels.cpu.blocks import blocks as cpu
+from dti_kernels.cpu import blocks as cpu
 from dti_kernels.cpu.chunks import RowTable, whole_prompts
 from tests.cases import CASES, Case
 from tests.numerics import check_parity

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
     "TRITON_INTERPRET" in os.environ, reason="interpreted kernels are not launched"
 )
 
-from benchmarks.gpu import precompile
-from benchmarks.measuring import stand_in
+from benchmarks.gpu import precompile  # noqa: E402
+from benchmarks.measuring import stand_in  # noqa: E402
 from benchmarks.measuring.measure import read_rows  # noqa: E402
 
 KERNELS = (

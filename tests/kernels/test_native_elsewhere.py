@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dti_kernels import testing
-from dti_kernels.cpu.blocks import build as cpu_build
-from dti_kernels.cpu.blocks import compiled as cpu_native
+from dti_kernels.cpu import build as cpu_build
+from dti_kernels.cpu import compiled as cpu_native
 from tests.cases import CASES, Case
 from tests.numerics import golden_and_budgets
 

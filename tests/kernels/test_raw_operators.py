@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dti_kernels import ops
-from dti_kernels.cpu.blocks import compiled as cpu_native
+from dti_kernels.cpu import compiled as cpu_native
 from dti_kernels.layout import check_spans
 from tests.kernels.raw_calls import (
     READ_ELSEWHERE,

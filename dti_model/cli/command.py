@@ -333,7 +333,3 @@ def _export(options: Namespace) -> None:
             "Scorer.from_export computes its probabilities. Plain transformers load it and give wrong ones"
         )
     print(f"{one_line(options.out)}: {reader}; its README.md says how")
-
-
-if __name__ == "__main__":
-    run()
