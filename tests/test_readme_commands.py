@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import parse_args as torchrun_arguments
 
-from dti_model.cli import _parser
+from dti_model.cli.command import _parser
 from dti_model.data import prepare
 from tests.checkout import copy_checkout, file_hashes, paste
 from tests.conftest import ROOT

@@ -18,11 +18,6 @@ PACKAGES = ("dti_kernels", "dti_model", "benchmarks")
 # Those that make prepared folders or parse a command line; every other module, a new one too, must do without.
 NEED_THEM = {
     "dti_model.cli",
-    "dti_model.cli.__main__",
-    "dti_model.cli.command",
-    "dti_model.cli.command_line",
-    "dti_model.cli.evaluate",
-    "dti_model.cli.prepare",
     *(
         f"dti_model.data.{name}"
         for name in (

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
-from dti_model.cli import _parser, main
+from dti_model.cli.command import _parser, main
 from dti_model.cli.prepare import HELP
 from tests.conftest import ROOT
 from tests.data.log_files import CUSTOM_COLUMNS, ITEM_COLUMNS, custom_rows, item_rows, write_csv

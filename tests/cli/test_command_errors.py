@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dti_model.cli import BUG_STATUS, ERROR_STATUS, main
-from dti_model.cli import main as cli
+from dti_model.cli import command as cli
+from dti_model.cli.command import BUG_STATUS, ERROR_STATUS, main
 from dti_model.config.bounds import RULES, check_settings
 from dti_model.error_lines import MOST_CHARACTERS, joined, line_of, line_of_bug
 from dti_model.launch import num_processes
@@ -409,7 +409,7 @@ def test_closed_and_full_outputs(tmp_path: Path) -> None:
     """Errors that cannot be printed have their status all the same; one process forks for each, so that modules are imported once."""
     code = """
 import os, sys
-from dti_model.cli import _parser, main
+from dti_model.cli.command import _parser, main
 _parser()
 def status(arguments, *redirected):
     if os.fork() == 0:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dti_model.cli import _parser
+from dti_model.cli.command import _parser
 from dti_model.config import TrainConfig
 from tests.conftest import ROOT
 
