@@ -317,7 +317,7 @@ def test_bugs_have_a_line_and_a_status_of_their_own(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """A traceback, and the status 1."""
-    monkeypatch.setattr("dti_model.cli.evaluate.add_evaluate", raising(error))
+    monkeypatch.setattr("dti_model.cli.command.add_evaluate", raising(error))
     monkeypatch.setattr(cli, "run_evaluate", raising(error))
     line = refused(["evaluate", "--run=x"], capsys, BUG_STATUS)
     start = rf"dti evaluate: a bug in dti, {type(error).__name__} at dti_model/cli\.py:\d+: "
