@@ -34,9 +34,9 @@ from benchmarks.quality.runs import (
     scores_of,
 )
 from benchmarks.quality.stats import auc_difference
+from dti_model.config import DTIConfig
 from dti_model.data import PreparedData
 from dti_model.files import whole_file
-from dti_model.model.attention import DTIConfig
 
 METRICS = ("auc", "log_loss", "f1", "gauc")
 

@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 from benchmarks.gpu import score_shape
 from benchmarks.measuring.measure import interleaved_ms, parse_measuring, slowest_ms
 from benchmarks.measuring.rehearsal import DEVICE
-from dti_model.model.attention import DTIConfig
+from dti_model.config import DTIConfig
 
 # What reads prepared data is imported where it is used: `--shape` runs where the packages that read it are missing.
 if TYPE_CHECKING:

@@ -22,8 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measuring.measure import parse_measuring
 from benchmarks.synthetic import made_up_data
-from dti_model.config import ModelConfig, OptimConfig, TrainConfig
-from dti_model.model.attention import DTIConfig
+from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
 from dti_model.model.run import Run
 from dti_model.training.compare import measure_training, packed_epoch, timed_step
 from dti_model.training.flops import StepCost

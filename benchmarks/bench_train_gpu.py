@@ -24,7 +24,8 @@ from benchmarks.measuring.device_time import check_device, failure
 from benchmarks.measuring.measure import parse_measuring, percentiles_ms
 from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
 from dti_kernels import StreamLayout
-from dti_model.model.attention import DTIConfig, apply_dti, token_logits
+from dti_model.config import DTIConfig
+from dti_model.model.attention import apply_dti, token_logits
 from dti_model.training.flops import StepCost, peak_flops
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -44,7 +44,7 @@ from benchmarks.gpu.results import (
     write_summary,
 )
 from benchmarks.gpu.steps import SLOTS, Places, Step, steps_of
-from dti_model.files.locks import LockedError, locked
+from dti_model.files import LockedError, locked
 
 DEFAULT_OUT = Path("runs/benchmarks/gpu")
 DEADLINES_S = {"A": 480.0, "B": 280.0}

@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.measuring.measure import parse_measuring
 from dti_kernels import StreamLayout
-from dti_model.model.attention import DTIConfig, Stream, apply_dti, position_ids
+from dti_model.config import DTIConfig
+from dti_model.model.attention import Stream, apply_dti, position_ids
 from dti_model.model.run import MODEL_FOLDER, Run
 from dti_model.model.safe_loading import model_from
 from dti_model.prompts import Prompts

@@ -28,12 +28,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from benchmarks.bench_train_gpu import STREAMING
 from benchmarks.measuring.measure import RowFiles, parse_measuring, read_rows
 from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
-from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
 from dti_model.evaluation.baselines import item_user_auc
 from dti_model.evaluation.metrics import click_metrics
 from dti_model.evaluation.scoring import score_targets
 from dti_model.launch import let_settings_rule
-from dti_model.model.attention import DTIConfig
 from dti_model.model.run import Run, eval_targets
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.training.trainer import RunLog, StreamTrainer

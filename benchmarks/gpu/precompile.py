@@ -31,7 +31,8 @@ from benchmarks.measuring.rehearsal import REHEARSING
 from dti_kernels import StreamLayout, candidate_layout, windowed_attn
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile
-from dti_model.model.attention import DTIConfig, apply_dti, token_logits
+from dti_model.config import DTIConfig
+from dti_model.model.attention import apply_dti, token_logits
 
 # One of each row of the table.
 MEAN_SPANS = (256, 1024)

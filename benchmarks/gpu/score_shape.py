@@ -23,7 +23,8 @@ from benchmarks.bench_train_gpu import MODELS
 from benchmarks.measuring.measure import interleaved_ms, slowest_ms
 from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
 from dti_kernels import candidate_layout
-from dti_model.model.attention import DTIConfig, apply_dti, token_logits
+from dti_model.config import DTIConfig
+from dti_model.model.attention import apply_dti, token_logits
 from dti_model.model.past import LayerKeys, Past
 
 Ids = npt.NDArray[np.int64]

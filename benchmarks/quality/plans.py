@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from benchmarks.quality.runs import Cell
-from dti_model.config import ModelConfig
-from dti_model.model.attention import DTIConfig
+from dti_model.config import DTIConfig, ModelConfig
 
 SW, SW_ALIBI, MINUS, DTI = "SW", "SW, position fix", "DTI-minus", "DTI"
 

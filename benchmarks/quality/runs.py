@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 from transformers import set_seed
 
-from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
 from dti_model.data import PreparedData
 from dti_model.data.arrow_file import write_table
 from dti_model.data.folder import STATS_FILE, write_stats
@@ -30,7 +30,7 @@ from dti_model.data.store import COLUMNS
 from dti_model.evaluation.metrics import click_metrics
 from dti_model.evaluation.scoring import score_targets
 from dti_model.files import whole_folder
-from dti_model.model.attention import DTIConfig, apply_dti
+from dti_model.model.attention import apply_dti
 from dti_model.model.run import MODEL_FOLDER, Run, write_json
 from dti_model.model.safe_loading import model_from
 from dti_model.prompts import PackedPrompts, Prompts

@@ -14,8 +14,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
-from dti_model.config.bounds import GROUPS, RULES, must_be, shown
-from dti_model.config.strict_yaml import StrictYAMLError, check_yaml, read_settings
+from dti_model.config import GROUPS, RULES, StrictYAMLError, as_yaml, check_yaml, must_be, read_settings
 from dti_model.error_lines import did_you_mean, joined
 
 _MODE = "strict yaml"
@@ -227,4 +226,4 @@ def check_groups(options: Namespace) -> None:
     for group in GROUPS:
         value = options.get(group)
         if group in options and not isinstance(value, (Namespace, dict)):
-            raise ValueError(f"{group} must be a mapping of settings, name: value, got {shown(value)}")
+            raise ValueError(f"{group} must be a mapping of settings, name: value, got {as_yaml(value)}")

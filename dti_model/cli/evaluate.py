@@ -10,10 +10,9 @@ from typing import Any
 from jsonargparse import Namespace
 
 from dti_model.cli.command_line import Parser
-from dti_model.config.bounds import RULES, must_be, shown
-from dti_model.files import DamagedFileError, read_sealed, temporary_folder, write_sealed
-from dti_model.files.locks import locked_beside
-from dti_model.files.places import why_owned
+from dti_model.config import RULES, as_yaml, must_be
+from dti_model.files import DamagedFileError, locked_beside, read_sealed, temporary_folder, write_sealed
+from dti_model.places import why_owned
 
 WRITTEN_BY = "dti evaluate"
 
@@ -60,7 +59,7 @@ def run_evaluate(options: Namespace) -> None:
     from dti_model.training.train import evaluate_run
 
     if not RULES["k"].accepts(options.k):
-        raise ValueError(must_be("k", shown(options.k)))
+        raise ValueError(must_be("k", as_yaml(options.k)))
     device_of_rank(options.device)  # joins the other processes, so that one of them holds the file
     with ExitStack() as stack:
         if options.json is not None:

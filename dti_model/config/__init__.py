@@ -1,6 +1,44 @@
+"""The settings of a run: their types, defaults and bounds, YAML, and references to pretrained models.
+
+Imports neither torch nor transformers, so that `dti --help` starts at once.
+"""
+
 from __future__ import annotations
 
-from dti_model.config.file import CONFIG_FILE
-from dti_model.config.settings import LoraSettings, ModelConfig, OptimConfig, TrainConfig
+from dti_model.config.bounds import GROUPS, MODES, RULES, as_yaml, must_be
+from dti_model.config.file import CONFIG_FILE, ConfigFileError, is_run_config, is_sealed
+from dti_model.config.references import HUB, PretrainedModelError, Reference, locate
+from dti_model.config.settings import (
+    DTIConfig,
+    LoraSettings,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    check_reset_layers,
+)
+from dti_model.config.strict_yaml import StrictYAMLError, check_yaml, read_settings
 
-__all__ = ["CONFIG_FILE", "LoraSettings", "ModelConfig", "OptimConfig", "TrainConfig"]
+__all__ = [
+    "CONFIG_FILE",
+    "GROUPS",
+    "HUB",
+    "MODES",
+    "RULES",
+    "ConfigFileError",
+    "DTIConfig",
+    "LoraSettings",
+    "ModelConfig",
+    "OptimConfig",
+    "PretrainedModelError",
+    "Reference",
+    "StrictYAMLError",
+    "TrainConfig",
+    "as_yaml",
+    "check_reset_layers",
+    "check_yaml",
+    "is_run_config",
+    "is_sealed",
+    "locate",
+    "must_be",
+    "read_settings",
+]

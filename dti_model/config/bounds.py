@@ -179,10 +179,10 @@ def check_settings(settings: Any, group: str = "") -> None:
         name, value = group + field.name, getattr(settings, field.name)
         if name in GROUPS:
             if not is_dataclass(value):
-                raise ValueError(f"{name} must be a mapping of settings, got {shown(value)}")
+                raise ValueError(f"{name} must be a mapping of settings, got {as_yaml(value)}")
             continue
         if not RULES[name].accepts(value):
-            raise ValueError(must_be(name, shown(value)))
+            raise ValueError(must_be(name, as_yaml(value)))
 
 
 def must_be(name: str, found: str) -> str:
@@ -190,7 +190,7 @@ def must_be(name: str, found: str) -> str:
     return f"{name} must be {RULES[name].must}, got {found}"
 
 
-def shown(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """A value in an error: as YAML writes it, and short."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

@@ -82,7 +82,7 @@ def is_sealed(path: Path) -> bool:
     return _SEAL.search(read_text(path)) is not None
 
 
-def is_ours(path: Path) -> bool:
+def is_run_config(path: Path) -> bool:
     """Whether a config.yaml is one of ours, perhaps a damaged one."""
     try:
         text = read_text(path)

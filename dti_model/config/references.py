@@ -20,10 +20,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _OLD_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)  # gpt2: from before hub models had owners
 
 
-# What a training leaves beside the weights of a model.
-_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
-
-
 class PretrainedModelError(ValueError):
     """A pretrained model cannot be found, is of another architecture, or needs what is not installed."""
 
@@ -103,11 +99,6 @@ def locate(reference: str) -> Reference:
             f"with `dti fetch-model`, or write {HUB}{reference} for the hub's"
         )
     raise PretrainedModelError(message)
-
-
-def may_hold_weights(name: str) -> bool:
-    """Whether a file of this name in the folder of a model can be its weights: not its training's arguments, nor the optimizer."""
-    return _NO_WEIGHTS.fullmatch(name) is None
 
 
 def located(reference: str) -> str:

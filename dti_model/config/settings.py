@@ -1,6 +1,6 @@
 """What a training run is: every setting with its default, as typed dataclasses that the command line and YAML files fill in.
 
-`bounds.py` holds the type and the bounds of each, `config_file.py` writes and reads them in a run folder.
+`bounds.py` holds the type and the bounds of each, `file.py` writes and reads them in a run folder.
 """
 
 from __future__ import annotations
@@ -10,12 +10,70 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dti_model.config.bounds import PROJECTIONS, check_settings, shown
+from dti_model.config.bounds import PROJECTIONS, as_yaml, check_settings
 from dti_model.config.file import CONFIG_FILE, read_config, write_config
 from dti_model.config.references import located
-from dti_model.model.attention import DTIConfig, check_reset_layers
 
-__all__ = ["CONFIG_FILE", "PROJECTIONS", "LoraSettings", "ModelConfig", "OptimConfig", "TrainConfig"]
+
+@dataclass(frozen=True)
+class DTIConfig:
+    """What [SUM] rows read, and how.
+
+    Attributes:
+        mode: `dti` (both fixes), `dti-minus` (none, the paper's ablation), `dti-position` (no position id, ALiBi) or
+            `dti-reset` (hidden-state reset) alone.
+        alpha_min: reset ratio at the recent end of the window, in [0, 1].
+        alpha_max: reset ratio at its far end, in [alpha_min, 1].
+        steepness: of the ratio's sigmoid, per interaction.
+        alpha_own: reset ratio of the target's own item text and the prefix.
+        reset_layers: layers that reset, negative ones counted from the end.
+        slope_scale: factor on the geometric ALiBi slopes.
+        train_slopes: learn the slopes, one per head and layer.
+    """
+
+    mode: str = "dti"
+    alpha_min: float = 0.0
+    alpha_max: float = 0.5
+    steepness: float = 1.0
+    alpha_own: float = 0.0
+    reset_layers: tuple[int, ...] = (-1,)
+    slope_scale: float = 1.0
+    train_slopes: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self, "dti.")
+        if self.alpha_min > self.alpha_max:
+            raise ValueError(
+                f"dti.alpha_min must be <= dti.alpha_max, {as_yaml(self.alpha_max)}, got {as_yaml(self.alpha_min)}"
+            )
+
+    @property
+    def position_fix(self) -> bool:
+        """[SUM] rows take no position id but ALiBi."""
+        return self.mode in ("dti", "dti-position")
+
+    @property
+    def reset(self) -> bool:
+        """[SUM] rows read far context blended toward initial states."""
+        return self.mode in ("dti", "dti-reset")
+
+    def resets_layer(self, index: int, num_layers: int) -> bool:
+        """Whether layer `index` of `num_layers` resets."""
+        return self.reset and not {index, index - num_layers}.isdisjoint(self.reset_layers)
+
+
+def check_reset_layers(config: DTIConfig, num_layers: int) -> None:
+    """Refuse layers that a model does not have: counted modulo their number, they used to reset another one.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    wrong = [layer for layer in config.reset_layers if not -num_layers <= layer < num_layers]
+    if wrong:
+        raise ValueError(
+            f"dti.reset_layers must name layers of the model, 0 to {num_layers - 1} or, from the end, -{num_layers} to -1, "
+            f"got {wrong[0]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -270,7 +328,7 @@ def _first_difference(mine: Any, others: Any, group: str) -> str | None:
             continue
         if is_dataclass(before) and is_dataclass(now):
             return _first_difference(before, now, f"{group}{each.name}.")
-        return f"{group}{each.name} was {shown(_plain(before))} and is now {shown(_plain(now))}"
+        return f"{group}{each.name} was {as_yaml(_plain(before))} and is now {as_yaml(_plain(now))}"
     return None
 
 

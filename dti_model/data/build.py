@@ -42,8 +42,7 @@ from dti_model.data.split import CONTEXT, SPLIT_CODES, SplitKind, assign_split
 from dti_model.data.store import COLUMNS, PreparedData
 from dti_model.data.texts import MISSING_TITLE
 from dti_model.data.tokens import check_vocab_size, save_tokenizer, train_tokenizer
-from dti_model.files import WriteError, temporary_folder, whole_folder, write_sealed
-from dti_model.files.locks import locked_beside
+from dti_model.files import WriteError, locked_beside, temporary_folder, whole_folder, write_sealed
 
 MOVIELENS: Mapping[str, Callable[[Path], RawData]] = {"ml-100k": load_100k, "ml-1m": load_1m}
 SOURCES = (*MOVIELENS, *AMAZON_CATEGORIES)

@@ -26,7 +26,7 @@ from dti_model.files import (
     read_sealed,
     write_sealed,
 )
-from dti_model.files.places import why_irreplaceable, why_owned
+from dti_model.places import why_irreplaceable, why_owned
 
 FORMAT_VERSION = 2
 STATS_FILE = "stats.json"

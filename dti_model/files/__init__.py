@@ -1,3 +1,5 @@
+"""Files and folders that appear whole or not at all, their checksums, and locks."""
+
 from __future__ import annotations
 
 from dti_model.files.files import (
@@ -28,7 +30,7 @@ from dti_model.files.files import (
     write_json,
     write_sealed,
 )
-from dti_model.files.locks import LockedError, locked
+from dti_model.files.locks import LockedError, locked, locked_beside
 
 __all__ = [
     "CHECKSUMS_FILE",
@@ -43,6 +45,7 @@ __all__ = [
     "is_passing",
     "is_temporary",
     "locked",
+    "locked_beside",
     "opened",
     "read_checksums",
     "read_file",

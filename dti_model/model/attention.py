@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -30,8 +29,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes, windowed_attn
-from dti_model.config.bounds import MODES as MODES
-from dti_model.config.bounds import check_settings
+from dti_model.config import DTIConfig, check_reset_layers
 from dti_model.model.past import LayerKeys, Past
 
 ATTENTION_NAME = "dti"
@@ -43,70 +41,6 @@ SUPPORTED_LAYERS: tuple[type[nn.Module], ...] = (
     Qwen2DecoderLayer,
     Qwen3DecoderLayer,
 )
-
-
-@dataclass(frozen=True)
-class DTIConfig:
-    """What [SUM] rows read, and how.
-
-    Attributes:
-        mode: `dti` (both fixes), `dti-minus` (none, the paper's ablation), `dti-position` (no position id, ALiBi) or
-            `dti-reset` (hidden-state reset) alone.
-        alpha_min: reset ratio at the recent end of the window, in [0, 1].
-        alpha_max: reset ratio at its far end, in [alpha_min, 1].
-        steepness: of the ratio's sigmoid, per interaction.
-        alpha_own: reset ratio of the target's own item text and the prefix.
-        reset_layers: layers that reset, negative ones counted from the end.
-        slope_scale: factor on the geometric ALiBi slopes.
-        train_slopes: learn the slopes, one per head and layer.
-    """
-
-    mode: str = "dti"
-    alpha_min: float = 0.0
-    alpha_max: float = 0.5
-    steepness: float = 1.0
-    alpha_own: float = 0.0
-    reset_layers: tuple[int, ...] = (-1,)
-    slope_scale: float = 1.0
-    train_slopes: bool = False
-
-    def __post_init__(self) -> None:
-        check_settings(self, "dti.")
-        self.reset_of(torch.empty(0), torch.empty(0))  # checks the order of the ratios
-
-    def reset_of(self, k_initial: Tensor, v_initial: Tensor) -> HiddenStateReset:
-        """The reset of one layer."""
-        return HiddenStateReset(
-            k_initial, v_initial, self.alpha_min, self.alpha_max, self.steepness, self.alpha_own
-        )
-
-    @property
-    def position_fix(self) -> bool:
-        """[SUM] rows take no position id but ALiBi."""
-        return self.mode in ("dti", "dti-position")
-
-    @property
-    def reset(self) -> bool:
-        """[SUM] rows read far context blended toward initial states."""
-        return self.mode in ("dti", "dti-reset")
-
-    def resets_layer(self, index: int, num_layers: int) -> bool:
-        """Whether layer `index` of `num_layers` resets."""
-        return self.reset and not {index, index - num_layers}.isdisjoint(self.reset_layers)
-
-
-def check_reset_layers(config: DTIConfig, num_layers: int) -> None:
-    """Refuse layers that a model does not have: counted modulo their number, they used to reset another one.
-
-    Raises:
-        ValueError: naming the first.
-    """
-    wrong = [layer for layer in config.reset_layers if not -num_layers <= layer < num_layers]
-    if wrong:
-        raise ValueError(
-            f"dti.reset_layers must name layers of the model, 0 to {num_layers - 1} or, from the end, -{num_layers} to -1, "
-            f"got {wrong[0]}"
-        )
 
 
 @dataclass(eq=False)
@@ -184,7 +118,9 @@ class StreamAttention(nn.Module):
         if k_initial is not None and v_initial is not None:
             if not fix:
                 k_initial = _rotate(k_initial, cos[:num_context], sin[:num_context])
-            reset = self.config.reset_of(k_initial, v_initial)
+            dti = self.config
+            ratios = dti.alpha_min, dti.alpha_max, dti.steepness, dti.alpha_own
+            reset = HiddenStateReset(k_initial, v_initial, *ratios)
         slopes = self.alibi_slopes if fix else None
         out = windowed_attn(
             q,

@@ -12,11 +12,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dti_model.config import DTIConfig
 from dti_model.data import DataError, PreparedData
 from dti_model.data.tokens import plain_backend
 from dti_model.devices import device_named
 from dti_model.files import check_checksums
-from dti_model.model.attention import DTIConfig, apply_dti
+from dti_model.model.attention import apply_dti
 from dti_model.model.model_card import Description
 from dti_model.model.run import Run, load_slopes
 from dti_model.model.safe_loading import fast_tokenizer_from, model_from

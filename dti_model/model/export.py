@@ -19,9 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dti_model.config import TrainConfig
 from dti_model.data import DataError, PreparedData
 from dti_model.data.text_encoder import TextEncoder
-from dti_model.files import CHECKSUMS_FILE, whole_folder, write_checksums
-from dti_model.files.locks import locked_beside
-from dti_model.files.places import check_new_folder
+from dti_model.files import CHECKSUMS_FILE, locked_beside, whole_folder, write_checksums
 from dti_model.model.fingerprints import PROVENANCE_FILE
 from dti_model.model.lora import merge
 from dti_model.model.model_card import (
@@ -35,6 +33,7 @@ from dti_model.model.model_card import (
 from dti_model.model.pretrained import load_causal_lm
 from dti_model.model.run import MODEL_FOLDER, check_model, loading, model_settings_of
 from dti_model.model.safe_loading import adapter_from, config_from, fast_tokenizer_from
+from dti_model.places import check_new_folder
 from dti_model.prompts import PromptFormat
 
 _OF_THE_RUN = (DESCRIPTION_FILE, CARD_FILE, CHECKSUMS_FILE, PROVENANCE_FILE)  # the export has its own

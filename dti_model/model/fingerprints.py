@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dti_model.config import TrainConfig
-from dti_model.config.references import PretrainedModelError, Reference, locate, may_hold_weights
+from dti_model.config import PretrainedModelError, Reference, TrainConfig, locate
 from dti_model.data.tokens import plain_backend
 from dti_model.files import read_file, read_sealed, sha256_of_json, write_sealed
+from dti_model.model.safe_loading import may_hold_weights
 
 PROVENANCE_FILE = "provenance.json"
 _BLOCKS, _BLOCK_BYTES = 64, 4096

@@ -16,10 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dti_model.config import ModelConfig
-from dti_model.config.references import locate
+from dti_model.config import DTIConfig, ModelConfig, locate
 from dti_model.files import DamagedFileError, read_file, write_json
-from dti_model.model.attention import DTIConfig
 from dti_model.prompts import PromptFormat
 
 DESCRIPTION_FILE, CARD_FILE = "dti.json", "README.md"

@@ -16,8 +16,7 @@ import transformers
 from tokenizers import AddedToken
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dti_model.config import ModelConfig
-from dti_model.config.references import PretrainedModelError, Reference, locate
+from dti_model.config import ModelConfig, PretrainedModelError, Reference, locate
 from dti_model.data.tokens import SUM
 from dti_model.model.safe_loading import config_from, gguf_model_from, model_from, model_of, tokenizer_from
 

@@ -38,9 +38,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dti_model.config import CONFIG_FILE, ModelConfig, TrainConfig
-from dti_model.config.file import is_sealed
-from dti_model.config.references import HUB, PretrainedModelError, locate
+from dti_model.config import (
+    CONFIG_FILE,
+    HUB,
+    ModelConfig,
+    PretrainedModelError,
+    TrainConfig,
+    is_sealed,
+    locate,
+)
 from dti_model.data import PreparedData
 from dti_model.data.split import SPLIT_CODES
 from dti_model.data.text_encoder import TextEncoder

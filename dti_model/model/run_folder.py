@@ -16,11 +16,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dti_model.config import CONFIG_FILE, TrainConfig
-from dti_model.config.file import is_ours
+from dti_model.config import CONFIG_FILE, TrainConfig, is_run_config
 from dti_model.files import CHECKSUMS_FILE, is_passing, locked, opened, read_checksums
-from dti_model.files.places import why_owned
 from dti_model.model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance
+from dti_model.places import why_owned
 from dti_model.ranks import first_rank_does
 from dti_model.training.checkpoint import (
     RUN_FILE,
@@ -64,7 +63,7 @@ def check_is_ours(folder: Path) -> None:
     if not folder.is_dir():
         raise RunExistsError(f"{folder} is not a folder: choose another --out")
     if (folder / CONFIG_FILE).exists():
-        if not is_ours(folder / CONFIG_FILE):
+        if not is_run_config(folder / CONFIG_FILE):
             raise RunExistsError(
                 f"{folder} is not a run folder: its {CONFIG_FILE} is another program's. Choose another --out"
             )

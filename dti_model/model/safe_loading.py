@@ -23,16 +23,23 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dti_model.config.references import PretrainedModelError, may_hold_weights
+from dti_model.config import PretrainedModelError
 from dti_model.files import read_file
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER_CONFIG, _ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)")
+# What a training leaves beside the weights of a model.
+_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 _CONVERT = (
     'it is a pickle, a program that reading runs. Make safetensors of it once, python -c "from transformers import '
     "AutoModelForCausalLM as M; M.from_pretrained('FOLDER', use_safetensors=False).save_pretrained('NEW')\", and name NEW"
 )
+
+
+def may_hold_weights(name: str) -> bool:
+    """Whether a file of this name in the folder of a model can be its weights: not its training's arguments, nor the optimizer."""
+    return _NO_WEIGHTS.fullmatch(name) is None
 
 
 def config_from(source: str | Path) -> Any:

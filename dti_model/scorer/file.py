@@ -29,8 +29,8 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from dti_model.data.text_encoder import ENCODING_VERSION
-from dti_model.files.locks import locked
-from dti_model.files.places import why_owned
+from dti_model.files import locked
+from dti_model.places import why_owned
 from dti_model.scorer import Request, Scorer
 from dti_model.scorer.items import ItemError
 from dti_model.scorer.job import Job

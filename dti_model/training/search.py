@@ -21,14 +21,19 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import yaml
 
-from dti_model.config import CONFIG_FILE, TrainConfig
-from dti_model.config.bounds import RULES, must_be, shown
-from dti_model.config.file import is_ours, is_sealed
-from dti_model.config.strict_yaml import check_yaml
+from dti_model.config import (
+    CONFIG_FILE,
+    RULES,
+    TrainConfig,
+    as_yaml,
+    check_yaml,
+    is_run_config,
+    is_sealed,
+    must_be,
+)
 from dti_model.data import PreparedData
 from dti_model.error_lines import did_you_mean
 from dti_model.files import DamagedFileError, check_checksums, locked, read_file, whole_file, write_json
-from dti_model.files.places import why_owned
 from dti_model.launch import let_settings_rule
 from dti_model.model.fingerprints import OtherOriginError, Provenance
 from dti_model.model.run import tokenizer_of
@@ -39,6 +44,7 @@ from dti_model.model.run_folder import (
     check_is_no_broken_link,
     check_is_ours,
 )
+from dti_model.places import why_owned
 from dti_model.ranks import first_rank_does, join_ranks, rank
 from dti_model.training.train import train
 
@@ -73,7 +79,7 @@ def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence
         )
     for seed in seeds:
         if not RULES["seed"].accepts(seed):
-            raise ValueError(must_be("seed", shown(seed)))
+            raise ValueError(must_be("seed", as_yaml(seed)))
     base = base.located()
     cells = [dict(zip(grid, values)) for values in product(*grid.values())]
     configs = [cell_config(base, cell, base.seed) for cell in cells]  # all are checked before the first run
@@ -138,7 +144,7 @@ def check_search_folder(folder: Path) -> None:
     if not folder.exists() or _json(folder / MARKER_FILE) == MARKER:
         return
     # Of version 0.1.0, or with a damaged marker: folders of runs, and the tables.
-    cells = {path for path in folder.iterdir() if any(map(is_ours, path.glob(f"seed-*/{CONFIG_FILE}")))}
+    cells = {path for path in folder.iterdir() if any(map(is_run_config, path.glob(f"seed-*/{CONFIG_FILE}")))}
     foreign = [
         path.name
         for path in sorted({*folder.iterdir()} - cells)
@@ -188,7 +194,7 @@ def cell_config(base: TrainConfig, cell: Mapping[str, Any], seed: int) -> TrainC
             )
         setting = _as_setting(name, value)
         if not RULES[name].accepts(setting):
-            raise ValueError(f"{value!r} is no value of {name}: {must_be(name, shown(setting))}")
+            raise ValueError(f"{value!r} is no value of {name}: {must_be(name, as_yaml(setting))}")
         config = _replaced(config, name.split("."), setting)
     return config
 

@@ -18,7 +18,8 @@ from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
-from dti_model.model.attention import DTIConfig, Stream, position_ids
+from dti_model.config import DTIConfig
+from dti_model.model.attention import Stream, position_ids
 from dti_model.prompts import PackedPrompts, StreamBatch
 from dti_model.ranks import world_size
 from dti_model.training.flops import Speed, StepCost, peak_flops

@@ -14,10 +14,10 @@ import yaml
 
 from dti_kernels import HiddenStateReset
 from dti_model.cli import main
-from dti_model.config import LoraSettings, ModelConfig, OptimConfig, TrainConfig
+from dti_model.config import DTIConfig, LoraSettings, ModelConfig, OptimConfig, TrainConfig
 from dti_model.config.bounds import GROUPS, RULES
 from dti_model.config.strict_yaml import StrictYAMLError, check_yaml
-from dti_model.model.attention import DTIConfig, apply_dti
+from dti_model.model.attention import apply_dti
 from dti_model.model.run import Run
 from dti_model.training.search import search
 

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from dti_kernels import StreamLayout
-from dti_model.model.attention import MODES, DTIConfig, Stream, apply_dti, position_ids, token_logits
+from dti_model.config import MODES, DTIConfig
+from dti_model.model.attention import Stream, apply_dti, position_ids, token_logits
 from tests.numerics import FLOAT64_RELATIVE
 
 ROPE = {

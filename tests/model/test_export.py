@@ -16,11 +16,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from dti_model.cli import main
-from dti_model.config import LoraSettings, ModelConfig, TrainConfig
+from dti_model.config import MODES, DTIConfig, LoraSettings, ModelConfig, TrainConfig
 from dti_model.data import DataError, PreparedData
 from dti_model.data.build import prepare
 from dti_model.data.sources.custom import CustomFiles
-from dti_model.model.attention import MODES, DTIConfig
 from dti_model.model.export import LibraryOnlyError, export_run
 from dti_model.model.model_card import plain_differences
 from dti_model.model.run import MODEL_FOLDER, Run

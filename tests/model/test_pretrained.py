@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from dti_kernels import StreamLayout
-from dti_model.config import LoraSettings, ModelConfig, OptimConfig, TrainConfig
+from dti_model.config import DTIConfig, LoraSettings, ModelConfig, OptimConfig, TrainConfig
 from dti_model.evaluation.scoring import score_targets
-from dti_model.model.attention import DTIConfig, Stream, apply_dti, position_ids, token_logits
+from dti_model.model.attention import Stream, apply_dti, position_ids, token_logits
 from dti_model.model.export import export_run
 from dti_model.model.lora import add_lora
 from dti_model.model.pretrained import PretrainedModelError, load_causal_lm, load_plain, load_tokenizer

@@ -21,10 +21,10 @@ import pytest
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.files import LockedError, locked, write_checksums
-from dti_model.files.places import why_owned
 from dti_model.model import run as run_module
 from dti_model.model.export import export_run
 from dti_model.model.run_folder import LOCK_FILE, RunExistsError
+from dti_model.places import why_owned
 from dti_model.training.checkpoint import CheckpointError
 from dti_model.training.search import search
 from dti_model.training.train import train

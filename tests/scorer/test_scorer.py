@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dti_kernels import StreamLayout
-from dti_model.config import ModelConfig, TrainConfig
+from dti_model.config import MODES, DTIConfig, ModelConfig, TrainConfig
 from dti_model.evaluation.scoring import score_targets
-from dti_model.model.attention import MODES, DTIConfig, token_logits
+from dti_model.model.attention import token_logits
 from dti_model.model.run import Run
 from dti_model.prompts import Prompts
 from dti_model.scorer import History, Scorer

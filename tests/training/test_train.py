@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
 from dti_model.data import DataError, PreparedData, prepare
-from dti_model.model.attention import DTIConfig, token_logits
+from dti_model.model.attention import token_logits
 from dti_model.model.run import METRICS_FILE, Run
 from dti_model.prompts import Prompts
 from dti_model.training.train import (
@@ -216,7 +216,10 @@ def test_a_run_that_cannot_start_leaves_nothing_in_the_way(config: TrainConfig) 
         (lambda: OptimConfig(learning_rate=-1.0), "learning_rate must be > 0"),
         (lambda: OptimConfig(warmup=1.0), "warmup < 1"),
         (lambda: TrainConfig(Path("a"), Path("b"), k=-1), "k must be >= 0"),
-        (lambda: DTIConfig(alpha_min=0.9, alpha_max=0.1), "alpha_min <= alpha_max"),
+        (
+            lambda: DTIConfig(alpha_min=0.9, alpha_max=0.1),
+            "dti.alpha_min must be <= dti.alpha_max, 0.1, got 0.9",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(make, message: str) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from dti_model.config.file import CONFIG_FILE, is_ours
+from dti_model.config import CONFIG_FILE, is_run_config
 
 # What commands write into their folders.
 _OF_A_RUN = re.compile(
@@ -40,7 +40,7 @@ def why_owned(path: Path, is_run: bool = False) -> str | None:
 def _names_of(folder: Path) -> re.Pattern[str] | None:
     """The names that mean something in a folder of ours; None: it is none."""
     # A config.yaml alone may be a copy whose settings somebody uses again.
-    if any((folder / name).exists() for name in _MADE_BY_A_RUN) and is_ours(folder / CONFIG_FILE):
+    if any((folder / name).exists() for name in _MADE_BY_A_RUN) and is_run_config(folder / CONFIG_FILE):
         return _OF_A_RUN
     if (folder / "search-folder.json").is_file():
         return _OF_A_SEARCH
