@@ -15,7 +15,8 @@ SOURCES = sorted(
     for folder in ("dti_kernels", "dti_model", "benchmarks", ".ci")
     for path in (ROOT / folder).rglob("*.py")
 )
-LOADING, FETCHING = "dti_model/model/safe_loading.py", ("dti_model/data/fetch.py", "dti_model/model/fetch.py")
+LOADING = "dti_model/model/safe_loading.py"
+FETCHING = ("dti_model/downloads.py", "dti_model/model/fetch.py")
 # Calls that need constants among their keywords, wherever they are; those of `from_pretrained` on weights need more.
 NEEDED = {
     "from_pretrained": {"trust_remote_code": False},

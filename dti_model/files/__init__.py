@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from dti_model.files.files import (
+from dti_model.files.checked import (
     CHECKSUMS_FILE,
     DamagedFileError,
-    WriteError,
     are_checksums,
     check_checksums,
     check_files,
     check_nothing_added,
     checksums,
-    is_passing,
-    is_temporary,
     opened,
     read_checksums,
     read_file,
     read_sealed,
-    remove_folder,
-    remove_leftovers,
-    remove_tree,
     sha256_of,
     sha256_of_json,
-    temporary_folder,
-    whole_file,
-    whole_folder,
     without_nan,
     write_checksums,
     write_json,
     write_sealed,
 )
 from dti_model.files.locks import LockedError, locked, locked_beside
+from dti_model.files.whole import (
+    WriteError,
+    is_passing,
+    is_temporary,
+    remove_folder,
+    remove_leftovers,
+    remove_tree,
+    temporary_folder,
+    whole_file,
+    whole_folder,
+)
 
 __all__ = [
     "CHECKSUMS_FILE",

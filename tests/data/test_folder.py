@@ -19,7 +19,7 @@ import pytest
 from dti_model.cli import main
 from dti_model.data import DataError, PreparedData, build, folder, prepare, store
 from dti_model.data.tokens import train_tokenizer
-from dti_model.files import files
+from dti_model.files import checked as files
 from tests.data.movielens_files import some_ratings, write_1m
 
 

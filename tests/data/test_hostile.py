@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dti_model import downloads
 from dti_model.config import TrainConfig
 from dti_model.data import AmazonFiles, CustomFiles, DataError, PreparedData, fetch, prepare
 from dti_model.data.sources import lines, rows
@@ -24,7 +25,7 @@ from dti_model.data.sources.custom import parsed_times
 from dti_model.data.sources.movielens import load_1m, load_100k
 from dti_model.data.sources.source import RawData
 from dti_model.data.tokens import train_tokenizer
-from dti_model.files import files
+from dti_model.files import checked as files
 from dti_model.model.run_folder import RunExistsError
 from dti_model.scorer.items import ItemError
 from dti_model.scorer.lines import InputFile, fields_of
@@ -368,7 +369,7 @@ def test_a_long_line_of_requests_is_one_bad_line(tmp_path: Path, monkeypatch: py
 def test_a_download_has_a_longest_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "zeros").write_bytes(b"\0" * 1000)
     monkeypatch.setattr(fetch, "GROUPLENS_URL", f"file://{tmp_path}/zeros")
-    monkeypatch.setattr(fetch, "MAX_BYTES", 100)
+    monkeypatch.setattr(downloads, "MAX_BYTES", 100)
     with pytest.raises(DataError, match=r"/zeros sends more than 100 bytes"):
         fetch.fetch("ml-1m", tmp_path)
 

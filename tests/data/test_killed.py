@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 
+from dti_model import downloads
 from dti_model.cli import main
-from dti_model.data import DataError, PreparedData, build, fetch
+from dti_model.data import DataError, PreparedData, build
 from dti_model.data.text_encoder import TextEncoder
 from dti_model.data.tokens import train_tokenizer
-from dti_model.files import files
+from dti_model.files import whole
 from tests.data.log_files import write_amazon
 from tests.data.movielens_files import some_ratings, write_1m
 
@@ -59,9 +60,9 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "the tokenizer": (build, "save_tokenizer"),
     "stats": (build, "write_stats"),
     "the token cache": (TextEncoder, "encode_all"),
-    "the disk": (files, "_flush"),
-    "the swap": (files, "exchanged"),
-    "the removal": (files.shutil, "rmtree"),
+    "the disk": (whole, "_flush"),
+    "the swap": (whole, "exchanged"),
+    "the removal": (whole.shutil, "rmtree"),
 }
 
 
@@ -129,7 +130,7 @@ def killed_download(raw: Path, arguments: list[str]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return io.BytesIO()
 
-    fetch.urllib.request.urlopen = urlopen
+    downloads.urllib.request.urlopen = urlopen
     main(arguments)
 
 
@@ -173,9 +174,9 @@ def test_pip_keeps_its_own_temporary_files_in_the_download_folder(
         assert env["PATH"] == os.environ["PATH"]
         return subprocess.CompletedProcess(command, 1, "", "no such wheel")
 
-    monkeypatch.setattr(fetch.subprocess, "run", run)
-    with pytest.raises(fetch.FetchError, match="no such wheel"):
-        fetch.wheel_from_index("a==1", "0", tmp_path)
+    monkeypatch.setattr(downloads.subprocess, "run", run)
+    with pytest.raises(downloads.FetchError, match="no such wheel"):
+        downloads.wheel_from_index("a==1", "0", tmp_path)
 
 
 def with_little_room(size: int, arguments: list[str], pipe: Any) -> None:

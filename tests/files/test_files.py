@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from dti_model.files import files
+from dti_model import files
+from dti_model.files import whole
 from tests.conftest import ROOT
 
 
@@ -84,15 +85,15 @@ def test_a_folder_that_is_replaced_is_never_missing(
     """The older folder was once deleted, file by file, before the new one had its name: a kill in between lost both."""
     folder = tmp_path / "folder"
     deleted: list[bool] = []
-    rmtree = files.shutil.rmtree
+    rmtree = whole.shutil.rmtree
 
     def deleting(path: Path, *arguments: Any, **options: Any) -> None:
         deleted.append((folder / "new").is_file())
         rmtree(path, *arguments, **options)
 
-    monkeypatch.setattr(files.shutil, "rmtree", deleting)
+    monkeypatch.setattr(whole.shutil, "rmtree", deleting)
     if not exchange:  # as on file systems that cannot
-        monkeypatch.setattr(files, "exchanged", lambda *_: False)
+        monkeypatch.setattr(whole, "exchanged", lambda *_: False)
     folder.mkdir()
     (folder / "old").write_text("old")
     with files.whole_folder(folder) as temporary:

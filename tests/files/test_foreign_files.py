@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dti_model.files import files, locks, renames, whole_file, whole_folder
+from dti_model import files
+from dti_model.files import locks, renames, whole, whole_file, whole_folder
 from dti_model.files.locks import locked, locked_beside
 from dti_model.model import export as export_module
 from dti_model.model import fetch as fetch_module
@@ -242,7 +243,7 @@ def test_an_export_leaves_what_comes_meanwhile(
         (out / "mine").unlink()
         out.rmdir()
         if last_look:
-            monkeypatch.setattr(files, "_open_to_others", lambda *_: None)
+            monkeypatch.setattr(whole, "_open_to_others", lambda *_: None)
             monkeypatch.setattr(export_module, "check_new_folder", lambda _: None)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dti_model.data.fetch import FetchError
+from dti_model.downloads import FetchError
 from dti_model.files import DamagedFileError, WriteError, check_checksums
 from dti_model.model import fetch as module
 from dti_model.model.fetch import fetch_model

@@ -21,8 +21,9 @@ import polars as pl
 import pytest
 import torch
 
+from dti_model import files
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
-from dti_model.files import files
+from dti_model.files import whole as whole_files
 from dti_model.model.run import CHECKPOINTS_FOLDER, METRICS_FILE
 from dti_model.training import checkpoint
 from dti_model.training import train as training
@@ -115,7 +116,7 @@ def kill_while(config: TrainConfig, moment: str, count: int) -> None:
     """Train, and SIGKILL this process in the middle of the `count`-th write, rename or removal of a checkpoint."""
     module, name = {
         "writing": (checkpoint, "save_file"),
-        "flushing": (files, "_flush"),
+        "flushing": (whole_files, "_flush"),
         "removing": (shutil, "rmtree"),
         "finishing": (training, "_finish"),
     }[moment]
