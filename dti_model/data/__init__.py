@@ -3,17 +3,33 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dti_model.data.errors import DataError
-from dti_model.data.split import CONTEXT, TEST, TRAIN, VAL
-from dti_model.data.store import PreparedData
+from dti_model.data.arrow_file import write_table
+from dti_model.data.errors import MAX_MESSAGE_CHARS, DataError
+from dti_model.data.folder import STATS_FILE, write_stats
+from dti_model.data.sources import SOURCES, named_source
+from dti_model.data.split import CONTEXT, SPLIT_CODES, TEST, TRAIN, VAL
+from dti_model.data.store import COLUMNS, PreparedData
+from dti_model.data.text_encoder import ENCODING_VERSION, TextEncoder
+from dti_model.data.texts import FINISHED, MAX_CHARS, TEMPLATE, Template, template_text
+from dti_model.data.tokens import LABEL_TEXTS, SUM, label_tokens, plain_backend
 
 if TYPE_CHECKING:
     from dti_model.data.build import prepare
-    from dti_model.data.sources.amazon import AmazonFiles
-    from dti_model.data.sources.custom import CustomFiles
+    from dti_model.data.sources import AmazonFiles, CustomFiles
 
 __all__ = [
+    "COLUMNS",
     "CONTEXT",
+    "ENCODING_VERSION",
+    "FINISHED",
+    "LABEL_TEXTS",
+    "MAX_CHARS",
+    "MAX_MESSAGE_CHARS",
+    "SOURCES",
+    "SPLIT_CODES",
+    "STATS_FILE",
+    "SUM",
+    "TEMPLATE",
     "TEST",
     "TRAIN",
     "VAL",
@@ -21,11 +37,19 @@ __all__ = [
     "CustomFiles",
     "DataError",
     "PreparedData",
+    "Template",
+    "TextEncoder",
+    "label_tokens",
+    "named_source",
+    "plain_backend",
     "prepare",
+    "template_text",
+    "write_stats",
+    "write_table",
 ]
 
 # Prepared folders are made with polars and msgspec, and read without them: these names are imported when they are asked for.
-_MAKERS = {"AmazonFiles": "sources.amazon", "CustomFiles": "sources.custom", "prepare": "build"}
+_MAKERS = {"AmazonFiles": "sources", "CustomFiles": "sources", "prepare": "build"}
 
 
 def __getattr__(name: str) -> Any:

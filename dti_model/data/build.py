@@ -10,9 +10,7 @@ Cost: O(rows log rows) time, for the sort.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,6 @@ import pyarrow as pa
 
 from dti_model.data.arrow_file import write_table
 from dti_model.data.errors import DataError
-from dti_model.data.fetch import fetch
 from dti_model.data.folder import (
     FORMAT_VERSION,
     STATS_FILE,
@@ -34,22 +31,16 @@ from dti_model.data.folder import (
     write_stats,
 )
 from dti_model.data.index import Indexed, index_rows
-from dti_model.data.sources.amazon import AMAZON_CATEGORIES, AmazonFiles, amazon_category
-from dti_model.data.sources.custom import MAX_THRESHOLD, CustomFiles
-from dti_model.data.sources.movielens import load_1m, load_100k
-from dti_model.data.sources.source import RawData, Source
+from dti_model.data.sources import RawData, Source, source_in_folder
 from dti_model.data.split import CONTEXT, SPLIT_CODES, SplitKind, assign_split
 from dti_model.data.store import COLUMNS, PreparedData
 from dti_model.data.texts import MISSING_TITLE
 from dti_model.data.tokens import check_vocab_size, save_tokenizer, train_tokenizer
-from dti_model.files import WriteError, locked_beside, temporary_folder, whole_folder, write_sealed
+from dti_model.files import WriteError, locked_beside, whole_folder, write_sealed
 
-MOVIELENS: Mapping[str, Callable[[Path], RawData]] = {"ml-100k": load_100k, "ml-1m": load_1m}
-SOURCES = (*MOVIELENS, *AMAZON_CATEGORIES)
 DEFAULT_VOCAB_SIZE = 4096
 REJECTED_FILE = "rejected.csv"
 MAX_COUNT = 2**31 - 1  # nobody has more interactions; beyond 64 bits NumPy cannot compare
-STARS = (1, 5)  # ratings of MovieLens and Amazon
 
 
 def prepare(
@@ -67,12 +58,11 @@ def prepare(
     """Read a data set and write a prepared folder, all of it or nothing.
 
     Args:
-        source: "ml-100k", "ml-1m", "amazon-cds", "amazon-kindles", or files described by an `AmazonFiles` or a
-            `CustomFiles`.
+        source: "ml-100k", "ml-1m", "amazon-cds", "amazon-kindles", or a `Source`: an `AmazonFiles`, a `CustomFiles`.
         out: folder to write. An older prepared folder there is replaced; any other content, also in it, is an error.
-        raw_dir: folder with the raw files; None fetches them (MovieLens only).
+        raw_dir: folder with the raw files, of a source given by its name; None fetches them (MovieLens only).
         split: "global" (by time over all users) or "user" (within each user).
-        threshold: a rating above it is a click; None takes the source's (3 for MovieLens, 4 for Amazon).
+        threshold: a rating above it is a click; None takes the source's (3 for MovieLens, 4 for Amazon, `CustomFiles`' own).
         min_context: earlier interactions that a target needs.
         min_item_count: items with fewer interactions are dropped; None takes the data set's default.
         subset: accept a part of MovieLens: counts are reported, not compared with the full set's.
@@ -88,14 +78,17 @@ def prepare(
         WriteError: the disk is full.
     """
     out = Path(out)
+    if isinstance(source, str):
+        source = source_in_folder(source, raw_dir, subset)
+    elif raw_dir is not None:
+        raise ValueError(f"raw_dir does not apply to {source.name}: its files have their own paths")
+    elif subset:
+        raise ValueError(f"subset does not apply to {source.name}: it has no published counts")
     rules = _Rules(split, threshold, min_context, min_item_count, vocab_size)
-    _check_source(source, raw_dir, threshold, subset)
-    rules.check(isinstance(source, (str, AmazonFiles)))
+    rules.check(source)
     check_replaceable(out)
     with _locked(out):
-        raw = _load(source, raw_dir, subset)
-        provenance = _provenance(source, raw, subset)
-        return _prepared(raw, provenance, rules, out)
+        return _prepared(source.name, source.load(), rules, out)
 
 
 @dataclass(frozen=True)
@@ -108,24 +101,36 @@ class _Rules:
     min_item_count: int | None
     vocab_size: int
 
-    def check(self, has_stars: bool) -> None:
-        """Raise a ValueError at an impossible value; with `has_stars`, ratings are 1 to 5."""
+    def check(self, source: Source) -> None:
+        """Raise a ValueError at an impossible value."""
         if self.split not in get_args(SplitKind):
             raise ValueError(f"split must be one of {', '.join(get_args(SplitKind))}, but is {self.split!r}")
-        low, high = STARS if has_stars else (-MAX_THRESHOLD, MAX_THRESHOLD)
-        if self.threshold is not None and not low <= self.threshold < high:  # NaN is neither
-            raise ValueError(
-                f"threshold must be at least {low:g} and below {high:g}, so that a rating can be above it and not above it, but is "
-                f"{self.threshold}"
-            )
-        for name, low in (("min_context", 0), ("min_item_count", 1)):
+        if self.threshold is not None:
+            if source.ratings is None:
+                raise ValueError(f"threshold does not apply here: give it to {type(source).__name__}")
+            low, high = source.ratings
+            if not low <= self.threshold < high:  # NaN is neither
+                raise ValueError(
+                    f"threshold must be at least {low:g} and below {high:g}, so that a rating can be above it and not above it, but is "
+                    f"{self.threshold}"
+                )
+        for name, least in (("min_context", 0), ("min_item_count", 1)):
             value = getattr(self, name)
-            if value is not None and not low <= value <= MAX_COUNT:
-                raise ValueError(f"{name} must be at least {low} and at most {MAX_COUNT:,}, but is {value}")
+            if value is not None and not least <= value <= MAX_COUNT:
+                raise ValueError(f"{name} must be at least {least} and at most {MAX_COUNT:,}, but is {value}")
         check_vocab_size(self.vocab_size)
 
 
-def _prepared(raw: RawData, provenance: dict[str, Any], rules: _Rules, out: Path) -> dict[str, Any]:
+def _prepared(name: str, raw: RawData, rules: _Rules, out: Path) -> dict[str, Any]:
+    provenance = {
+        "name": name,
+        "route": raw.route,
+        "subset": raw.subset,
+        **raw.text_rule,
+        "sha256": raw.checksums,
+        # Says of two formats of one published set that they agree; other sources have the checksums of their files.
+        "digest": None if raw.facts is None else raw.digest(),
+    }
     threshold = raw.threshold if rules.threshold is None else float(rules.threshold)
     min_item_count = raw.min_item_count if rules.min_item_count is None else rules.min_item_count
     indexed = index_rows(raw, min_item_count)
@@ -166,38 +171,6 @@ def _cannot_be_written(out: Path, error: OSError) -> DataError:
     return DataError(f"{out}: cannot be written ({error}). Name another folder with --out.")
 
 
-def _check_source(
-    source: str | Source, raw_dir: str | Path | None, threshold: float | None, subset: bool
-) -> None:
-    name = source if isinstance(source, str) else source.name
-    if isinstance(source, str) and source not in SOURCES:
-        raise DataError(
-            f"source must be one of {', '.join(SOURCES)}, an AmazonFiles or a CustomFiles, but is {source!r}"
-        )
-    if raw_dir is not None and not isinstance(source, str):
-        raise ValueError(f"raw_dir does not apply to {name}: its files have their own paths")
-    if subset and name not in MOVIELENS:
-        raise ValueError(f"subset does not apply to {name}: it has no published counts")
-    if threshold is not None and isinstance(source, CustomFiles):
-        raise ValueError("threshold does not apply to custom files here: give it to CustomFiles")
-
-
-def _load(source: str | Source, raw_dir: str | Path | None, subset: bool) -> RawData:
-    if not isinstance(source, str):
-        return source.load()
-    if source not in MOVIELENS:
-        return amazon_category(source, raw_dir).load()
-    with ExitStack() as stack:
-        if raw_dir is None:
-            place = Path(tempfile.gettempdir()) / f"dti-fetch-{os.getuid()}"
-            download = stack.enter_context(temporary_folder(place))
-            raw_dir = fetch(source, download)
-        raw = MOVIELENS[source](Path(raw_dir))
-        if not subset:
-            raw.check_facts()
-    return raw
-
-
 def _columns(
     data: Indexed, threshold: float, split: SplitKind, min_context: int
 ) -> dict[str, npt.NDArray[Any]]:
@@ -217,8 +190,8 @@ def _columns(
 
 def _counts(raw: RawData, data: Indexed, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
     lengths = np.diff(data.offsets)
-    interactions, items = raw.num_rejected
-    first = [row for rejected in raw.rejected or () for row in rejected.first()]
+    interactions, items = map(len, raw.rejected)
+    first = [row for rejected in raw.rejected for row in rejected.first()]
     return {
         "users": len(data.users),
         "items": data.items.height,
@@ -255,18 +228,6 @@ def _split_stats(columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
     return stats
 
 
-def _provenance(source: str | Source, raw: RawData, subset: bool) -> dict[str, Any]:
-    return {
-        "name": source if isinstance(source, str) else source.name,
-        "route": raw.route,
-        "subset": subset,
-        **raw.text_rule,
-        "sha256": dict(raw.checksums),
-        # Says of two formats of one published set that they agree; other sources have the checksums of their files.
-        "digest": None if raw.facts is None else raw.digest(),
-    }
-
-
 def _write(
     folder: Path,
     raw: RawData,
@@ -287,7 +248,7 @@ def _write(
     }
     for name, table in tables.items():
         write_table(pa.table(table), folder / name)
-    if raw.rejected is not None and any(raw.num_rejected):
+    if any(map(len, raw.rejected)):
         pl.concat([rejected.frame() for rejected in raw.rejected]).write_csv(folder / REJECTED_FILE)
     tokenizer = train_tokenizer(texts, vocab_size)
     save_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)

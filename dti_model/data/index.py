@@ -18,7 +18,7 @@ import numpy.typing as npt
 import polars as pl
 
 from dti_model.data.errors import DataError
-from dti_model.data.sources.source import RawData
+from dti_model.data.sources import RawData
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ class PreparedData:
 
     @property
     def text_rule(self) -> dict[str, Any]:
-        """How items were put into text: `text`, a template, and `max_chars`; empty: MovieLens' own way."""
+        """How items were put into text: `text`, a template, and `max_chars`; without them, the defaults of `texts.py`."""
         source = self.stats["source"]
         return {name: source[name] for name in ("text", "max_chars") if name in source}
 

@@ -4,11 +4,10 @@
 
 The first column of a template counts as the title: where an item has none, `MISSING_TITLE` stands in its place.
 Semicolons cut a template into parts. A part whose columns are all empty is left out; where only some are, empty
-brackets and dangling separators go. An item without any value has no text at all. MovieLens' texts follow a rule of their own,
-`movie_text`.
+brackets and dangling separators go. An item without any value has no text at all.
 
 Training and scoring import this file: it needs neither polars nor msgspec, which only making prepared folders does.
-`item_frames.py` puts the columns of an item file through these rules.
+`sources/item_frames.py` puts the columns of an item file through these rules.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from dti_model.data.errors import DataError
 from dti_model.shown import shown
 
 MISSING_TITLE = "Unknown title"
+TEMPLATE = "{title}; {genres}"  # of sources that name no other
 MAX_CHARS = 200  # default length of one value: a window holds 20 items, and some titles are whole pages
 FINISHED = "text"  # of an item that is given as its finished text, and so no column of a template
 _TAG = re.compile(r"</?[a-zA-Z!][^<>]*>")
@@ -209,18 +209,3 @@ def _moment_text(value: date | time) -> str:
         return value.isoformat()
     moment = value.astimezone(UTC) if isinstance(value.tzinfo, timezone) else value
     return moment.isoformat(sep=" ", timespec="microseconds")
-
-
-def movie_text(title: str, genres: list[str]) -> str:
-    """Text of a MovieLens movie; "" where it has no title.
-
-    Example:
-        >>> movie_text("Toy Story (1995)", ["Animation", "Comedy"])
-        'Toy Story (1995); Animation, Comedy'
-    """
-    title = re.sub(r"\s+", " ", html.unescape(title)).strip()
-    title = title.removesuffix("(V)").rstrip()
-    if title in ("", "unknown"):
-        return ""
-    known = [genre for genre in genres if genre not in ("", "unknown")]
-    return f"{title}; {', '.join(known)}" if known else title

@@ -10,16 +10,22 @@ An id and a text are never guessed apart: "1984" is an id.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from dti_model.data import DataError
-from dti_model.data.errors import MAX_MESSAGE_CHARS
-from dti_model.data.text_encoder import TextEncoder
-from dti_model.data.texts import FINISHED, MISSING_TITLE, Template, movie_text, template_text
+from dti_model.data import (
+    FINISHED,
+    MAX_CHARS,
+    MAX_MESSAGE_CHARS,
+    TEMPLATE,
+    DataError,
+    Template,
+    TextEncoder,
+    template_text,
+)
 from dti_model.prompts import IntArray, PromptBuilder
 from dti_model.shown import one_line, shown
 
@@ -70,22 +76,6 @@ def _check_texts(fields: Mapping[str, Any]) -> None:
                 check_text(text)
 
 
-def _movie(fields: Mapping[str, Any]) -> str:
-    unknown = fields.keys() - {"title", "genres"}
-    title, genres = fields.get("title"), fields.get("genres", [])
-    if unknown or not isinstance(title, str):
-        raise ItemError(
-            f"a movie has the fields title and genres, or the one field text; got {shown(fields)}"
-        )
-    if not isinstance(genres, Sequence) or isinstance(genres, str):
-        raise ItemError(f"genres must be a list of names, got {shown(genres)}")
-    names = [genre for genre in genres if genre is not None]
-    for genre in names:
-        if not isinstance(genre, str):
-            raise ItemError(f"genres must be a list of names, but one is {shown(genre)}")
-    return movie_text(title, names)
-
-
 class ItemTokens:
     """Token ids of items, by fields, and by id where there is prepared data."""
 
@@ -101,7 +91,7 @@ class ItemTokens:
         Args:
             tokenizer: of the model.
             max_item_tokens: texts are cut to this many tokens.
-            item_text: `text` (a template) and `max_chars`; empty: fields are those of movies; None: items are finished texts.
+            item_text: `text` (a template) and `max_chars`, by default the data layer's; None: items are finished texts.
             builder: prepared data with the tokens of its items; None: there are no ids.
         """
         self._builder, self._max_item_tokens = builder, max_item_tokens
@@ -115,7 +105,7 @@ class ItemTokens:
 
     @cached_property
     def _template(self) -> Template | None:
-        return Template(self._item_text["text"]) if self._item_text else None
+        return None if self._item_text is None else Template(self._item_text.get("text", TEMPLATE))
 
     def tokens(self, item: Item) -> IntArray:
         """`(n,)` int64, 1 <= n <= max_item_tokens.
@@ -161,14 +151,12 @@ class ItemTokens:
         _check_texts(fields)
         if fields.keys() == {FINISHED}:
             return self._finished(fields[FINISHED])
-        if self._item_text is None:
+        if self._item_text is None or self._template is None:
             raise ItemError(
                 f'how fields become a text is not known here: give {{"text": ...}}, got {shown(fields)}'
             )
-        if self._template is None:
-            return _movie(fields) or MISSING_TITLE
         try:
-            return template_text(self._template, fields, self._item_text["max_chars"])
+            return template_text(self._template, fields, self._item_text.get("max_chars", MAX_CHARS))
         except DataError as error:
             raise ItemError(str(error)) from error
 

@@ -1,0 +1,33 @@
+"""Data sets to read: one file each, beside what they share, and the table of their names.
+
+A new data set is one file here with a `Source` (source.py) and one row of `SOURCES` (table.py).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dti_model.data.sources.table import SOURCES, named_source, source_in_folder
+
+if TYPE_CHECKING:
+    from dti_model.data.sources.amazon import AmazonFiles
+    from dti_model.data.sources.custom import CustomFiles
+    from dti_model.data.sources.source import RawData, Source
+
+__all__ = [
+    "SOURCES",
+    "AmazonFiles",
+    "CustomFiles",
+    "RawData",
+    "Source",
+    "named_source",
+    "source_in_folder",
+]
+
+# These need polars and msgspec, the table does not.
+_READERS = {"AmazonFiles": "amazon", "CustomFiles": "custom", "RawData": "source", "Source": "source"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _READERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_READERS[name]}"), name)

@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import polars as pl
@@ -29,10 +29,10 @@ import polars as pl
 from dti_model.data.errors import DataError
 from dti_model.data.sources.item_frames import ItemTexts
 from dti_model.data.sources.rows import MAX_REJECTED, Interactions, Rejected, check_max_rejected, read_lines
-from dti_model.data.sources.source import RawData, file_sha256
+from dti_model.data.sources.source import STARS, RawData
 from dti_model.data.texts import MAX_CHARS, Template, clean_text
 
-AMAZON_CATEGORIES = {"amazon-cds": "CDs_and_Vinyl", "amazon-kindles": "Kindle_Store"}
+CATEGORIES = {"amazon-cds": "CDs_and_Vinyl", "amazon-kindles": "Kindle_Store"}
 URL = "https://jmcauley.ucsd.edu/data/amazon_v2/"
 THRESHOLD = 4.0  # only this fits the paper's own log loss and F1
 MIN_ITEM_COUNT = 5
@@ -65,8 +65,10 @@ class AmazonFiles:
         meta: `meta_<Category>.json.gz`; may be unpacked.
         max_rejected: largest share of a file's rows that may be unusable.
         max_chars: longest title, category list or brand in a text; longer ones are cut at a word.
-        name: what stats.json calls the source.
+        name: of the source in stats.json.
     """
+
+    ratings: ClassVar[tuple[float, float] | None] = STARS
 
     reviews: Path
     meta: Path
@@ -105,43 +107,35 @@ class AmazonFiles:
             items.add([row.asin for row in known], _values(known))
         rejected[1].check(num_listed, self.max_rejected)
         return RawData(
-            interactions=interactions.frame(),
-            users=interactions.users.names(),
-            rated=interactions.items.names(),
-            items=items.frame(),
+            interactions,
+            items,
+            rejected,
+            num_rows,
+            num_listed,
             threshold=THRESHOLD,
             min_item_count=MIN_ITEM_COUNT,
-            route="files",
-            interactions_path=reviews,
-            items_path=meta,
-            num_rows=num_rows,
-            num_listed=num_listed,
-            rejected=rejected,
-            repeated_items=items.num_repeated,
-            texts_cut=items.num_cut,
             text_rule={"text": TEMPLATE.template, "max_chars": self.max_chars},
-            checksums={path.name: file_sha256(path) for path in (reviews, meta)},
         )
 
 
-def amazon_category(name: str, folder: str | Path | None, **options: Any) -> AmazonFiles:
-    """The files of "amazon-cds" or "amazon-kindles" in a folder; `options` are those of `AmazonFiles`.
+def amazon_category(name: str, raw_dir: str | Path | None, **options: Any) -> AmazonFiles:
+    """The files of a category in a folder; `options` are those of `AmazonFiles`.
 
     Raises:
         DataError: there is no folder, or a file is not in it.
     """
-    category = AMAZON_CATEGORIES[name]
+    category = CATEGORIES[name]
     wanted = f"{category}_5.json.gz and meta_{category}.json.gz (or unpacked, without .gz)"
     way_out = f"Get them from {URL} (categoryFilesSmall/ and metaFiles2/) and name their folder with raw_dir (--raw-dir)."
-    if folder is None:
+    if raw_dir is None:
         raise DataError(f"{name} is not fetched by itself: it needs {wanted}. {way_out}")
     found: list[Path] = []
     for stem in (f"{category}_5.json", f"meta_{category}.json"):
-        paths = [Path(folder) / f"{stem}{ending}" for ending in (".gz", "")]
+        paths = [Path(raw_dir) / f"{stem}{ending}" for ending in (".gz", "")]
         found += [path for path in paths if path.is_file()][:1]
     if len(found) != 2:
-        problem = f"no {name} files here" if Path(folder).is_dir() else "no such folder"
-        raise DataError(f"{folder}: {problem}. The folder must hold {wanted}. {way_out}")
+        problem = f"no {name} files here" if Path(raw_dir).is_dir() else "no such folder"
+        raise DataError(f"{raw_dir}: {problem}. The folder must hold {wanted}. {way_out}")
     return AmazonFiles(found[0], found[1], **options, name=name)
 
 

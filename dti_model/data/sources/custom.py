@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import polars as pl
 
 from dti_model.data.sources.item_frames import ItemTexts, as_text
 from dti_model.data.sources.rows import MAX_REJECTED, Interactions, check_max_rejected
-from dti_model.data.sources.source import RawData, file_sha256
+from dti_model.data.sources.source import RawData
 from dti_model.data.sources.tables import LINE, Table, open_table
 from dti_model.data.texts import FINISHED, MAX_CHARS, Template
 
@@ -47,11 +48,13 @@ class CustomFiles:
         items_key: the column of `items` with the item; None: named as in `interactions`.
         max_rejected: largest share of a file's rows that may be unusable.
         max_chars: longest value of a column in a text; longer ones are cut at a word.
-        name: what stats.json calls the source.
+        name: of the source in stats.json.
 
     Raises:
         ValueError: the fields contradict each other, or the template is malformed.
     """
+
+    ratings: ClassVar[tuple[float, float] | None] = None
 
     interactions: Path
     items: Path
@@ -113,24 +116,16 @@ class CustomFiles:
         self._read_items(catalogue, template, items)
         catalogue.rejected.check(catalogue.num_rows, self.max_rejected)
         return RawData(
-            interactions=interactions.frame(),
-            users=interactions.users.names(),
-            rated=interactions.items.names(),
-            items=items.frame(),
+            interactions,
+            items,
+            (table.rejected, catalogue.rejected),
+            table.num_rows,
+            catalogue.num_rows,
             threshold=0.5 if self.threshold is None else float(self.threshold),
             min_item_count=1,
-            route="files",
-            interactions_path=table.path,
-            items_path=catalogue.path,
-            num_rows=table.num_rows,
-            num_listed=catalogue.num_rows,
             click=f"{self.label} = 1" if self.rating is None else f"{self.rating} > {{threshold:g}}",
             timestamp_unit=unit,
-            rejected=(table.rejected, catalogue.rejected),
-            repeated_items=items.num_repeated,
-            texts_cut=items.num_cut,
             text_rule={"text": self.text, "max_chars": self.max_chars},
-            checksums={path.name: file_sha256(path) for path in (table.path, catalogue.path)},
         )
 
     def _read_interactions(self, table: Table) -> tuple[Interactions, str]:

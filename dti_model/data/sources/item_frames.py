@@ -10,8 +10,9 @@ from typing import Any
 
 import polars as pl
 
-from dti_model.data.sources.source import ITEM_SCHEMA
-from dti_model.data.texts import Template, clean_text, shorten
+from dti_model.data.texts import MAX_CHARS, Template, clean_text, shorten
+
+ITEM_SCHEMA = {"item": pl.String, "text": pl.String, "titled": pl.Boolean}
 
 
 def as_text(values: pl.Series) -> pl.Series:
@@ -33,7 +34,7 @@ def _text(values: pl.Expr, dtype: Any) -> pl.Expr:
 
 
 class ItemTexts:
-    """The texts of the items that have interactions; of the others only their rows are counted.
+    """The texts of the items that are wanted, such as those with interactions; of the others only their rows are counted.
 
     Rows come in batches, so that an item file of any size takes the memory of the texts that are needed.
 
@@ -42,15 +43,15 @@ class ItemTexts:
         num_cut: values of those items that were longer than allowed.
     """
 
-    def __init__(self, rated: pl.Series, template: Template, max_chars: int) -> None:
+    def __init__(self, wanted: pl.Series, template: Template, max_chars: int = MAX_CHARS) -> None:
         """Start without any.
 
         Args:
-            rated: the ids of the items that have interactions.
+            wanted: the ids of the items.
             template: what a text is made of.
             max_chars: longest value of a column; longer ones are cut at a word.
         """
-        self._texts: dict[str, tuple[str, bool] | None] = dict.fromkeys(rated)
+        self._texts: dict[str, tuple[str, bool] | None] = dict.fromkeys(wanted)
         self._template, self._max_chars = template, max_chars
         self.num_repeated = self.num_cut = 0
 

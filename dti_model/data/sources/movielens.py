@@ -16,15 +16,22 @@ file and is an error with file and line, also with `subset`. Logs, where some ba
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-
-import polars as pl
+from typing import ClassVar
 
 from dti_model.data.errors import DataError
+from dti_model.data.fetch import fetch
+from dti_model.data.sources.item_frames import ItemTexts
 from dti_model.data.sources.lines import DelimitedFile
-from dti_model.data.sources.rows import Interactions
-from dti_model.data.sources.source import ITEM_SCHEMA, Facts, RawData, file_sha256
-from dti_model.data.texts import movie_text
+from dti_model.data.sources.rows import Interactions, Rejected
+from dti_model.data.sources.source import STARS, Facts, RawData
+from dti_model.data.texts import TEMPLATE, Template
+from dti_model.files import temporary_folder
 
 THRESHOLD = 3.0  # the paper's: a rating above 3 is a click
 MIN_ITEM_COUNT = 1  # the paper counts 3,706 items of ML-1M, which is the unpruned number
@@ -36,8 +43,44 @@ DIGEST_100K = "8986024e7591737402e6268132ddb9fad860830c6e2060ba580c5e619e35bc63"
 FACTS_100K = Facts(interactions=100_000, users=943, items_rated=1_682, items_listed=1_682, digest=DIGEST_100K)
 FACTS_1M = Facts(interactions=1_000_209, users=6_040, items_rated=3_706, items_listed=3_883)
 
+COLUMNS = ["user", "item", "rating", "timestamp"]
 _INTER_HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float"
 _ITEM_HEADER = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
+_Movies = tuple[DelimitedFile, Iterable[str], list[list[str]]]  # with their titles and genres
+
+
+@dataclass(frozen=True)
+class MovieLens:
+    """ML-100K or ML-1M.
+
+    Attributes:
+        name: "ml-100k" or "ml-1m".
+        raw_dir: folder with the raw files; None: they are fetched.
+        subset: a part of the set is enough: its counts are reported, not compared with the full set's.
+    """
+
+    ratings: ClassVar[tuple[float, float] | None] = STARS
+
+    name: str
+    raw_dir: str | Path | None = None
+    subset: bool = False
+
+    def load(self) -> RawData:
+        """Read both files.
+
+        Raises:
+            DataError: a file is missing, malformed or cut short, or not the published one.
+        """
+        with ExitStack() as stack:
+            folder = self.raw_dir
+            if folder is None:
+                place = Path(tempfile.gettempdir()) / f"dti-fetch-{os.getuid()}"
+                folder = fetch(self.name, stack.enter_context(temporary_folder(place)))
+            raw = LOADERS[self.name](Path(folder))
+            raw.subset = self.subset
+            if not self.subset:
+                raw.check_facts()
+        return raw
 
 
 def load_100k(folder: Path) -> RawData:
@@ -48,15 +91,10 @@ def load_100k(folder: Path) -> RawData:
     """
     folder = _folder_of(folder, "ml-100k", ("u.data", "u.item"), ("ml-100k.inter", "ml-100k.item"))
     if (folder / "u.data").exists():
-        ratings, items = folder / "u.data", folder / "u.item"
-        interactions = _ratings(
-            DelimitedFile(ratings, ["user", "item", "rating", "timestamp"], "\t", "latin-1")
-        )
-        return _raw_data(interactions, _items_100k(items), "grouplens", ratings, items, FACTS_100K)
-    ratings, items = folder / "ml-100k.inter", folder / "ml-100k.item"
-    columns = ["user", "item", "rating", "timestamp"]
-    interactions = _ratings(DelimitedFile(ratings, columns, "\t", "utf-8", header=_INTER_HEADER))
-    return _raw_data(interactions, _items_recbole(items), "recbole", ratings, items, FACTS_100K)
+        ratings = DelimitedFile(folder / "u.data", COLUMNS, "\t", "latin-1")
+        return _raw_data(ratings, *_movies_100k(folder / "u.item"), "grouplens", FACTS_100K)
+    ratings = DelimitedFile(folder / "ml-100k.inter", COLUMNS, "\t", "utf-8", header=_INTER_HEADER)
+    return _raw_data(ratings, *_movies_recbole(folder / "ml-100k.item"), "recbole", FACTS_100K)
 
 
 def load_1m(folder: Path) -> RawData:
@@ -66,49 +104,73 @@ def load_1m(folder: Path) -> RawData:
         DataError: no such files in `folder`, or a malformed line.
     """
     folder = _folder_of(folder, "ml-1m", ("ratings.dat", "movies.dat"))
-    ratings, movies = folder / "ratings.dat", folder / "movies.dat"
-    interactions = _ratings(DelimitedFile(ratings, ["user", "item", "rating", "timestamp"], "::", "latin-1"))
-    file = DelimitedFile(movies, ["item", "title", "genres"], "::", "latin-1")
-    genres = file.columns["genres"].str.split("|").to_list()
-    items = _item_frame(file.unique_ids("item"), file.columns["title"].to_list(), genres)
-    return _raw_data(interactions, items, "grouplens", ratings, movies, FACTS_1M)
+    ratings = DelimitedFile(folder / "ratings.dat", COLUMNS, "::", "latin-1")
+    movies = DelimitedFile(folder / "movies.dat", ["item", "title", "genres"], "::", "latin-1")
+    genres = movies.columns["genres"].str.split("|").to_list()
+    return _raw_data(ratings, movies, movies.columns["title"], genres, "grouplens", FACTS_1M)
 
 
-def _ratings(file: DelimitedFile) -> Interactions:
-    interactions = Interactions()
-    interactions.add(
-        file.ids("user").to_list(),
-        file.ids("item").to_list(),
-        file.integers("timestamp"),
-        file.numbers("rating", 1, 5),
-    )
-    return interactions
+LOADERS = {"ml-100k": load_100k, "ml-1m": load_1m}
 
 
-def _items_100k(path: Path) -> pl.DataFrame:
+def _movies_100k(path: Path) -> _Movies:
     names = ["item", "title", "date", "video_date", "url", *GENRES_100K]
     file = DelimitedFile(path, names, "|", "latin-1")
     for genre in GENRES_100K:
         file.require(file.columns[genre].is_in(["0", "1"]), f"the flag of genre {genre!r} must be 0 or 1")
     flags = (file.columns.select(GENRES_100K) == "1").rows()
     genres = [[genre for genre, is_set in zip(GENRES_100K, row) if is_set] for row in flags]
-    return _item_frame(file.unique_ids("item"), file.columns["title"].to_list(), genres)
+    return file, file.columns["title"], genres
 
 
-def _items_recbole(path: Path) -> pl.DataFrame:
+def _movies_recbole(path: Path) -> _Movies:
     file = DelimitedFile(path, ["item", "title", "year", "genres"], "\t", "utf-8", header=_ITEM_HEADER)
     titles = [
         "" if title == "unkonwn" else f"{title} ({year})"
         for title, year in zip(file.columns["title"], file.columns["year"])
     ]
-    return _item_frame(file.unique_ids("item"), titles, file.columns["genres"].str.split(" ").to_list())
+    return file, titles, file.columns["genres"].str.split(" ").to_list()
 
 
-def _item_frame(ids: pl.Series, titles: list[str], genres: list[list[str]]) -> pl.DataFrame:
-    texts = [movie_text(title, names) for title, names in zip(titles, genres)]
-    return pl.DataFrame(
-        {"item": ids, "text": texts, "titled": [text != "" for text in texts]}, schema=ITEM_SCHEMA
+def _raw_data(
+    ratings: DelimitedFile,
+    movies: DelimitedFile,
+    titles: Iterable[str],
+    genres: list[list[str]],
+    route: str,
+    facts: Facts,
+) -> RawData:
+    interactions = Interactions()
+    interactions.add(
+        ratings.ids("user").to_list(),
+        ratings.ids("item").to_list(),
+        ratings.integers("timestamp"),
+        ratings.numbers("rating", *STARS),
     )
+    ids = movies.unique_ids("item")
+    texts = ItemTexts(ids, Template(TEMPLATE))  # of all movies: the digest of the set covers them
+    texts.add(ids, {"title": map(_title, titles), "genres": map(_known, genres)})
+    return RawData(
+        interactions,
+        texts,
+        (Rejected(ratings.path), Rejected(movies.path)),  # nothing is: a bad line stops the loader
+        ratings.lines.len(),
+        movies.lines.len(),
+        threshold=THRESHOLD,
+        min_item_count=MIN_ITEM_COUNT,
+        route=route,
+        facts=facts,
+    )
+
+
+def _title(title: str) -> str:
+    """A title without the mark of a video release; "" where there is none."""
+    title = title.rstrip().removesuffix("(V)")
+    return "" if title.strip() == "unknown" else title
+
+
+def _known(genres: list[str]) -> str:
+    return ", ".join(genre for genre in genres if genre not in ("", "unknown"))
 
 
 def _folder_of(folder: Path, name: str, *choices: tuple[str, ...]) -> Path:
@@ -119,24 +181,3 @@ def _folder_of(folder: Path, name: str, *choices: tuple[str, ...]) -> Path:
     wanted = " or ".join(" and ".join(files) for files in choices)
     found = f"no {name} files here" if folder.is_dir() else "no such folder"
     raise DataError(f"{folder}: {found}. The folder must hold {wanted}.")
-
-
-def _raw_data(
-    interactions: Interactions, items: pl.DataFrame, route: str, ratings: Path, movies: Path, facts: Facts
-) -> RawData:
-    rows = interactions.frame()
-    return RawData(
-        interactions=rows,
-        users=interactions.users.names(),
-        rated=interactions.items.names(),
-        items=items,
-        threshold=THRESHOLD,
-        min_item_count=MIN_ITEM_COUNT,
-        route=route,
-        interactions_path=ratings,
-        items_path=movies,
-        num_rows=rows.height,  # no line is ever rejected: a bad one stops the loader
-        num_listed=items.height,
-        facts=facts,
-        checksums={path.name: file_sha256(path) for path in (ratings, movies)},
-    )

@@ -28,6 +28,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 # Logs shrink 5 to 20 times. What shrinks 200 times is made to fill the memory, once there is enough of it to do so.
 MAX_UNPACKED_RATIO, MIN_BOMB_BYTES = 200, 1 << 26
 _WIDE = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+INTERACTION_SCHEMA = {"user": pl.Int32, "item": pl.Int32, "timestamp": pl.Int64, "rating": pl.Float32}
 NUM_SHOWN = 5
 MAX_LISTED = 1_000_000  # rejected rows that are held in memory
 MAX_REJECTED = 0.01  # default share of a file's rows
@@ -152,12 +153,13 @@ class Interactions:
             "timestamp": timestamps.cast(pl.Int64),
             "rating": ratings.cast(pl.Float32),
         }
-        self._batches.append(pl.DataFrame(columns))
+        self._batches.append(pl.DataFrame(columns, schema=INTERACTION_SCHEMA))
 
     def frame(self) -> pl.DataFrame:
         """All rows, one chunk per batch: joining them would hold everything twice."""
-        empty = {"user": pl.Int32, "item": pl.Int32, "timestamp": pl.Int64, "rating": pl.Float32}
-        return pl.concat(self._batches, rechunk=False) if self._batches else pl.DataFrame(schema=empty)
+        if not self._batches:
+            return pl.DataFrame(schema=INTERACTION_SCHEMA)
+        return pl.concat(self._batches, rechunk=False)
 
 
 class Rejected:

@@ -1,31 +1,33 @@
-"""What every loader returns: two frames, how their rows add up, and the facts to check them against.
+"""Sources: files that `prepare` reads, and what reading them gives.
 
-A new data set is one loader that returns a `RawData`; labels, order, split, storage and tokens are shared.
+A new data set is one file with a `Source` and one row of `table.py`; labels, order, split, storage and tokens are shared.
 
     interactions: user, item (Int32, numbers of `users` and `rated`), timestamp (Int64), rating (Float32)
     items:        item (String), text (String, "" where nothing is known), titled (Boolean)
 
 Every row of the source that is not in `rejected` is a row here, repeated (user, item) pairs included. Interactions are in the
-order of their file, which decides between rows of one user, time and item; items need no order. Ids are numbers because a text a row would not fit into memory for the largest sources.
+order of their file, which decides between rows of one user, time and item; items need no order. Ids are numbers, since one text
+a row would not fit into memory for the largest sources.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
 from dti_model.data.errors import DataError
-from dti_model.data.sources.rows import Rejected
+from dti_model.data.sources.item_frames import ItemTexts
+from dti_model.data.sources.rows import INTERACTION_SCHEMA, Interactions, Rejected
+from dti_model.files import sha256_of
 
-INTERACTION_SCHEMA = {"user": pl.Int32, "item": pl.Int32, "timestamp": pl.Int64, "rating": pl.Float32}
-ITEM_SCHEMA = {"item": pl.String, "text": pl.String, "titled": pl.Boolean}
+STARS = (1, 5)  # ratings of MovieLens and Amazon
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,17 @@ class Facts:
 
 
 class Source(Protocol):
-    """Files that `prepare` can read."""
+    """Files that `prepare` can read.
+
+    Attributes:
+        ratings: the lowest and the highest, between which `prepare`'s threshold lies; None: the source has a threshold of its own.
+    """
+
+    ratings: ClassVar[tuple[float, float] | None]
 
     @property
     def name(self) -> str:
-        """What stats.json calls the source."""
+        """The name of the source in stats.json."""
 
     def load(self) -> RawData:
         """Read the files."""
@@ -55,48 +63,64 @@ class RawData:
     """One data set as read: frames (see the module docstring), defaults of its protocol, provenance.
 
     Attributes:
-        users: the user ids by number.
-        rated: the item ids by number.
+        collected: rows of the interaction file.
+        texts: items of the item file.
+        rejected: rows of both files that could not be used.
         num_rows: rows of the interaction file, rejected ones included.
         num_listed: rows of the item file, rejected ones included.
-        click: what a click is, in words, with `{threshold}` where the threshold belongs.
+        threshold: a rating above it is a click, by default.
+        min_item_count: items with fewer interactions are dropped, by default.
+        route: where the files came from.
+        click: the definition of a click, in words, with `{threshold}` where the threshold belongs.
         timestamp_unit: the unit of the timestamps, in words.
-        rejected: rows that could not be used, of the interaction file and of the item file.
+        text_rule: `text` (template) and `max_chars` of the item texts; without them, the defaults of `texts.py`.
+        facts: published facts to compare with.
+        subset: a part of the published set is enough.
+        users: the user ids by number.
+        rated: the item ids by number.
         repeated_items: rows of the item file that repeat an item with interactions.
         texts_cut: values of item texts that were cut because of their length.
-        text_rule: `text` (template) and `max_chars`, where item texts are made by `ItemTexts`; empty: MovieLens' own.
+        checksums: SHA-256 by file name.
     """
 
-    interactions: pl.DataFrame
-    users: pl.Series
-    rated: pl.Series
-    items: pl.DataFrame
-    threshold: float
-    min_item_count: int
-    route: str
-    interactions_path: Path
-    items_path: Path
+    collected: InitVar[Interactions]
+    texts: InitVar[ItemTexts]
+    rejected: tuple[Rejected, Rejected]
     num_rows: int
     num_listed: int
+    threshold: float
+    min_item_count: int
+    route: str = "files"
     click: str = "rating > {threshold:g}"
     timestamp_unit: str = "seconds"
-    rejected: tuple[Rejected, Rejected] | None = None
-    repeated_items: int = 0
-    texts_cut: int = 0
-    facts: Facts | None = None
     text_rule: Mapping[str, Any] = field(default_factory=dict)
-    checksums: Mapping[str, str] = field(default_factory=dict)
+    facts: Facts | None = None
+    subset: bool = False
+    interactions: pl.DataFrame = field(init=False)
+    users: pl.Series = field(init=False)
+    rated: pl.Series = field(init=False)
+    items: pl.DataFrame = field(init=False)
+    repeated_items: int = field(init=False)
+    texts_cut: int = field(init=False)
+    checksums: Mapping[str, str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        assert dict(self.interactions.schema) == INTERACTION_SCHEMA, self.interactions.schema
-        assert dict(self.items.schema) == ITEM_SCHEMA, self.items.schema
-        lost = self.num_rows - self.num_rejected[0] - self.interactions.height
+    def __post_init__(self, collected: Interactions, texts: ItemTexts) -> None:
+        self.interactions, self.items = collected.frame(), texts.frame()
+        self.users, self.rated = collected.users.names(), collected.items.names()
+        self.repeated_items, self.texts_cut = texts.num_repeated, texts.num_cut
+        self.checksums = {path.name: sha256_of(path) for path in (self.interactions_path, self.items_path)}
+        lost = self.num_rows - len(self.rejected[0]) - self.interactions.height
         assert lost == 0, f"{lost} rows of {self.interactions_path} are neither kept nor rejected"
 
     @property
-    def num_rejected(self) -> tuple[int, int]:
-        """Rejected rows of the interaction file and of the item file."""
-        return (0, 0) if self.rejected is None else (len(self.rejected[0]), len(self.rejected[1]))
+    def interactions_path(self) -> Path:
+        """The interaction file."""
+        return self.rejected[0].path
+
+    @property
+    def items_path(self) -> Path:
+        """The item file."""
+        return self.rejected[1].path
 
     def rows(self) -> pl.DataFrame:
         """The interactions with the ids of the source."""
@@ -137,7 +161,7 @@ class RawData:
             (self.interactions_path, "interactions", self.interactions.height, self.facts.interactions),
             (self.interactions_path, "users", len(self.users), self.facts.users),
             (self.interactions_path, "items", len(self.rated), self.facts.items_rated),
-            (self.items_path, "listed items", self.items.height, self.facts.items_listed),
+            (self.items_path, "listed items", self.num_listed, self.facts.items_listed),
         )
         way_out = "Fetch it again, or accept a part of the set with subset=True (--subset)."
         for path, what, found, wanted in counts:
@@ -152,9 +176,3 @@ class RawData:
                 f"{self.interactions_path}, {self.items_path}: all counts agree, but the content is not the "
                 f"published one (digest {self.digest()[:12]}, expected {self.facts.digest[:12]}). {way_out}"
             )
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
