@@ -20,8 +20,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dti_kernels import StreamLayout
-from dti_model.data import DataError, PreparedData
-from dti_model.data.tokens import LABEL_TEXTS, SUM, label_tokens
+from dti_model.data import LABEL_TEXTS, SUM, DataError, PreparedData, label_tokens
 
 IntArray = npt.NDArray[np.int64]
 

@@ -22,11 +22,15 @@ import torch
 from transformers import set_seed
 
 from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
-from dti_model.data import PreparedData
-from dti_model.data.arrow_file import write_table
-from dti_model.data.folder import STATS_FILE, write_stats
-from dti_model.data.split import CONTEXT, SPLIT_CODES
-from dti_model.data.store import COLUMNS
+from dti_model.data import (
+    COLUMNS,
+    CONTEXT,
+    SPLIT_CODES,
+    STATS_FILE,
+    PreparedData,
+    write_stats,
+    write_table,
+)
 from dti_model.evaluation.metrics import click_metrics
 from dti_model.evaluation.scoring import score_targets
 from dti_model.files import whole_folder

@@ -140,8 +140,7 @@ def _add_protocol(parser: ArgumentParser, min_item_count: int) -> None:
 
 def run_prepare(options: Namespace) -> None:
     """Make the prepared folder that the options ask for and print the report."""
-    from dti_model.data import AmazonFiles, CustomFiles, prepare
-    from dti_model.data.sources.amazon import amazon_category
+    from dti_model.data import SOURCES, named_source, prepare
 
     name = options.source
     settings = options[
@@ -149,17 +148,9 @@ def run_prepare(options: Namespace) -> None:
     ].as_dict()  # vars() would show `items` under another name: Namespace has a method of it
     protocol = {key: settings.pop(key) for key in ("split", "min_context", "min_item_count", "vocab_size")}
     out = settings.pop("out")
-    if name == "custom":
-        stats = prepare(CustomFiles(**settings), out, **protocol)
-    elif name.startswith("amazon"):
+    if SOURCES[name].threshold is not None:
         protocol["threshold"] = settings.pop("threshold")
-        if name == "amazon":
-            files = AmazonFiles(**settings)
-        else:
-            files = amazon_category(name, settings.pop("raw_dir"), **settings)
-        stats = prepare(files, out, **protocol)
-    else:
-        stats = prepare(name, out, **settings, **protocol)
+    stats = prepare(named_source(name, **settings), out, **protocol)
     print(prepared_report(stats, out))
 
 

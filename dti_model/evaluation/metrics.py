@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import f1_score, log_loss, roc_auc_score
 
-from dti_model.data.errors import DataError
+from dti_model.data import DataError
 
 
 def click_metrics(

@@ -13,8 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dti_model.config import DTIConfig
-from dti_model.data import DataError, PreparedData
-from dti_model.data.tokens import plain_backend
+from dti_model.data import DataError, PreparedData, plain_backend
 from dti_model.devices import device_named
 from dti_model.files import check_checksums
 from dti_model.model.attention import apply_dti

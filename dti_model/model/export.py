@@ -17,8 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dti_model.config import TrainConfig
-from dti_model.data import DataError, PreparedData
-from dti_model.data.text_encoder import TextEncoder
+from dti_model.data import DataError, PreparedData, TextEncoder
 from dti_model.files import CHECKSUMS_FILE, locked_beside, whole_folder, write_checksums
 from dti_model.model.fingerprints import PROVENANCE_FILE
 from dti_model.model.lora import merge

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dti_model.config import PretrainedModelError, Reference, TrainConfig, locate
-from dti_model.data.tokens import plain_backend
+from dti_model.data import plain_backend
 from dti_model.files import read_file, read_sealed, sha256_of_json, write_sealed
 from dti_model.model.safe_loading import may_hold_weights
 

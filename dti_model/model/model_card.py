@@ -38,8 +38,8 @@ class Description:
     Attributes:
         dti: what [SUM] rows get.
         prompt: the tokens around item texts.
-        item_text: how fields of an item become its text: `text`, the template, and `max_chars`; empty for movies (title and
-            genres); None where it is not known, and items are finished texts.
+        item_text: how fields of an item become its text: `text`, the template, and `max_chars`, by default the data layer's; None
+            where it is not known, and items are finished texts.
         data: fingerprint of the prepared data that the model was trained on; None where it is not known.
         differences: why plain transformers compute other probabilities; empty: they compute the same.
         token_window: sliding window in tokens that transformers would apply, and that must be switched off when a run's `model/`

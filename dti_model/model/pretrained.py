@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dti_model.config import ModelConfig, PretrainedModelError, Reference, locate
-from dti_model.data.tokens import SUM
+from dti_model.data import SUM
 from dti_model.model.safe_loading import config_from, gguf_model_from, model_from, model_of, tokenizer_from
 
 __all__ = ["PretrainedModelError", "load_causal_lm", "load_plain", "load_tokenizer"]

@@ -47,9 +47,7 @@ from dti_model.config import (
     is_sealed,
     locate,
 )
-from dti_model.data import PreparedData
-from dti_model.data.split import SPLIT_CODES
-from dti_model.data.text_encoder import TextEncoder
+from dti_model.data import SPLIT_CODES, PreparedData, TextEncoder
 from dti_model.devices import device_named
 from dti_model.evaluation.metrics import click_metrics
 from dti_model.evaluation.scoring import score_targets

@@ -1,6 +1,21 @@
+"""Scores of a trained model: one user's candidates (`Scorer`), encoded histories of many (`StateCache`), files of requests
+(`score_file`)."""
+
 from __future__ import annotations
 
+from dti_model.scorer.file import BadLineError, FileScores, score_file
+from dti_model.scorer.items import ItemError
 from dti_model.scorer.scorer import History, HistoryState, Request, Scorer
 from dti_model.scorer.state_cache import StateCache
 
-__all__ = ["History", "HistoryState", "Request", "Scorer", "StateCache"]
+__all__ = [
+    "BadLineError",
+    "FileScores",
+    "History",
+    "HistoryState",
+    "ItemError",
+    "Request",
+    "Scorer",
+    "StateCache",
+    "score_file",
+]

@@ -28,10 +28,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from dti_model.data.text_encoder import ENCODING_VERSION
+from dti_model.data import ENCODING_VERSION
 from dti_model.files import locked
 from dti_model.places import why_owned
-from dti_model.scorer import Request, Scorer
 from dti_model.scorer.items import ItemError
 from dti_model.scorer.job import Job
 from dti_model.scorer.lines import (
@@ -43,6 +42,7 @@ from dti_model.scorer.lines import (
     request_of,
     user_of,
 )
+from dti_model.scorer.scorer import Request, Scorer
 from dti_model.shown import one_line
 
 CHUNK_LINES = 64

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dti_model.scorer import Request, Scorer
 from dti_model.scorer.items import ItemError, check_text, user_text
+from dti_model.scorer.scorer import Request, Scorer
 from dti_model.shown import one_line, shown
 
 JSON_SUFFIXES, PARQUET_SUFFIXES = (".jsonl", ".json", ".ndjson"), (".parquet", ".pq")

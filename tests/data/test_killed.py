@@ -22,6 +22,7 @@ import pytest
 from dti_model import downloads
 from dti_model.cli import main
 from dti_model.data import DataError, PreparedData, build
+from dti_model.data.sources import movielens
 from dti_model.data.text_encoder import TextEncoder
 from dti_model.data.tokens import train_tokenizer
 from dti_model.files import whole
@@ -55,7 +56,7 @@ def ended(target: Any, *arguments: Any) -> Any:
 
 
 MOMENTS: dict[str, tuple[Any, str]] = {
-    "locked": (build, "_load"),
+    "locked": (movielens.MovieLens, "load"),
     "a table": (build, "write_table"),
     "the tokenizer": (build, "save_tokenizer"),
     "stats": (build, "write_stats"),
@@ -153,7 +154,7 @@ def test_a_killed_download_leaves_nothing_that_stays(
         assert seen == [folder]
         return raw
 
-    monkeypatch.setattr(build, "fetch", fetched)
+    monkeypatch.setattr(movielens, "fetch", fetched)
     assert main(arguments) == 0
     assert len(seen) == 1
     assert list(downloads.iterdir()) == []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dti_model.data import CONTEXT, TEST, TRAIN, VAL, DataError, PreparedData, build, prepare
-from dti_model.data.texts import movie_text
+from dti_model.data.sources.movielens import load_100k
 from tests.data.movielens_files import MOVIES, some_ratings, write_1m, write_100k, write_recbole
 
 WRITERS = {
@@ -120,15 +120,6 @@ def test_rated_movie_that_is_not_listed_has_no_title(tmp_path: Path) -> None:
     assert data.item_texts[data.item_ids.index("7")] == "Unknown title"
 
 
-def test_movie_text() -> None:
-    assert (
-        movie_text("Toy Story (1995)", ["Animation", "Children's"])
-        == "Toy Story (1995); Animation, Children's"
-    )
-    assert movie_text(" Romeo &amp;  Juliet (1996) (V)", ["unknown"]) == "Romeo & Juliet (1996)"
-    assert movie_text("unknown", ["Drama"]) == ""
-
-
 BROKEN_LINES = {
     "a field too few": (3, b"1\t2\t3", "a line must have 4 fields"),
     "a field too many": (5, b"1\t2\t3\t4\t5", "a line must have 4 fields"),
@@ -216,8 +207,7 @@ def test_right_counts_with_other_content_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = write_100k(tmp_path / "raw", some_ratings())
-    digest = build.load_100k(raw).digest()
-    facts = build.load_100k(raw).facts
+    digest, facts = load_100k(raw).digest(), load_100k(raw).facts
     assert facts is not None
     for wanted, fails in ((digest, False), ("0" * 64, True)):
         small = type(facts)(interactions=96, users=12, items_rated=8, items_listed=8, digest=wanted)
