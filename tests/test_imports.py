@@ -56,7 +56,7 @@ def test_preparing_names_a_missing_package(
     for name in ("build", "sources.amazon"):
         monkeypatch.delitem(sys.modules, f"dti_model.data.{name}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    assert main(["prepare", "ml-100k", f"--out={tmp_path / 'out'}"]) == 2
+    assert main(["prepare", "amazon", "--reviews=r", "--meta=m", f"--out={tmp_path / 'out'}"]) == 2
     message = f"making prepared data needs {package}, which is not installed: pip install {package}"
     assert capsys.readouterr().err == f"dti prepare: error: {message}\n"
     with pytest.raises(ModuleNotFoundError, match=f"^{message}$"):

@@ -1,12 +1,11 @@
 """Data for click models: raw files in, memory-mapped histories with labels, splits and token ids out."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dti_model.data.arrow_file import write_table
 from dti_model.data.errors import MAX_MESSAGE_CHARS, DataError
 from dti_model.data.folder import STATS_FILE, write_stats
-from dti_model.data.sources import SOURCES, named_source
+from dti_model.data.sources import SOURCES, loaded, named_source
 from dti_model.data.split import CONTEXT, SPLIT_CODES, TEST, TRAIN, VAL
 from dti_model.data.store import COLUMNS, PreparedData
 from dti_model.data.text_encoder import ENCODING_VERSION, TextEncoder
@@ -55,12 +54,4 @@ _MAKERS = {"AmazonFiles": "sources", "CustomFiles": "sources", "prepare": "build
 def __getattr__(name: str) -> Any:
     if name not in _MAKERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(f"{__name__}.{_MAKERS[name]}"), name)
-    except ModuleNotFoundError as error:
-        if error.name not in ("polars", "msgspec"):
-            raise
-        raise ModuleNotFoundError(
-            f"making prepared data needs {error.name}, which is not installed: pip install {error.name}",
-            name=error.name,
-        ) from error
+    return loaded(f"{__name__}.{_MAKERS[name]}.{name}")

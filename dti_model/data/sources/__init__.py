@@ -3,10 +3,9 @@
 A new data set is one file here with a `Source` (source.py) and one row of `SOURCES` (table.py).
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dti_model.data.sources.table import SOURCES, named_source, source_in_folder
+from dti_model.data.sources.table import SOURCES, loaded, named_source, source_in_folder
 
 if TYPE_CHECKING:
     from dti_model.data.sources.amazon import AmazonFiles
@@ -19,6 +18,7 @@ __all__ = [
     "CustomFiles",
     "RawData",
     "Source",
+    "loaded",
     "named_source",
     "source_in_folder",
 ]
@@ -30,4 +30,4 @@ _READERS = {"AmazonFiles": "amazon", "CustomFiles": "custom", "RawData": "source
 def __getattr__(name: str) -> Any:
     if name not in _READERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_READERS[name]}"), name)
+    return loaded(f"{__name__}.{_READERS[name]}.{name}")

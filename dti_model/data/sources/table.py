@@ -53,9 +53,26 @@ SOURCES = {
 
 def named_source(name: str, **options: Any) -> Source:
     """The source of a row of `SOURCES`, with its options."""
-    module, maker = SOURCES[name].maker.split(".")
-    source: Source = getattr(import_module(f"dti_model.data.sources.{module}"), maker)(name=name, **options)
+    source: Source = loaded(f"dti_model.data.sources.{SOURCES[name].maker}")(name=name, **options)
     return source
+
+
+def loaded(path: str) -> Any:
+    """`package.module.name`, imported now.
+
+    Raises:
+        ModuleNotFoundError: it needs polars or msgspec, which are not installed; the message says the way out.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("polars", "msgspec"):
+            raise
+        raise ModuleNotFoundError(
+            f"making prepared data needs {error.name}, which is not installed: pip install {error.name}",
+            name=error.name,
+        ) from error
 
 
 def source_in_folder(name: str, raw_dir: str | Path | None, subset: bool) -> Source:
