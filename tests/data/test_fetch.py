@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from dti_model import downloads
-from dti_model.data import DataError, PreparedData, fetch, prepare
+from dti_model.data import DataError, PreparedData, prepare
+from dti_model.data.sources import fetch
 from dti_model.data.sources.source import Facts
 from tests.data.movielens_files import some_ratings, write_1m, write_100k, write_recbole
 

@@ -19,8 +19,8 @@ import pytest
 
 from dti_model import downloads
 from dti_model.config import TrainConfig
-from dti_model.data import AmazonFiles, CustomFiles, DataError, PreparedData, fetch, prepare
-from dti_model.data.sources import lines, rows
+from dti_model.data import AmazonFiles, CustomFiles, DataError, PreparedData, prepare
+from dti_model.data.sources import fetch, lines, rows
 from dti_model.data.sources.custom import parsed_times
 from dti_model.data.sources.movielens import load_1m, load_100k
 from dti_model.data.sources.source import RawData
