@@ -1,36 +1,12 @@
-"""Whose a run folder is, who writes it now, and where an interrupted run goes on.
-
-A folder is ours if its `config.yaml` is (`config_file.py`). Anything else that is not empty belongs to somebody: it is refused, and
-nothing in it is touched. Whoever trains holds the lock `.lock` from before the first look at the checkpoints to the end, so that two
-runs never share a folder; the kernel releases it when a process is killed.
-"""
+"""A run folder's names, and what may be in the folder of its model."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from dti_model.config import CONFIG_FILE, TrainConfig, is_run_config
-from dti_model.files import CHECKSUMS_FILE, is_passing, locked, opened, read_checksums
-from dti_model.model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance
-from dti_model.places import why_owned
-from dti_model.ranks import first_rank_does
-from dti_model.training.checkpoint import (
-    RUN_FILE,
-    TRAINER_FILE,
-    CheckpointError,
-    check_checkpoint,
-    checkpoints_in,
-    foreign_in,
-    last_checkpoint,
-    read_document,
-)
+from dti_model.files import CHECKSUMS_FILE, is_passing, read_checksums
+from dti_model.model.fingerprints import PROVENANCE_FILE
 
 CARD_FILE = "README.md"
 CHECKPOINTS_FOLDER, METRICS_FILE, LOCK_FILE = "checkpoints", "metrics.json", ".lock"
@@ -43,96 +19,10 @@ _MODEL_FILES = re.compile(
     r"README\.md|(generation_|adapter_|tokenizer_)?config\.json|(adapter_)?model[\w.-]*\.safetensors(\.index\.json)?"
     r"|tokenizer\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|dti\.json|tokenizer\.model|vocab\.(json|txt)|merges\.txt"
 )
-# What a run writes into its folder; through a link, it would write somewhere else.
-_WRITTEN = (CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, CHECKSUMS_FILE, REPORT_FILE)
 
 
 class RunExistsError(FileExistsError):
     """The run folder holds another run, or a finished one, or is not a run folder."""
-
-
-def check_is_ours(folder: Path) -> None:
-    """Refuse a folder that something other than a run is in; reads only.
-
-    Raises:
-        RunExistsError: naming what is there.
-    """
-    check_is_no_broken_link(folder)
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise RunExistsError(f"{folder} is not a folder: choose another --out")
-    if (folder / CONFIG_FILE).exists():
-        if not is_run_config(folder / CONFIG_FILE):
-            raise RunExistsError(
-                f"{folder} is not a run folder: its {CONFIG_FILE} is another program's. Choose another --out"
-            )
-        return
-    foreign = [path.name for path in folder.iterdir() if not _is_of_a_start(path)]
-    if foreign:
-        raise RunExistsError(
-            f"{folder} exists, is not empty and is not a run folder (it holds {min(foreign)}): choose another --out"
-        )
-
-
-def check_is_no_broken_link(folder: Path) -> None:
-    """Refuse a symbolic link to nothing, or to itself.
-
-    Raises:
-        RunExistsError: it is one.
-    """
-    if folder.is_symlink() and not folder.exists():
-        raise RunExistsError(
-            f"{folder} is a symbolic link to {os.readlink(folder)}, where no folder is: make that folder, or choose another --out"
-        )
-
-
-def check_nothing_foreign_goes(folder: Path) -> None:
-    """Refuse to train where the run would put its files in the place of somebody's, or remove them with old checkpoints.
-
-    Raises:
-        RunExistsError: naming what is there.
-    """
-    check_results_are_ours(folder)
-    for path in checkpoints_in(folder / CHECKPOINTS_FOLDER).values():
-        foreign = foreign_in(path)
-        if foreign is not None:
-            raise RunExistsError(
-                f"{foreign} is no file of a run's checkpoint, and would go with it: move it elsewhere, or choose another --out"
-            )
-    check_model_is_ours(folder / MODEL_FOLDER)
-
-
-def check_results_are_ours(folder: Path) -> None:
-    """Refuse files that are somebody's where a run writes its results, or links to them.
-
-    Raises:
-        RunExistsError: naming what is there.
-    """
-    predictions = [folder / f"predictions-{split}.parquet" for split in ("test", "val")]
-    for path in (*(folder / name for name in _WRITTEN), *predictions):
-        if path.is_symlink():
-            raise RunExistsError(
-                f"{path} is a symbolic link, and the run writes a file or folder of that name: remove the link"
-            )
-    for path in (folder / CHECKSUMS_FILE, folder / REPORT_FILE, *predictions):
-        if path.exists() and not _is_result(path):
-            raise RunExistsError(
-                f"{path} is no file of a run, and the run writes one of that name: move it elsewhere, or choose another --out"
-            )
-
-
-def _is_result(path: Path) -> bool:
-    """Whether a file with the name of a result is one, which a run that was killed at its end has left; by what it holds."""
-    try:
-        with opened(path) as file:
-            if path.name == CHECKSUMS_FILE:
-                return CONFIG_FILE in read_checksums(path, "")
-            if path.name == REPORT_FILE:
-                return REPORT_MARK["Software"].encode() in file.read(1000)
-            return bool(pq.read_schema(file).names == PREDICTION_COLUMNS)
-    except (OSError, ValueError, TypeError, pa.ArrowException):
-        return False
 
 
 def check_model_is_ours(path: Path) -> None:
@@ -166,138 +56,3 @@ def check_model_is_ours(path: Path) -> None:
             raise RunExistsError(
                 f"{file} is no file of a run's model, and would go with the folder: move it elsewhere, or choose another --out"
             )
-
-
-def _is_of_a_start(path: Path) -> bool:
-    """What a start that was killed before config.yaml was there may leave."""
-    if path.name == CHECKPOINTS_FOLDER:
-        return path.is_dir() and not any(path.iterdir())
-    return path.name == LOCK_FILE or path.name.startswith(f".{CONFIG_FILE}.")
-
-
-def _check_place(out: Path) -> None:
-    owned = why_owned(out, is_run=True)
-    if owned is not None:
-        raise RunExistsError(f"{out} {owned}")
-    check_is_ours(out)
-
-
-@contextmanager
-def run_folder_of(out: Path, purpose: str) -> Iterator[None]:
-    """Hold a run folder: rank 0 locks it, and the error of a lock that another process holds is raised by all ranks.
-
-    Args:
-        out: the folder, which is made; it is gone again if nothing was written there.
-        purpose: what others are told, such as "dti train".
-
-    Raises:
-        RunExistsError: it is not a run folder, or in the place of another run's or prepared data's own files.
-        LockedError: another process writes there; the message says which.
-    """
-    first_rank_does(lambda: _check_place(out))
-    made = [folder for folder in (out / CHECKPOINTS_FOLDER, out, *out.parents) if not folder.exists()]
-    with ExitStack() as stack:
-        first_rank_does(lambda: stack.enter_context(locked(out / LOCK_FILE, purpose)))
-        try:
-            yield
-        finally:
-            stack.close()
-            for folder in made:
-                with suppress(OSError):  # not empty: something has been written
-                    folder.rmdir()
-
-
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint that an earlier, killed call with the same settings left; None: start anew. Call it under the lock.
-
-    Raises:
-        RunExistsError: the folder belongs to a run with other settings, or to a finished one, or something in it is no run's.
-        CheckpointError: the checkpoint is damaged.
-        ConfigFileError: config.yaml is.
-    """
-    check_is_ours(config.out)
-    if not (config.out / CONFIG_FILE).exists():
-        return None
-    if (config.out / METRICS_FILE).exists():
-        raise RunExistsError(f"{config.out} holds a finished run: choose another --out, or delete it")
-    check_nothing_foreign_goes(config.out)
-    checkpoint = last_checkpoint(config.out / CHECKPOINTS_FOLDER)
-    if checkpoint is None:
-        _check_same_as_model(config)
-        return None
-    _check_same_settings(config, places=False)
-    check_checkpoint(checkpoint)
-    # Where fingerprints were kept, they say more about data and model than where those are.
-    _check_same_settings(config, places=provenance_of(checkpoint) is None)
-    _check_checkpoint_settings(config, checkpoint)
-    best = read_document(checkpoint / TRAINER_FILE).get("best_global_step")
-    best_folder = checkpoint.with_name(f"checkpoint-{best}") if best else checkpoint
-    if best_folder != checkpoint:
-        check_checkpoint(best_folder, best=True)
-        _check_checkpoint_settings(config, best_folder)
-    for other in checkpoints_in(checkpoint.parent).values():
-        if other not in (checkpoint, best_folder):
-            _check_may_go(config, other)
-    return checkpoint
-
-
-def _check_may_go(config: TrainConfig, checkpoint: Path) -> None:
-    """The next save removes it: whatever is not an older checkpoint of this run is somebody's."""
-    try:
-        check_checkpoint(checkpoint)
-    except CheckpointError as error:
-        raise RunExistsError(
-            f"{checkpoint} is no whole checkpoint of this run, and would be removed: move it elsewhere, or choose another --out ({error})"
-        ) from error
-    _check_checkpoint_settings(config, checkpoint)
-
-
-def _check_same_settings(config: TrainConfig, places: bool) -> None:
-    difference = TrainConfig.load(config.out).first_difference(config, places)
-    if difference is not None:
-        raise RunExistsError(
-            f"{config.out} was started with other settings ({difference}; see {CONFIG_FILE} there): choose another --out"
-        )
-
-
-def _check_checkpoint_settings(config: TrainConfig, checkpoint: Path) -> None:
-    """config.yaml beside it may be another run's."""
-    made_of = provenance_of(checkpoint)
-    if made_of is not None and not made_of.has_settings_of(config):
-        raise RunExistsError(
-            f"{checkpoint} is of a run with other settings than {CONFIG_FILE} beside it: choose another --out, or put the "
-            "run's own files back"
-        )
-
-
-def _check_same_as_model(config: TrainConfig) -> None:
-    """A start anew leaves an older model where it is until its own is written: with other settings they would not belong together."""
-    model = config.out / MODEL_FOLDER
-    if not model.is_dir() or not any(model.iterdir()):
-        return
-    made_of = Provenance.load(model, f"Delete {model}, or choose another --out")
-    if made_of is None:
-        _check_same_settings(config, places=True)
-    elif not made_of.has_settings_of(config):
-        raise RunExistsError(f"{model} was trained with other settings: choose another --out, or delete it")
-
-
-def provenance_of(checkpoint: Path) -> Provenance | None:
-    """Of the run that wrote a checkpoint; None: version 0.1.0 did."""
-    kept = read_document(checkpoint / RUN_FILE).get("provenance")
-    return Provenance.from_dict(kept) if isinstance(kept, dict) else None
-
-
-def check_same_origin(checkpoint: Path, now: Provenance) -> None:
-    """Refuse to go on with other data, another tokenizer or another pretrained model.
-
-    Raises:
-        OtherOriginError: naming what changed.
-    """
-    before = provenance_of(checkpoint)
-    changed = None if before is None else before.differs(now)
-    if changed is not None:
-        raise OtherOriginError(
-            f"{changed} changed after {checkpoint} had been written: going on would mix two runs. Put the former back, or train "
-            "into another --out"
-        )

@@ -17,10 +17,11 @@ from dti_model.evaluation.plots import plot_report
 from dti_model.evaluation.report import metrics_table, sentence_about_baselines
 from dti_model.files import CHECKSUMS_FILE, sha256_of, whole_file, without_nan, write_sealed
 from dti_model.model.run import Run
-from dti_model.model.run_folder import METRICS_FILE, REPORT_FILE, check_results_are_ours
+from dti_model.model.run_folder import METRICS_FILE, REPORT_FILE
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import world_size
 from dti_model.training.compare import measure_training
+from dti_model.training.start import check_results_are_ours
 from dti_model.training.trainer import StreamTrainer
 
 

@@ -20,19 +20,14 @@ from dti_model.evaluation.scoring import score_targets
 from dti_model.files import without_nan
 from dti_model.launch import let_settings_rule
 from dti_model.model.run import MODEL_FOLDER, Run, eval_targets
-from dti_model.model.run_folder import (
-    CHECKPOINTS_FOLDER,
-    RunExistsError,
-    check_same_origin,
-    find_checkpoint,
-    run_folder_of,
-)
+from dti_model.model.run_folder import CHECKPOINTS_FOLDER, RunExistsError
 from dti_model.output import unbreakable_output
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import first_rank_does, rank, world_size
 from dti_model.training.curves import curves
 from dti_model.training.results import write_results
 from dti_model.training.resumable import SaveInTime
+from dti_model.training.start import check_same_origin, find_checkpoint, run_folder_of
 from dti_model.training.trainer import RunLog, StreamTrainer
 
 __all__ = ["RunExistsError", "evaluate_run", "train"]

@@ -17,7 +17,8 @@ from dti_model.files import DamagedFileError, checksums, write_checksums, write_
 from dti_model.model.export import export_run
 from dti_model.model.fingerprints import OtherOriginError, settings_fingerprint
 from dti_model.model.run import Run
-from dti_model.model.run_folder import RunExistsError, find_checkpoint
+from dti_model.model.run_folder import RunExistsError
+from dti_model.training.start import find_checkpoint
 from dti_model.training.train import train
 
 
