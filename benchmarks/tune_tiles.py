@@ -34,6 +34,7 @@ from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
 from benchmarks.measuring.statuses import INCOMPLETE
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import KERNELS, Tile
+from dti_kernels.inputs import Inputs
 from dti_model.files import whole_file
 
 if TYPE_CHECKING:
@@ -114,17 +115,19 @@ def launches(x: AttentionInputs) -> dict[str, Launch]:
         triton_tile.repair_interpreter()
     reset = x.reset
     ratios = None if reset is None else reset.ratios(x.layout.window, torch.float32, x.q.device)
-    batch = triton_tile.Batch.of(
-        *(z.detach() for z in (x.q, x.k, x.v, x.k_sum)),
-        None if reset is None else reset.k_initial.detach(),
-        None if reset is None else reset.v_initial.detach(),
-        ratios,
-        x.alibi_slopes,
-        x.layout.rows,
-        x.layout.keys,
-        x.q.shape[-1] ** -0.5,
-        x.layout.mean_span,
+    inputs = Inputs(
+        *(z.detach() for z in (x.q, x.k, x.v)),
+        k_sum=x.k_sum.detach(),
+        k_initial=None if reset is None else reset.k_initial.detach(),
+        v_initial=None if reset is None else reset.v_initial.detach(),
+        ratios=ratios,
+        slopes=x.alibi_slopes,
+        rows=x.layout.rows,
+        keys=x.layout.keys,
+        scale=x.q.shape[-1] ** -0.5,
+        mean_span=x.layout.mean_span,
     )
+    batch = triton_tile.Batch.of(inputs)
     out = torch.zeros_like(batch.q)
     lse = torch.zeros(batch.q.shape[1], batch.num_rows, device=out.device)
     all_launches = triton_fwd.forward_launches(batch, out, lse)

@@ -5,14 +5,21 @@ Stated once: `windowed_attn` and the reference ask it for their callers, and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from dti_kernels.layout import check_arrays
+from dti_kernels.counts import shown
+from dti_kernels.fixes import HiddenStateReset, real
+from dti_kernels.inputs import Inputs
+from dti_kernels.layout import StreamLayout, check_arrays
 
+# Inputs whose callers know them by another name.
+PUBLIC_NAMES = {"k_initial": "reset.k_initial", "v_initial": "reset.v_initial", "slopes": "alibi_slopes"}
+_AUTOCAST_FROM = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,19 +38,55 @@ def check_tensors(named: Mapping[str, object]) -> None:
             raise TypeError(f"{name} must be a strided tensor, got {kind}")
 
 
-def check_inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_sum: Tensor | None,
-    k_initial: Tensor | None,
-    v_initial: Tensor | None,
-    ratios: Tensor | None,
-    slopes: Tensor | None,
-    rows: Tensor,
-    keys: Tensor,
-) -> None:
+def checked_inputs(
+    tensors: Mapping[str, Tensor | None],
+    layout: StreamLayout,
+    reset: HiddenStateReset | None,
+    scale: float | None,
+    autocast: bool = False,
+) -> Inputs:
+    """The operators' inputs.
+
+    Args:
+        tensors: `q`, `k`, `v`, `k_sum` and `alibi_slopes` of `windowed_attn`; the last two may be None or missing.
+        layout: of `windowed_attn`, as `reset` and `scale`.
+        autocast: whether an enabled autocast casts the inputs, as it does the factors of a product: float64 and slopes stay as they are.
+
+    Raises:
+        TypeError, ValueError: as `windowed_attn` says. No values are read.
+    """
+    if not isinstance(layout, StreamLayout):
+        raise TypeError(f"layout must be a StreamLayout, got {type(layout).__name__}")
+    if not (reset is None or isinstance(reset, HiddenStateReset)):
+        raise TypeError(f"reset must be a HiddenStateReset, got {type(reset).__name__}")
+    given: dict[str, Any] = {
+        name: x for name, x in tensors.items() if x is not None or name in ("q", "k", "v")
+    }
+    if reset is not None:
+        given |= {"reset.k_initial": reset.k_initial, "reset.v_initial": reset.v_initial}
+    check_tensors(given)
+    q = given["q"]
+    if autocast and not q.is_meta and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        for name, x in given.items():
+            if name != "alibi_slopes" and x.dtype in _AUTOCAST_FROM:
+                given[name] = x.to(dtype)
+    if reset is not None:
+        dtype = accumulation_dtype(q.dtype)
+        given["ratios"] = reset.ratios(layout.reset_window, dtype, layout.device, farthest=layout.num_context)
+    given |= {"rows": layout.rows, "keys": layout.keys, "scale": 1.0, "mean_span": layout.mean_span}
+    in_order: Any = [given.get(PUBLIC_NAMES.get(name, name)) for name in Inputs._fields]
+    x = Inputs(*in_order)
+    check_inputs(x)
+    number = x.q.shape[2] ** -0.5 if scale is None else real("scale", scale)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"scale must be finite and >= 0, got {shown(scale)}")
+    return x._replace(scale=number)
+
+
+def check_inputs(x: Inputs) -> None:
     """Raise TypeError or ValueError unless the operators' inputs fit each other."""
+    q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, _, _ = x
     check_arrays(rows, keys)
     if (k_initial is None) != (v_initial is None) or (k_initial is None) != (ratios is None):
         raise ValueError("reset.k_initial, reset.v_initial and ratios must be given together")
@@ -65,7 +108,7 @@ def check_inputs(
     # q may hold the [SUM] rows only.
     of_queries = num_queries if num_queries == num_rows - num_context else num_rows
     for_keys, for_context = (num_rows, num_groups, head_dim), (num_context, num_groups, head_dim)
-    for name, x, expected in (
+    for name, tensor, expected in (
         ("q", q, (of_queries, num_heads, head_dim)),
         ("k", k, for_keys),
         ("v", v, for_keys),
@@ -73,8 +116,12 @@ def check_inputs(
         ("reset.k_initial", k_initial, for_context),
         ("reset.v_initial", v_initial, for_context),
     ):
-        if x is not None and not (x.shape == expected and x.dtype == dtype and x.device == device):
-            _refuse(name, x, dtype, device, expected, f" for this layout (T = {num_rows}, C = {num_context})")
+        if tensor is not None and not (
+            tensor.shape == expected and tensor.dtype == dtype and tensor.device == device
+        ):
+            _refuse(
+                name, tensor, dtype, device, expected, f" for this layout (T = {num_rows}, C = {num_context})"
+            )
     if slopes is not None and not (
         slopes.shape == (num_heads,) and slopes.dtype in DTYPES and slopes.device == device
     ):
@@ -89,20 +136,27 @@ def check_inputs(
         _refuse_table("ratios", ratios, "(n,), n at least 1, contiguous", device)
 
 
-def check_saved(grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
+def check_saved(x: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> None:
     """Raise TypeError or ValueError unless what the backward gets besides its forward's inputs fits the queries."""
-    shape, dtype, device = q.shape, q.dtype, q.device
-    for name, x, expected, kind in (
+    shape, dtype, device = x.q.shape, x.q.dtype, x.q.device
+    for name, tensor, expected, kind in (
         ("grad_out", grad_out, shape, dtype),
         ("out", out, shape, dtype),
         ("lse", lse, (shape[1], shape[0]), accumulation_dtype(dtype)),
     ):
-        if not (x.shape == expected and x.dtype == kind and x.device == device):
-            _refuse(name, x, kind, device, tuple(expected), "")
+        if not (tensor.shape == expected and tensor.dtype == kind and tensor.device == device):
+            _refuse(name, tensor, kind, device, tuple(expected), "")
 
 
-def check_memory(name: str, x: Tensor) -> None:
+def check_memory(x: Inputs) -> None:
     """Raise ValueError where the storage of a CPU tensor was freed or made smaller, which nobody else would notice before it is read."""
+    for name, tensor in x._asdict().items():
+        if isinstance(tensor, Tensor):
+            check_storage(PUBLIC_NAMES.get(name, name), tensor)
+
+
+def check_storage(name: str, x: Tensor) -> None:
+    """The same of one tensor."""
     numbers = x.numel()
     if numbers and not x.is_contiguous():
         numbers = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))

@@ -1,4 +1,4 @@
-"""The operators' inputs and gradients, stated once: schemas, fakes and the C struct are made from these fields."""
+"""The operators' inputs and gradients, stated once: schemas, fakes, checks and the C struct follow these fields."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """What both operators take, in the order of their schemas. T rows of which C are context and S are [SUM]; H query heads, G key heads."""
+    """Inputs of both operators in the order of their schemas: T rows, C of them context, S of them [SUM]; H query heads, G key heads."""
 
     q: Tensor  # (T, H, D), or the [SUM] rows only: (S, H, D)
     k: Tensor  # (T, G, D), as v
@@ -22,6 +22,21 @@ class Inputs(NamedTuple):
     keys: Tensor  # (fields, C) int32, `StreamLayout.keys`
     scale: float
     mean_span: int
+
+    @property
+    def num_context(self) -> int:
+        """`C`."""
+        return self.keys.shape[1]
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows that have no query: 0, or C where q holds the [SUM] rows only."""
+        return self.rows.shape[1] - self.q.shape[0]
+
+    def differentiable(self, slopes_grad: bool) -> list[Tensor | None]:
+        """The inputs that get a gradient, in the order of `Gradients`; None for slopes whose gradient nobody asks for."""
+        x = self if slopes_grad else self._replace(slopes=None)
+        return [getattr(x, name[1:]) for name in Gradients._fields]
 
 
 class Gradients(NamedTuple):

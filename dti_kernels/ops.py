@@ -12,28 +12,28 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from dti_kernels import isolation
 from dti_kernels.contract import accumulation_dtype, check_inputs, check_memory, check_saved
-from dti_kernels.cpu import blocks as cpu
-from dti_kernels.cpu import compiled as cpu_native
+from dti_kernels.cpu import blocks, compiled
+from dti_kernels.inputs import Gradients, Inputs
 from dti_kernels.layout import check_spans
 from dti_kernels.private_folders import in_private_folder
 
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? k_sum, Tensor? k_initial, Tensor? v_initial, Tensor? ratios, Tensor? slopes, "
-    "Tensor rows, Tensor keys"
-)
+_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "SymInt"}
+_INPUTS = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in get_type_hints(Inputs).items())
+_NUM_INPUTS = len(Inputs._fields)
+_GRADIENTS = ", ".join(f"Tensor {name}" for name in Gradients._fields)
 _LIBRARY = torch.library.Library("dti", "DEF")
-_LIBRARY.define(f"windowed_attn_fwd({_INPUTS}, float scale, SymInt mean_span) -> (Tensor out, Tensor lse)")
+_LIBRARY.define(f"windowed_attn_fwd({_INPUTS}) -> (Tensor out, Tensor lse)")
 _LIBRARY.define(
-    f"windowed_attn_bwd(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, float scale, SymInt mean_span, bool slopes_grad) -> "
-    "(Tensor dq, Tensor dk, Tensor dv, Tensor dk_sum, Tensor dk_initial, Tensor dv_initial, Tensor dslopes)"
+    f"windowed_attn_bwd({_INPUTS}, Tensor grad_out, Tensor out, Tensor lse, bool slopes_grad) -> ({_GRADIENTS})"
 )
 
 
@@ -60,101 +60,57 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-# The arguments are those of the schema: stated there, in the fakes below and in each implementation.
-# Without k_sum there is one key stream and one gradient of it. The kernels have two pointers to keys and always write both gradients.
-def _fwd_triton(q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    outputs: tuple[Tensor, Tensor] = _triton_modules()[0].forward(
-        q, k, v, k if k_sum is None else k_sum, *args
-    )
-    return outputs
-
-
-def _bwd_triton(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor | None, *args: Any
-) -> tuple[Tensor, ...]:
-    keys, slopes_grad = k if k_sum is None else k_sum, args[-1]
-    dq, dk, dv, dk_sum, *others, dslopes = _triton_modules()[1].backward(grad_out, q, k, v, keys, *args[:-1])
-    if k_sum is None:
-        dk, dk_sum = dk + dk_sum, q.new_empty(0)
-    return dq, dk, dv, dk_sum, *others, dslopes if slopes_grad else q.new_empty(0)
-
-
-def _widened(args: tuple[Any, ...]) -> list[Any]:
+def _widened(values: Iterable[Any]) -> list[Any]:
     """bfloat16 as float32: the interpreter computes with NumPy, which does not have it."""
-    return [x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in args]
-
-
-# Inputs of the forward and, behind the gradient, of the backward.
-_FORWARD, _BACKWARD = slice(0, 10), slice(1, 11)
-
-
-def _check_fwd(*args: Any) -> None:
-    check_inputs(*args[_FORWARD])
-
-
-_NAMES = (
-    "q",
-    "k",
-    "v",
-    "k_sum",
-    "reset.k_initial",
-    "reset.v_initial",
-    "ratios",
-    "alibi_slopes",
-    "rows",
-    "keys",
-)
-
-
-def _check_memory(inputs: tuple[Any, ...]) -> None:
-    for name, x in zip(_NAMES, inputs):
-        if x is not None:
-            check_memory(name, x)
-
-
-def _check_bwd(*args: Any) -> None:
-    check_inputs(*args[_BACKWARD])
-    check_saved(args[0], args[1], *args[11:13])
+    return [x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in values]
 
 
 def _fwd_gpu(*args: Any) -> tuple[Tensor, Tensor]:
-    _check_fwd(*args)
-    return _fwd_triton(*args)
+    x = Inputs(*args)
+    check_inputs(x)
+    outputs: tuple[Tensor, Tensor] = _triton_modules()[0].forward(x)
+    return outputs
 
 
-def _bwd_gpu(*args: Any) -> tuple[Tensor, ...]:
-    _check_bwd(*args)
-    return _bwd_triton(*args)
+def _bwd_gpu(*args: Any) -> Gradients:
+    x, others = Inputs(*args[:_NUM_INPUTS]), args[_NUM_INPUTS:]
+    check_inputs(x)
+    check_saved(x, *others[:3])
+    gradients: Gradients = _triton_modules()[1].backward(x, *others)
+    return gradients
 
 
 def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    _check_fwd(*args)
-    if not _interpreting() and cpu_native.available():  # which checks the spans itself
-        return isolation.forward(cpu_native.forward, args[:8], *args[8:-1])
-    _check_memory(args[_FORWARD])
-    check_spans(*args[8:10])
+    x = Inputs(*args)
+    check_inputs(x)
+    if not _interpreting() and compiled.available():  # which checks memory and spans itself
+        return isolation.forward(compiled.forward, x)
+    _check_values(x)
     if _interpreting():
-        out, lse = _fwd_triton(*_widened(args))
-        return out.to(args[0].dtype), lse
+        out, lse = _triton_modules()[0].forward(Inputs(*_widened(x)))
+        return out.to(x.q.dtype), lse
     with torch.autocast("cpu", enabled=False):
-        return isolation.forward(cpu.forward, args[:8], *args[8:-1])
+        return isolation.forward(blocks.forward, x)
 
 
-def _bwd_cpu(*args: Any) -> tuple[Tensor, ...]:
-    _check_bwd(*args)
-    rows, keys, out, lse, scale, _, slopes_grad = args[9:]
-    of_cpu = (args[0], args[1:9], rows, keys, out, lse, scale, slopes_grad)
-    if not _interpreting() and cpu_native.available():
-        return isolation.backward(cpu_native.backward, *of_cpu)
-    _check_memory(args[_BACKWARD])
-    check_spans(rows, keys)
+def _bwd_cpu(*args: Any) -> Gradients:
+    x, others = Inputs(*args[:_NUM_INPUTS]), args[_NUM_INPUTS:]
+    check_inputs(x)
+    check_saved(x, *others[:3])
+    if not _interpreting() and compiled.available():
+        return isolation.backward(compiled.backward, x, *others)
+    _check_values(x)
     if _interpreting():
-        grad_out, q, k, v, k_sum, k_initial, v_initial, _, slopes = args[:9]
-        inputs = (q, k, v, k_sum, k_initial, v_initial, slopes)
-        grads = _bwd_triton(*_widened(args))
-        return tuple(grad.to(grad_out.dtype if x is None else x.dtype) for grad, x in zip(grads, inputs))
+        grads = _triton_modules()[1].backward(Inputs(*_widened(x)), *_widened(others))
+        dtypes = (x.q.dtype if of is None else of.dtype for of in x.differentiable(others[-1]))
+        return Gradients(*(grad.to(dtype) for grad, dtype in zip(grads, dtypes)))
     with torch.autocast("cpu", enabled=False):
-        return isolation.backward(cpu.backward, *of_cpu)
+        return isolation.backward(blocks.backward, x, *others)
+
+
+def _check_values(x: Inputs) -> None:
+    check_memory(x)
+    check_spans(x.rows, x.keys)
 
 
 _LIBRARY.impl("windowed_attn_fwd", _fwd_cpu, "CPU")
@@ -164,54 +120,17 @@ _LIBRARY.impl("windowed_attn_bwd", _bwd_gpu, "CUDA")
 
 
 @torch.library.register_fake("dti::windowed_attn_fwd", lib=_LIBRARY)
-def _fwd_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_sum: Tensor | None,
-    k_initial: Tensor | None,
-    v_initial: Tensor | None,
-    ratios: Tensor | None,
-    slopes: Tensor | None,
-    rows: Tensor,
-    keys: Tensor,
-    scale: float,
-    mean_span: int,
-) -> tuple[Tensor, Tensor]:
-    _check_fwd(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys)
+def _fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    x = Inputs(*args)
+    check_inputs(x)
+    q = x.q
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype))
 
 
 @torch.library.register_fake("dti::windowed_attn_bwd", lib=_LIBRARY)
-def _bwd_fake(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_sum: Tensor | None,
-    k_initial: Tensor | None,
-    v_initial: Tensor | None,
-    ratios: Tensor | None,
-    slopes: Tensor | None,
-    rows: Tensor,
-    keys: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    mean_span: int,
-    slopes_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_bwd(grad_out, q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, out, lse)
-
-    def like(x: Tensor | None) -> Tensor:
-        return q.new_empty(0) if x is None else x.new_empty(x.shape)
-
-    return (
-        like(q),
-        like(k),
-        like(v),
-        like(k_sum),
-        like(k_initial),
-        like(v_initial),
-        like(slopes if slopes_grad else None),
-    )
+def _bwd_fake(*args: Any) -> Gradients:
+    x, (*saved, slopes_grad) = Inputs(*args[:_NUM_INPUTS]), args[_NUM_INPUTS:]
+    check_inputs(x)
+    check_saved(x, *saved)
+    of = x.differentiable(slopes_grad)
+    return Gradients(*(x.q.new_empty(0) if like is None else like.new_empty(like.shape) for like in of))

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dti_kernels.contract import checked_inputs
 from dti_kernels.fixes import HiddenStateReset
+from dti_kernels.inputs import Inputs
 from dti_kernels.layout import StreamLayout
-from dti_kernels.windowed_attn import check_types, checked_inputs
 
 
 def windowed_attn_reference(
@@ -33,12 +34,11 @@ def windowed_attn_reference(
 ) -> Tensor:
     """Dense reference of `windowed_attn`, with the same arguments, errors and result. Cost: O(T x C) time and memory; many times that where an
     input is not finite."""
-    check_types(q, k, v, layout, k_sum, alibi_slopes, reset)
-    _, scale = checked_inputs(q, k, v, layout, k_sum, alibi_slopes, reset, scale)
-    x = _Dense.of(q, k, v, layout, k_sum, alibi_slopes, reset, scale)
-    first = layout.num_rows - q.shape[0]
-    initial = () if reset is None else (reset.k_initial, reset.v_initial)
-    if all(tensor.isfinite().all() for tensor in (q, k, v, *initial, *(() if k_sum is None else (k_sum,)))):
+    tensors = {"q": q, "k": k, "v": v, "k_sum": k_sum, "alibi_slopes": alibi_slopes}
+    inputs = checked_inputs(tensors, layout, reset, scale)
+    x = _Dense.of(inputs, layout, reset)
+    first = inputs.num_skipped
+    if all(tensor.isfinite().all() for tensor in inputs[:6] if tensor is not None):
         rows = [torch.arange(first, layout.num_context), torch.arange(layout.num_context, layout.num_rows)]
         keys = [torch.arange(layout.num_context)] * 2
     else:
@@ -66,31 +66,22 @@ class _Dense:
     scale: float
 
     @staticmethod
-    def of(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: StreamLayout,
-        k_sum: Tensor | None,
-        alibi_slopes: Tensor | None,
-        reset: HiddenStateReset | None,
-        scale: float,
-    ) -> _Dense:
-        def heads(x: Tensor) -> Tensor:
-            return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).transpose(0, 1)
+    def of(x: Inputs, layout: StreamLayout, reset: HiddenStateReset | None) -> _Dense:
+        def heads(z: Tensor) -> Tensor:
+            return z.repeat_interleave(x.q.shape[1] // z.shape[1], dim=1).transpose(0, 1)
 
         return _Dense(
-            q=heads(q),
-            k=heads(k),
-            v=heads(v),
-            k_sum=heads(k if k_sum is None else k_sum),
-            k_initial=None if reset is None else heads(reset.k_initial),
-            v_initial=None if reset is None else heads(reset.v_initial),
-            slopes=None if alibi_slopes is None else alibi_slopes.to(q.dtype)[:, None, None],
+            q=heads(x.q),
+            k=heads(x.k),
+            v=heads(x.v),
+            k_sum=heads(x.k if x.k_sum is None else x.k_sum),
+            k_initial=None if x.k_initial is None else heads(x.k_initial),
+            v_initial=None if x.v_initial is None else heads(x.v_initial),
+            slopes=None if x.slopes is None else x.slopes.to(x.q.dtype)[:, None, None],
             visible=layout.dense_visibility(),
-            distance=alibi_distance(layout).to(q.dtype),
-            ratio=None if reset is None else reset_ratio(layout, reset, q.dtype),
-            scale=scale,
+            distance=alibi_distance(layout).to(x.q.dtype),
+            ratio=None if reset is None else reset_ratio(layout, reset, x.q.dtype),
+            scale=x.scale,
         )
 
     def attend(self, rows: Tensor, keys: Tensor) -> Tensor:

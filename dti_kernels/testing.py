@@ -27,12 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dti_kernels.contract import DTYPES, check_tensors
+from dti_kernels.contract import DTYPES, check_tensors, checked_inputs
 from dti_kernels.counts import shown
 from dti_kernels.fixes import HiddenStateReset
 from dti_kernels.layout import StreamLayout
 from dti_kernels.reference import alibi_distance, reset_ratio
-from dti_kernels.windowed_attn import check_types, checked_inputs
 
 DEVIATIONS = 6.0  # standard deviations: of a thousand million normal draws, two lie beyond
 EXPONENTIAL = 8  # unit roundoffs of an exponential: libraries are within 2, GPUs' approximations within 6
@@ -128,9 +127,7 @@ def _check_inputs(
         )
     if isinstance(reset, HiddenStateReset):
         reset = replace(reset, k_initial=x["k_initial"], v_initial=x["v_initial"])
-    arguments = (x["q"], x["k"], x["v"], layout, x.get("k_sum"), x.get("alibi_slopes"), reset)
-    check_types(*arguments)
-    checked_inputs(*arguments, scale)
+    checked_inputs({name: value for name, value in x.items() if name not in states}, layout, reset, scale)
     if grad_out.shape != x["q"].shape:
         raise ValueError(f"grad_out must have q's shape {tuple(x['q'].shape)}, got {tuple(grad_out.shape)}")
 

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dti_kernels.contract import accumulation_dtype
 from dti_kernels.cpu.chunks import HIDDEN, Chunk, Plan, Prompt, RowTable, Sizes
+from dti_kernels.inputs import Gradients, Inputs
 from dti_kernels.isolation import largest
 from dti_kernels.layout import PREFIX_STOP, RESET_ID, START, STOP
 
@@ -65,8 +66,9 @@ def _magnitude(x: Tensor | None) -> float:
     return 0.0 if x is None or not x.numel() else x.detach().abs().amax().item()
 
 
-def _doubled(inputs: Iterable[Tensor | None]) -> Any:
-    return [None if x is None else x.double() for x in inputs]
+def _doubled(inputs: Inputs) -> Inputs:
+    doubled: Any = (x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+    return Inputs(*doubled)
 
 
 @dataclass
@@ -88,19 +90,8 @@ class _Inputs:
     num_skipped: int  # rows that have no query: 0, or C where q holds the [SUM] rows only
 
     @staticmethod
-    def of(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_sum: Tensor | None,
-        k_initial: Tensor | None,
-        v_initial: Tensor | None,
-        ratios: Tensor | None,
-        slopes: Tensor | None,
-        rows: Tensor,
-        keys: Tensor,
-        scale: float,
-    ) -> _Inputs:
+    def of(inputs: Inputs) -> _Inputs:
+        q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale, _ = inputs
         dtype, num_groups = accumulation_dtype(q.dtype), k.shape[1]
         k_heads = _heads_first(k, dtype)
         return _Inputs(
@@ -241,20 +232,7 @@ def _alibi_distance(rows: Tensor, chunk: Chunk) -> Tensor:
     return torch.where(key < prefix_stop, stop - start + prefix_stop - key, stop - key)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_sum: Tensor | None,
-    k_initial: Tensor | None,
-    v_initial: Tensor | None,
-    ratios: Tensor | None,
-    slopes: Tensor | None,
-    rows: Tensor,
-    keys: Tensor,
-    scale: float,
-    is_cleared: bool = False,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, is_cleared: bool = False) -> tuple[Tensor, Tensor]:
     """`out`, shape and dtype of q, and the natural log-sum-exp `(H, T or S)` in the accumulation dtype.
 
     `is_cleared`: zeros stand where keys and values were not finite, and what is not finite now is so by right.
@@ -262,11 +240,11 @@ def forward(
     Raises:
         NotFinite: a key or value is not finite.
     """
-    inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
-    if _needs_float64([(q, scale)], inputs[1:6], slopes):
-        out, lse = forward(*(*_doubled(inputs), rows, keys, scale, is_cleared))
+    q = inputs.q
+    if _needs_float64([(q, inputs.scale)], inputs[1:6], inputs.slopes):
+        out, lse = forward(_doubled(inputs), is_cleared)
         return out.to(q.dtype), lse.float()
-    x = _Inputs.of(*inputs, rows, keys, scale)
+    x = _Inputs.of(inputs)
     out, lse = torch.empty_like(x.q), torch.empty_like(x.q[..., :1])
     for prompt in x.plan.prompts:
         _prompt_forward(x, prompt, out, lse)
@@ -327,42 +305,25 @@ class _Gradients:
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_sum: Tensor | None,
-    k_initial: Tensor | None,
-    v_initial: Tensor | None,
-    ratios: Tensor | None,
-    slopes: Tensor | None,
-    rows: Tensor,
-    keys: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    slopes_grad: bool,
-    is_cleared: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, k_sum, k_initial, v_initial and slopes; empty where the input was None, or slopes need none.
+    inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, slopes_grad: bool, is_cleared: bool = False
+) -> Gradients:
+    """The gradients; `dslopes` is empty unless `slopes_grad`.
 
     `is_cleared` as for the forward.
 
     Raises:
         NotFinite: a key, a value, or the log-sum-exp or delta (`out . grad_out`) of a row is not finite.
     """
-    inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
+    q, k, v, k_sum, k_initial, v_initial, _, slopes = inputs[:8]
     if not is_cleared:
         largest(lse, (grad_out.to(lse.dtype) * out).sum(-1))
-    if _needs_float64([(q, scale), (grad_out, 1.0)], inputs[1:6], slopes):
+    if _needs_float64([(q, inputs.scale), (grad_out, 1.0)], inputs[1:6], slopes):
         doubled = _doubled(inputs)
-        out, lse = forward(*(*doubled, rows, keys, scale, is_cleared))
-        grads_64 = backward(
-            *(grad_out.double(), *doubled, rows, keys, out, lse, scale, slopes_grad, is_cleared)
-        )
-        of = (q, k, v, k_sum, k_initial, v_initial, slopes)
-        return tuple(grad if x is None else grad.to(x.dtype) for grad, x in zip(grads_64, of))  # type: ignore[return-value]
-    x = _Inputs.of(*inputs, rows, keys, scale)
+        out, lse = forward(doubled, is_cleared)
+        grads_64 = backward(doubled, grad_out.double(), out, lse, slopes_grad, is_cleared)
+        of = inputs.differentiable(slopes_grad)
+        return Gradients(*(grad if x is None else grad.to(x.dtype) for grad, x in zip(grads_64, of)))
+    x = _Inputs.of(inputs)
     grads = _Gradients.zeros(x, slopes_grad)
     d_out = _grouped(grad_out, k.shape[1], x.q.dtype)
     out_heads = _grouped(out, k.shape[1], x.q.dtype)
@@ -384,7 +345,7 @@ def backward(
             return q.new_empty(0)
         return grad.transpose(0, 1).to(like.dtype).contiguous()
 
-    return (
+    return Gradients(
         _ungrouped(grads.q, q.dtype),
         rows_first(grads.k, k),
         rows_first(grads.v, v),

@@ -10,15 +10,15 @@ import ctypes
 import functools
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from dti_kernels.contract import check_memory
+from dti_kernels.contract import PUBLIC_NAMES, accumulation_dtype, check_storage
 from dti_kernels.cpu import build as cpu_build
+from dti_kernels.inputs import Gradients, Inputs
 from dti_kernels.isolation import NotFinite
 from dti_kernels.layout import check_spans
 
@@ -34,11 +34,8 @@ _INTEGERS = (
     "num_ratios",
     "num_threads",
 )
-_POINTERS = (
-    *("q", "k", "v", "k_sum", "k_initial", "v_initial", "ratios", "slopes", "rows"),
-    *("out", "lse", "grad_out", "dq", "dk", "dv", "dk_sum", "dk_initial", "dv_initial", "dslopes"),
-    *("key_gradients", "parallel"),
-)
+_INPUTS = Inputs._fields[: Inputs._fields.index("rows") + 1]
+_POINTERS = (*_INPUTS, "out", "lse", "grad_out", *Gradients._fields, "key_gradients", "parallel")
 # What attention.cpp returns for rows that are of no layout, and for numbers that are not finite.
 _NO_LAYOUT, _NOT_FINITE = 2, 3
 
@@ -116,36 +113,34 @@ def _openmp_parallel() -> int | None:
 
 
 def _in_memory(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In `dtype`, row after row; raises what `check_memory` does."""
-    check_memory(name, x)
+    """In `dtype`, row after row; raises what `check_storage` does."""
+    check_storage(PUBLIC_NAMES.get(name, name), x)
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
-def _arguments(
-    tensors: Sequence[Tensor | None], rows: Tensor, keys: Tensor, scale: float, num_groups: int
-) -> tuple[_Arguments, list[Tensor]]:
+def _arguments(x: Inputs) -> tuple[_Arguments, dict[str, Tensor]]:
     """The inputs as the library wants them, and the tensors that must outlive the call."""
-    names = ("q", "k", "v", "k_sum", "k_initial", "v_initial", "ratios", "slopes")
-    q = tensors[0]
-    assert q is not None
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    kept = {name: _in_memory(name, x, dtype) for name, x in zip(names, tensors) if x is not None}
-    kept["rows"] = _in_memory("rows", rows, torch.int32)
-    ratios = kept.get("ratios")
+    dtype = accumulation_dtype(x.q.dtype)
+    given = {name: getattr(x, name) for name in _INPUTS}
+    kept = {
+        name: _in_memory(name, tensor, torch.int32 if name == "rows" else dtype)
+        for name, tensor in given.items()
+        if tensor is not None
+    }
     arguments = _Arguments(
-        num_rows=rows.shape[1],
-        num_context=keys.shape[1],
-        num_skipped=rows.shape[1] - q.shape[0],
-        num_heads=q.shape[1],
-        num_groups=num_groups,
-        head_dim=q.shape[2],
-        num_ratios=0 if ratios is None else len(ratios),
+        num_rows=x.rows.shape[1],
+        num_context=x.num_context,
+        num_skipped=x.num_skipped,
+        num_heads=x.q.shape[1],
+        num_groups=x.k.shape[1],
+        head_dim=x.q.shape[2],
+        num_ratios=0 if x.ratios is None else len(x.ratios),
         num_threads=torch.get_num_threads(),
-        scale=scale,
+        scale=x.scale,
         parallel=_openmp_parallel(),
-        **{name: x.data_ptr() for name, x in kept.items()},
+        **{name: tensor.data_ptr() for name, tensor in kept.items()},
     )
-    return arguments, list(kept.values())
+    return arguments, kept
 
 
 def _call(name: str, arguments: _Arguments, dtype: torch.dtype) -> int:
@@ -156,93 +151,52 @@ def _call(name: str, arguments: _Arguments, dtype: torch.dtype) -> int:
     return result
 
 
-def _refuse(status: int, rows: Tensor, keys: Tensor) -> NoReturn:
+def _refuse(status: int, x: Inputs) -> NoReturn:
     """Raise what a status that is not 0 stands for."""
     if status == _NOT_FINITE:
         raise NotFinite
     if status == _NO_LAYOUT:
-        check_spans(rows, keys)
+        check_spans(x.rows, x.keys)
         raise ValueError("the layout's rows changed while windowed_attn read them")
-    raise MemoryError(f"windowed_attn: no memory for a pass of {rows.shape[1]} rows")
+    raise MemoryError(f"windowed_attn: no memory for a pass of {x.rows.shape[1]} rows")
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_sum: Tensor | None,
-    k_initial: Tensor | None,
-    v_initial: Tensor | None,
-    ratios: Tensor | None,
-    slopes: Tensor | None,
-    rows: Tensor,
-    keys: Tensor,
-    scale: float,
-    is_cleared: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """As `cpu.forward`, which see for what is raised."""
-    inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
-    arguments, kept = _arguments(inputs, rows, keys, scale, k.shape[1])
+def forward(x: Inputs, is_cleared: bool = False) -> tuple[Tensor, Tensor]:
+    """As `blocks.forward`, which see for what is raised."""
+    arguments, kept = _arguments(x)
     arguments.is_cleared = is_cleared
-    out = torch.empty_like(kept[0])
-    lse = out.new_empty(q.shape[1], q.shape[0])
+    out = torch.empty_like(kept["q"])
+    lse = out.new_empty(x.q.shape[1], x.q.shape[0])
     arguments.out, arguments.lse = out.data_ptr(), lse.data_ptr()
     if status := _call("forward", arguments, out.dtype):
-        _refuse(status, rows, keys)
-    return out.to(q.dtype), lse
+        _refuse(status, x)
+    return out.to(x.q.dtype), lse
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_sum: Tensor | None,
-    k_initial: Tensor | None,
-    v_initial: Tensor | None,
-    ratios: Tensor | None,
-    slopes: Tensor | None,
-    rows: Tensor,
-    keys: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    slopes_grad: bool,
-    is_cleared: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `cpu.backward`, which see for what is raised."""
-    inputs = (q, k, v, k_sum, k_initial, v_initial, ratios, slopes)
-    arguments, kept = _arguments(inputs, rows, keys, scale, k.shape[1])
+    x: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, slopes_grad: bool, is_cleared: bool = False
+) -> Gradients:
+    """As `blocks.backward`, which see for what is raised."""
+    arguments, kept = _arguments(x)
     arguments.is_cleared = is_cleared
-    dtype = kept[0].dtype
-    d_out, outputs = _in_memory("grad_out", grad_out, dtype), _in_memory("out", out, dtype)
-    lse = _in_memory("lse", lse, dtype)
-    arguments.grad_out, arguments.out, arguments.lse = d_out.data_ptr(), outputs.data_ptr(), lse.data_ptr()
-    grads = {}
-    for name, x in zip(("dq", "dk", "dv", "dk_sum", "dk_initial", "dv_initial"), inputs):
-        if x is not None:
-            grads[name] = torch.empty(x.shape, dtype=dtype)
-            setattr(arguments, name, grads[name].data_ptr())
-    if slopes is not None and slopes_grad:
-        grads["dslopes"] = torch.zeros(slopes.shape, dtype=torch.float64)
-        arguments.dslopes = grads["dslopes"].data_ptr()
+    dtype = kept["q"].dtype
+    for name, saved in (("grad_out", grad_out), ("out", out), ("lse", lse)):
+        kept[name] = _in_memory(name, saved, dtype)
+        setattr(arguments, name, kept[name].data_ptr())
+    of, grads = x.differentiable(slopes_grad), []
+    for name, like in zip(Gradients._fields, of):
+        if like is None:
+            grads.append(x.q.new_empty(0))
+            continue
+        # The gradient of slopes is added to, the others are written.
+        zeros = torch.zeros(like.shape, dtype=torch.float64) if name == "dslopes" else None
+        grads.append(torch.empty(like.shape, dtype=dtype) if zeros is None else zeros)
+        setattr(arguments, name, grads[-1].data_ptr())
     num_gradients = _call("num_gradients", arguments, dtype)
     if num_gradients < 0:
-        _refuse(-num_gradients, rows, keys)
+        _refuse(-num_gradients, x)
     key_gradients = torch.empty(num_gradients, dtype=dtype)
     arguments.key_gradients = key_gradients.data_ptr()
     if status := _call("backward", arguments, dtype):
-        _refuse(status, rows, keys)
-
-    def like(name: str, x: Tensor | None) -> Tensor:
-        return grads[name].to(x.dtype) if x is not None and name in grads else q.new_empty(0)
-
-    return (
-        like("dq", q),
-        like("dk", k),
-        like("dv", v),
-        like("dk_sum", k_sum),
-        like("dk_initial", k_initial),
-        like("dv_initial", v_initial),
-        like("dslopes", slopes),
-    )
+        _refuse(status, x)
+    return Gradients(*(grad if like is None else grad.to(like.dtype) for grad, like in zip(grads, of)))

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dti_kernels import inputs
 from dti_kernels.gpu.backward_context import ctx_dkv_kernel, ctx_dq_kernel
 from dti_kernels.gpu.backward_sum import sum_dkv_kernel, sum_dq_kernel, sum_self_kernel
 from dti_kernels.gpu.isolation import key_marks, keys_launch, row_marks, rows_launch
 from dti_kernels.gpu.tile import MAX_BLOCK_M, Batch, Launch, addressable, run_all, strides
 from dti_kernels.gpu.tiles import Tile
+from dti_kernels.inputs import Inputs
 
 # The own keys of [SUM] rows are a matrix-free sum over the heads of a group: memory bound, any small tile serves.
 _SELF_TILE = Tile(16, 16, 4, 1)
@@ -173,35 +175,22 @@ def _sum_launches(
     return launches
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_sum: Tensor,
-    k_initial: Tensor | None,
-    v_initial: Tensor | None,
-    ratios: Tensor | None,
-    slopes: Tensor | None,
-    rows: Tensor,
-    keys: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    mean_span: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, k_sum, k_initial, v_initial and slopes; empty where the input was None."""
-    batch = Batch.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale, mean_span)
+def backward(x: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, slopes_grad: bool) -> inputs.Gradients:
+    """Gradients of the inputs. The kernels read two key streams: without `k_sum` both are k, whose gradient is the sum."""
+    batch = Batch.of(x)
     grads = Gradients.of(batch)
     run_all(
-        backward_launches(batch, grads, addressable(grad_out), out.contiguous(), lse.contiguous()), q.device
+        backward_launches(batch, grads, addressable(grad_out), out.contiguous(), lse.contiguous()), x.q.device
     )
-    return (
-        grads.dq,
-        grads.dk,
-        grads.dv,
-        grads.dk_sum,
-        q.new_empty(0) if grads.dk_initial is None else grads.dk_initial,
-        q.new_empty(0) if grads.dv_initial is None else grads.dv_initial,
-        q.new_empty(0) if grads.dslopes is None or slopes is None else grads.dslopes.sum(1).to(slopes.dtype),
+    empty, dslopes = x.q.new_empty(0), None
+    if grads.dslopes is not None and x.slopes is not None and slopes_grad:
+        dslopes = grads.dslopes.sum(1).to(x.slopes.dtype)
+    return inputs.Gradients(
+        dq=grads.dq,
+        dk=grads.dk + grads.dk_sum if x.k_sum is None else grads.dk,
+        dv=grads.dv,
+        dk_sum=empty if x.k_sum is None else grads.dk_sum,
+        dk_initial=empty if grads.dk_initial is None else grads.dk_initial,
+        dv_initial=empty if grads.dv_initial is None else grads.dv_initial,
+        dslopes=empty if dslopes is None else dslopes,
     )

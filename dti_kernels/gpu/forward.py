@@ -50,6 +50,7 @@ from dti_kernels.gpu.tile import (
     to_natural,
     visible_keys,
 )
+from dti_kernels.inputs import Inputs
 
 
 @triton.jit
@@ -236,23 +237,10 @@ def forward_launches(batch: Batch, out: Tensor, lse: Tensor) -> list[Launch]:
     return [*launches, rows_launch(batch, marks, out, lse)]
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_sum: Tensor,
-    k_initial: Tensor | None,
-    v_initial: Tensor | None,
-    ratios: Tensor | None,
-    slopes: Tensor | None,
-    rows: Tensor,
-    keys: Tensor,
-    scale: float,
-    mean_span: int,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """`out (T, H, D)` in q's dtype and the natural log-sum-exp `(H, T)` in float32."""
+    q = x.q
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    batch = Batch.of(q, k, v, k_sum, k_initial, v_initial, ratios, slopes, rows, keys, scale, mean_span)
-    run_all(forward_launches(batch, out, lse), q.device)
+    run_all(forward_launches(Batch.of(x), out, lse), q.device)
     return out, lse

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dti_kernels import layout
 from dti_kernels.gpu.tiles import MAX_PACK, Tile, choose_tile
+from dti_kernels.inputs import Inputs
 
 PROMPT_FIRST = tl.constexpr(layout.PROMPT_FIRST)
 PREFIX_STOP = tl.constexpr(layout.PREFIX_STOP)
@@ -362,47 +363,31 @@ class Batch:
     mean_span: int
 
     @staticmethod
-    def of(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_sum: Tensor,
-        k_initial: Tensor | None,
-        v_initial: Tensor | None,
-        ratios: Tensor | None,
-        slopes: Tensor | None,
-        rows: Tensor,
-        keys: Tensor,
-        scale: float,
-        mean_span: int,
-    ) -> Batch:
-        if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    def of(x: Inputs) -> Batch:
+        if x.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise TypeError(
-                f"the GPU kernels take float16, bfloat16 or float32, got {q.dtype}: "
+                f"the GPU kernels take float16, bfloat16 or float32, got {x.q.dtype}: "
                 "convert the inputs, or use windowed_attn_reference"
             )
-        if q.shape[-1] > MAX_HEAD_DIM:
+        if x.q.shape[-1] > MAX_HEAD_DIM:
             raise ValueError(
-                f"the GPU kernels take a head_dim of at most {MAX_HEAD_DIM}, got {q.shape[-1]}: "
+                f"the GPU kernels take a head_dim of at most {MAX_HEAD_DIM}, got {x.q.shape[-1]}: "
                 "use windowed_attn_reference"
             )
-        k_initial = None if k_initial is None else addressable(k_initial)
-        v_initial = None if v_initial is None else addressable(v_initial)
-        q, k, v, k_sum = (addressable(x) for x in (q, k, v, k_sum))
-        slopes = None if slopes is None else slopes.contiguous()
+        k = addressable(x.k)
         return Batch(
-            q,
-            k,
-            v,
-            k_sum,
-            k_initial,
-            v_initial,
-            ratios,
-            slopes,
-            rows.contiguous(),
-            keys.contiguous(),
-            scale,
-            mean_span,
+            q=addressable(x.q),
+            k=k,
+            v=addressable(x.v),
+            k_sum=k if x.k_sum is None else addressable(x.k_sum),
+            k_initial=None if x.k_initial is None else addressable(x.k_initial),
+            v_initial=None if x.v_initial is None else addressable(x.v_initial),
+            ratios=x.ratios,
+            slopes=None if x.slopes is None else x.slopes.contiguous(),
+            rows=x.rows.contiguous(),
+            keys=x.keys.contiguous(),
+            scale=x.scale,
+            mean_span=x.mean_span,
         )
 
     @property

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dti_kernels import HiddenStateReset, StreamLayout, candidate_layout
+from dti_kernels.inputs import Inputs
 from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, RESET_ID, START, STOP
 from tests.cases import CASES
 
@@ -24,17 +25,20 @@ EXTREMES = (-(2**31), -1000, -1, 0, 1, 2**30, 2**30 + 1, 2**31 - 1)
 
 @dataclass(frozen=True)
 class Call:
-    """Tensors by the names of the schema, in its order, and what the backward gets besides."""
+    """Tensors by the names of the schema, and what the backward gets besides."""
 
     tensors: dict[str, Tensor | None]
     grad_out: Tensor
 
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(**self.tensors, scale=0.25, mean_span=512)
+
     def forward(self) -> tuple[Tensor, Tensor]:
-        return torch.ops.dti.windowed_attn_fwd(*self.tensors.values(), 0.25, 512)
+        return torch.ops.dti.windowed_attn_fwd(*self.inputs)
 
     def backward(self, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-        inputs = self.tensors.values()
-        return torch.ops.dti.windowed_attn_bwd(self.grad_out, *inputs, out, lse, 0.25, 512, True)
+        return torch.ops.dti.windowed_attn_bwd(*self.inputs, self.grad_out, out, lse, True)
 
     def changed(self, **tensors: Tensor | None) -> Call:
         return replace(self, tensors=self.tensors | tensors)

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 
 from dti_kernels import StreamLayout, windowed_attn
+from dti_kernels.contract import checked_inputs
 from dti_kernels.cpu import build as cpu_build
 from dti_kernels.cpu import compiled as cpu_native
 from tests.cases import CASES, Case
@@ -120,7 +121,7 @@ def test_memory_of_gradients_is_linear_in_rows() -> None:
     def size(num_interactions: int, head_dim: int) -> int:
         layout = StreamLayout.build([[4] * num_interactions], [[1] * num_interactions], [num_interactions], 5)
         q = torch.zeros(layout.num_rows, 2, head_dim)
-        arguments, _ = cpu_native._arguments((q, q, q), layout.rows, layout.keys, 1.0, 2)
+        arguments, _ = cpu_native._arguments(checked_inputs({"q": q, "k": q, "v": q}, layout, None, None))
         return cpu_native._call("num_gradients", arguments, torch.float32)
 
     small, large = size(2000, 16), size(8000, 16)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dti_kernels import windowed_attn
+from dti_kernels.contract import checked_inputs
 from dti_kernels.cpu import blocks as cpu
 from dti_kernels.cpu.chunks import RowTable, whole_prompts
 from tests.cases import CASES, Case
@@ -159,23 +160,10 @@ def test_memory_is_linear_in_rows() -> None:
 
     case = Case("long", [[4] * 4000], [[1] * 4000], [4000], window=5, num_heads=2, num_groups=2, head_dim=8)
     inputs = case.inputs(torch.float32)
-    layout, leaves = inputs.layout, inputs.leaves
-    args = (
-        leaves["q"],
-        leaves["k"],
-        leaves["v"],
-        leaves["k_sum"],
-        None,
-        None,
-        None,
-        None,
-        layout.rows,
-        layout.keys,
-        1.0,
-    )
-    args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
+    layout, names = inputs.layout, ("q", "k", "v", "k_sum")
+    x = checked_inputs({name: inputs.leaves[name].detach() for name in names}, layout, None, 1.0)
     with Largest() as largest:
-        out, lse = cpu.forward(*args)
-        cpu.backward(torch.ones_like(out), *args[:-1], out, lse, args[-1], slopes_grad=True)
+        out, lse = cpu.forward(x)
+        cpu.backward(x, torch.ones_like(out), out, lse, slopes_grad=True)
     # A bias of a chunk is shared by its heads.
     assert largest.numel <= max(2 * layout.num_rows * 8, cpu.CONTEXT_CHUNK_SCORES // 2)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dti_kernels import testing
+from dti_kernels.contract import checked_inputs
 from dti_kernels.cpu import build as cpu_build
 from dti_kernels.cpu import compiled as cpu_native
 from tests.cases import CASES, Case
@@ -56,18 +57,12 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def run(program: list[str], case: Case, dtype: torch.dtype, folder: Path) -> dict[str, Tensor]:
     """Output and gradients of a case, as `Inputs.run` gives them."""
     x = case.inputs(dtype)
-    reset, q, k = x.reset_settings, x.leaves["q"], x.leaves["k"]
+    reset, q = x.reset_settings, x.leaves["q"]
     ratios = None if reset is None else reset.ratios(x.layout.reset_window, dtype, q.device)
-    leaves = [x.leaves.get(name) for name in INPUTS]
-    tensors = [None if leaf is None else leaf.detach() for leaf in leaves]
+    tensors = [None if leaf is None else leaf.detach() for leaf in map(x.leaves.get, INPUTS)]
     slopes = x.leaves.get("alibi_slopes")
-    arguments, _ = cpu_native._arguments(
-        [*tensors, ratios, None if slopes is None else slopes.detach()],
-        x.layout.rows,
-        x.layout.keys,
-        q.shape[-1] ** -0.5,
-        k.shape[1],
-    )
+    leaves = {name: leaf.detach() for name, leaf in x.leaves.items()}
+    arguments, _ = cpu_native._arguments(checked_inputs(leaves, x.layout, reset, None))
     head = bytes(arguments)[: 8 * len(cpu_native._INTEGERS) + 8]
     gradients = [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
     dslopes = (

@@ -112,11 +112,8 @@ def test_the_compiled_check_of_spans_is_that_of_the_layout() -> None:
     outcomes = {True: 0, False: 0}
     for _ in range(NUM_CALLS // 4):
         call = tampered(right_call(rng, torch.float32), rng)
-        rows, keys = call["rows"], call["keys"]
-        keys = torch.zeros_like(keys)  # the C++ does not read them
-        arguments, kept = cpu_native._arguments(
-            tuple(call.tensors.values())[:8], rows, keys, 1.0, call["k"].shape[1]
-        )
+        rows, keys = call["rows"], torch.zeros_like(call["keys"])  # which the C++ does not read
+        arguments, kept = cpu_native._arguments(call.inputs)
         compiled = cpu_native._call("num_gradients", arguments, torch.float32) >= 0
         assert kept
         try:

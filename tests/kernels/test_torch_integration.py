@@ -16,7 +16,8 @@ from dti_kernels import (
     windowed_attn,
     windowed_attn_reference,
 )
-from tests.cases import CASES, Case, Inputs
+from dti_kernels.contract import checked_inputs
+from tests.cases import CASES, Case
 from tests.numerics import FLOAT64_RELATIVE
 
 
@@ -24,37 +25,18 @@ def named(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
-def operator_arguments(x: Inputs) -> tuple[Tensor | float | int | None, ...]:
-    leaves = {name: leaf.detach() for name, leaf in x.leaves.items()}
-    ratios = None
-    if x.reset is not None:
-        reset = HiddenStateReset(leaves["k_initial"], leaves["v_initial"], *x.reset)
-        ratios = reset.ratios(x.layout.window, leaves["q"].dtype, x.layout.device)
-    return (
-        *(leaves[name] for name in ("q", "k", "v")),
-        leaves.get("k_sum", leaves["k"]),
-        leaves.get("k_initial"),
-        leaves.get("v_initial"),
-        ratios,
-        leaves.get("alibi_slopes"),
-        x.layout.rows,
-        x.layout.keys,
-        0.25,
-        x.layout.mean_span,
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["prefix", "dti_minus", "no_targets", "gqa_4"])
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     """Schema, fake tensors and dispatch of both operators."""
     x = named(name).inputs(dtype)
-    arguments = operator_arguments(x)
+    x = dataclasses.replace(x, leaves={name: leaf.detach() for name, leaf in x.leaves.items()})
+    arguments = tuple(checked_inputs(x.leaves, x.layout, x.reset_settings, 0.25))
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.dti.windowed_attn_fwd.default, arguments, test_utils=checks)
     out, lse = torch.ops.dti.windowed_attn_fwd(*arguments)
     for slopes_grad in (True, False):
-        backward = (x.grad_out, *arguments[:10], out, lse, *arguments[10:], slopes_grad)
+        backward = (*arguments, x.grad_out, out, lse, slopes_grad)
         torch.library.opcheck(torch.ops.dti.windowed_attn_bwd.default, backward, test_utils=checks)
 
 
