@@ -8,7 +8,6 @@ All providers and lengths run in one process, by turns. Before a row is written,
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention.parity import gate
-from benchmarks.attention.providers import sdpa_dense_mask, windowed
-from benchmarks.attention.workloads import AttentionInputs, Workload, useful_flops
-from benchmarks.measuring.measure import interleaved_ms, parse_measuring, percentiles_ms
-from benchmarks.measuring.statuses import INCOMPLETE
+from benchmarks.attention import (
+    AttentionInputs,
+    Workload,
+    gate,
+    ratios,
+    run_on_gpu,
+    sdpa_dense_mask,
+    useful_flops,
+    windowed,
+)
+from benchmarks.measuring import interleaved_ms, percentiles_ms
+from benchmarks.recording import INCOMPLETE, make_parser, parse_measuring
 from dti_kernels import windowed_attn
 
 # 4 heads of 64 and a window of 700 tokens (20 interactions of 35): the sizes that the project's CPU claim is stated for.
@@ -79,21 +85,9 @@ def _call(provider: Callable[[AttentionInputs], Tensor], x: AttentionInputs, mod
     return lambda: torch.autograd.grad(provider(x), leaves, x.grad_out, allow_unused=True)
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The two CPU claims, from rows of one run: speed over SDPA at the short length, and growth of time to the long one."""
-    p50 = {(r["workload"], r["provider"]): r["p50_ms"] for r in rows if r["mode"] == "forward+backward"}
-    short, long = dict.fromkeys(row["workload"] for row in rows)
-    return {
-        "speedup_over_sdpa_dense_mask": p50[short, "sdpa_dense_mask"] / p50[short, "windowed_attn"],
-        "growth": p50[long, "windowed_attn"] / p50[short, "windowed_attn"],
-    }
-
-
 def main() -> None:
     """Measure, print and keep the rows of a device."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=9, help="on a CPU")
     parser.add_argument("--lengths", type=int, nargs=2, default=CPU_LENGTHS, help="rows T on a CPU")
@@ -107,9 +101,7 @@ def main() -> None:
     )
     options = parse_measuring(parser, "attention-{device}", {"lengths": SMOKE_LENGTHS, "repeats": 1})
     if options.device == "cuda":
-        from benchmarks.attention import gpu as attention_gpu
-
-        complete = attention_gpu.run(
+        complete = run_on_gpu(
             options.rows, options.seconds, options.resume, options.only == "ours", options.logs
         )
         if not complete:
@@ -127,8 +119,7 @@ def main() -> None:
         )
     for name, value in ratios(rows).items():
         print(f"{name}: {value:.2f}")
-    options.rows.append(rows)
-    print(f"rows: {options.rows}")
+    options.rows.keep(rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ intervals over users and seeds. `--out` gets the runs and `quality-PLAN.jsonl`; 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict, replace
@@ -22,18 +21,29 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from benchmarks.measuring.measure import RESULTS, SCRATCH, add_record, provenance
-from benchmarks.quality.full import commands
-from benchmarks.quality.plans import PLANS, SIZES, Arm, Plan
-from benchmarks.quality.runs import (
+from benchmarks.quality import (
     CELL_FILE,
+    PLANS,
+    SIZES,
+    Arm,
     Cell,
+    Plan,
+    auc_difference,
+    commands,
     restrict_targets,
     run_cell,
     score_cell,
     scores_of,
 )
-from benchmarks.quality.stats import auc_difference
+from benchmarks.recording import (
+    RESULTS,
+    SCRATCH,
+    add_record,
+    make_parser,
+    provenance,
+    refuse_record,
+    replace_rows,
+)
 from dti_model.config import DTIConfig
 from dti_model.data import PreparedData
 from dti_model.files import whole_file
@@ -193,13 +203,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows of a plan, in place of older ones."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text("".join(json.dumps({**provenance(), **row}) + "\n" for row in rows))
-
-
 def run(
     plans: list[str], size: str, data: Path, out: Path, record: bool, finished_only: bool = False
 ) -> None:
@@ -210,16 +213,13 @@ def run(
         print(f"{name}: {plan.question}", flush=True)
         rows = bench.run(name, plan)
         print(table(rows), flush=True)
-        write_rows(out / f"quality-{name}.jsonl", rows)
-        if record:
-            write_rows(RESULTS / f"quality-{name}.jsonl", rows)
+        for folder in (out, RESULTS) if record else (out,):
+            replace_rows(folder / f"quality-{name}.jsonl", ({**provenance(), **row} for row in rows))
 
 
 def main() -> int:
     """Parse, run, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--plan", nargs="+", choices=PLANS, required=True)
     parser.add_argument("--size", choices=[*SIZES, "full"], default="small")
     parser.add_argument("--data", type=Path, help="folder made by `dti prepare`")
@@ -236,8 +236,8 @@ def main() -> int:
         return 0
     if options.data is None:
         parser.error("--data is needed for this size")
-    if options.record and options.size == "smoke":
-        parser.error("--record keeps measurements, and --size smoke makes none: leave one of them out")
+    if options.size == "smoke":
+        refuse_record(parser, options)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     run(options.plan, options.size, options.data, options.out, options.record, options.finished_only)

@@ -11,7 +11,6 @@ that it allocates beside weights and moments (on a GPU: in all).
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measuring.measure import parse_measuring
+from benchmarks.recording import make_parser, parse_measuring
 from benchmarks.synthetic import made_up_data
 from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
 from dti_model.model.run import Run
@@ -94,9 +93,7 @@ def flops_per_target(run: Run, k: int | None, num_batches: int = 8) -> float:
 
 def main() -> None:
     """Measure, print and keep the rows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--data", type=Path, help="folder made by `dti prepare`; default: made-up data of MovieLens' shape"
     )
@@ -134,8 +131,7 @@ def main() -> None:
             f"{row.get('speedup', 1):6.2f} x (rows {row.get('rows_ratio', 1):.2f} x, FLOPs {row.get('flops_ratio', 1):.2f} x, equation 3 {row['equation_3']}; "
             f"attention {row['attention_share']:.0%}, {row['peak_mib']:.0f} MiB)"
         )
-    options.rows.append(rows)
-    print(f"rows: {options.rows}")
+    options.rows.keep(rows)
 
 
 if __name__ == "__main__":

@@ -17,46 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.attention.workloads import Workload
-from benchmarks.measuring.device_time import check_device, failure
-from benchmarks.measuring.measure import parse_measuring, percentiles_ms
-from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
+from benchmarks.attention import KINDS, STREAMING, Workload
+from benchmarks.measuring import DEVICE, REHEARSING, check_device, percentiles_ms
+from benchmarks.recording import failure, make_parser, parse_measuring
+from benchmarks.shapes import MODELS
+from benchmarks.synthetic import random_model
 from dti_kernels import StreamLayout
 from dti_model.config import DTIConfig
 from dti_model.model.attention import apply_dti, token_logits
 from dti_model.training.flops import StepCost, peak_flops
 
-MODELS: dict[str, dict[str, Any]] = {
-    "llama8b-slice": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_hidden_layers": 2,
-        "vocab_size": 128256,
-    },
-    "smollm": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "num_hidden_layers": 30,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "num_hidden_layers": 2,
-        "vocab_size": 64,
-    },
-}
-STREAMING, SLIDING = "streaming_k50", "sliding_window"
-KINDS = {STREAMING: 50, SLIDING: 1}
 # Of a step's kernels, the longest ones that a profile's row names.
 _LONGEST = 10
 _ATTENTION = ("ctx_fwd", "ctx_dq", "ctx_dkv", "sum_fwd", "sum_dq", "sum_dkv", "sum_self")
@@ -82,15 +53,12 @@ class Bench:
     def __init__(self, name: str, on_gpu: bool, num_tokens: int) -> None:
         self.name, self.on_gpu = name, on_gpu
         device = DEVICE if on_gpu else "cpu"
-        torch.manual_seed(0)
-        config = LlamaConfig(max_position_embeddings=1 << 20, use_cache=False, **MODELS[name])
-        with torch.device(device):
-            model = LlamaForCausalLM(config).to(torch.bfloat16 if on_gpu else torch.float32)
         self.dti = DTIConfig()
+        model = random_model(MODELS[name], torch.bfloat16 if on_gpu else torch.float32, device)
         self.model = apply_dti(model, self.dti).train()
         self.cost = StepCost.of(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=on_gpu)
-        self.batches = {kind: batch(kind, num_tokens, device, config.vocab_size) for kind in KINDS}
+        self.batches = {kind: batch(kind, num_tokens, device, model.config.vocab_size) for kind in KINDS}
         self.times: dict[str, list[float]] = {kind: [] for kind in KINDS}
         self.peak_mib = dict.fromkeys(KINDS, 0.0)
 
@@ -224,9 +192,7 @@ def measure(name: str, options: argparse.Namespace, seconds: float) -> list[dict
 
 def main() -> None:
     """Measure, print and keep the rows; exit with 1 if a model failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, nargs="+", default=["llama8b-slice", "smollm"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--tokens", type=int, default=16384)

@@ -10,8 +10,6 @@ installed to its rows.
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import tempfile
@@ -21,17 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.attention.workloads import Workload
-from benchmarks.measuring import stand_in
-from benchmarks.measuring.measure import RESULTS, read_rows
+from benchmarks.attention import Workload, useful_fraction
+from benchmarks.measuring import compile_launch, driver_of, recorded_launches, why_not_compiled
+from benchmarks.recording import RESULTS, make_parser, read_rows, replace_rows
 from dti_kernels import HiddenStateReset, StreamLayout, windowed_attn
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile
-from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, ROW_STOP, START, STOP, SUM_START, SUM_STOP
-from dti_model.files import whole_file
 
 RECORDED = RESULTS / "compile.jsonl"
 # Bytes of shared memory that one program may have (CUDA programming guide, ISA manual of CDNA3).
@@ -109,8 +104,8 @@ def rows_of_groups() -> Iterator[TableRow]:
 
 def compile_row(row: TableRow) -> Compiled:
     """Compile a row's kernel for its architecture through the just-in-time path, with everything switched on: ALiBi, reset, [SUM] rows."""
-    with stand_in.driver_of(row.arch):
-        built = stand_in.build(_launch(row))
+    with driver_of(row.arch):
+        built = compile_launch(_launch(row))
     shared, assembly = built.kernel.metadata.shared, built.kernel.asm
     if row.arch.startswith("gfx"):
         text = assembly["amdgcn"]
@@ -137,7 +132,7 @@ def _launch(row: TableRow) -> Any:
     initial = zeros(layout.num_context, 2), zeros(layout.num_context, 2)
     reset = HiddenStateReset(*initial, alpha_min=0.0, alpha_max=0.5)
     slopes = torch.zeros(2 * row.group, requires_grad=True)
-    with stand_in.recorded(row.arch) as launches, tiles.forced({row.kernel: row.tile}):
+    with recorded_launches(row.arch) as launches, tiles.forced({row.kernel: row.tile}):
         windowed_attn(q, k, v, layout, k_sum, slopes, reset).sum().backward()
     return next(x for x in launches if x.kernel.fn.__name__ == f"{row.kernel}_kernel")
 
@@ -196,48 +191,6 @@ def inner_loops(cubin: bytes) -> list[Counter[str]]:
     return counts
 
 
-def visited_pairs(layout: StreamLayout, kernel: str, tile: Tile, group: int) -> int:
-    """(row, key) pairs in the tiles that a kernel visits, for one head: what it computes, masked or not."""
-    rows, keys = layout.rows.numpy().astype(np.int64), layout.keys.numpy().astype(np.int64)
-    pack = max(p for p in range(1, min(group, tile.pack, tile.block_m) + 1) if group % p == 0)
-    tokens, num_context = tile.block_m // pack, layout.num_context
-    per_tile = tile.block_m * tile.block_n / pack  # lanes that hold no row are computed too
-    if kernel.endswith("dkv"):
-        first = np.arange(0, num_context, tile.block_n)
-        if kernel == "ctx_dkv":  # its tiles count lanes
-            lanes = (np.maximum.reduceat(keys[ROW_STOP], first) - first) * pack
-            return int((-(-lanes // tile.block_m)).sum() * per_tile)
-        start = np.minimum.reduceat(keys[SUM_START], first)
-        stop = np.maximum.reduceat(keys[SUM_STOP], first)
-        return int((-(-np.maximum(stop - start, 0) // tokens)).sum() * per_tile)
-    begin, end = (0, num_context) if kernel.startswith("ctx") else (num_context, layout.num_rows)
-    first = np.arange(begin, end, tokens)
-    last = np.minimum(first + tokens, end) - 1
-    prefix = -(-(rows[PREFIX_STOP, first] - rows[PROMPT_FIRST, first]) // tile.block_n)
-    span = -(-(rows[STOP, last] - rows[START, first]) // tile.block_n)
-    visited = prefix + span
-    if tile.ahead and kernel == "ctx_fwd":  # an empty tile where none is seen by all rows
-        left = -(-(rows[START, last] - rows[START, first]) // tile.block_n)
-        visited += rows[STOP, first] - rows[START, first] - left * tile.block_n < tile.block_n
-    return int(visited.sum() * per_tile)
-
-
-def visible_pairs(layout: StreamLayout, kernel: str) -> int:
-    """(row, key) pairs that count, of the rows a kernel works on; a [SUM]'s own key apart."""
-    begin, end = (
-        (0, layout.num_context) if kernel.startswith("ctx") else (layout.num_context, layout.num_rows)
-    )
-    rows = layout.rows[:, begin:end].long()
-    return int((rows[STOP] - rows[START] + rows[PREFIX_STOP] - rows[PROMPT_FIRST]).sum())
-
-
-def useful_fraction(workload: Workload, kernel: str, tile: Tile) -> float:
-    """Visible share of the visited pairs."""
-    layout = workload.layout()
-    group = workload.num_heads // workload.num_groups
-    return visible_pairs(layout, kernel) / visited_pairs(layout, kernel, tile, group)
-
-
 def compiled_numbers(row: TableRow, result: Compiled) -> dict[str, Any]:
     """What is recorded of a compiled row; `loops` are the instructions of every inner loop that multiplies matrices (NVIDIA)."""
     tile = row.tile
@@ -279,15 +232,12 @@ def record(numbers: list[dict[str, Any]], triton_version: str) -> None:
     rows = [row for row in read_rows(RECORDED) if not _is_of(row, triton_version)]
     rows += ({**row, "triton": triton_version} for row in replaced.values())
     rows.sort(key=lambda row: (row["triton"], *map(str, _key(row))))
-    with whole_file(RECORDED) as temporary:
-        temporary.write_text("".join(json.dumps({"benchmark": "compile", **row}) + "\n" for row in rows))
+    replace_rows(RECORDED, ({"benchmark": "compile", **row} for row in rows))
 
 
 def main() -> None:
     """Print the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--arch", choices=TABLE)
     parser.add_argument("--head-dim", type=int, nargs="+", choices=(64, 128, 256))
     parser.add_argument("--bits", type=int, choices=(16, 32))
@@ -297,7 +247,7 @@ def main() -> None:
         "--record", action="store_true", help="keep the rows in benchmarks/results/compile.jsonl"
     )
     options = parser.parse_args()
-    if reason := stand_in.unavailable():
+    if reason := why_not_compiled():
         parser.error(reason)
     import triton
 

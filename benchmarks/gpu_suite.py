@@ -27,8 +27,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarks.gpu.child import ROOT, how_it_ended, run_child
-from benchmarks.gpu.results import (
+from benchmarks.gpu import (
+    SLOTS,
+    Places,
+    Step,
+    how_it_ended,
     log,
     mend_rows,
     note_origin,
@@ -37,13 +40,15 @@ from benchmarks.gpu.results import (
     pack,
     read_summary,
     remove_packed,
+    run_child,
     same_origin,
     set_aside_tiles,
+    steps_of,
     table,
     unpack,
     write_summary,
 )
-from benchmarks.gpu.steps import SLOTS, Places, Step, steps_of
+from benchmarks.recording import ROOT, make_parser
 from dti_model.files import LockedError, locked
 
 DEFAULT_OUT = Path("runs/benchmarks/gpu")
@@ -219,11 +224,10 @@ def seconds(text: str) -> float:
     return value
 
 
-def make_parser() -> argparse.ArgumentParser:
+def suite_parser() -> argparse.ArgumentParser:
     """All options."""
-    parser = argparse.ArgumentParser(
-        prog="gpu_suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
+    parser.prog = "gpu_suite"
     parser.add_argument("--slot", choices=SLOTS, help="A: the kernels, B: fine-tuning; both in a rehearsal")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder; default: %(default)s")
     parser.add_argument("--data", type=Path, help="slot B: folder made by `dti prepare`")
@@ -293,7 +297,7 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 def main() -> None:
     """Run a slot; exit with 0 if every step ended well."""
-    parser = make_parser()
+    parser = suite_parser()
     options = parse(parser)
     values = {"k": str(options.k), "epochs": str(options.epochs)}
     values |= {name: str(path.resolve()) if path else "" for name, path in

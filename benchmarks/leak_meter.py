@@ -12,7 +12,6 @@ leaves alone unless `alpha_own` is 1.                                           
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from benchmarks.measuring.measure import parse_measuring
+from benchmarks.recording import make_parser, parse_measuring
+from benchmarks.shapes import shape
+from benchmarks.synthetic import random_model
 from dti_kernels import StreamLayout
 from dti_model.config import DTIConfig
 from dti_model.model.attention import Stream, apply_dti, position_ids
@@ -86,20 +87,10 @@ def random_example(num_interactions: int, seed: int, window: int = WINDOW) -> Ex
     return ids, layout, outside
 
 
-def random_model(num_layers: int, config: DTIConfig, width: int = 64, seed: int = 0) -> PreTrainedModel:
+def random_network(num_layers: int, config: DTIConfig, width: int = 64, seed: int = 0) -> PreTrainedModel:
     """A small Llama of random weights, large enough for attention to be far from uniform."""
-    torch.manual_seed(seed)
-    shape = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1 << 16,
-        initializer_range=width**-0.5,
-    )
-    return apply_dti(LlamaForCausalLM(shape).double().eval(), config)
+    settings = shape(num_layers, width, 4, 2, 2 * width, VOCAB) | {"initializer_range": width**-0.5}
+    return apply_dti(random_model(settings, seed=seed).double().eval(), config)
 
 
 def measure_random(layers: list[int], num_prompts: int) -> list[dict[str, Any]]:
@@ -109,7 +100,7 @@ def measure_random(layers: list[int], num_prompts: int) -> list[dict[str, Any]]:
         examples = [random_example((WINDOW + 1) * (num_layers + 1), seed) for seed in range(num_prompts)]
         for reset in RESETS:
             config = dti_config(reset, num_layers)
-            model = random_model(num_layers, config)
+            model = random_network(num_layers, config)
             found = [leak(model, config, example, (0, 1)) for example in examples]
             rows.append(_row("random weights", num_layers, reset, found))
     return rows
@@ -167,9 +158,7 @@ def _row(weights: str, num_layers: int, reset: str, found: list[float]) -> dict[
 
 def main() -> None:
     """Measure, print and keep the rows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--run", type=Path, help="run folder of `dti train`")
@@ -182,8 +171,7 @@ def main() -> None:
         print(
             f"{row['weights']:20} {row['layers']:2} layers  {row['reset']:30} {row['leak']:.4f} (largest {row['largest']:.4f})"
         )
-    options.rows.append(rows)
-    print(f"rows: {options.rows}")
+    options.rows.keep(rows)
 
 
 if __name__ == "__main__":

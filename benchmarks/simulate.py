@@ -15,7 +15,6 @@ hours but for the validations, which sliding windows and streams pay alike.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.recording import make_parser
 from dti_model.data import PreparedData
 from dti_model.prompts import Prompts
 
@@ -394,9 +394,7 @@ def _show(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
 
 def main() -> None:
     """Print what was asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", choices=SHAPES)
     parser.add_argument("--data", choices=DATA, default="ml-1m")
     parser.add_argument("--prepared", type=Path, help="count in this prepared folder instead of --data")

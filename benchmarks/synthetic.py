@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from benchmarks.shapes import Shape, shape
 from dti_model.data import PreparedData
 from dti_model.model.safe_loading import fast_tokenizer_from
 
@@ -34,20 +35,20 @@ def made_up_data(folder: Path) -> Path:
     return folder / "data"
 
 
+def random_model(
+    shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> PreTrainedModel:
+    """A Llama of random weights in `dtype`. As in one that is loaded, rotary frequencies stay float32: rounded, positions would be wrong."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(max_position_embeddings=1 << 20, use_cache=False, **shape)
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
+
+
 def made_up_model(folder: Path, data: Path) -> Path:
     """A folder with a tiny Llama of random weights and the tokenizer of a prepared folder, as transformers writes them."""
     tokenizer = fast_tokenizer_from(PreparedData.open(data).tokenizer_dir)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    random_model(shape(2, 32, 2, 1, 64, len(tokenizer), tied=True)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

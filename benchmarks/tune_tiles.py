@@ -15,7 +15,6 @@ lacks, and keeps what that file has of others.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -27,11 +26,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.attention.workloads import HEADS, SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
-from benchmarks.measuring.device_time import check_device, device_times, failure
-from benchmarks.measuring.measure import TIME_IS_UP, RowFiles, parse_measuring
-from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
-from benchmarks.measuring.statuses import INCOMPLETE
+from benchmarks.attention import (
+    SHORT_TOKENS,
+    AttentionInputs,
+    Workload,
+    candidates_of,
+    gpu_workload,
+    numbers_of,
+    predicted,
+)
+from benchmarks.measuring import DEVICE, REHEARSING, check_device, device_times
+from benchmarks.recording import INCOMPLETE, TIME_IS_UP, RowFiles, failure, make_parser, parse_measuring
+from benchmarks.shapes import HEADS
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import KERNELS, Tile
 from dti_kernels.inputs import Inputs
@@ -44,65 +50,6 @@ if TYPE_CHECKING:
 MARGIN = 0.02
 # Wall-clock seconds for each candidate: some twenty repeats behind their pauses.
 _SHARE = 0.01 if REHEARSING else 0.06
-
-_Shape = tuple[int, int, int, int]
-# (rows, keys, warps, stages) by kernel and head_dim (up to), the likely ones first, since time may run out. Not among them: eight warps
-# over 64 x 64, whose two groups of warps compute the same products; four over 128 x 64 at head_dim 128, which spill; and one head a tile.
-_CANDIDATES: dict[str, dict[int, list[_Shape]]] = {
-    "ctx_fwd": {
-        64: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 4)],
-        128: [(128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3)],
-        256: [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2)],
-    },
-    "ctx_dq": {
-        64: [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
-        128: [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2)],
-        256: [(64, 64, 8, 1), (64, 32, 4, 2), (64, 32, 8, 2)],
-    },
-    "ctx_dkv": {
-        64: [(64, 128, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 2), (32, 128, 8, 3)],
-        128: [(32, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 4, 3)],
-        256: [(64, 64, 8, 1), (32, 64, 8, 2), (32, 64, 4, 2)],
-    },
-    "sum_fwd": {256: [(32, 32, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (64, 64, 4, 2)]},
-    "sum_dq": {256: [(32, 64, 4, 2), (32, 32, 4, 2), (16, 64, 4, 2)]},
-    "sum_dkv": {256: [(32, 32, 4, 2), (16, 32, 4, 2), (32, 64, 8, 2)]},
-}  # fmt: skip
-# Of the forward's, those that are timed with the next tile's scores computed ahead too; it needs registers for a second tile of scores.
-_AHEAD: dict[int, list[_Shape]] = {
-    64: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 4)],
-    128: [(128, 64, 8, 3), (64, 64, 4, 3)],
-}
-# Tiles whose speed was predicted before anything had run on a GPU: timed in every sweep, so that the predictions can be checked.
-_PREDICTED: dict[str, dict[int, list[_Shape]]] = {
-    "ctx_fwd": {64: [(128, 64, 8, 3), (128, 128, 8, 3)], 128: [(128, 64, 8, 3)]},
-    "ctx_dq": {64: [(64, 64, 4, 2), (128, 64, 8, 2)], 128: [(128, 64, 8, 2)]},
-    "ctx_dkv": {64: [(64, 64, 4, 2), (64, 128, 8, 2)], 128: [(64, 64, 8, 2)]},
-}
-
-
-def _up_to(by_head_dim: dict[int, list[_Shape]], head_dim: int) -> list[Tile]:
-    found = (shapes for largest, shapes in sorted(by_head_dim.items()) if head_dim <= largest)
-    return [Tile(*shape) for shape in next(found, [])]
-
-
-def predicted(kernel: str, head_dim: int) -> list[Tile]:
-    """Tiles of a kernel that a speed was predicted for."""
-    return _up_to(_PREDICTED.get(kernel, {}), head_dim)
-
-
-def candidates_of(kernel: str, head_dim: int) -> list[Tile]:
-    """Tiles of one of `KERNELS` that a sweep times beside the table's own, each once, likely ones first and predicted ones last."""
-    ahead = _up_to(_AHEAD, head_dim) if kernel == "ctx_fwd" else []
-    ahead = [dataclasses.replace(tile, ahead=True) for tile in ahead]
-    others = _up_to(_CANDIDATES[kernel], head_dim)
-    return list(dict.fromkeys([*ahead, *others, *predicted(kernel, head_dim)]))
-
-
-def numbers_of(tile: Tile) -> list[int]:
-    """A tile as rows and DTI_TILES have it: rows, keys, warps, stages, pack, and 1 where scores are computed ahead."""
-    numbers = [tile.block_m, tile.block_n, tile.warps, tile.stages, tile.pack]
-    return [*numbers, 1] if tile.ahead else numbers
 
 
 def launches(x: AttentionInputs) -> dict[str, Launch]:
@@ -305,9 +252,7 @@ def tune(todo: list[Sweep], files: RowFiles, winners: Winners, seconds: float) -
 
 def main() -> None:
     """Tune and print; exit with `INCOMPLETE` where candidates were left out."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--heads", choices=HEADS, nargs="+", default=list(HEADS))
     parser.add_argument("--k", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=16384)

@@ -1,0 +1,39 @@
+"""Attention alone: named workloads, the parity gate, all providers, and measuring them on a GPU."""
+
+from benchmarks.attention.gpu import run_on_gpu
+from benchmarks.attention.parity import MOST_SHARE, budget_shares, gate
+from benchmarks.attention.providers import MODES, OURS, sdpa_dense_mask, windowed
+from benchmarks.attention.rows import ratios
+from benchmarks.attention.tiles import candidates_of, numbers_of, predicted, useful_fraction
+from benchmarks.attention.workloads import (
+    KINDS,
+    SHORT_TOKENS,
+    STREAMING,
+    AttentionInputs,
+    Workload,
+    gpu_workload,
+    useful_flops,
+)
+
+__all__ = [
+    "KINDS",
+    "MODES",
+    "MOST_SHARE",
+    "OURS",
+    "SHORT_TOKENS",
+    "STREAMING",
+    "AttentionInputs",
+    "Workload",
+    "budget_shares",
+    "candidates_of",
+    "gate",
+    "gpu_workload",
+    "numbers_of",
+    "predicted",
+    "ratios",
+    "run_on_gpu",
+    "sdpa_dense_mask",
+    "useful_flops",
+    "useful_fraction",
+    "windowed",
+]

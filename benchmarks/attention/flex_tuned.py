@@ -1,6 +1,6 @@
 """FlexAttention at its best: a handful of kernel options and mask blocks, timed once per head_dim, the best kept for every mode.
 
-    python -m benchmarks.attention.flex_tuned --heads llama8b --options NAME      compile one of them, for the caches
+    python -m benchmarks.attention --heads llama8b --options NAME      compile one of them, for the caches
 
 Why not `torch.compile(mode="max-autotune-no-cudagraphs")`: it compiles some twenty kernels per head_dim, times them on a made-up mask in
 which every block is visible, and cannot choose the blocks of the mask, which decide how much of a window's edge is computed in vain.
@@ -11,7 +11,6 @@ own, side by side, whose results wait in Inductor's and Triton's caches.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -30,10 +29,10 @@ from benchmarks.attention.providers import (
     flex_with_mask_construction,
     settle,
 )
-from benchmarks.attention.workloads import HEADS, AttentionInputs, gpu_workload
-from benchmarks.measuring.device_time import check_device, device_times, failure
-from benchmarks.measuring.measure import TIME_IS_UP
-from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
+from benchmarks.attention.workloads import AttentionInputs, gpu_workload
+from benchmarks.measuring import DEVICE, REHEARSING, check_device, device_times
+from benchmarks.recording import TIME_IS_UP, failure, make_parser
+from benchmarks.shapes import HEADS
 
 NAME = "flex_tuned"
 _MASK = "mask"
@@ -182,7 +181,7 @@ class _Child:
                 [
                     sys.executable,
                     "-m",
-                    "benchmarks.attention.flex_tuned",
+                    "benchmarks.attention",
                     "--heads",
                     heads,
                     "--options",
@@ -245,9 +244,7 @@ def warm(seconds: float, logs: Path | None = None) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Compile one set of options by running it once in every mode that it has; exit with 1 where one was refused."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--heads", choices=HEADS, required=True)
     parser.add_argument("--options", choices=[*(options.name for options in OPTIONS), _MASK], required=True)
     given = parser.parse_args()
@@ -265,7 +262,3 @@ def main() -> None:
             print(f"{mode}: {failure(error)}", flush=True)
             refused = True
     sys.exit(refused)
-
-
-if __name__ == "__main__":
-    main()

@@ -17,15 +17,22 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention import flex_tuned
+import benchmarks.attention.flex_tuned as flex_tuned
 from benchmarks.attention.parity import MOST_SHARE, gate
 from benchmarks.attention.providers import GPU_PROVIDERS, MODES, OURS, Unavailable, by_mode, settle
 from benchmarks.attention.rows import about_tiles, measured, printed, speeds
-from benchmarks.attention.workloads import HEADS, SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
-from benchmarks.measuring.clocks import card_state
-from benchmarks.measuring.device_time import DeviceLost, Timing, check_device, device_times, failure
-from benchmarks.measuring.measure import TIME_IS_UP, RowFiles
-from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
+from benchmarks.attention.workloads import SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
+from benchmarks.measuring import (
+    DEVICE,
+    REHEARSING,
+    DeviceLost,
+    Timing,
+    card_state,
+    check_device,
+    device_times,
+)
+from benchmarks.recording import TIME_IS_UP, RowFiles, failure
+from benchmarks.shapes import HEADS
 
 # Wall-clock seconds for each provider and mode: 40 repeats of a millisecond with their pauses.
 _SHARE = 0.01 if REHEARSING else 0.2
@@ -297,7 +304,7 @@ def linear_memory(short: Workload, long: Workload) -> dict[str, Any]:
     }
 
 
-def run(
+def run_on_gpu(
     files: RowFiles, seconds: float, resume: bool = False, only_ours: bool = False, logs: Path | None = None
 ) -> bool:
     """Measure until the time is up; whether nothing was left out.

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.attention.workloads import AttentionInputs
-from benchmarks.measuring.rehearsal import REHEARSING
+from benchmarks.measuring import REHEARSING
 from dti_kernels import StreamLayout, windowed_attn
 
 Call = Callable[[AttentionInputs], Tensor]

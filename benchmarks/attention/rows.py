@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attention.providers import MODES, OURS
+from benchmarks.attention.tiles import numbers_of, visited_pairs
 from benchmarks.attention.workloads import AttentionInputs, useful_flops
-from benchmarks.compile_report import visited_pairs
-from benchmarks.measuring.measure import provenance
-from benchmarks.tune_tiles import numbers_of
+from benchmarks.recording import provenance, row_lines
 from dti_kernels.gpu.tiles import KERNELS, choose_tile
 
 # Matmuls of head_dim x pairs that each kernel computes, masked or not: forward 2, dQ 3, dK/dV 4.
@@ -47,11 +46,7 @@ def measured(paths: Iterable[Path]) -> set[tuple[str, str]]:
     wanted = {**provenance(), **about_tiles()}
     modes: dict[tuple[str, str], set[str]] = {}
     for path in paths:
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # of a run that was killed while it wrote
-                continue
+        for row in map(json.loads, row_lines(path)[0]):
             if row.get("benchmark") != "attention" or any(row.get(name) != wanted[name] for name in _SAME):
                 continue
             if "provider" not in row or (row["provider"] == OURS and ("failed" in row or "beside" in row)):
@@ -110,6 +105,16 @@ def speeds(name: str, x: AttentionInputs, mode: str, p50_ms: float) -> dict[str,
 
 def _tflops(flops: float, ms: float) -> float:
     return round(flops / max(ms, 1e-6) / 1e9, 1)
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The two CPU claims, from rows of one run: speed over SDPA at the short length, and growth of time to the long one."""
+    p50 = {(r["workload"], r["provider"]): r["p50_ms"] for r in rows if r["mode"] == "forward+backward"}
+    short, long = dict.fromkeys(row["workload"] for row in rows)
+    return {
+        "speedup_over_sdpa_dense_mask": p50[short, "sdpa_dense_mask"] / p50[short, "windowed_attn"],
+        "growth": p50[long, "windowed_attn"] / p50[short, "windowed_attn"],
+    }
 
 
 def printed(row: dict[str, Any]) -> str:

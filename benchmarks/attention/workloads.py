@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measuring.rehearsal import REHEARSING
+from benchmarks.measuring import REHEARSING
+from benchmarks.shapes import HEADS
 from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes
 
-# Query heads, key heads and head_dim of Llama-3.1-8B and SmolLM2-135M.
-HEADS = {"llama8b": (32, 8, 128), "smollm": (9, 3, 64)}
+# Targets per prompt by kind of prompt, as rows of training call them.
+STREAMING, SLIDING = "streaming_k50", "sliding_window"
+KINDS = {STREAMING: 50, SLIDING: 1}
 # Mean and deviation of the tokens of an interaction of MovieLens-1M with SmolLM2's tokenizer: windows of about 300 tokens.
 SHORT_TOKENS = {"mean_tokens": 15.0, "std_tokens": 4.0}
 

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.measuring.statuses import STATUSES
+from benchmarks.recording import ROOT, STATUSES
 
-ROOT = Path(__file__).resolve().parents[2]
 # Between asking a step to end and ending it.
 GRACE_S = 2.0
 _ERROR = re.compile(r"^(?:E\s+)?((?:\w+\.)*\w*(?:Error|Exception|OutOfResources|Interrupt)\b.*|FAILED .*)$")

@@ -12,7 +12,6 @@ on a GPU the step fails where that is not possible, because nothing after it wou
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import importlib
@@ -30,11 +29,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring.measure import commit_of, parse_measuring
-from benchmarks.measuring.rehearsal import REHEARSING
+from benchmarks.measuring import REHEARSING
+from benchmarks.recording import ROOT, commit_of, make_parser, parse_measuring
 from dti_kernels.gpu.tiles import architecture
 
-ROOT = Path(__file__).resolve().parents[2]
 STAMP = "made-with.json"
 _PACKAGES = ("triton", "transformers", "numpy", "peft", "accelerate", "flash-attn", "nvidia-ml-py", "pyarrow")
 _EXTENSION_NAME, _ANSWER = "dti_c_compiler", 42
@@ -191,9 +189,7 @@ def main() -> None:
     Raises:
         SystemExit: there is no GPU, or no C compiler to launch kernels on it.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--stamp", action="store_true", help="write what Triton's cache was made with into it"
     )

@@ -25,9 +25,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from benchmarks.bench_train_gpu import STREAMING
-from benchmarks.measuring.measure import RowFiles, parse_measuring, read_rows
-from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
+from benchmarks.attention import STREAMING
+from benchmarks.measuring import DEVICE, REHEARSING
+from benchmarks.recording import RowFiles, make_parser, parse_measuring, read_rows
 from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
 from dti_model.evaluation.baselines import item_user_auc
 from dti_model.evaluation.metrics import click_metrics
@@ -266,9 +266,7 @@ def test(run: Run, note: Callable[..., None], rows: np.ndarray, k: int) -> None:
 def main() -> None:
     """Fine-tune, print and keep the rows."""
     start = time.monotonic()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--data", default="", help="folder made by `dti prepare`; a rehearsal can do without")
     parser.add_argument("--weights", default="", help="folder or GGUF file; a rehearsal can do without")
     parser.add_argument("--k", type=int, default=STREAMING_K, help="targets per prompt; 1: sliding windows")

@@ -9,7 +9,6 @@ What cannot be compiled or captured is a row that says why; where time is up bef
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -20,12 +19,10 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.attention.providers import OURS
-from benchmarks.attention.workloads import HEADS, AttentionInputs, Workload
-from benchmarks.measuring.device_time import check_device, failure
-from benchmarks.measuring.measure import TIME_IS_UP, RowFiles, parse_measuring
-from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
-from benchmarks.measuring.statuses import INCOMPLETE
+from benchmarks.attention import OURS, AttentionInputs, Workload
+from benchmarks.measuring import DEVICE, REHEARSING, check_device
+from benchmarks.recording import INCOMPLETE, TIME_IS_UP, RowFiles, failure, make_parser, parse_measuring
+from benchmarks.shapes import HEADS
 from dti_kernels import windowed_attn
 
 # One prompt of a few interactions: no kernel of it takes longer than its launch. Kernels are specialised on the query heads of a key head,
@@ -163,9 +160,7 @@ def measure(files: RowFiles, seconds: float) -> tuple[bool, bool]:
 
 def main() -> None:
     """Measure, print and keep the rows; exit with 1 if ours did not run, else with `INCOMPLETE` if something was left out."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="start nothing after this")
     options = parse_measuring(parser, "host-gpu")
     ran, complete = measure(options.rows, options.seconds)

@@ -8,7 +8,6 @@ kernel. It needs an NVIDIA GPU and `ncu`, and ends with the status of a skipped 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import glob
 import shutil
@@ -19,10 +18,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention.workloads import HEADS, AttentionInputs, Workload, gpu_workload
-from benchmarks.measuring.measure import parse_measuring
-from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
-from benchmarks.measuring.statuses import SKIPPED
+from benchmarks.attention import AttentionInputs, Workload, gpu_workload
+from benchmarks.measuring import DEVICE, REHEARSING
+from benchmarks.recording import SKIPPED, make_parser, parse_measuring
+from benchmarks.shapes import HEADS
 from dti_kernels import windowed_attn
 
 _PLACES = ("/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu")
@@ -126,9 +125,7 @@ def read(ncu: str, report: Path, *page: str) -> str:
 
 def main() -> None:
     """Profile, print, and keep report and rows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--kept", type=Path, default=Path("runs/benchmarks"), help="folder of the report")
     parser.add_argument("--launch", action="store_true", help="only run what is profiled")
     options = parse_measuring(parser, "ncu")

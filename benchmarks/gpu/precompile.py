@@ -9,7 +9,6 @@ the cache's keys are those of the real run. Needs no GPU where `--arch` says whi
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import multiprocessing
@@ -22,12 +21,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.attention.workloads import HEADS, AttentionInputs, Workload
-from benchmarks.measuring import stand_in
-from benchmarks.measuring.measure import parse_measuring
-from benchmarks.measuring.rehearsal import REHEARSING
+from benchmarks.attention import AttentionInputs, Workload, candidates_of
+from benchmarks.measuring import (
+    REHEARSING,
+    Key,
+    distinct_launches,
+    driver_of,
+    recorded_launches,
+    warm_up,
+    why_not_compiled,
+)
+from benchmarks.recording import make_parser, parse_measuring
+from benchmarks.shapes import HEADS, shape
+from benchmarks.synthetic import random_model
 from dti_kernels import StreamLayout, candidate_layout, windowed_attn
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile
@@ -75,7 +82,6 @@ def bench() -> Iterator[Callable[[], None]]:
 
 def tune() -> Iterator[Callable[[], None]]:
     """The tiles that a sweep tries."""
-    from benchmarks.tune_tiles import candidates_of
 
     def with_tile(kernel: str, tile: Tile, x: AttentionInputs) -> None:
         with tiles.forced({kernel: tile}):
@@ -88,25 +94,11 @@ def tune() -> Iterator[Callable[[], None]]:
                     yield partial(with_tile, kernel, tile, inputs(heads, reset))
 
 
-def model_of(heads: str) -> LlamaForCausalLM:
-    """Two narrow layers with a model's heads: attention is called as in all of them."""
-    num_heads, num_groups, head_dim = HEADS[heads]
-    config = LlamaConfig(
-        hidden_size=num_heads,  # any multiple of it: bfloat16 is slow on a CPU
-        intermediate_size=16,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_groups,
-        head_dim=head_dim,
-        num_hidden_layers=2,
-        vocab_size=64,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
-
-
 def logits(heads: str, dti: DTIConfig, layout: StreamLayout, mean_span: int) -> torch.Tensor:
-    """Of a model on made-up tokens."""
-    model = apply_dti(model_of(heads), dti)
+    """Of a model with these heads on made-up tokens; attention is called as in one of full width and depth."""
+    num_heads, num_groups, head_dim = HEADS[heads]
+    narrow = shape(2, num_heads, num_heads, num_groups, 16, 64)  # bfloat16 is slow on a CPU
+    model = apply_dti(random_model({**narrow, "head_dim": head_dim}, torch.bfloat16), dti)
     layout = dataclasses.replace(layout, mean_span=mean_span)
     return token_logits(model, torch.zeros(layout.num_rows, dtype=torch.long), layout, dti)
 
@@ -154,14 +146,14 @@ SETS: dict[str, Callable[[], Iterator[Callable[[], None]]]] = {
 }
 
 
-def gather(names: list[str], arch: str) -> dict[stand_in.Key, Any]:
-    """The distinct kernels of sets, inside `stand_in.driver_of(arch)`."""
-    found: dict[stand_in.Key, Any] = {}
+def gather(names: list[str], arch: str) -> dict[Key, Any]:
+    """The distinct kernels of sets, inside `driver_of(arch)`."""
+    found: dict[Key, Any] = {}
     for name in names:
-        with stand_in.recorded(arch) as launches:
+        with recorded_launches(arch) as launches:
             for call in SETS[name]():
                 call()
-        for key, launch in stand_in.distinct(launches).items():
+        for key, launch in distinct_launches(launches).items():
             found.setdefault(key, launch)
     return found
 
@@ -173,7 +165,7 @@ def compile_one(index: int) -> tuple[int, float, str]:
     """Compile a launch of the parent's list; its index, the seconds, and what went wrong."""
     start = time.monotonic()
     try:
-        stand_in.warm_up(_launches[index])
+        warm_up(_launches[index])
         error = ""
     except Exception as caught:  # a compiler's refusal: the others still count
         error = f"{type(caught).__name__}: {caught}"[:200]
@@ -181,7 +173,7 @@ def compile_one(index: int) -> tuple[int, float, str]:
 
 
 def compile_all(launches: list[Any], jobs: int) -> dict[str, Any]:
-    """Compile launches in forked processes, inside `stand_in.driver_of`; a row's numbers."""
+    """Compile launches in forked processes, inside `driver_of`; a row's numbers."""
     _launches[:] = launches
     start, total, failed = time.monotonic(), 0.0, []
     with multiprocessing.get_context("fork").Pool(max(1, min(jobs, len(launches)))) as pool:
@@ -212,27 +204,24 @@ def architecture_here() -> str:
 
 def main() -> None:
     """Gather, compile, and keep a row; exit with 1 if a kernel of the table was refused."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--set", nargs="+", choices=SETS, default=list(SETS), help="default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: %(default)s")
     parser.add_argument("--arch", choices=TABLE, help="default: this machine's GPU, or sm_90 without one")
     parser.add_argument("--list", action="store_true", help="only count")
     options = parse_measuring(parser, "precompile")
-    if reason := stand_in.unavailable():
+    if reason := why_not_compiled():
         parser.error(reason)
     torch.set_num_threads(1)  # forked processes have no other threads
     arch = options.arch or architecture_here()
     start = time.monotonic()
-    with stand_in.driver_of(arch):
+    with driver_of(arch):
         launches = list(gather(options.set, arch).values())[: 4 if REHEARSING else None]
         row: dict[str, Any] = {"benchmark": "precompile", "arch": arch, "sets": options.set}
         row["gathering_seconds"] = round(time.monotonic() - start, 1)
         row |= {"kernels": len(launches)} if options.list else compile_all(launches, options.jobs)
     print(row, flush=True)
-    options.rows.append([row])
-    print(f"rows: {options.rows}")
+    options.rows.keep([row])
     sys.exit(bool(set(options.set) != {"tune"} and any(row.get("failed", ()))))
 
 

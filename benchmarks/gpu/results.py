@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.steps import Places
+from benchmarks.recording import read_rows, row_lines
 from dti_model.files import whole_file
 
 # One file is carried with at most 16 MiB; xz packs this many unpacked bytes in a few seconds.
@@ -34,26 +35,14 @@ def mend_rows(places: Places) -> None:
     """Move lines that are no rows into the log: a killed process leaves half a line, which no reader of rows expects."""
     if not places.rows.is_file():
         return
-    content = places.rows.read_bytes()
-    lines = content.splitlines()
-    good = [line for line in lines if _is_row(line)]
-    if len(good) == len(lines) and (not content or content.endswith(b"\n")):
+    good, damaged = row_lines(places.rows)
+    if not damaged and places.rows.read_bytes()[-1:] in (b"", b"\n"):
         return
     with whole_file(places.rows) as temporary:
         temporary.write_bytes(b"".join(line + b"\n" for line in good))
-    for line in lines:
-        if not _is_row(line):
-            say(
-                places,
-                f"{places.rows.name}: a damaged line is skipped: {line[:200].decode(errors='replace')}",
-            )
-
-
-def _is_row(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
+    for line in damaged:
+        text = line[:200].decode(errors="replace")
+        say(places, f"{places.rows.name}: a damaged line is skipped: {text}")
 
 
 def say(places: Places, text: str) -> None:
@@ -92,12 +81,10 @@ def write_summary(places: Places, summary: Mapping[str, Any]) -> None:
 
 def note_origin(summary: dict[str, Any], places: Places) -> None:
     """Take commit, versions and card from the last row of the step `device`, and say what differs from a former call."""
-    if not places.rows.is_file():
+    rows = [row for row in read_rows(places.rows) if row.get("benchmark") == "device"]
+    if not rows:
         return
-    lines = [line for line in places.rows.read_text().splitlines() if '"benchmark": "device"' in line]
-    if not lines:
-        return
-    row = json.loads(lines[-1])
+    row = rows[-1]
     origin = {name: row.get(name) for name in _ORIGIN}
     for name, value in summary["origin"].items():
         if origin.get(name) != value:

@@ -9,7 +9,6 @@ fails and nothing else needs to be measured. A little beyond is for a person to 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
@@ -19,11 +18,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention.parity import MOST_SHARE, budget_shares
-from benchmarks.attention.workloads import HEADS, AttentionInputs, Workload
-from benchmarks.measuring.measure import parse_measuring
-from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
-from benchmarks.measuring.statuses import DOUBTFUL
+from benchmarks.attention import MOST_SHARE, AttentionInputs, Workload, budget_shares
+from benchmarks.measuring import DEVICE, REHEARSING
+from benchmarks.recording import DOUBTFUL, make_parser, parse_measuring
+from benchmarks.shapes import HEADS
 from dti_kernels import windowed_attn
 
 
@@ -83,9 +81,7 @@ def verdict(row: Mapping[str, Any]) -> int:
 
 def main() -> None:
     """Check all, print and keep the rows; exit with 1 if one raises or is far beyond its budget, `DOUBTFUL` if one is a little."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     options = parse_measuring(parser, "smoke-gpu")
     said: dict[int, list[str]] = {1: [], DOUBTFUL: []}
     for workload in workloads():

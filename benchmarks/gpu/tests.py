@@ -8,7 +8,6 @@ its error budget that each tensor uses.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 import tempfile
@@ -17,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.measuring.measure import RowFiles, parse_measuring
-from benchmarks.measuring.rehearsal import REHEARSING
+from benchmarks.measuring import REHEARSING
+from benchmarks.recording import RowFiles, make_parser, parse_measuring
 
 TESTS = "tests/kernels/test_gpu.py"
 
@@ -91,9 +90,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run them; the exit status is pytest's, and 1 where no test ran."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--select", default="", help="as pytest's -k")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parse_measuring(parser, "gpu-tests")

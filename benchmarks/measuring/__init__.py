@@ -1,0 +1,36 @@
+"""Measuring: times of the host and of a GPU, clocks, the imaginary card of a rehearsal, and compiling without a GPU."""
+
+from benchmarks.measuring.clocks import card_state
+from benchmarks.measuring.device_time import DeviceLost, Timing, check_device, device_times
+from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
+from benchmarks.measuring.stand_in import (
+    Key,
+    compile_launch,
+    distinct_launches,
+    driver_of,
+    recorded_launches,
+    warm_up,
+    why_not_compiled,
+)
+from benchmarks.measuring.timing import interleaved_ms, median_and_p99, percentiles_ms, slowest_ms
+
+__all__ = [
+    "DEVICE",
+    "REHEARSING",
+    "DeviceLost",
+    "Key",
+    "Timing",
+    "card_state",
+    "check_device",
+    "compile_launch",
+    "device_times",
+    "distinct_launches",
+    "driver_of",
+    "interleaved_ms",
+    "median_and_p99",
+    "percentiles_ms",
+    "recorded_launches",
+    "slowest_ms",
+    "warm_up",
+    "why_not_compiled",
+]

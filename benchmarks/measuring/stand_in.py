@@ -69,7 +69,7 @@ def driver_of(arch: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded(arch: str) -> Iterator[list[Any]]:
+def recorded_launches(arch: str) -> Iterator[list[Any]]:
     """Inside, operators on CPU tensors take the GPU's path with the tiles of `arch`, and their launches are written into the list instead of
     launched: outputs hold anything."""
     from dti_kernels.gpu import backward as triton_bwd
@@ -142,7 +142,7 @@ def _nothing_compiled(kernel: Any) -> Iterator[None]:
         kernel.device_caches.update(before)
 
 
-def distinct(launches: Iterable[Any]) -> dict[Key, Any]:
+def distinct_launches(launches: Iterable[Any]) -> dict[Key, Any]:
     """The first launch of every compilation, inside `driver_of`. Binds and specialises all of them and compiles nothing: fractions of a
     millisecond each.
 
@@ -172,7 +172,7 @@ class Build:
     log: str
 
 
-def build(launch: Any) -> Build:
+def compile_launch(launch: Any) -> Build:
     """Compile a launch inside `driver_of`, whatever caches hold, and keep ptxas' remarks."""
     from triton import knobs
 
@@ -189,7 +189,7 @@ def build(launch: Any) -> Build:
 
 
 @functools.cache
-def unavailable() -> str:
+def why_not_compiled() -> str:
     """Why kernels cannot be compiled here, or nothing."""
     try:
         import triton

@@ -11,16 +11,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attention.providers import MODES, OURS
-from benchmarks.measuring.measure import RESULTS, median_and_p99, read_rows
+from benchmarks.attention import MODES, OURS
+from benchmarks.cards import card_of
+from benchmarks.measuring import median_and_p99
+from benchmarks.recording import RESULTS, Rows, read_rows
 from benchmarks.report.plots import roofline
 from dti_model.files import whole_file
 
-Rows = list[dict[str, Any]]
 NOTHING = "**Nothing has been timed on a GPU yet.**"
 # What the machine of a rehearsal's rows begins with; a row of a CPU counts its threads.
 _IMAGINARY, _CPU = "rehearsal", re.compile(r", \d+ threads$")
@@ -29,44 +29,10 @@ _LEFT_OUT = "left out: "
 _AHEAD = 0.9
 
 
-@dataclass(frozen=True)
-class Peak:
-    """Published figures of a card: dense bfloat16 TFLOP/s, without sparsity, and GB/s of its memory."""
-
-    tflops: float
-    gb_s: float
-
-
-# By a part of the device's name and what it must not have besides: the slower boards of a name have another peak.
-PEAKS: tuple[tuple[str, str, Peak], ...] = (
-    # NVIDIA H200 Tensor Core GPU data sheet, SXM: 1,979 TFLOP/s with sparsity; 4.8 TB/s.
-    ("H200", "NVL", Peak(989.5, 4800)),
-    # NVIDIA H100 Tensor Core GPU data sheet, SXM: 1,979 TFLOP/s with sparsity; 3.35 TB/s.
-    ("H100", "PCIe|NVL", Peak(989.5, 3350)),
-    # NVIDIA A100 Tensor Core GPU data sheet, 80 GB SXM: 312 TFLOP/s; 2,039 GB/s.
-    ("A100", "PCIE|40GB", Peak(312.0, 2039)),
-    # AMD Instinct MI300X data sheet: 1,307.4 TFLOP/s; 5.3 TB/s.
-    ("MI300X", "", Peak(1307.4, 5300)),
-)
-
-
-def _listed(machine: str) -> tuple[str, Peak] | tuple[None, None]:
-    """Name and peak of the entry of `PEAKS` that a device's name is of."""
-    for name, other, peak in PEAKS:
-        if name in machine and not (other and re.search(other, machine)):
-            return name, peak
-    return None, None
-
-
-def peak_of(machine: str) -> Peak | None:
-    """Peak of the card of this name; None where it is not in the list."""
-    return _listed(machine)[1]
-
-
-def card_of(machine: str) -> str:
+def _file_name(machine: str) -> str:
     """A card's name in file names: `h100` of "NVIDIA H100 80GB HBM3"; another board's whole name."""
-    name, _ = _listed(machine)
-    return name.lower() if name else re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    card = card_of(machine)
+    return card.name.lower() if card else re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
 def record(source: Path, results: Path | None = None) -> list[Path]:
@@ -91,7 +57,7 @@ def record(source: Path, results: Path | None = None) -> list[Path]:
                 f"{source}, line {number}: rows of a GPU are recorded, and this one is of {machine!r}"
             )
         if not str(row.get("failed", "")).startswith(_LEFT_OUT):
-            by_card.setdefault(card_of(machine), []).append(json.dumps(row))
+            by_card.setdefault(_file_name(machine), []).append(json.dumps(row))
     if not by_card:
         raise ValueError(f"{source} has no row that measures something")
     written = []
@@ -343,11 +309,6 @@ def host(rows: Rows) -> str:
     return "\n".join(["What a call costs the host (P50, a tiny batch):", "", *lines])
 
 
-def picture_of(card: str, results: Path | None = None) -> Path:
-    """Where a card's roofline is drawn."""
-    return (RESULTS if results is None else results) / f"gpu-{card}.png"
-
-
 def _points(rows: Rows) -> Rows:
     """Attention rows of the roofline: ours with the best tiles there are, and everybody else's."""
     found = providers_of(rows)
@@ -365,13 +326,12 @@ def _points(rows: Rows) -> Rows:
 def draw(results: Path | None = None) -> list[Path]:
     """A roofline for every card that has attention rows; of one whose peak is not known, the points alone."""
     drawn = []
-    for card, rows in recorded(results).items():
+    for name, rows in recorded(results).items():
         points = _points(rows)
         if points:
-            peak = peak_of(points[-1]["machine"])
-            figures = None if peak is None else (peak.tflops, peak.gb_s)
-            roofline(points, picture_of(card, results), figures)
-            drawn.append(picture_of(card, results))
+            path = (RESULTS if results is None else results) / f"gpu-{name}.png"
+            roofline(points, path, card_of(points[-1]["machine"]))
+            drawn.append(path)
     return drawn
 
 

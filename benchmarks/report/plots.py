@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Rows = list[dict[str, Any]]
+from benchmarks.cards import Card
+from benchmarks.recording import Rows
+
 COLORS = ("#1f5fa8", "#d1602b", "#4a8f4a", "#7a5aa6", "#8a8a8a", "#b58900")
 ARM_COLORS = {"DTI": COLORS[0], "DTI-minus": COLORS[1]}
 
@@ -96,13 +96,13 @@ def attention_over_rows(rows: Rows, path: Path) -> None:
     _save(figure, path)
 
 
-def roofline(rows: Rows, path: Path, peak: tuple[float, float] | None) -> None:
+def roofline(rows: Rows, path: Path, card: Card | None) -> None:
     """Useful TFLOP/s of attention over FLOPs per byte of q, k, v and out, below a GPU's peak and bandwidth.
 
     Args:
         rows: with `provider`, `mode`, `flops_per_byte` and `useful_tflops`.
         path: of the picture.
-        peak: TFLOP/s and GB/s; None: not known, and not drawn.
+        card: whose peak and bandwidth; None: not known, and not drawn.
     """
     figure, axes = _axes(
         "attention on a GPU (hollow: forward and backward)",
@@ -111,8 +111,8 @@ def roofline(rows: Rows, path: Path, peak: tuple[float, float] | None) -> None:
     )
     chosen = [row for row in rows if row["mode"] in ("forward", "forward+backward")]
     intensities = [max(row["flops_per_byte"], 1.0) for row in chosen]
-    if peak is not None:
-        tflops, gb_s = peak
+    if card is not None:
+        tflops, gb_s = card.tflops, card.memory_gb_s
         x = np.geomspace(min(intensities) / 4, max(max(intensities), 1000 * tflops / gb_s) * 2, 200)
         axes.plot(x, np.minimum(tflops, x * gb_s / 1000), color="black", label="published peak")
     names = dict.fromkeys(row["provider"] for row in chosen)
@@ -131,9 +131,3 @@ def roofline(rows: Rows, path: Path, peak: tuple[float, float] | None) -> None:
     axes.set_yscale("log")
     axes.legend(fontsize=8)
     _save(figure, path)
-
-
-def last_run(rows: Iterable[dict[str, Any]]) -> Rows:
-    """Rows of the last date and commit in a file that runs append to."""
-    rows = list(rows)
-    return [row for row in rows if (row["date"], row["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]

@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measuring.measure import RESULTS, read_rows
-from benchmarks.report.plots import last_run
+from benchmarks.recording import RESULTS, Rows, last_run, read_rows
 
-Rows = list[dict[str, Any]]
 LEAK = RESULTS / "leak.jsonl"
 
 

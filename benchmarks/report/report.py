@@ -12,7 +12,6 @@ A generated part of README.md stands between `<!-- begin NAME -->` and `<!-- end
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -21,10 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_attention import ratios
-from benchmarks.measuring.measure import RESULTS, median_and_p99, provenance, read_rows
-from benchmarks.report import gpu as report_gpu
-from benchmarks.report.plots import attention_over_rows, auc_over_k, last_run, leak_by_layers, time_over_k
+import benchmarks.report.gpu as report_gpu
+from benchmarks.attention import ratios
+from benchmarks.measuring import median_and_p99
+from benchmarks.recording import RESULTS, last_run, make_parser, provenance, read_rows
+from benchmarks.report.plots import attention_over_rows, auc_over_k, leak_by_layers, time_over_k
 from benchmarks.report.quality import LEAK, leak, quality, quality_rows
 from dti_kernels import StreamLayout
 from dti_model.evaluation.plots import plot_mask
@@ -189,9 +189,7 @@ def record_run(run: Path, name: str, command: str) -> None:
 
 def main() -> int:
     """Rewrite or check README.md."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--record-run", type=Path, help="run folder of `dti train`")
     parser.add_argument("--name", default=QUICKSTART.stem, help="of the recorded run")

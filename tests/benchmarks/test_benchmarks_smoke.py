@@ -19,9 +19,9 @@ import torch
 
 from benchmarks import bench_attention, bench_quality, bench_score, bench_train, leak_meter, simulate
 from benchmarks import bench_train_gpu as bench_training
-from benchmarks.gpu import score_shape
-from benchmarks.measuring import measure
-from benchmarks.measuring.measure import commit_of, median_and_p99, slowest_ms
+from benchmarks.measuring import median_and_p99, slowest_ms
+from benchmarks.recording import command, commit_of
+from benchmarks.scoring import shape as score_shape
 from benchmarks.synthetic import made_up_data
 from tests.checkout import file_hashes
 from tests.conftest import ROOT
@@ -88,7 +88,7 @@ def test_only_record_changes_results(
     """`python -m benchmarks.bench_train --data ...`, as the README had it, appended to a tracked file, and the README's tables then
     differed from their rows."""
     results = tmp_path / "results"
-    monkeypatch.setattr(measure, "RESULTS", results)
+    monkeypatch.setattr(command, "RESULTS", results)
     monkeypatch.chdir(tmp_path)
     before = file_hashes(ROOT)
     arguments = [*FULL[module], *([str(data)] if FULL[module][-1] == "--data" else [])]
@@ -144,7 +144,7 @@ def test_scoring_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_shape, "REPEATS", {1: 1, 5: 1})
     scorer = score_shape.ShapeScorer("tiny", "cpu", torch.float32)
     providers = scorer.providers(5)
-    assert score_shape._difference(providers) < score_shape.PARITY
+    assert score_shape.difference(providers) < score_shape.PARITY
     history, candidates = scorer.texts(20, 0), scorer.texts(5, 1)
     _, right = scorer.forward([score_shape.Prompt(history, [])])
     assert len(right[0].k) > 200
@@ -152,13 +152,13 @@ def test_scoring_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     state = [type(layer)(*(None if x is None else torch.roll(x, 1, 0) for x in layer)) for layer in right]
     scores = scorer.score([score_shape.Prompt(history, candidates, state)])
     assert np.abs(scores - providers["one pass"]()).max() > 10 * score_shape.PARITY
-    rows = score_shape.measure("tiny", on_gpu=False)
+    rows = score_shape.measure_shape("tiny", on_gpu=False)
     assert [(row["candidates"], row["provider"]) for row in rows] == [
         (count, provider) for count in (1, 5) for provider in providers
     ]
     monkeypatch.setattr(score_shape, "PARITY", -1.0)
     with pytest.raises(AssertionError, match="probabilities differ"):
-        score_shape.measure("tiny", on_gpu=False)
+        score_shape.measure_shape("tiny", on_gpu=False)
 
 
 def test_a_shape_in_bfloat16_is_what_training_loads() -> None:

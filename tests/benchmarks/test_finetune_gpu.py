@@ -84,7 +84,7 @@ def test_finetuning_stops_in_time(tmp_path: Path) -> None:
     weights = made_up_model(tmp_path / "model", data)
     rows, temporary = tmp_path / "rows.jsonl", tmp_path / "temporary"
     temporary.mkdir()
-    code = "from tests.without_polars import hide_missing; hide_missing(); from benchmarks import finetune_gpu; finetune_gpu.main()"
+    code = "from tests.without_polars import hide_missing; hide_missing(); from benchmarks.gpu import finetune; finetune.main()"
     places = ["--data", str(data), "--weights", str(weights), "--out", str(rows)]
     subprocess.run(
         [sys.executable, "-c", code, "--seconds", "0", "--k", "4", *places],

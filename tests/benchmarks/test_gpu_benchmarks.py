@@ -9,8 +9,9 @@ import torch
 
 from benchmarks.attention import flex_tuned, providers
 from benchmarks.attention.gpu import plans, workloads
+from benchmarks.attention.tiles import candidates_of, numbers_of
 from benchmarks.attention.workloads import AttentionInputs, Workload
-from benchmarks.tune_tiles import Sweep, candidates_of, launches, numbers_of
+from benchmarks.tune_tiles import Sweep, launches
 from dti_kernels import StreamLayout, windowed_attn_reference
 from dti_kernels.gpu import tiles as tiles_module
 from dti_kernels.gpu.tiles import KERNELS, Tile

@@ -19,8 +19,7 @@ from benchmarks.attention.workloads import AttentionInputs, Workload
 from benchmarks.gpu import host as host_gpu
 from benchmarks.gpu import precompile
 from benchmarks.measuring import stand_in
-from benchmarks.measuring.measure import TIME_IS_UP, RowFiles
-from benchmarks.measuring.statuses import INCOMPLETE
+from benchmarks.recording import INCOMPLETE, TIME_IS_UP, RowFiles
 
 SMALL = Workload("small", 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2, dtype=torch.float16)
 
@@ -92,15 +91,15 @@ def test_host_times_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch
 
 def test_host_times_are_of_kernels_that_are_compiled_before() -> None:
     """Four query heads per key head were nobody's: every kernel was compiled within the step's seconds."""
-    if reason := stand_in.unavailable():
+    if reason := stand_in.why_not_compiled():
         pytest.skip(reason)
     with stand_in.driver_of("sm_90"):
         compiled = precompile.gather(["bench"], "sm_90")
-        with stand_in.recorded("sm_90") as launches:
+        with stand_in.recorded_launches("sm_90") as launches:
             for reset in (False, True):
                 x = AttentionInputs.of(dataclasses.replace(host_gpu.TINY, reset=reset))
                 host_gpu.with_backward(host_gpu.forwards(x)[host_gpu.OURS], x)()
-        needed = stand_in.distinct(launches)
+        needed = stand_in.distinct_launches(launches)
     assert needed
     assert set(needed) <= set(compiled)
 

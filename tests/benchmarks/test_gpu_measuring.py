@@ -193,7 +193,7 @@ def test_a_gpu_machine_needs_no_package_that_reads_raw_data(tmp_path: Path) -> N
     code = (
         "import sys\n"
         "for name in ('triton', 'polars', 'msgspec', 'jsonargparse', 'gguf'): sys.modules[name] = None\n"
-        "from benchmarks import attention_gpu, bench_score, bench_training, flex_tuned, host_gpu, tune_tiles\n"
+        "from benchmarks import bench_score, bench_train_gpu, tune_tiles; from benchmarks.attention import flex_tuned; from benchmarks.gpu import host\n"
         "bench_score.main()\n"
     )
     arguments = ["--part", "candidates", "--shape", "smollm", "--device", "cuda", "--out", str(rows)]

@@ -15,7 +15,7 @@ from benchmarks.gpu import results as gpu_results
 from benchmarks.gpu.results import pack, remove_packed, table, unpack
 from benchmarks.gpu.steps import Places
 from benchmarks.gpu_suite import Call, run_steps
-from benchmarks.measuring.statuses import DOUBTFUL, INCOMPLETE
+from benchmarks.recording import DOUBTFUL, INCOMPLETE
 from tests.benchmarks.fake_steps import MakeStep, call, statuses, step_maker
 
 

@@ -18,7 +18,7 @@ from benchmarks import gpu_suite
 from benchmarks.gpu.results import table
 from benchmarks.gpu.steps import SLOTS, Places, steps_of
 from benchmarks.gpu_suite import environment_of, run_steps
-from benchmarks.measuring.statuses import SKIPPED
+from benchmarks.recording import SKIPPED
 from benchmarks.synthetic import made_up_data
 from dti_model.files.locks import locked
 from tests.benchmarks.fake_steps import MakeStep, call, statuses, step_maker
@@ -110,7 +110,7 @@ def test_ending_the_suite_ends_its_step(
     """Steps lead sessions of their own, which the signal of a caller's time-out or Ctrl-C does not reach. The summary is written."""
     make_step("hangs", STUBBORN + "time.sleep(60)")
     code = (
-        "import sys; from benchmarks import gpu_steps, gpu_suite\n"
+        "import sys; from benchmarks import gpu_suite; from benchmarks.gpu import steps as gpu_steps\n"
         f"step = gpu_steps.Step('hangs', 'step_hangs', ({str(tmp_path / 'pids')!r},), 60, 'a test', least=0)\n"
         "gpu_suite.steps_of = lambda *_: (step, gpu_steps.Step('rest', 'nowhere', (), 60, 'a test'))\n"
         "gpu_suite.main()\n"
@@ -260,7 +260,7 @@ def test_a_resumed_call_knows_its_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step that says which card this is runs with whatever `--step` names."""
     for more, names in (([], ["host"]), (["--resume"], ["device", "host"])):
         monkeypatch.setattr(sys, "argv", ["gpu_suite", "--slot", "A", "--step", "host", *more])
-        options = gpu_suite.parse(gpu_suite.make_parser())
+        options = gpu_suite.parse(gpu_suite.suite_parser())
         assert [step.name for step in options.steps] == names
 
 

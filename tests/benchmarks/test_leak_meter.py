@@ -13,7 +13,7 @@ from benchmarks.leak_meter import (
     measure_random,
     measure_run,
     random_example,
-    random_model,
+    random_network,
 )
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.data import prepare
@@ -49,7 +49,7 @@ def test_depth_leaks_more_and_a_reset_less(leaks: dict) -> None:
 
 def test_a_window_over_the_whole_history_has_no_outside() -> None:
     config = dti_config("no reset", 3)
-    assert leak(random_model(3, config), config, random_example(15, 0, window=20), (0, 1)) == 0
+    assert leak(random_network(3, config), config, random_example(15, 0, window=20), (0, 1)) == 0
 
 
 def test_a_trained_run_is_measured_on_its_own_prompts(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 from benchmarks.gpu import precompile  # noqa: E402
 from benchmarks.measuring import stand_in  # noqa: E402
-from benchmarks.measuring.measure import read_rows  # noqa: E402
+from benchmarks.recording import read_rows  # noqa: E402
 
 KERNELS = (
     "ctx_fwd",
@@ -39,7 +39,7 @@ KERNELS = (
 
 
 def launches_of(arch: str, calls: list[Callable[[], object]]) -> list[Any]:
-    with stand_in.recorded(arch) as launches:
+    with stand_in.recorded_launches(arch) as launches:
         for call in calls:
             call()
     return launches
@@ -66,7 +66,7 @@ def test_every_launch_of_every_case_is_accepted(arch: str) -> None:
         assert 1 <= launch.grid[0] < 2**31
         assert 1 <= launch.grid[1] < 2**16
     with stand_in.driver_of(arch):
-        found = stand_in.distinct(launches)
+        found = stand_in.distinct_launches(launches)
     assert {key.kernel for key in found} == kernels
 
 
@@ -74,23 +74,23 @@ def test_a_launch_with_a_name_too_many_is_refused() -> None:
     launch = launches_of("sm_90", [partial(gpu_calls.run, CASES[1], torch.float32)])[0]
     launch.arguments["lse_tile_ptr"] = launch.arguments["lse_ptr"]
     with stand_in.driver_of("sm_90"), pytest.raises(KeyError, match="lse_tile_ptr"):
-        stand_in.distinct([launch])
+        stand_in.distinct_launches([launch])
 
 
 def kernels_of(*calls: Callable[[], object]) -> set[stand_in.Key]:
     launches = launches_of("sm_90", list(calls))
     with stand_in.driver_of("sm_90"):
-        return set(stand_in.distinct(launches))
+        return set(stand_in.distinct_launches(launches))
 
 
 def test_what_is_compiled_already_is_distinct_too() -> None:
     """Kernels that another test had compiled were missing from what was found next."""
     launches = launches_of("sm_90", [partial(gpu_calls.run, CASES[1], torch.float32)])
     with stand_in.driver_of("sm_90"):
-        before = stand_in.distinct(launches)
+        before = stand_in.distinct_launches(launches)
         stand_in.warm_up(launches[0])
         assert launches[0].kernel.device_caches
-        assert set(stand_in.distinct(launches)) == set(before)
+        assert set(stand_in.distinct_launches(launches)) == set(before)
         assert launches[0].kernel.device_caches
 
 
@@ -114,7 +114,7 @@ def compilations() -> dict[stand_in.Key, Any]:
     calls += [partial(gpu_calls.run_sums_only, case, torch.bfloat16) for case in CASES[:4]]
     launches = launches_of("sm_90", calls)
     with stand_in.driver_of("sm_90"):
-        return stand_in.distinct(launches)
+        return stand_in.distinct_launches(launches)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.attention import useful_fraction
 from benchmarks.compile_report import (
     KEYS,
     QUOTED,
@@ -23,7 +24,6 @@ from benchmarks.compile_report import (
     recorded_rows,
     rows_of_groups,
     table_rows,
-    useful_fraction,
 )
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile, table_tile

@@ -9,19 +9,19 @@ float32 before anything is timed; speed is measured in bfloat16 on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.attention.workloads import SHORT_TOKENS
-from benchmarks.bench_train_gpu import MODELS
-from benchmarks.measuring.measure import interleaved_ms, slowest_ms
-from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
+from benchmarks.attention import SHORT_TOKENS
+from benchmarks.measuring import DEVICE, REHEARSING
+from benchmarks.recording import Rows
+from benchmarks.scoring.candidates import ENCODED, ONE_EACH, ONE_PASS, Providers, candidate_rows, difference
+from benchmarks.shapes import MODELS
+from benchmarks.synthetic import random_model
 from dti_kernels import candidate_layout
 from dti_model.config import DTIConfig
 from dti_model.model.attention import apply_dti, token_logits
@@ -63,15 +63,10 @@ class ShapeScorer:
     """A model with random weights, and passes of it over prompts of random ids."""
 
     def __init__(self, shape: str, device: str, dtype: torch.dtype) -> None:
-        torch.manual_seed(0)
-        config = LlamaConfig(max_position_embeddings=1 << 17, use_cache=False, **MODELS[shape])
         self.dti, self.device = DTIConfig(), device
-        # As `dti_model.model.pretrained` loads: the weights are made in `dtype` before apply_dti, so that rotary frequencies and slopes stay
-        # float32. Rounded to bfloat16, positions would be wrong, and the kernels others than those of training.
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        self.model = apply_dti(model, self.dti).eval()
-        self.vocab_size: int = config.vocab_size
+        # In `dtype` before apply_dti, as weights are loaded: slopes stay float32. In bfloat16, kernels would be others than training's.
+        self.model = apply_dti(random_model(MODELS[shape], dtype, device), self.dti).eval()
+        self.vocab_size: int = MODELS[shape]["vocab_size"]
 
     def texts(self, count: int, seed: int) -> list[Ids]:
         """So many item texts of random ids, as long as titles are with SmolLM2's tokenizer."""
@@ -123,28 +118,22 @@ class ShapeScorer:
         logits = [self.forward(packed)[0] for packed in passes]
         return np.concatenate([torch.softmax(x.double(), -1)[:, 1].cpu().numpy() for x in logits])
 
-    def providers(self, count: int) -> dict[str, Callable[[], npt.NDArray[np.float64]]]:
+    def providers(self, count: int) -> Providers:
         """Three ways to score the same candidates."""
         history, candidates = self.texts(HISTORY, 0), self.texts(count, 1)
         _, state = self.forward([Prompt(history, [])])
         return {
-            "one pass": lambda: self.score([Prompt(history, candidates)]),
-            "encoded history": lambda: self.score([Prompt(history, candidates, state)]),
-            "one prompt each": lambda: self.score([Prompt(history, [one]) for one in candidates]),
+            ONE_PASS: lambda: self.score([Prompt(history, candidates)]),
+            ENCODED: lambda: self.score([Prompt(history, candidates, state)]),
+            ONE_EACH: lambda: self.score([Prompt(history, [one]) for one in candidates]),
         }
 
 
-def _difference(providers: dict[str, Callable[[], npt.NDArray[np.float64]]]) -> float:
-    """Largest difference of probabilities from those of a prompt each."""
-    expected = providers["one prompt each"]()
-    return max(float(np.abs(call() - expected).max()) for call in providers.values())
-
-
-def measure(shape: str, on_gpu: bool) -> list[dict[str, Any]]:
+def measure_shape(shape: str, on_gpu: bool) -> Rows:
     """Rows of every number of candidates and provider.
 
     Args:
-        shape: a key of `bench_training.MODELS`.
+        shape: a key of `MODELS`.
         on_gpu: bfloat16 on the GPU; otherwise float32 on the CPU.
 
     Raises:
@@ -153,21 +142,15 @@ def measure(shape: str, on_gpu: bool) -> list[dict[str, Any]]:
     device = DEVICE if on_gpu else "cpu"
     name = "tiny" if REHEARSING else shape
     scorer = ShapeScorer(name, device, torch.float32)
-    difference = _difference(scorer.providers(8))
-    assert difference <= PARITY, f"probabilities differ by {difference:.2e}, at most {PARITY} is rounding"
+    found = difference(scorer.providers(8))
+    assert found <= PARITY, f"probabilities differ by {found:.2e}, at most {PARITY} is rounding"
     if on_gpu:
         scorer = ShapeScorer(name, device, torch.bfloat16)
     rows = []
     for count, repeats in REPEATS.items():
         providers = scorer.providers(count)
-        difference = _difference(providers)
-        times = interleaved_ms(providers, repeats, warmup=2, device="cuda" if on_gpu else "cpu")
-        base = float(np.median(times["one prompt each"]))
-        for provider, ms in times.items():
-            p50 = float(np.median(ms))
-            row = {"benchmark": "score", "part": "shape", "model": shape, "history": HISTORY}
-            row |= {"candidates": count, "provider": provider, "p50_ms": round(p50, 3)}
-            row |= {**slowest_ms(ms), "candidates_per_s": round(1e3 * count / p50, 1)}
-            row |= {"speedup": round(base / p50, 2), "repeats": repeats}
-            rows.append({**row, "max_difference": float(f"{difference:.3g}")})
+        facts = {"part": "shape", "model": shape, "history": HISTORY}
+        facts["max_difference"] = float(f"{difference(providers):.3g}")
+        timed = candidate_rows(providers, count, repeats, "cuda" if on_gpu else "cpu")
+        rows += [{**row, **facts} for row in timed]
     return rows

@@ -16,7 +16,7 @@ from benchmarks.attention import flex_tuned, parity
 from benchmarks.attention import gpu as attention_gpu
 from benchmarks.attention.workloads import AttentionInputs, Workload
 from benchmarks.measuring import clocks, device_time
-from benchmarks.measuring.measure import RowFiles
+from benchmarks.recording import RowFiles
 
 SMALL = Workload("small", 300, 3, 4, 2, 16, window=2, mean_tokens=7, std_tokens=2)
 
@@ -52,7 +52,7 @@ def run(
     def run(seconds: float = 100.0, **more: bool) -> list[dict[str, Any]]:
         path = tmp_path / "rows.jsonl"
         before = len(path.read_text().splitlines()) if path.exists() else 0
-        assert attention_gpu.run(RowFiles((path,)), seconds, **more) == (seconds > 0)
+        assert attention_gpu.run_on_gpu(RowFiles((path,)), seconds, **more) == (seconds > 0)
         return [json.loads(line) for line in path.read_text().splitlines()[before:]] if path.exists() else []
 
     return run

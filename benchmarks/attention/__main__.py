@@ -1,0 +1,6 @@
+"""`python -m benchmarks.attention`: a process of `flex_tuned.warm`."""
+
+from benchmarks.attention.flex_tuned import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Tiles of our kernels: those worth timing, how rows write them, and how many of the pairs that they compute are visible."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from benchmarks.attention.workloads import Workload
+from dti_kernels import StreamLayout
+from dti_kernels.gpu.tiles import Tile
+from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, ROW_STOP, START, STOP, SUM_START, SUM_STOP
+
+_Shape = tuple[int, int, int, int]
+# (rows, keys, warps, stages) by kernel and head_dim (up to), the likely ones first, since time may run out. Not among them: eight warps
+# over 64 x 64, whose two groups of warps compute the same products; four over 128 x 64 at head_dim 128, which spill; and one head a tile.
+_CANDIDATES: dict[str, dict[int, list[_Shape]]] = {
+    "ctx_fwd": {
+        64: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 4)],
+        128: [(128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3)],
+        256: [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2)],
+    },
+    "ctx_dq": {
+        64: [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
+        128: [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2)],
+        256: [(64, 64, 8, 1), (64, 32, 4, 2), (64, 32, 8, 2)],
+    },
+    "ctx_dkv": {
+        64: [(64, 128, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 2), (32, 128, 8, 3)],
+        128: [(32, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 4, 3)],
+        256: [(64, 64, 8, 1), (32, 64, 8, 2), (32, 64, 4, 2)],
+    },
+    "sum_fwd": {256: [(32, 32, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (64, 64, 4, 2)]},
+    "sum_dq": {256: [(32, 64, 4, 2), (32, 32, 4, 2), (16, 64, 4, 2)]},
+    "sum_dkv": {256: [(32, 32, 4, 2), (16, 32, 4, 2), (32, 64, 8, 2)]},
+}  # fmt: skip
+# Of the forward's, those that are timed with the next tile's scores computed ahead too; it needs registers for a second tile of scores.
+_AHEAD: dict[int, list[_Shape]] = {
+    64: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 4)],
+    128: [(128, 64, 8, 3), (64, 64, 4, 3)],
+}
+# Tiles whose speed was predicted before anything had run on a GPU: timed in every sweep, so that the predictions can be checked.
+_PREDICTED: dict[str, dict[int, list[_Shape]]] = {
+    "ctx_fwd": {64: [(128, 64, 8, 3), (128, 128, 8, 3)], 128: [(128, 64, 8, 3)]},
+    "ctx_dq": {64: [(64, 64, 4, 2), (128, 64, 8, 2)], 128: [(128, 64, 8, 2)]},
+    "ctx_dkv": {64: [(64, 64, 4, 2), (64, 128, 8, 2)], 128: [(64, 64, 8, 2)]},
+}
+
+
+def _up_to(by_head_dim: dict[int, list[_Shape]], head_dim: int) -> list[Tile]:
+    found = (shapes for largest, shapes in sorted(by_head_dim.items()) if head_dim <= largest)
+    return [Tile(*shape) for shape in next(found, [])]
+
+
+def predicted(kernel: str, head_dim: int) -> list[Tile]:
+    """Tiles of a kernel that a speed was predicted for."""
+    return _up_to(_PREDICTED.get(kernel, {}), head_dim)
+
+
+def candidates_of(kernel: str, head_dim: int) -> list[Tile]:
+    """Tiles of one of `KERNELS` that a sweep times beside the table's own, each once, likely ones first and predicted ones last."""
+    ahead = _up_to(_AHEAD, head_dim) if kernel == "ctx_fwd" else []
+    ahead = [dataclasses.replace(tile, ahead=True) for tile in ahead]
+    others = _up_to(_CANDIDATES[kernel], head_dim)
+    return list(dict.fromkeys([*ahead, *others, *predicted(kernel, head_dim)]))
+
+
+def numbers_of(tile: Tile) -> list[int]:
+    """A tile as rows and DTI_TILES have it: rows, keys, warps, stages, pack, and 1 where scores are computed ahead."""
+    numbers = [tile.block_m, tile.block_n, tile.warps, tile.stages, tile.pack]
+    return [*numbers, 1] if tile.ahead else numbers
+
+
+def visited_pairs(layout: StreamLayout, kernel: str, tile: Tile, group: int) -> int:
+    """(row, key) pairs in the tiles that a kernel visits, for one head: what it computes, masked or not."""
+    rows, keys = layout.rows.numpy().astype(np.int64), layout.keys.numpy().astype(np.int64)
+    pack = max(p for p in range(1, min(group, tile.pack, tile.block_m) + 1) if group % p == 0)
+    tokens, num_context = tile.block_m // pack, layout.num_context
+    per_tile = tile.block_m * tile.block_n / pack  # lanes that hold no row are computed too
+    if kernel.endswith("dkv"):
+        first = np.arange(0, num_context, tile.block_n)
+        if kernel == "ctx_dkv":  # its tiles count lanes
+            lanes = (np.maximum.reduceat(keys[ROW_STOP], first) - first) * pack
+            return int((-(-lanes // tile.block_m)).sum() * per_tile)
+        start = np.minimum.reduceat(keys[SUM_START], first)
+        stop = np.maximum.reduceat(keys[SUM_STOP], first)
+        return int((-(-np.maximum(stop - start, 0) // tokens)).sum() * per_tile)
+    begin, end = (0, num_context) if kernel.startswith("ctx") else (num_context, layout.num_rows)
+    first = np.arange(begin, end, tokens)
+    last = np.minimum(first + tokens, end) - 1
+    prefix = -(-(rows[PREFIX_STOP, first] - rows[PROMPT_FIRST, first]) // tile.block_n)
+    span = -(-(rows[STOP, last] - rows[START, first]) // tile.block_n)
+    visited = prefix + span
+    if tile.ahead and kernel == "ctx_fwd":  # an empty tile where none is seen by all rows
+        left = -(-(rows[START, last] - rows[START, first]) // tile.block_n)
+        visited += rows[STOP, first] - rows[START, first] - left * tile.block_n < tile.block_n
+    return int(visited.sum() * per_tile)
+
+
+def visible_pairs(layout: StreamLayout, kernel: str) -> int:
+    """(row, key) pairs that count, of the rows a kernel works on; a [SUM]'s own key apart."""
+    begin, end = (
+        (0, layout.num_context) if kernel.startswith("ctx") else (layout.num_context, layout.num_rows)
+    )
+    rows = layout.rows[:, begin:end].long()
+    return int((rows[STOP] - rows[START] + rows[PREFIX_STOP] - rows[PROMPT_FIRST]).sum())
+
+
+def useful_fraction(workload: Workload, kernel: str, tile: Tile) -> float:
+    """Visible share of the visited pairs."""
+    layout = workload.layout()
+    group = workload.num_heads // workload.num_groups
+    return visible_pairs(layout, kernel) / visited_pairs(layout, kernel, tile, group)

@@ -1,0 +1,51 @@
+"""What every benchmark command shares: its options and exit statuses, and rows with their provenance. PyTorch is loaded by the first row."""
+
+from benchmarks.recording.command import (
+    DOUBTFUL,
+    INCOMPLETE,
+    SKIPPED,
+    STATUSES,
+    add_record,
+    make_parser,
+    parse_measuring,
+    refuse_record,
+)
+from benchmarks.recording.provenance import REHEARSING, ROOT, commit_of, provenance, version_of
+from benchmarks.recording.rows import (
+    RESULTS,
+    SCRATCH,
+    TIME_IS_UP,
+    RowFiles,
+    Rows,
+    failure,
+    last_run,
+    read_rows,
+    replace_rows,
+    row_lines,
+)
+
+__all__ = [
+    "DOUBTFUL",
+    "INCOMPLETE",
+    "REHEARSING",
+    "RESULTS",
+    "ROOT",
+    "SCRATCH",
+    "SKIPPED",
+    "STATUSES",
+    "TIME_IS_UP",
+    "RowFiles",
+    "Rows",
+    "add_record",
+    "commit_of",
+    "failure",
+    "last_run",
+    "make_parser",
+    "parse_measuring",
+    "provenance",
+    "read_rows",
+    "refuse_record",
+    "replace_rows",
+    "row_lines",
+    "version_of",
+]

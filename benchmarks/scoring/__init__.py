@@ -1,0 +1,13 @@
+"""Measurements of scoring, on prepared data and at a pretrained model's shape with random weights."""
+
+from benchmarks.scoring.data import REPEATS, SMOKE_REPEATS, measure_candidates, measure_evaluation, new_run
+from benchmarks.scoring.shape import measure_shape
+
+__all__ = [
+    "REPEATS",
+    "SMOKE_REPEATS",
+    "measure_candidates",
+    "measure_evaluation",
+    "measure_shape",
+    "new_run",
+]

@@ -1,0 +1,129 @@
+"""Scoring of prepared data: candidates of one user, and a test split, each beside what one would do without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from benchmarks.measuring import interleaved_ms
+from benchmarks.recording import Rows
+from benchmarks.scoring.candidates import ENCODED, ONE_EACH, ONE_PASS, candidate_rows, difference
+from dti_model.config import DTIConfig, ModelConfig, TrainConfig
+from dti_model.evaluation.scoring import score_targets
+from dti_model.model.run import Run, llama_config
+from dti_model.prompts import Prompts
+from dti_model.scorer import Scorer
+
+HISTORY = 20
+# Repeats by number of candidates: enough for a p99 where a call is short, and the maximum elsewhere.
+REPEATS, SMOKE_REPEATS = {1: 100, 10: 50, 100: 15, 500: 5}, {1: 1, 10: 1}
+PARITY = 1e-5
+BATCH = 32
+
+
+def new_run(data: Path, model: ModelConfig, dti: DTIConfig, device: str) -> Run:
+    """An untrained run, on a device."""
+    run = Run.start(TrainConfig(data=data, out=Path("unused"), window=HISTORY, model=model, dti=dti))
+    run.model.to(device).eval()
+    return run
+
+
+def measure_candidates(run: Run, device: str, repeats_of: dict[int, int]) -> Rows:
+    """Rows of every number of candidates and provider.
+
+    Raises:
+        AssertionError: scores differ from those of a prompt each.
+    """
+    scorer = Scorer(run)
+    user = next(u for u in run.data.user_ids if len(scorer.history_of(u)) >= HISTORY)
+    history = scorer.history_of(user)[-HISTORY:]
+    state = scorer.encode(history)
+    items = np.random.default_rng(0).permutation(run.data.item_ids).tolist()
+
+    def one_each(candidates: list[str]) -> np.ndarray:
+        return np.concatenate(scorer.score_many([scorer.request(history, [item]) for item in candidates]))
+
+    rows = []
+    for count, repeats in repeats_of.items():
+        candidates = items[:count]
+        providers = {
+            ONE_PASS: partial(scorer.score, history, candidates),
+            ENCODED: partial(scorer.score, state, candidates),
+            ONE_EACH: partial(one_each, candidates),
+        }
+        if (found := difference(providers)) > PARITY:
+            raise AssertionError(
+                f"scores of {count} candidates differ by {found:.2e}, at most {PARITY} is rounding"
+            )
+        facts = {"part": "candidates", "history": HISTORY}
+        rows += [{**row, **facts} for row in candidate_rows(providers, count, repeats, device)]
+    return rows
+
+
+def padded_scores(
+    model: LlamaForCausalLM, prompts: list[torch.Tensor], labels: tuple[int, int], logits_to_keep: int
+) -> np.ndarray:
+    """The plain loop: probabilities from left-padded batches of prompts, each context tokens and then [SUM]; 0 keeps all logits."""
+    scores = []
+    for begin in range(0, len(prompts), BATCH):
+        ids = prompts[begin : begin + BATCH]
+        longest = max(map(len, ids))
+        input_ids = torch.stack([torch.nn.functional.pad(x, (longest - len(x), 0)) for x in ids])
+        lengths = torch.tensor(list(map(len, ids)))
+        mask = torch.arange(longest) >= longest - lengths[:, None]
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        with torch.no_grad():
+            output = model(
+                input_ids.to(model.device),
+                attention_mask=mask.long().to(model.device),
+                position_ids=positions.to(model.device),
+                use_cache=False,
+                logits_to_keep=logits_to_keep,
+            )
+        logits = output.logits[:, -1, list(labels)]
+        scores.append(torch.softmax(logits.double(), -1)[:, 1].cpu().numpy())
+    return np.concatenate(scores)
+
+
+def measure_evaluation(run: Run, device: str, repeats: int, user_step: int) -> Rows:
+    """Rows of all ways to score the test split, or a slice of it; `speedup` is over the plain loop."""
+    assert run.config.dti.mode == "dti-minus"
+    plain = LlamaForCausalLM(llama_config(run.config.model, run.tokenizer))
+    plain.load_state_dict(run.model.state_dict())
+    plain.set_attn_implementation("sdpa")
+    plain.to(device).eval()
+    rows = np.sort(run.data.targets("test"))
+    rows = rows[run.data.users_of(rows) % user_step == 0]
+    prompts = Prompts.streaming(run.data, rows, run.config.window, 1)
+    ids = [run.builder.batch(prompts[np.array([i])]).input_ids for i in range(len(prompts))]
+    labels = run.builder.format.labels
+    providers: dict[str, Callable[[], np.ndarray]] = {
+        "packed": lambda: score_targets(run.model, run.config.dti, run.builder, rows),
+        "padded Hugging Face, last logits only": lambda: padded_scores(plain, ids, labels, 1),
+        "padded Hugging Face": lambda: padded_scores(plain, ids, labels, 0),
+    }
+    expected = providers["packed"]()
+    for name, provider in providers.items():
+        if np.abs(provider() - expected).max() > PARITY:
+            raise AssertionError(f"packed scores and those of {name} differ")
+    times = interleaved_ms(providers, repeats, warmup=0, device=device)
+    base = float(np.median(times["padded Hugging Face"]))
+    return [
+        {
+            "benchmark": "score",
+            "part": "evaluation",
+            "data": run.data.stats["source"]["name"],
+            "targets": len(rows),
+            "provider": name,
+            "p50_ms": round(float(np.median(ms)), 1),
+            "targets_per_s": round(1e3 * len(rows) / float(np.median(ms)), 1),
+            "speedup": round(base / float(np.median(ms)), 2),
+            "repeats": repeats,
+        }
+        for name, ms in times.items()
+    ]
