@@ -221,7 +221,7 @@ def main() -> int:
     """Parse, run, print."""
     parser = make_parser(__doc__)
     parser.add_argument("--plan", nargs="+", choices=PLANS, required=True)
-    parser.add_argument("--size", choices=[*SIZES, "full"], default="small")
+    parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--data", type=Path, help="folder made by `dti prepare`")
     parser.add_argument(
         "--out", type=Path, default=SCRATCH / "quality", help="folder of the runs; default: %(default)s"

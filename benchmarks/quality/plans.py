@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from benchmarks.quality.runs import Cell
 from dti_model.config import DTIConfig, ModelConfig
 
+MODEL = "meta-llama/Llama-3.1-8B-Instruct"
+INSTRUCTION = (
+    "Given the interaction history of a user, predict whether the user will like the next item: yes or no."
+)
 SW, SW_ALIBI, MINUS, DTI = "SW", "SW, position fix", "DTI-minus", "DTI"
 
 
@@ -29,6 +34,7 @@ class Size:
         test_share: likewise for test.
         whole_targets: training targets of the plan `whole`, which needs many optimizer steps; 0: all.
         whole_epochs: of the plan `whole`.
+        pretrained_layers: of the pretrained model, where there is one.
     """
 
     base: Cell
@@ -40,6 +46,7 @@ class Size:
     test_share: float = 1.0
     whole_targets: int = 0
     whole_epochs: int = 2
+    pretrained_layers: int = 0
 
 
 SIZES = {
@@ -72,6 +79,20 @@ SIZES = {
         ks=(5, 10, 20, 30, 50),
         val_share=0.34,
         test_share=0.5,
+    ),
+    # The paper's own runs (`full.py`).
+    "full": Size(
+        Cell(
+            k=1,
+            targets_per_step=512,
+            epochs=10,
+            learning_rate=1e-4,
+            model=ModelConfig(pretrained=MODEL, instruction=INSTRUCTION),
+        ),
+        seeds=1,
+        ks=(5, 10, 20, 30, 40, 50),
+        whole_epochs=10,
+        pretrained_layers=32,
     ),
 }
 
@@ -117,9 +138,10 @@ class Plan:
     score_other: bool = False
 
 
-def _arm(name: str, size: Size, seeds: int | None = None, mode: str = "dti", **changes: object) -> Arm:
-    dti = _without_idle_settings(changes.pop("dti", DTIConfig(mode)))
-    cell = replace(size.base, dti=dti, **changes)  # type: ignore[arg-type]
+def _arm(
+    name: str, size: Size, seeds: int | None = None, dti: DTIConfig | None = None, **changes: Any
+) -> Arm:
+    cell = replace(size.base, dti=_without_idle_settings(dti or DTIConfig()), **changes)
     return Arm(name, cell, size.seeds if seeds is None else seeds)
 
 
@@ -138,14 +160,20 @@ def _k(k: int) -> str:
 def _curves(size: Size, modes: dict[str, str], ks: tuple[int, ...]) -> list[Arm]:
     largest = max(size.ks)
     return [
-        _arm(f"{name}, {_k(k)}", size, size.seeds if k == largest else size.seeds_of_curves, mode, k=k)
+        _arm(
+            f"{name}, {_k(k)}",
+            size,
+            size.seeds if k == largest else size.seeds_of_curves,
+            DTIConfig(mode),
+            k=k,
+        )
         for k in ks
         for name, mode in modes.items()
     ]
 
 
 def _sliding(size: Size) -> list[Arm]:
-    return [_arm(SW, size, mode="dti-minus"), _arm(SW_ALIBI, size, mode="dti-position")]
+    return [_arm(SW, size, dti=DTIConfig("dti-minus")), _arm(SW_ALIBI, size, dti=DTIConfig("dti-position"))]
 
 
 def table1(size: Size) -> Plan:
@@ -157,12 +185,11 @@ def table1(size: Size) -> Plan:
 def figure3(size: Size) -> Plan:
     """Each fix alone at the largest k, with one reset whatever the default is."""
     k = max(size.ks)
-    ratios = {"alpha_min": 0.0, "alpha_max": 0.5}
     fixes = {
         MINUS: DTIConfig("dti-minus"),
         "position fix alone": DTIConfig("dti-position"),
-        "reset alone (0 .. 0.5)": DTIConfig("dti-reset", **ratios),
-        "both fixes": DTIConfig("dti", **ratios),
+        "reset alone (0 .. 0.5)": DTIConfig("dti-reset", 0.0, 0.5),
+        "both fixes": DTIConfig("dti", 0.0, 0.5),
     }
     arms = [_arm(f"{name}, {_k(k)}", size, dti=dti, k=k) for name, dti in fixes.items()]
     return Plan("Which fix is worth more?", arms, arms[0].name, test=True)
@@ -194,16 +221,22 @@ def sweep(size: Size) -> Plan:
     k = max(size.ks)
     arms = [_arm(name, size, size.seeds_of_sweep, dti=dti, k=k) for name, dti in SWEEP.items()]
     arms += [_arm(name, size, 1, dti=dti, k=k) for name, dti in SWEEP_ONCE.items()]
-    half = {"dti": DTIConfig(alpha_max=0.0), "learning_rate": size.base.learning_rate / 2}
-    arms.append(_arm("no reset, half the learning rate", size, 1, k=k, **half))
+    half, no_reset = size.base.learning_rate / 2, SWEEP["no reset"]
+    arms.append(_arm("no reset, half the learning rate", size, 1, no_reset, k=k, learning_rate=half))
     return Plan("Which reset, which slopes, which learning rate?", arms, "no reset", score_other=True)
 
 
 def depth(size: Size) -> Plan:
     """Which layers of a deeper model reset: what leaks through depth, and whether scoring by sliding windows misses it."""
-    model = replace(size.base.model, layers=2 * size.base.model.layers)
+    model = size.base.model
+    if model.pretrained is None:
+        model = replace(model, layers=2 * model.layers)
     base = replace(size.base, train_targets=size.whole_targets, epochs=size.whole_epochs, model=model)
-    size, k, every_layer = replace(size, base=base), max(size.ks), tuple(range(model.layers))
+    size, k, every_layer = (
+        replace(size, base=base),
+        max(size.ks),
+        tuple(range(size.pretrained_layers or model.layers)),
+    )
     resets = {
         "no reset": DTIConfig(alpha_max=0.0),
         "0 .. 0.5, last layer": DTIConfig(alpha_max=0.5),
