@@ -190,7 +190,7 @@ def _columns(
 
 def _counts(raw: RawData, data: Indexed, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
     lengths = np.diff(data.offsets)
-    interactions, items = map(len, raw.rejected)
+    interactions, items = raw.num_rejected
     first = [row for rejected in raw.rejected for row in rejected.first()]
     return {
         "users": len(data.users),
@@ -248,7 +248,7 @@ def _write(
     }
     for name, table in tables.items():
         write_table(pa.table(table), folder / name)
-    if any(map(len, raw.rejected)):
+    if any(raw.num_rejected):
         pl.concat([rejected.frame() for rejected in raw.rejected]).write_csv(folder / REJECTED_FILE)
     tokenizer = train_tokenizer(texts, vocab_size)
     save_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)

@@ -71,16 +71,21 @@ class Job:
         """Whether the output is there and is this job's: an earlier call was killed right before it removed `.job`.
 
         Raises:
-            FileExistsError: the output is there, and another one.
+            FileExistsError: the output is there, and another one; or something that is no file of a job has the place of one.
         """
-        self._check_places()
+        for path in (self.partial, self.job):
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise FileExistsError(
+                    f"{one_line(path)} must be a regular file of `dti score`, or not be there, but is a link or something else: move it away, "
+                    "or choose another --output"
+                )
         if not self.output.exists():
             return False
         if self.job.is_file():
             told = self._told()
             if told.get("identity") == self._identity and told.get("output") == _facts(self.output):
                 remove_leftovers(self.output)
-                self._remove()
+                self.drop()
                 return True
         raise FileExistsError(f"{one_line(self.output)} exists: choose another --output, or delete it")
 
@@ -94,7 +99,6 @@ class Job:
             FileExistsError: the files belong to another job, and the message says what differs; or they are somebody's own.
             DamagedFileError: OUTPUT.job is not what was written.
         """
-        self._check_places()
         if self.partial.exists() and not self.job.exists():
             raise FileExistsError(
                 f"{one_line(self.partial)} exists without {one_line(self.job.name)}: delete it to start anew"
@@ -119,14 +123,9 @@ class Job:
         """
         lines = [json.dumps(record, allow_nan=False).encode() + b"\n" for record in records]
         num_lines, chain = self._num_lines + len(lines), _next(self._chain, lines)
-        data = memoryview(b"".join((*lines, _trailer(num_lines, chain))))
         try:
-            descriptor = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
-            try:
-                while data:
-                    data = data[os.write(descriptor, data) :]
-            finally:
-                os.close(descriptor)
+            with open(self.partial, "ab", opener=_no_link) as file:
+                file.write(b"".join((*lines, _trailer(num_lines, chain))))
         except OSError as error:
             if error.errno not in _FULL:
                 raise
@@ -156,23 +155,12 @@ class Job:
             # A kill behind the renaming leaves this: the next call then knows the output for its own.
             finished = {"identity": self._identity, "output": _facts(temporary)}
             write_sealed(self.job, {**finished, "skip_bad_lines": self._skip_bad_lines})
-        self._remove()
+        self.drop()
 
     def drop(self) -> None:
-        """Forget what was scored."""
-        self._remove()
-
-    def _remove(self) -> None:
+        """Remove all but the output."""
         self.partial.unlink(missing_ok=True)
         self.job.unlink(missing_ok=True)
-
-    def _check_places(self) -> None:
-        for path in (self.partial, self.job):
-            if path.is_symlink() or (path.exists() and not path.is_file()):
-                raise FileExistsError(
-                    f"{one_line(path)} must be a regular file of `dti score`, or not be there, but is a link or something else: move it away, "
-                    "or choose another --output"
-                )
 
     def _is_ours(self) -> bool:
         try:
@@ -241,6 +229,10 @@ def _next(chain: str, lines: Sequence[bytes]) -> str:
     for line in lines:
         digest.update(line)
     return digest.hexdigest()
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _trailer(num_lines: int, chain: str) -> bytes:

@@ -34,15 +34,7 @@ Scores = npt.NDArray[np.float64]
 History = Sequence[tuple[Item, int]]
 
 
-@dataclass(frozen=True)
-class _Interaction:
-    """An item of a history and what the user thought of it, in token ids."""
-
-    item: IntArray
-    label: int
-
-
-_Tokens = tuple[_Interaction, ...]
+_Tokens = tuple[IntArray, ...]  # of a history: of every interaction the item's tokens, then the label's one
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +44,9 @@ class HistoryState:
     Attributes:
         origin: `encoded` from a history, `extended` by one interaction without computing the others again, or `re-encoded`: the
             oldest interaction left the window, and the others' states had read it, so they were computed anew.
-        num_bytes: of the tensors it holds.
+        interactions: token ids of the last n interactions.
+        layers: keys and values of their rows, by layer.
+        owner: the scorer that made the state and can read it.
     """
 
     origin: Literal["encoded", "extended", "re-encoded"]
@@ -73,7 +67,7 @@ class HistoryState:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A checked request in token ids: made by `Scorer.request`."""
+    """A checked request in token ids, made by `Scorer.request`; `state` is the history's, where it is encoded already."""
 
     history: _Tokens
     candidates: Sequence[IntArray]
@@ -101,9 +95,8 @@ class Scorer:
         self.token_budget = token_budget
         model = self.click_model
         self._format = model.prompt
-        self._items = ItemTokens(
-            model.tokenizer, model.prompt.max_item_tokens, model.item_text, model.builder
-        )
+        limit = model.prompt.max_item_tokens
+        self._items = ItemTokens(model.tokenizer, limit, model.item_text, model.builder)
         users = [] if model.data is None else model.data.user_ids
         self._users = {user: index for index, user in enumerate(users)}
 
@@ -163,9 +156,7 @@ class Scorer:
             folder: made by `dti export`.
             data: prepared folder that item ids and users are looked up in; default: none, and items are given by their fields or as
                 {"text": ...}, histories in full.
-            device: torch device; default: cuda where there is one.
-            token_budget: rows of a pass at most.
-            other_data: the prepared folder may be another one than the model was trained on.
+            device, token_budget, other_data: as in `from_run`.
 
         Raises:
             FileNotFoundError: no folder made by `dti export`.
@@ -228,7 +219,8 @@ class Scorer:
         parts = [part for request in checked for part in self._parts(request)]
         num_rows = np.asarray([rows for _, rows in parts], np.int64)
         batches = consecutive_batches(num_rows, self.token_budget)
-        scores = [self._scores([parts[i][0] for i in batch]) for batch in batches]
+        logits = [self._forward([parts[i][0] for i in batch])[0] for batch in batches]
+        scores = [torch.softmax(one.double(), -1)[:, 1].cpu().numpy() for one in logits]
         flat = np.concatenate([np.empty(0), *scores])
         return np.split(flat, np.cumsum([len(request.candidates) for request in checked]))[: len(checked)]
 
@@ -253,12 +245,11 @@ class Scorer:
             ValueError: the state belongs to another scorer.
         """
         self._check_owner(state)
-        new = _Interaction(self._items.tokens(item), self._label(label))
+        new = self._interaction(item, label)
         interactions = (*state.interactions, new)
         if len(interactions) > self._format.window:
-            return self._encoded(self._kept(interactions), "re-encoded")
-        appended = np.append(new.item, new.label)
-        _, layers = self._forward([Request(state.interactions, [appended], state)])
+            return self._encoded(interactions[1:], "re-encoded")
+        _, layers = self._forward([Request(state.interactions, [new], state)])
         return HistoryState("extended", interactions, tuple(layers), self)
 
     def history_of(self, user: str | int) -> list[tuple[str, int]]:
@@ -305,7 +296,8 @@ class Scorer:
         if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
             raise ItemError(f"history must be a list of (item, label) pairs, got {shown(history)}")
         interactions = []
-        for place, entry in self._kept(list(enumerate(history))):
+        first = max(0, len(history) - self._format.window)
+        for place, entry in enumerate(history[first:], first):
             try:
                 item, label = entry
             except (TypeError, ValueError):
@@ -313,27 +305,24 @@ class Scorer:
                     f"history[{place}]: must be an (item, label) pair, got {shown(entry)}"
                 ) from None
             try:
-                interactions.append(_Interaction(self._items.tokens(item), self._label(label)))
+                interactions.append(self._interaction(item, label))
             except ItemError as error:
                 raise ItemError(f"history[{place}]: {error}") from None
         return tuple(interactions)
 
-    def _kept(self, history: Sequence[Any]) -> Sequence[Any]:
-        return history[max(0, len(history) - self._format.window) :]
-
-    def _label(self, label: int) -> int:
-        # 1.0 too, and True: what programs make of labels in JSON and Parquet.
-        try:
+    def _interaction(self, item: Item, label: int) -> IntArray:
+        tokens = self._items.tokens(item)
+        try:  # 1.0 too, and True: programs write labels so in JSON and Parquet
             is_label = isinstance(label, (Real, Decimal, np.bool_)) and label in (0, 1)
         except ArithmeticError:  # a decimal's signalling NaN compares with nothing
             is_label = False
         if not is_label:
             raise ItemError(f"a label must be 0 or 1, got {shown(label)}")
-        return self._format.labels[int(label)]
+        return np.append(tokens, self._format.labels[int(label)])
 
     def _parts(self, request: Request) -> Iterator[tuple[Request, int]]:
         """The request, cut where it would pass the token budget, and the rows of each part."""
-        shared = len(self._format.prefix) + sum(len(one.item) + 1 for one in request.history)
+        shared = len(self._format.prefix) + sum(map(len, request.history))
         num_rows = np.asarray([len(tokens) + 1 for tokens in request.candidates], np.int64)
         state = request.state
         if shared + num_rows.sum() > self.token_budget and len(num_rows) > 1:
@@ -350,43 +339,32 @@ class Scorer:
 
     # Parts to the model.
 
-    def _encoded(
-        self, history: Sequence[_Interaction], origin: Literal["encoded", "re-encoded"]
-    ) -> HistoryState:
-        _, layers = self._forward([Request(tuple(history), [], None)])
-        return HistoryState(origin, tuple(history), tuple(layers), self)
-
-    def _scores(self, parts: list[Request]) -> Scores:
-        logits, _ = self._forward(parts)
-        probabilities: Scores = torch.softmax(logits.double(), -1)[:, 1].cpu().numpy()
-        return probabilities
+    def _encoded(self, history: _Tokens, origin: Literal["encoded", "re-encoded"]) -> HistoryState:
+        _, layers = self._forward([Request(history, [], None)])
+        return HistoryState(origin, history, tuple(layers), self)
 
     @torch.no_grad()
     def _forward(self, parts: list[Request]) -> tuple[torch.Tensor, list[LayerKeys]]:
         """Logits `(S, 2)` of the candidates of a packed pass; where there is one part only, also the keys of its rows."""
         prefix = np.asarray(self._format.prefix, np.int64)
         layout = candidate_layout(
-            [[len(one.item) for one in part.history] for part in parts],
+            [[len(tokens) - 1 for tokens in part.history] for part in parts],
             [[1] * len(part.history) for part in parts],
             [[len(tokens) for tokens in part.candidates] for part in parts],
             self._format.window,
             prefix_lengths=[len(prefix)] * len(parts),
         )
-        ids: list[IntArray] = []
-        is_known: list[npt.NDArray[np.bool_]] = []
-        for part in parts:
-            shared = [prefix, *(np.append(one.item, one.label) for one in part.history)]
-            ids += [*shared, *part.candidates]
-            num_shared = sum(map(len, shared))
-            is_known.append(np.full(num_shared, part.state is not None))
-            is_known.append(np.zeros(sum(map(len, part.candidates)), np.bool_))
-        ids.append(np.full(layout.num_sum, self._format.sum_token))
-        is_known.append(np.zeros(layout.num_sum, np.bool_))
-        input_ids, known = np.concatenate(ids), np.concatenate(is_known)
+        sums = np.full(layout.num_sum, self._format.sum_token)
+        ids = [(prefix, *part.history, *part.candidates) for part in parts]
+        input_ids = np.concatenate([tokens for of_part in ids for tokens in of_part] + [sums])
+        known = np.zeros(len(input_ids), bool)  # rows whose keys a state holds
+        start = 0
+        for part, of_part in zip(parts, ids):
+            known[start : start + sum(map(len, of_part[: 1 + len(part.history)]))] = part.state is not None
+            start += sum(map(len, of_part))
         device = self.click_model.model.device
         past = None
-        states = [part.state.layers for part in parts if part.state is not None]
-        if states:
+        if states := [part.state.layers for part in parts if part.state is not None]:
             where = [torch.from_numpy(np.flatnonzero(mask)).to(device) for mask in (known, ~known)]
             past = Past(concatenated(states), *where)
         recorded: list[LayerKeys] | None = [] if len(parts) == 1 else None

@@ -138,7 +138,7 @@ def test_no_pass_is_larger_than_the_budget(small_folder: Path, monkeypatch: pyte
 
     def watched(parts):
         logits, recorded = forward(parts)
-        sizes.append(sum(len(one.item) + 1 for part in parts for one in part.history) + len(parts))
+        sizes.append(sum(len(one) for part in parts for one in part.history) + len(parts))
         sizes[-1] += sum(len(tokens) + 1 for part in parts for tokens in part.candidates)
         return logits, recorded
 

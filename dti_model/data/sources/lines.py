@@ -6,12 +6,14 @@ bad line looked for. So a good file costs nothing extra and a bad one is reporte
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import polars as pl
 
 from dti_model.data.errors import DataError, at_line
-from dti_model.data.sources.rows import check_line_ends, without_mark
+from dti_model.data.sources.rows import check_file, read_lines
+from dti_model.shown import shown
 
 MAX_BYTES = 1 << 28  # ten times the largest file of the sets that have this form
 
@@ -38,7 +40,7 @@ class DelimitedFile:
         self._first_line = 1 if header is None else 2
         lines = _read_lines(path, encoding)
         if header is not None and lines[0] != header:
-            raise at_line(path, 1, f"the first line must be {header!r}, but is {_shown(lines[0])}")
+            raise at_line(path, 1, f"the first line must be {header!r}, but is {shown(lines[0])}")
         self.lines = pl.Series("line", lines[self._first_line - 1 :], dtype=pl.String)
         num_separators = self.lines.str.count_matches(separator, literal=True)
         self.require(
@@ -54,7 +56,7 @@ class DelimitedFile:
         if bad.any():
             row = int(bad.arg_true()[0])
             raise at_line(
-                self.path, row + self._first_line, f"{rule}, but the line is {_shown(self.lines[row])}"
+                self.path, row + self._first_line, f"{rule}, but the line is {shown(self.lines[row])}"
             )
 
     def integers(self, column: str, low: int = 0) -> pl.Series:
@@ -83,34 +85,23 @@ class DelimitedFile:
 
 
 def _read_lines(path: Path, encoding: str) -> list[str]:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror or error}). Name the folder of the raw files."
-        ) from error
-    if len(raw) > MAX_BYTES:
+    check_file(path)
+    if path.stat().st_size > MAX_BYTES:
         raise DataError(
             f"{path}: more than {MAX_BYTES:,} bytes, which no file of this data set has. Fetch it again."
         )
-    raw = without_mark(path, raw)
-    check_line_ends(path, raw)
-    if not raw:
-        raise at_line(path, 1, "the file is empty. Fetch it again.")
+    raw = b"".join(batch for _, batch in read_lines(path))
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise at_line(path, line, f"not valid {encoding} ({error.reason}). Fetch the file again.") from error
     # Not splitlines(): it also breaks at characters such as \x85, which latin-1 titles may hold.
-    lines = text.replace("\r\n", "\n").split("\n")
-    if lines.pop():
-        raise at_line(
-            path, len(lines) + 1, "the last line has no line end: the file is cut short. Fetch it again."
-        )
+    lines = text.split("\n")[:-1]
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            raise at_line(
+                path, len(lines), "the last line has no line end: the file is cut short. Fetch it again."
+            )
     return lines
-
-
-def _shown(line: str) -> str:
-    return repr(line if len(line) <= 80 else line[:77] + "...")

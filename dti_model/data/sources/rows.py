@@ -48,8 +48,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     line, rest = 1, b""
     try:
         with _open(path) as file:
-            block = without_mark(path, file.read(BATCH_BYTES))
-            check_line_ends(path, block)
+            block = _without_mark(path, file.read(BATCH_BYTES))
+            _check_line_ends(path, block)
             while block:
                 block = rest + block
                 stop = block.rfind(b"\n") + 1
@@ -88,7 +88,7 @@ def check_file(path: Path) -> None:
         raise DataError(f"{path}: not a file")
 
 
-def without_mark(path: Path, head: bytes) -> bytes:
+def _without_mark(path: Path, head: bytes) -> bytes:
     """The first bytes of a text file without the byte order mark of UTF-8.
 
     Raises:
@@ -99,7 +99,7 @@ def without_mark(path: Path, head: bytes) -> bytes:
     return head.removeprefix(codecs.BOM_UTF8)
 
 
-def check_line_ends(path: Path, head: bytes) -> None:
+def _check_line_ends(path: Path, head: bytes) -> None:
     """Raise a DataError where lines end with a carriage return alone, so that the file would be one line."""
     if b"\n" not in head and b"\r" in head.rstrip(b"\r"):
         raise at_line(

@@ -109,7 +109,7 @@ class RawData:
         self.users, self.rated = collected.users.names(), collected.items.names()
         self.repeated_items, self.texts_cut = texts.num_repeated, texts.num_cut
         self.checksums = {path.name: sha256_of(path) for path in (self.interactions_path, self.items_path)}
-        lost = self.num_rows - len(self.rejected[0]) - self.interactions.height
+        lost = self.num_rows - self.num_rejected[0] - self.interactions.height
         assert lost == 0, f"{lost} rows of {self.interactions_path} are neither kept nor rejected"
 
     @property
@@ -121,6 +121,11 @@ class RawData:
     def items_path(self) -> Path:
         """The item file."""
         return self.rejected[1].path
+
+    @property
+    def num_rejected(self) -> tuple[int, int]:
+        """Rejected rows of both files."""
+        return len(self.rejected[0]), len(self.rejected[1])
 
     def rows(self) -> pl.DataFrame:
         """The interactions with the ids of the source."""

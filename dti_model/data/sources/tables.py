@@ -99,7 +99,7 @@ class _Csv(Table):
         try:
             columns = _fields(header.decode(), separator)
         except (UnicodeDecodeError, csv.Error) as error:
-            raise at_line(path, 1, f"the header cannot be read ({_shown(error)})") from error
+            raise at_line(path, 1, f"the header cannot be read ({_reason(error)})") from error
         super().__init__(path, [name.strip() for name in columns], "line")
         self._separator, self._multiline = separator, multiline
 
@@ -157,7 +157,7 @@ class _Csv(Table):
             try:
                 found = _fields(line, self._separator)
             except csv.Error as error:
-                self.rejected.add(number, _shown(error))
+                self.rejected.add(number, _reason(error))
                 continue
             if self._has_right_length(number, found):
                 rows.append([found[self.columns.index(name)] for name in names])
@@ -181,7 +181,7 @@ class _Csv(Table):
                         yield number, found
                 return
             except csv.Error as error:
-                self._reject(following, _shown(error))
+                self._reject(following, _reason(error))
                 following += 1
                 lines.go_back()
 
@@ -236,7 +236,7 @@ def _fields(line: str, separator: str) -> list[str]:
     return next(csv.reader([line], delimiter=separator, strict=True), [])
 
 
-def _shown(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     text = str(error)
     if text.startswith("new-line character"):
         return "a carriage return in a value without quotes"
