@@ -11,7 +11,8 @@ from dti_model.shown import one_line
 
 # Of an error's own words; libraries may write pages, and a path may have thousands of characters.
 MOST_CHARACTERS = 600
-_PACKAGES = ("dti_model", "dti_kernels")
+_HOME = Path(__file__).parents[1]  # of both packages
+_PACKAGES = (_HOME / "dti_model", _HOME / "dti_kernels")
 
 
 def joined(text: str) -> str:
@@ -41,7 +42,11 @@ def line_of(error: BaseException) -> str:
 def line_of_bug(error: BaseException) -> str:
     """The line about an error that no input should cause."""
     place = next((frame for frame in reversed(_frames(error)) if _in_package(frame)), None)
-    where = f" at {_name(place.filename)}:{place.lineno}" if place is not None else ""
+    where = (
+        f" at {Path(place.filename).relative_to(_HOME).as_posix()}:{place.lineno}"
+        if place is not None
+        else ""
+    )
     return (
         f"a bug in dti, {type(error).__name__}{where}: {joined(str(error)) or 'without a message'}. Run the command again "
         "with --debug, which shows all of it, and report that"
@@ -65,11 +70,4 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def _in_package(frame: traceback.FrameSummary) -> bool:
-    return any(package in Path(frame.filename).parts for package in _PACKAGES)
-
-
-def _name(filename: str) -> str:
-    """A file's name from its package on."""
-    parts = Path(filename).parts
-    start = max(i for i, part in enumerate(parts) if part in _PACKAGES)
-    return "/".join(parts[start:])
+    return any(Path(frame.filename).is_relative_to(package) for package in _PACKAGES)

@@ -116,8 +116,10 @@ class Prompts:
     ) -> Prompts:
         """Prompts over ascending target rows, cut where `begins` is true."""
         first_index = np.flatnonzero(begins)
+        # A prompt's last target is the one before the next prompt's first. The slice serves no rows at all: no prompts then.
         last_index = np.append(first_index[1:], len(rows))[: len(first_index)] - 1
         first_target = rows[first_index]
+        # Rows of all users lie in one array: the window must not reach back into the user before.
         history = data.history_offsets[data.users_of(first_target)]
         return Prompts(np.maximum(history, first_target - window), first_target, rows[last_index] + 1)
 
@@ -137,6 +139,7 @@ def _runs(data: PreparedData, rows: IntArray) -> tuple[IntArray, IntArray]:
     """Per ascending target row: its place in its run of neighbouring rows of one user, and in its user's history."""
     user = data.users_of(rows)
     new_run = np.ones(len(rows), bool)
+    # Neighbouring rows are of two users where one's history ends.
     new_run[1:] = (np.diff(rows) != 1) | (np.diff(user) != 0)
     run_first = np.flatnonzero(new_run)
     in_run = np.arange(len(rows)) - run_first[np.cumsum(new_run) - 1]
@@ -180,10 +183,12 @@ class PromptBuilder:
             raise DataError(f"item {data.item_ids[item]!r} has an empty text: give every item a text")
         self.item_lengths = lengths
         row_tokens = lengths[data.item] + 1  # one label token
+        # Running sum, so that a range of interactions has its number of tokens by one difference.
         self._row_tokens = np.concatenate([[0], np.cumsum(row_tokens)])
 
     def num_rows(self, prompts: Prompts) -> IntArray:
         """`(P,)` rows of each prompt in a batch, context and [SUM]."""
+        # -1: nobody reads the last interaction's label.
         context = self._row_tokens[prompts.stop] - self._row_tokens[prompts.first] - 1
         total: IntArray = len(self.format.prefix) + context + prompts.num_targets
         return total
@@ -193,12 +198,13 @@ class PromptBuilder:
         prefix = np.asarray(self.format.prefix, np.int64)
         labels_of = np.asarray(self.format.labels, np.int64)
         lengths = prompts.stop - prompts.first
-        rows = _ranges(prompts.first, lengths)  # (I,) interactions of all prompts
+        # I interactions of all prompts; one that is context of two prompts is there twice.
+        rows = _ranges(prompts.first, lengths)
         items = self.data.item[rows]
         item_lengths = self.item_lengths[items]
         label_lengths = np.ones(len(rows), np.int64)
         ends = np.cumsum(lengths)
-        label_lengths[ends - 1] = 0
+        label_lengths[ends - 1] = 0  # the last label of a prompt has no reader
         split_at = ends[:-1]
         layout = StreamLayout.build(
             np.split(item_lengths, split_at),
@@ -208,13 +214,17 @@ class PromptBuilder:
             prefix_lengths=[len(prefix)] * len(prompts),
         )
         input_ids = np.empty(layout.num_rows, np.int64)
+        # First token of every interaction: tokens of those before it, and one prefix for its prompt and each before that.
         starts = np.cumsum(item_lengths + label_lengths) - item_lengths - label_lengths
         starts += len(prefix) * (1 + np.repeat(np.arange(len(prompts)), lengths))
+        # Both sides list every token of every item in order: its place in the batch, and its place in the cached ids.
         input_ids[_ranges(starts, item_lengths)] = self.token_ids[
             _ranges(self.token_offsets[items], item_lengths)
         ]
+        # A label stands right behind its item's text.
         labelled = label_lengths == 1
         input_ids[(starts + item_lengths)[labelled]] = labels_of[self.data.label[rows[labelled]]]
+        # Token by token: the i-th of every prompt's prefix at once, counted back from the prompt's first interaction.
         for i, token in enumerate(prefix):
             input_ids[starts[ends - lengths] - len(prefix) + i] = token
         input_ids[layout.num_context :] = self.format.sum_token
@@ -227,6 +237,7 @@ def _ranges(first: IntArray, lengths: IntArray) -> IntArray:
     """`first[i], first[i] + 1, ...` for `lengths[i]` numbers, one range after the other."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
+    # Counting on from 0, range i begins at ends[i] - lengths[i]: shifted by what is missing to first[i].
     return np.arange(total) + np.repeat(first - ends + lengths, lengths)
 
 

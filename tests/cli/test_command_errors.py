@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -485,3 +486,14 @@ def test_random_words(
     assert status in (0, ERROR_STATUS), arguments
     if status == ERROR_STATUS:
         refused(arguments, capsys)
+
+
+def test_a_library_in_a_folder_of_our_name_is_a_library(tmp_path: Path) -> None:
+    """An environment below a checkout called dti_model made every library's error the project's own."""
+    path = tmp_path / "dti_model" / "library.py"
+    path.parent.mkdir()
+    path.write_text("raise RuntimeError('x')")
+    with pytest.raises(RuntimeError) as raised:
+        runpy.run_path(str(path))
+    assert line_of(raised.value) == "x (RuntimeError of a library; --debug shows where)"
+    assert "library.py" not in line_of_bug(raised.value)

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dti_model.data import CustomFiles
 from tests.data.movielens_files import MOVIES, Rating, some_ratings
 
 # One of each oddity of the real files: entities and markup, a department repeated, an asin twice, no title, a page's script
@@ -83,3 +84,25 @@ def write_parquet(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({name: [row[name] for row in rows] for name in columns}), path)
     return path
+
+
+def write_custom(
+    folder: Path, ending: str = ".csv", ratings: list[Rating] | None = None
+) -> tuple[Path, Path]:
+    """`clicks` and `items`, of the kind that `ending` names."""
+    write = write_parquet if ending == ".parquet" else write_csv
+    clicks = write(folder / f"clicks{ending}", CUSTOM_COLUMNS, custom_rows(ratings))
+    return clicks, write(folder / f"items{ending}", ITEM_COLUMNS, item_rows())
+
+
+LOG, CATALOGUE = "user,item,timestamp,liked\n1,a,1,1\n1,b,2,0\n2,a,3,1\n", "item,title\na,A\nb,B\n"
+
+
+def small_log(
+    folder: Path, log: str | bytes = LOG, catalogue: str | bytes = CATALOGUE, **settings: Any
+) -> CustomFiles:
+    """`log.csv` and `items.csv` with this content."""
+    for name, content in (("log.csv", log), ("items.csv", catalogue)):
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    settings = {"label": "liked", "max_rejected": 1, **settings}
+    return CustomFiles(folder / "log.csv", folder / "items.csv", "{title}", **settings)

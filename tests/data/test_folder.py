@@ -1,15 +1,10 @@
-"""Prepared folders on disk: what `prepare` may replace, who may write, flipped bits, and token caches."""
+"""Prepared folders on disk: flipped bits, damaged stats, files that change, and fingerprints."""
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,205 +12,11 @@ import numpy as np
 import pytest
 
 from dti_model.cli import main
-from dti_model.data import DataError, PreparedData, build, folder, prepare, store
+from dti_model.data import DataError, PreparedData, folder, prepare, store
 from dti_model.data.tokens import train_tokenizer
 from dti_model.files import checked as files
-from tests.data.movielens_files import some_ratings, write_1m
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    return write_1m(tmp_path / "raw", [*some_ratings(), (1, 7, 3, 1)])
-
-
-@pytest.fixture
-def out(tmp_path: Path, raw: Path) -> Path:
-    prepare_small(tmp_path / "out", raw)
-    return tmp_path / "out"
-
-
-def prepare_small(out: Path, raw: Path, **settings: Any) -> None:
-    prepare("ml-1m", out, raw, subset=True, vocab_size=270, **settings)
-
-
-def content_of(path: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()
-    }
-
-
-def as_version_1(path: Path) -> None:
-    """Rewrite stats.json and the token cache as version 1 of the format had them."""
-    stats = json.loads((path / "stats.json").read_text())
-    del stats["sha256"]
-    stats["format_version"] = 1
-    stats["files"] = {name: facts["bytes"] for name, facts in stats["files"].items()}
-    (path / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
-    for cache in (path / "tokens").iterdir():
-        cache.rename(cache.with_name(f"{cache.name[:16]}.arrow"))
-
-
-# -- what may be replaced -------------------------------------------------------------------------------------------------
-
-
-FOREIGN_STATS = {
-    "another program's": '{"mean": 3, "files": {"a": 1}}',
-    "a list": "[1, 2]",
-    "a version alone": '{"format_version": 1}',
-    "a version without tables": json.dumps(
-        {"format_version": 1, "source": {}, "users": 1, "items": 1, "interactions": 1, "files": {}}
-    ),
-    "not JSON": "mean 3",
-    "not text": "\udcff\udcfe",
-    "nothing": "",
-}
-
-
-@pytest.mark.parametrize("stats", FOREIGN_STATS.values(), ids=FOREIGN_STATS)
-def test_a_folder_that_happens_to_hold_stats_json_is_not_removed(
-    tmp_path: Path, raw: Path, stats: str
-) -> None:
-    """It was once removed with everything in it: only the name of the file was looked at."""
-    mine = tmp_path / "thesis"
-    (mine / "chapters").mkdir(parents=True)
-    (mine / "chapters" / "one.tex").write_text("years of work")
-    (mine / "stats.json").write_bytes(stats.encode(errors="surrogateescape"))
-    before = content_of(mine)
-    with pytest.raises(DataError, match="thesis: exists and is not a prepared folder"):
-        prepare_small(mine, raw)
-    assert content_of(mine) == before
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_an_older_prepared_folder_is_replaced(out: Path, raw: Path, version: int) -> None:
-    """Also one of version 1, which cannot be opened any more, and one with damaged tables: making it again is the way out."""
-    if version == 1:
-        as_version_1(out)
-        with pytest.raises(
-            DataError, match=r"format version 1, this program reads 2\. Make the folder again"
-        ):
-            PreparedData.open(out)
-    (out / "interactions.arrow").write_bytes(b"damaged")
-    (out / "tokens" / f".{'0' * 16}.arrow.k3_x81ab").write_bytes(b"left by a killed process")
-    prepare_small(out, raw, threshold=4)
-    assert PreparedData.open(out).stats["threshold"] == 4
-    assert [path.name for path in out.parent.glob(".*")] == []
-
-
-@pytest.mark.parametrize(
-    ("added", "named"),
-    [
-        (["notes.txt"], "notes.txt in it"),
-        ([".hidden"], ".hidden in it"),
-        (["runs/model.bin"], "runs/ in it"),
-        (["tokenizer/mine.json"], "tokenizer/mine.json in it"),
-        (["tokens/mine.arrow"], "tokens/mine.arrow in it"),
-        (["tokens/deep/a.arrow"], "tokens/deep/ in it"),
-        (["a", "b", "c", "d", "e"], "a, b, c and 2 more in it"),
-    ],
-)
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_prepared_folder_with_other_files_in_it_is_not_removed(
-    out: Path, raw: Path, added: list[str], named: str, version: int
-) -> None:
-    if version == 1:
-        as_version_1(out)
-    for name in added:
-        (out / name).parent.mkdir(exist_ok=True)
-        (out / name).write_text("mine")
-    before = content_of(out)
-    with pytest.raises(DataError, match="out: a prepared folder, but ") as error:
-        prepare_small(out, raw)
-    assert named in str(error.value)
-    assert "would be lost" in str(error.value)
-    assert content_of(out) == before
-
-
-def test_an_empty_foreign_folder_and_a_link_to_a_folder_stay(out: Path, raw: Path, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "file").write_text("mine")
-    (out / "link").symlink_to(tmp_path / "elsewhere")
-    (out / "empty").mkdir()
-    with pytest.raises(DataError, match="but empty/, link/ in it would be lost"):
-        prepare_small(out, raw)
-    assert (tmp_path / "elsewhere" / "file").exists()
-
-
-def test_a_file_that_comes_while_preparing_is_not_removed(
-    out: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Everything is looked at again right before the swap: a long `prepare` leaves time to put something there."""
-    save = build.save_tokenizer
-
-    def save_and_add(*arguments: Any) -> None:
-        save(*arguments)
-        (out / "notes.txt").write_text("mine")
-
-    monkeypatch.setattr(build, "save_tokenizer", save_and_add)
-    with pytest.raises(DataError, match=r"notes\.txt in it would be lost"):
-        prepare_small(out, raw, threshold=4)
-    assert (out / "notes.txt").read_text() == "mine"
-    assert PreparedData.open(out).stats["threshold"] == 3
-    assert [path.name for path in out.parent.glob(".*")] == []
-
-
-def test_a_link_to_a_folder_stays_a_link(out: Path, raw: Path, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("out")
-    (tmp_path / "new").symlink_to("disk/data")
-    prepare_small(tmp_path / "link", raw, threshold=4)
-    prepare_small(tmp_path / "new", raw, threshold=2)
-    assert (tmp_path / "link").is_symlink()
-    assert PreparedData.open(out).stats["threshold"] == 4
-    assert PreparedData.open(tmp_path / "disk" / "data").stats["threshold"] == 2
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "to_file").symlink_to("file")
-    (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(DataError, match="to_file: exists and is not a prepared folder"):
-        prepare_small(tmp_path / "to_file", raw)
-    with pytest.raises(DataError, match="loop: cannot be written"):
-        prepare_small(tmp_path / "loop", raw)
-
-
-@pytest.mark.parametrize("name", [".", "", "tokens/..", "./"])
-def test_the_current_folder_is_not_replaced(
-    out: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """It would pull the floor from under the shell; once it was a traceback about an invalid path."""
-    monkeypatch.chdir(out)
-    with pytest.raises(DataError, match="is the current folder, or around it, and cannot be replaced"):
-        prepare_small(Path(name), raw)
-    monkeypatch.chdir(out / "tokens")
-    with pytest.raises(DataError, match=r"\.\.: is the current folder, or around it"):
-        prepare_small(Path(".."), raw)
-    assert PreparedData.open(out).stats["threshold"] == 3
-
-
-def test_the_root_folder_is_refused(raw: Path) -> None:
-    with pytest.raises(DataError, match=r"^/: exists and is not a prepared folder"):
-        prepare_small(Path("/"), raw)
-
-
-def test_a_second_prepare_is_told_of_the_first(out: Path, raw: Path, capsys: pytest.CaptureFixture) -> None:
-    code = (
-        f"from pathlib import Path\nfrom dti_model.data import build\n"
-        f"with build._locked(Path({str(out)!r})):\n    print('ready', flush=True)\n    import time; time.sleep(60)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline().strip() == "ready"
-        command = ["prepare", "ml-1m", "--raw-dir", str(raw), "--subset", "--out", str(out)]
-        assert main(command) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert f"{out} is being written by dti prepare (process {process.pid} on" in line
-    finally:
-        process.kill()
-        process.wait()
-    assert main(command) == 0
-    assert [path.name for path in out.parent.glob(".*")] == []
-
-
-# -- damage ---------------------------------------------------------------------------------------------------------------
+from tests.data.movielens_files import some_ratings
+from tests.data.prepared_folders import content_of, prepare_small
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +80,8 @@ DAMAGED_STATS = [
     '{"format_version": 2}',
     "\udcff",
 ]
+
+
 DAMAGED_STATS += [
     '{"format_version": null}',
     '{"format_version": [2]}',
@@ -402,101 +205,3 @@ def test_fingerprint(out: Path, raw: Path, tmp_path: Path) -> None:
     prepare_small(tmp_path / "texts", raw)
     others = {PreparedData.open(tmp_path / name).fingerprint for name in ("labels", "pieces", "texts")}
     assert len(others | {fingerprint}) == 4
-
-
-# -- token caches ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_damaged_token_cache_is_made_again_and_said(
-    out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A flipped bit once put other tokens into every prompt. One line on the log; the ids are those of the tokenizer."""
-    data = PreparedData.open(out)
-    tokenizer = train_tokenizer(data.item_texts, 270)
-    wanted = [array.copy() for array in data.token_ids(tokenizer)]
-    (path,) = (out / "tokens").iterdir()
-    content, rng = path.read_bytes(), random.Random(0)
-    for place in {0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(60))}:
-        changed = bytearray(content)
-        changed[place] ^= 1 << rng.randrange(8)
-        path.write_bytes(changed)
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            found = PreparedData.open(out).token_ids(tokenizer)
-        assert all(np.array_equal(a, b) for a, b in zip(found, wanted))
-        assert caplog.messages == [f"{path} is damaged: it is made again"]
-        assert path.read_bytes() == content
-    for cut in (b"", content[:-1], content + b"\0"):
-        path.write_bytes(cut)
-        found = PreparedData.open(out).token_ids(tokenizer)
-        assert all(np.array_equal(a, b) for a, b in zip(found, wanted))
-    assert [path.name for path in (out / "tokens").iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
-@pytest.mark.parametrize("has_cache_folder", [True, False])
-def test_token_ids_of_a_folder_that_may_not_be_written(
-    out: Path, monkeypatch: pytest.MonkeyPatch, number: int, has_cache_folder: bool
-) -> None:
-    """A data set that several people share read-only once ended every run with another tokenizer."""
-    data = PreparedData.open(out)
-    tokenizer = train_tokenizer(data.item_texts, 300)
-    wanted = PreparedData.open(out).token_ids(tokenizer)
-    shutil.rmtree(out / "tokens")
-    if has_cache_folder:
-        (out / "tokens").mkdir()
-    os_open, mkdir = os.open, os.mkdir
-
-    def refusing_open(path: Any, flags: int, *rest: Any, **named: Any) -> int:
-        if flags & os.O_CREAT:
-            raise OSError(number, os.strerror(number), str(path))
-        return os_open(path, flags, *rest, **named)
-
-    def refusing_mkdir(path: Any, *rest: Any, **named: Any) -> None:
-        if not os.path.exists(path):
-            raise OSError(number, os.strerror(number), str(path))
-        mkdir(path, *rest, **named)
-
-    monkeypatch.setattr(os, "open", refusing_open)
-    monkeypatch.setattr(os, "mkdir", refusing_mkdir)
-    found = data.token_ids(tokenizer)
-    assert all(np.array_equal(a, b) for a, b in zip(found, wanted))
-    assert [array.dtype for array in found] == [array.dtype for array in wanted]
-    assert not any(array.flags.writeable for array in found)
-    assert list((out / "tokens").glob("*")) == []
-
-
-def test_several_processes_write_one_cache(out: Path) -> None:
-    shutil.rmtree(out / "tokens")
-    code = f"""
-from dti_model.data import PreparedData
-from dti_model.data.tokens import train_tokenizer
-data = PreparedData.open({str(out)!r})
-tokenizer = train_tokenizer(data.item_texts, 265)
-print("ready", flush=True)
-input()
-for _ in range(20):
-    offsets, ids = data.token_ids(tokenizer)
-    for path in (data.path / "tokens").glob("*.arrow"):
-        path.unlink(missing_ok=True)
-print(ids.sum(), offsets.sum())
-"""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    printed = []
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    for process in processes:
-        printed.append(process.communicate(timeout=120)[0])
-        assert process.returncode == 0
-    assert printed[0] == printed[1]
-    assert [path.name for path in (out / "tokens").glob(".*")] == []

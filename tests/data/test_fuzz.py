@@ -21,13 +21,8 @@ from dti_model.data.index import index_rows
 from dti_model.data.sources.movielens import load_1m, load_100k
 from dti_model.data.sources.source import RawData
 from tests.data.log_files import (
-    CUSTOM_COLUMNS,
-    ITEM_COLUMNS,
-    custom_rows,
-    item_rows,
     write_amazon,
-    write_csv,
-    write_parquet,
+    write_custom,
 )
 from tests.data.movielens_files import some_ratings, write_1m, write_100k, write_recbole
 
@@ -108,12 +103,6 @@ MUTATIONS = st.builds(
 )
 
 
-def _write_custom(folder: Path, ending: str) -> None:
-    write = write_parquet if ending == ".parquet" else write_csv
-    write(folder / f"clicks{ending}", CUSTOM_COLUMNS, custom_rows(RATINGS))
-    write(folder / f"items{ending}", ITEM_COLUMNS, item_rows())
-
-
 def _load_custom(folder: Path, ending: str, max_rejected: float) -> RawData:
     files = CustomFiles(
         folder / f"clicks{ending}",
@@ -173,12 +162,12 @@ LOADERS: dict[
         lambda path: sum(bool(line.strip()) for line in _lines(path)),
     ),
     "custom, csv": (
-        lambda folder: _write_custom(folder, ".csv"),
+        lambda folder: write_custom(folder, ".csv", RATINGS),
         lambda folder, limit: _load_custom(folder, ".csv", limit),
         _count_csv_rows,
     ),
     "custom, parquet": (
-        lambda folder: _write_custom(folder, ".parquet"),
+        lambda folder: write_custom(folder, ".parquet", RATINGS),
         lambda folder, limit: _load_custom(folder, ".parquet", limit),
         lambda path: pq.read_metadata(path).num_rows,
     ),

@@ -27,16 +27,11 @@ from dti_model.data.text_encoder import TextEncoder
 from dti_model.data.tokens import train_tokenizer
 from dti_model.files import whole
 from tests.data.log_files import write_amazon
-from tests.data.movielens_files import some_ratings, write_1m
+from tests.data.movielens_files import some_ratings
 
 # A server imports once; every process that is killed starts from it.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["dti_model.training.train", "dti_model.cli"])
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    return write_1m(tmp_path / "raw", some_ratings())
 
 
 def command(out: Path, raw: Path | None, *more: str) -> list[str]:

@@ -10,15 +10,7 @@ import pytest
 
 from dti_model.data import AmazonFiles, CustomFiles, PreparedData, prepare
 from dti_model.data.sources import rows
-from tests.data.log_files import (
-    CUSTOM_COLUMNS,
-    ITEM_COLUMNS,
-    custom_rows,
-    item_rows,
-    write_amazon,
-    write_csv,
-    write_parquet,
-)
+from tests.data.log_files import small_log, write_amazon, write_custom
 from tests.data.movielens_files import MOVIES, Rating, write_1m, write_100k, write_recbole
 
 ITEMS = [movie.item for movie in MOVIES]
@@ -37,9 +29,7 @@ def tied_ratings(num_users: int, seed: int) -> list[Rating]:
 
 def _custom(ending: str) -> Callable[[Path, list[Rating], Path], None]:
     def prepared(folder: Path, ratings: list[Rating], out: Path) -> None:
-        write = write_parquet if ending == ".parquet" else write_csv
-        clicks = write(folder / f"clicks{ending}", CUSTOM_COLUMNS, custom_rows(ratings))
-        items = write(folder / f"items{ending}", ITEM_COLUMNS, item_rows())
+        clicks, items = write_custom(folder, ending, ratings)
         if ending != ".parquet":
             # Quoted lines are split by another parser than plain ones.
             lines = clicks.read_text().splitlines()
@@ -127,9 +117,7 @@ def test_ties_of_a_custom_log(tmp_path: Path) -> None:
     log = [("u1", f"i{i // 2}", 1000 + i // 2, label) for i, label in enumerate([1, 0, 1, 0, 0, 1])]
     log += [("u2", "i0", 1000, 1), ("u2", "i0", 1000, 0)]
     lines = ["user,item,timestamp,liked", *(",".join(map(str, row)) for row in log)]
-    (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")
-    (tmp_path / "items.csv").write_text("item,title\ni0,A\ni1,B\ni2,C\n")
-    files = CustomFiles(tmp_path / "log.csv", tmp_path / "items.csv", "{title}", label="liked")
+    files = small_log(tmp_path, "\n".join(lines) + "\n", "item,title\ni0,A\ni1,B\ni2,C\n")
     prepare(files, tmp_path / "out", min_context=0)
     data = PreparedData.open(tmp_path / "out")
     assert data.label.tolist() == [1, 0, 1, 0, 0, 1, 1, 0]

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dti_model.data import CustomFiles, PreparedData, prepare
+from dti_model.data import PreparedData, prepare
 from dti_model.data.text_encoder import TextEncoder
 from dti_model.data.tokens import BOS, SUM, label_tokens, save_tokenizer, train_tokenizer
 from dti_model.model.pretrained import load_tokenizer
 from dti_model.prompts import PromptFormat
+from tests.data.log_files import small_log
 from tests.model.pretrained_files import small_tokenizer
 
 # Lower-case, so that `no` and `yes` are merges of the vocabulary, as in a data set of running text.
@@ -290,13 +291,13 @@ def test_two_words_that_are_one_token_are_no_labels() -> None:
 
 def test_items_of_a_prepared_folder(tmp_path: Path) -> None:
     """Titles of an item file were control tokens in every prompt that held them."""
-    (tmp_path / "items.csv").write_text("item,title\na,[SUM] yes\nb,[BOS] no [SUM]\nc,yes no\nd,plain\n")
+    catalogue = "item,title\na,[SUM] yes\nb,[BOS] no [SUM]\nc,yes no\nd,plain\n"
     rows = [
         f"u{user},{item},{time},{(user + time) % 2}" for user in range(9) for time, item in enumerate("abcd")
     ]
-    (tmp_path / "log.csv").write_text("\n".join(["user,item,timestamp,liked", *rows, ""]))
+    log = "\n".join(["user,item,timestamp,liked", *rows, ""])
     prepare(
-        CustomFiles(tmp_path / "log.csv", tmp_path / "items.csv", "{title}", label="liked"),
+        small_log(tmp_path, log, catalogue),
         tmp_path / "data",
         min_context=0,
     )

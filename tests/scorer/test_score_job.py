@@ -241,8 +241,8 @@ def test_a_kill_right_behind_the_last_renaming(
     """The output was complete, and the same command said that it exists; what lay beside it stayed there."""
     output = requests_file.with_name("out" + suffix)
     for removed in ((), ("partial",)):
-        monkeypatch.setattr(Job, "_remove", stop)
-        monkeypatch.setattr(Job, "_remove", lambda job: (_ for _ in ()).throw(Stop))
+        monkeypatch.setattr(Job, "drop", lambda job: stop())
+
         with pytest.raises(Stop):
             score(run_scorer, requests_file, output)
         monkeypatch.undo()
