@@ -292,12 +292,9 @@ class PackedPrompts(Dataset[StreamBatch]):
                 f"raise the budget to at least {longest}, or lower k"
             )
         num_batches = -(-int(self.num_rows.sum()) // token_budget)
-        while True:
-            num_batches += -num_batches % batch_multiple
-            if num_batches <= len(prompts) and deal(self.num_rows, num_batches)[1] > token_budget:
-                num_batches += 1
-                continue
-            break
+        num_batches += -num_batches % batch_multiple
+        while num_batches <= len(prompts) and deal(self.num_rows, num_batches)[1] > token_budget:
+            num_batches += batch_multiple
         if num_batches > len(prompts):
             raise ValueError(
                 f"{len(prompts)} prompts cannot fill {num_batches} batches: lower the number of devices or accumulation steps"
