@@ -25,8 +25,7 @@ from benchmarks.attention import Workload, useful_fraction
 from benchmarks.measuring import compile_launch, driver_of, recorded_launches, why_not_compiled
 from benchmarks.recording import RESULTS, make_parser, read_rows, replace_rows
 from dti_kernels import HiddenStateReset, StreamLayout, windowed_attn
-from dti_kernels.gpu import tiles
-from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile
+from dti_kernels.gpu import KERNELS, TABLE, Tile, forced
 
 RECORDED = RESULTS / "compile.jsonl"
 # Bytes of shared memory that one program may have (CUDA programming guide, ISA manual of CDNA3).
@@ -132,7 +131,7 @@ def _launch(row: TableRow) -> Any:
     initial = zeros(layout.num_context, 2), zeros(layout.num_context, 2)
     reset = HiddenStateReset(*initial, alpha_min=0.0, alpha_max=0.5)
     slopes = torch.zeros(2 * row.group, requires_grad=True)
-    with recorded_launches(row.arch) as launches, tiles.forced({row.kernel: row.tile}):
+    with recorded_launches(row.arch) as launches, forced({row.kernel: row.tile}):
         windowed_attn(q, k, v, layout, k_sum, slopes, reset).sum().backward()
     return next(x for x in launches if x.kernel.fn.__name__ == f"{row.kernel}_kernel")
 

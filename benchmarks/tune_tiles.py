@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -38,13 +38,10 @@ from benchmarks.attention import (
 from benchmarks.measuring import DEVICE, REHEARSING, check_device, device_times
 from benchmarks.recording import INCOMPLETE, TIME_IS_UP, RowFiles, failure, make_parser, parse_measuring
 from benchmarks.shapes import HEADS
-from dti_kernels.gpu import tiles
-from dti_kernels.gpu.tiles import KERNELS, Tile
+from dti_kernels import gpu
+from dti_kernels.gpu import KERNELS, Tile
 from dti_kernels.inputs import Inputs
 from dti_model.files import whole_file
-
-if TYPE_CHECKING:
-    from dti_kernels.gpu.tile import Launch
 
 # Share of the table's time that another tile has to save before it replaces the table's: less is the noise of a sweep.
 MARGIN = 0.02
@@ -52,14 +49,8 @@ MARGIN = 0.02
 _SHARE = 0.01 if REHEARSING else 0.06
 
 
-def launches(x: AttentionInputs) -> dict[str, Launch]:
+def launches(x: AttentionInputs) -> dict[str, gpu.Launch]:
     """All launches of forward and backward with the tiles now in force, by kernel. Only time is asked: what they read is zeros."""
-    from dti_kernels.gpu import backward as triton_bwd
-    from dti_kernels.gpu import forward as triton_fwd
-    from dti_kernels.gpu import tile as triton_tile
-
-    if x.q.device.type == "cpu":
-        triton_tile.repair_interpreter()
     reset = x.reset
     ratios = None if reset is None else reset.ratios(x.layout.window, torch.float32, x.q.device)
     inputs = Inputs(
@@ -74,17 +65,15 @@ def launches(x: AttentionInputs) -> dict[str, Launch]:
         scale=x.q.shape[-1] ** -0.5,
         mean_span=x.layout.mean_span,
     )
-    batch = triton_tile.Batch.of(inputs)
-    out = torch.zeros_like(batch.q)
-    lse = torch.zeros(batch.q.shape[1], batch.num_rows, device=out.device)
-    all_launches = triton_fwd.forward_launches(batch, out, lse)
-    grads = triton_bwd.Gradients.of(batch)
-    for buffer in vars(
-        grads
-    ).values():  # not what lay there: NaNs multiply at another power, so at another clock
+    batch = gpu.Batch(inputs)
+    out = torch.zeros_like(batch.x.q)
+    lse = torch.zeros(out.shape[1], batch.num_rows, device=out.device)
+    buffers = gpu.Buffers.of(batch)
+    for buffer in buffers:  # not what lay there: NaNs multiply at another power, so at another clock
         if buffer is not None:
             buffer.zero_()
-    all_launches += triton_bwd.backward_launches(batch, grads, x.grad_out, out, lse)
+    all_launches = gpu.forward_launches(batch, out, lse)
+    all_launches += gpu.backward_launches(batch, buffers, x.grad_out, out, lse)
     return {launch.kernel.fn.__name__.removesuffix("_kernel"): launch for launch in all_launches}
 
 
@@ -108,7 +97,7 @@ class Sweep:
     def table_tile(self) -> Tile:
         """What the frozen table says."""
         bits = 8 * self.x.q.element_size()
-        return tiles.table_tile(self.arch, self.kernel, self.x.q.shape[2], bits, self.x.layout.mean_span)
+        return gpu.table_tile(self.arch, self.kernel, self.x.q.shape[2], bits, self.x.layout.mean_span)
 
     def candidates(self) -> list[Tile]:
         """The table's tile first, then the others, each once."""
@@ -131,7 +120,7 @@ class Sweep:
                 row["failed"] = TIME_IS_UP
                 continue
             try:
-                with tiles.forced({self.kernel: tile}):
+                with gpu.forced({self.kernel: tile}):
                     launch = launches(self.x)[self.kernel]
                 launch.run()
                 torch.cuda.synchronize()
@@ -184,7 +173,7 @@ def sweeps(workloads: list[Workload]) -> list[Sweep]:
     """All kernels under all workloads: the context kernels of every workload, then those of [SUM] rows."""
     if REHEARSING:  # the interpreter computes with NumPy, which has no bfloat16
         workloads = [dataclasses.replace(workload, dtype=torch.float16) for workload in workloads[1:2]]
-    arch = tiles.architecture(torch.device(DEVICE))
+    arch = gpu.architecture(torch.device(DEVICE))
     inputs = [(workload.name, AttentionInputs.of(workload, DEVICE)) for workload in workloads]
     ordered = sorted(KERNELS, key=lambda kernel: kernel.startswith("sum"))
     return [Sweep(name, kernel, x, arch) for kernel in ordered for name, x in inputs]

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
-from types import ModuleType
+from collections.abc import Callable, Iterable
 from typing import Any, get_type_hints
 
 import torch
@@ -38,14 +37,13 @@ _LIBRARY.define(
 
 
 @functools.cache
-def _triton_modules() -> tuple[ModuleType, ModuleType]:
+def _triton() -> tuple[Callable[[Inputs], tuple[Tensor, Tensor]], Callable[..., Gradients]]:
     _give_triton_a_home()
     try:
-        from dti_kernels.gpu import backward as triton_bwd
-        from dti_kernels.gpu import forward as triton_fwd
+        from dti_kernels.gpu import run_backward, run_forward
     except ImportError as error:
         raise ImportError("windowed_attn on a GPU needs Triton: pip install triton") from error
-    return triton_fwd, triton_bwd
+    return run_forward, run_backward
 
 
 def _give_triton_a_home() -> None:
@@ -68,16 +66,14 @@ def _widened(values: Iterable[Any]) -> list[Any]:
 def _fwd_gpu(*args: Any) -> tuple[Tensor, Tensor]:
     x = Inputs(*args)
     check_inputs(x)
-    outputs: tuple[Tensor, Tensor] = _triton_modules()[0].forward(x)
-    return outputs
+    return _triton()[0](x)
 
 
 def _bwd_gpu(*args: Any) -> Gradients:
     x, others = Inputs(*args[:_NUM_INPUTS]), args[_NUM_INPUTS:]
     check_inputs(x)
     check_saved(x, *others[:3])
-    gradients: Gradients = _triton_modules()[1].backward(x, *others)
-    return gradients
+    return _triton()[1](x, *others)
 
 
 def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor]:
@@ -87,7 +83,7 @@ def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor]:
         return isolation.forward(compiled.forward, x)
     _check_values(x)
     if _interpreting():
-        out, lse = _triton_modules()[0].forward(Inputs(*_widened(x)))
+        out, lse = _triton()[0](Inputs(*_widened(x)))
         return out.to(x.q.dtype), lse
     with torch.autocast("cpu", enabled=False):
         return isolation.forward(blocks.forward, x)
@@ -101,7 +97,7 @@ def _bwd_cpu(*args: Any) -> Gradients:
         return isolation.backward(compiled.backward, x, *others)
     _check_values(x)
     if _interpreting():
-        grads = _triton_modules()[1].backward(Inputs(*_widened(x)), *_widened(others))
+        grads = _triton()[1](Inputs(*_widened(x)), *_widened(others))
         dtypes = (x.q.dtype if of is None else of.dtype for of in x.differentiable(others[-1]))
         return Gradients(*(grad.to(dtype) for grad, dtype in zip(grads, dtypes)))
     with torch.autocast("cpu", enabled=False):

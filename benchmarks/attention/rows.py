@@ -17,7 +17,7 @@ from benchmarks.attention.providers import MODES, OURS
 from benchmarks.attention.tiles import numbers_of, visited_pairs
 from benchmarks.attention.workloads import AttentionInputs, useful_flops
 from benchmarks.recording import provenance, row_lines
-from dti_kernels.gpu.tiles import KERNELS, choose_tile
+from dti_kernels.gpu import KERNELS, choose_tile
 
 # Matmuls of head_dim x pairs that each kernel computes, masked or not: forward 2, dQ 3, dK/dV 4.
 _MATMULS = {"ctx_fwd": 2, "sum_fwd": 2, "ctx_dq": 3, "sum_dq": 3, "ctx_dkv": 4, "sum_dkv": 4}

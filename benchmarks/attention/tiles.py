@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.attention.workloads import Workload
 from dti_kernels import StreamLayout
-from dti_kernels.gpu.tiles import Tile
+from dti_kernels.gpu import Tile
 from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, ROW_STOP, START, STOP, SUM_START, SUM_STOP
 
 _Shape = tuple[int, int, int, int]
@@ -74,7 +74,7 @@ def numbers_of(tile: Tile) -> list[int]:
 def visited_pairs(layout: StreamLayout, kernel: str, tile: Tile, group: int) -> int:
     """(row, key) pairs in the tiles that a kernel visits, for one head: what it computes, masked or not."""
     rows, keys = layout.rows.numpy().astype(np.int64), layout.keys.numpy().astype(np.int64)
-    pack = max(p for p in range(1, min(group, tile.pack, tile.block_m) + 1) if group % p == 0)
+    pack = tile.heads(group)
     tokens, num_context = tile.block_m // pack, layout.num_context
     per_tile = tile.block_m * tile.block_n / pack  # lanes that hold no row are computed too
     if kernel.endswith("dkv"):

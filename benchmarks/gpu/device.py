@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.measuring import REHEARSING
 from benchmarks.recording import ROOT, commit_of, make_parser, parse_measuring
-from dti_kernels.gpu.tiles import architecture
+from dti_kernels.gpu import architecture
 
 STAMP = "made-with.json"
 _PACKAGES = ("triton", "transformers", "numpy", "peft", "accelerate", "flash-attn", "nvidia-ml-py", "pyarrow")

@@ -36,8 +36,7 @@ from benchmarks.recording import make_parser, parse_measuring
 from benchmarks.shapes import HEADS, shape
 from benchmarks.synthetic import random_model
 from dti_kernels import StreamLayout, candidate_layout, windowed_attn
-from dti_kernels.gpu import tiles
-from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile
+from dti_kernels.gpu import KERNELS, TABLE, Tile, forced
 from dti_model.config import DTIConfig
 from dti_model.model.attention import apply_dti, token_logits
 
@@ -84,7 +83,7 @@ def tune() -> Iterator[Callable[[], None]]:
     """The tiles that a sweep tries."""
 
     def with_tile(kernel: str, tile: Tile, x: AttentionInputs) -> None:
-        with tiles.forced({kernel: tile}):
+        with forced({kernel: tile}):
             x.run(windowed_attn)
 
     for heads, (_, _, head_dim) in HEADS.items():
@@ -196,7 +195,9 @@ def architecture_here() -> str:
     """Of this machine's GPU, asked in a process of its own: a process that has opened the device is not forked."""
     if REHEARSING or (torch.version.cuda is None and torch.version.hip is None):
         return "sm_90"
-    program = "import torch; from dti_kernels.gpu.tiles import architecture; print(architecture(torch.device('cuda', 0)))"
+    program = (
+        "import torch; from dti_kernels.gpu import architecture; print(architecture(torch.device('cuda', 0)))"
+    )
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.split()[-1]

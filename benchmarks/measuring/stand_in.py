@@ -16,9 +16,7 @@ from unittest import mock
 
 import torch
 
-from dti_kernels import ops
-from dti_kernels.gpu import tiles
-from dti_kernels.gpu.tiles import Tile
+from dti_kernels import gpu, ops
 
 
 def target_of(arch: str) -> Any:
@@ -34,7 +32,7 @@ class _Driver:
     def __init__(self, arch: str) -> None:
         self._target = target_of(arch)
         # Compiled kernels are kept by device: one device an architecture.
-        self._device = list(tiles.TABLE).index(arch)
+        self._device = list(gpu.TABLE).index(arch)
 
     def get_current_device(self) -> int:
         return self._device
@@ -72,24 +70,17 @@ def driver_of(arch: str) -> Iterator[None]:
 def recorded_launches(arch: str) -> Iterator[list[Any]]:
     """Inside, operators on CPU tensors take the GPU's path with the tiles of `arch`, and their launches are written into the list instead of
     launched: outputs hold anything."""
-    from dti_kernels.gpu import backward as triton_bwd
-    from dti_kernels.gpu import forward as triton_fwd
-    from dti_kernels.gpu import tile as triton_tile
-
     launches: list[Any] = []
 
-    def record(new: list[Any], _: torch.device) -> None:
-        launches.extend(new)
-
-    def choose(kernel: str, _: torch.device, head_dim: int, dtype: torch.dtype, mean_span: int) -> Tile:
-        return tiles.forced_tile(kernel) or tiles.table_tile(
-            arch, kernel, head_dim, dtype.itemsize * 8, mean_span
+    def choose(batch: gpu.Batch, kernel: Any) -> gpu.Tile:
+        name, q = kernel.fn.__name__.removesuffix("_kernel"), batch.x.q
+        return gpu.forced_tile(name) or gpu.table_tile(
+            arch, name, q.shape[2], q.dtype.itemsize * 8, batch.x.mean_span
         )
 
     with contextlib.ExitStack() as stack:
-        for module in (triton_tile, triton_fwd, triton_bwd):
-            stack.enter_context(mock.patch.object(module, "run_all", record))
-        stack.enter_context(mock.patch.object(triton_tile, "choose_tile", choose))
+        stack.enter_context(mock.patch.object(gpu.Batch, "run", lambda _, new: launches.extend(new)))
+        stack.enter_context(mock.patch.object(gpu.Batch, "tile", choose))
         stack.enter_context(mock.patch.object(ops, "_interpreting", return_value=True))
         stack.enter_context(mock.patch.object(ops, "_widened", list))
         yield launches
@@ -97,13 +88,7 @@ def recorded_launches(arch: str) -> Iterator[list[Any]]:
 
 def warm_up(launch: Any) -> Any:
     """What the just-in-time compiler makes of a launch inside `driver_of`; raises what it would raise before launching."""
-    return launch.kernel.warmup(
-        **launch.arguments,
-        grid=launch.grid,
-        num_warps=launch.tile.warps,
-        num_stages=launch.tile.stages,
-        enable_fp_fusion=True,
-    )
+    return launch.kernel.warmup(**launch.arguments, **launch.options, grid=launch.grid)
 
 
 @dataclass(frozen=True)
@@ -192,11 +177,7 @@ def compile_launch(launch: Any) -> Build:
 def why_not_compiled() -> str:
     """Why kernels cannot be compiled here, or nothing."""
     try:
-        import triton
+        interpreting = gpu.interpreting()
     except ImportError as error:
         return f"triton is not installed: {error}"
-    from dti_kernels.gpu.tile import visible
-
-    return (
-        "" if isinstance(visible, triton.JITFunction) else "TRITON_INTERPRET is set: kernels are interpreted"
-    )
+    return "TRITON_INTERPRET is set: kernels are interpreted" if interpreting else ""

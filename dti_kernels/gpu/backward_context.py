@@ -1,4 +1,4 @@
-"""Backward kernels of context rows: dQ over tiles of rows, dK/dV over tiles of keys (the maths: `triton_bwd.py`)."""
+"""Backward kernels of context rows: dQ over tiles of rows, dK/dV over tiles of keys (the maths: `backward.py`)."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -23,18 +23,30 @@ from dti_kernels.gpu.tile import (
     offsets,
     packed_base,
     packed_offsets,
+    program_rows,
     row_spans,
     store_tile,
     tile_of_loop,
-    tile_rows,
     to_exponent,
     visible,
 )
 
 
+@triton.jit
+def accumulate_dq(dq, q, do, k, v, lse, delta, seen, exponent_scale, NATURAL: tl.constexpr):
+    """dq before scaling after a tile of keys; `seen [M, N]`: which keys the rows see, None: all."""
+    s = inner(q, k)  # [M, N]
+    dp = inner(do, v)
+    p = exponential(s * exponent_scale - lse[:, None], NATURAL)
+    if seen is not None:
+        p = tl.where(seen, p, 0.0)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=PER_BATCH)
 def ctx_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, lse_tile_ptr, dq_ptr, marks_ptr, rows_ptr, num_rows, num_context, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, lse_tile_ptr, dq_ptr, row_marks_ptr, rows_ptr, num_rows, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dot, stride_doh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -44,17 +56,12 @@ def ctx_dq_kernel(
     Grid: (tiles of context rows, query heads / PACK). Reads q, do, out once and k, v over the tile's span; writes dq (laid
     out as out) and delta once.
     """
-    first = tl.program_id(0) * (BLOCK_M // PACK)
-    last = tl.minimum(first + BLOCK_M // PACK, num_context) - 1
-    row, lane = tile_rows(first, num_context, PACK, BLOCK_M)
-    head = tl.program_id(1) * PACK + lane
-    valid = row < num_context
+    first, last, row, head, valid = program_rows(0, num_context, PACK, BLOCK_M)
     q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
     do = load_tile(do_ptr, offsets(row, head, stride_dot, stride_doh), valid, HEAD_DIM, BLOCK_D, True)
     out = load_tile(out_ptr, offsets(row, head, stride_ot, stride_oh), valid, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0)
-    lse = to_exponent(lse, NATURAL)
+    lse = to_exponent(tl.load(lse_ptr + offsets(row, head, 1, num_rows), mask=valid, other=0.0), NATURAL)
     group = tl.program_id(1) * PACK // GROUP
     offs_tile = packed_offsets(row, group, head - group * GROUP, first, num_rows, GROUP, PACK)
     tl.store(delta_ptr + offs_tile, delta, mask=valid)
@@ -69,13 +76,9 @@ def ctx_dq_kernel(
 
     for i in range(0, num_full):
         key_0 = key_first + (num_left + i) * BLOCK_N
-        k = load_keys(k_ptr, key_0, stride_kt, offs_n, HEAD_DIM, BLOCK_D, False)  # [N, D]
+        k = load_keys(k_ptr, key_0, stride_kt, offs_n, HEAD_DIM, BLOCK_D, False)
         v = load_keys(v_ptr, key_0, stride_vt, offs_n, HEAD_DIM, BLOCK_D, False)
-        s = inner(q, k)  # [M, N]
-        dp = inner(do, v)
-        p = exponential(s * exponent_scale - lse[:, None], NATURAL)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = accumulate_dq(dq, q, do, k, v, lse, delta, None, exponent_scale, NATURAL)
 
     spans = row_spans(rows_ptr, num_rows, row, valid)  # loaded here: no registers held above
     num_simple = num_of_one_range(rows_ptr, num_rows, first, last, num_masked)
@@ -84,19 +87,15 @@ def ctx_dq_kernel(
             key_0, inside, seen = masked_keys(i, ranges, spans, TWO_RANGES, BLOCK_N)
             k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)
             v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
-            s = inner(q, k)
-            dp = inner(do, v)
-            p = exponential(s * exponent_scale - lse[:, None], NATURAL)
-            ds = tl.where(seen, p, 0.0) * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            dq = accumulate_dq(dq, q, do, k, v, lse, delta, seen, exponent_scale, NATURAL)
 
     store_tile(dq_ptr, offsets(row, head, stride_ot, stride_oh), valid, dq * scale, HEAD_DIM, BLOCK_D)
-    mark(marks_ptr, offsets(row, head, 1, num_rows), valid, dq)
+    mark(row_marks_ptr, offsets(row, head, 1, num_rows), valid, dq)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def ctx_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dv_ptr, dv_sum_ptr, marks_ptr, keys_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dv_ptr, dv_sum_ptr, context_marks_ptr, keys_ptr,
     num_rows, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
@@ -163,4 +162,4 @@ def ctx_dkv_kernel(
 
     store_tile(dk_ptr, offs_dk, inside, dk * scale, HEAD_DIM, BLOCK_D)
     store_tile(dv_ptr, offs_dk, inside, dv, HEAD_DIM, BLOCK_D)
-    mark(marks_ptr, offsets(key, group, 1, num_context), inside, dk + dv)
+    mark(context_marks_ptr, offsets(key, group, 1, num_context), inside, dk + dv)

@@ -1,5 +1,5 @@
-"""Backward kernels of [SUM] rows: dQ and the slopes' summands over tiles of rows, dK/dV of what they read over tiles of keys, and
-their own keys (the maths: `triton_bwd.py`)."""
+"""Backward kernels of [SUM] rows: dQ and the slopes' summands over tiles of rows, dK/dV over tiles of context keys, and dK/dV of their
+own keys (the maths: `backward.py`)."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -23,25 +23,25 @@ from dti_kernels.gpu.tile import (
     load_field,
     load_keys,
     load_tile,
-    masked_tile,
     offsets,
     packed_offsets,
+    program_rows,
     reset_ratio,
     row_spans,
     store_tile,
+    sum_scores,
     tile_of_loop,
     tile_rows,
     visible,
-    visible_keys,
 )
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def sum_dq_kernel(
-    q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr,
-    out_ptr, do_ptr, lse_ptr, delta_ptr, lse_tile_ptr, dq_ptr, dslopes_ptr, marks_ptr, rows_ptr,
+    q_ptr, k_sum_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr,
+    out_ptr, do_ptr, lse_ptr, delta_ptr, lse_tile_ptr, dq_ptr, dslopes_ptr, row_marks_ptr, rows_ptr,
     num_rows, num_queries, num_context, num_ratios, scale,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    stride_qt, stride_qh, stride_kst, stride_ksh, stride_vt, stride_vh,
     stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_ot, stride_oh, stride_dot, stride_doh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -51,11 +51,7 @@ def sum_dq_kernel(
     Grid: (tiles of [SUM] rows, query heads / PACK). Reads q, do, out and the rows' own k, v once, and k, v (with a reset
     also the initial ones) over the tile's span; writes dq, delta and `dslopes (H, S)` once.
     """
-    first = num_context + tl.program_id(0) * (BLOCK_M // PACK)
-    last = tl.minimum(first + BLOCK_M // PACK, num_rows) - 1
-    row, lane = tile_rows(first, num_rows, PACK, BLOCK_M)
-    head = tl.program_id(1) * PACK + lane
-    valid = row < num_rows
+    first, last, row, head, valid = program_rows(num_context, num_rows, PACK, BLOCK_M)
     query = row - (num_rows - num_queries)
     spans = row_spans(rows_ptr, num_rows, row, valid)
     q = load_tile(q_ptr, offsets(query, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
@@ -70,10 +66,11 @@ def sum_dq_kernel(
     tl.store(lse_tile_ptr + offs_tile, lse, mask=valid)
     ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
     num_tiles = ranges[4] + tl.cdiv(ranges[3] - ranges[2], BLOCK_N)
-    k_ptr += tl.cast(group, tl.int64) * stride_kh
+    k_sum_ptr += tl.cast(group, tl.int64) * stride_ksh
     v_ptr += tl.cast(group, tl.int64) * stride_vh
-    offs_n = tl.arange(0, BLOCK_N)
-    k_self = load_tile(k_ptr, offsets(row, 0, stride_kt, 0), valid, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    k_self = load_tile(k_sum_ptr, offsets(row, 0, stride_kst, 0), valid, HEAD_DIM, BLOCK_D, True).to(
+        tl.float32
+    )
     v_self = load_tile(v_ptr, offsets(row, 0, stride_vt, 0), valid, HEAD_DIM, BLOCK_D, True).to(tl.float32)
     p_self = exponential(tl.sum(q.to(tl.float32) * k_self, 1) * scale - lse, True)
     ds_self = p_self * (tl.sum(do.to(tl.float32) * v_self, 1) - delta)
@@ -81,6 +78,7 @@ def sum_dq_kernel(
     dslope = tl.zeros([BLOCK_M], tl.float32)
     mean_distance = tl.zeros([BLOCK_M], tl.float32)
     ds_total = ds_self
+    slope, reset_id = None, None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + head).to(tl.float32)
     if ratios_ptr is not None:
@@ -89,26 +87,14 @@ def sum_dq_kernel(
         reset_id = load_field(rows_ptr, RESET_ID, num_rows, row, valid)
 
     for i in range(0, num_tiles):
-        key_0, key_bound = masked_tile(i, *ranges[:5], 0, 0, BLOCK_N)
-        key = key_0 + offs_n
-        inside = key < key_bound
-        k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)  # [N, D]
-        v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
-        s = inner(q, k)  # [M, N]
-        if ratios_ptr is not None:
-            key_reset_id = load_field(rows_ptr, RESET_ID, num_rows, key, inside)
-            ratio = reset_ratio(ratios_ptr, num_ratios, reset_id[:, None], key_reset_id[None, :])
-            k_initial = load_keys(k_initial_ptr, key_0, stride_k0t, inside, HEAD_DIM, BLOCK_D, True)
-            v_initial = load_keys(v_initial_ptr, key_0, stride_v0t, inside, HEAD_DIM, BLOCK_D, True)
-            s = blend(s, inner(q, k_initial), ratio)
+        key_0, inside, k, v, k_initial, ratio, s, distance, seen = sum_scores(
+            i, ranges, spans, reset_id, slope, q, k_sum_ptr, v_ptr, k_initial_ptr, ratios_ptr, rows_ptr, num_rows, num_ratios, scale,
+            stride_kst, stride_vt, stride_k0t, HEAD_DIM, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
         dp = inner(do, v)
         if ratios_ptr is not None:
+            v_initial = load_keys(v_initial_ptr, key_0, stride_v0t, inside, HEAD_DIM, BLOCK_D, True)
             dp = blend(dp, inner(do, v_initial), ratio)
-        s = s * scale
-        if slopes_ptr is not None:
-            distance = alibi_distance(key[None, :], spans[1][:, None], spans[2][:, None], spans[3][:, None])
-            s -= slope[:, None] * distance
-        seen = visible_keys(spans, key, inside)
         p = tl.where(seen, exponential(s - lse[:, None], True), 0.0)
         # The slopes' summands are not computed again: 0 x inf must not reach them.
         ds = tl.where(seen, p * (dp - delta[:, None]), 0.0)
@@ -122,7 +108,7 @@ def sum_dq_kernel(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     store_tile(dq_ptr, offsets(query, head, stride_ot, stride_oh), valid, dq * scale, HEAD_DIM, BLOCK_D)
-    mark(marks_ptr, offsets(query, head, 1, num_queries), valid, dq)
+    mark(row_marks_ptr, offsets(query, head, 1, num_queries), valid, dq)
     if slopes_ptr is not None:
         offs_dslopes = offsets(row - num_context, head, 1, num_rows - num_context)
         # ds would add up to zero if delta were exact, but it comes from the rounded output: distances of hundreds of tokens
@@ -132,16 +118,16 @@ def sum_dq_kernel(
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def sum_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr,
-    do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dv_sum_ptr, dk_initial_ptr, dv_initial_ptr, marks_ptr, rows_ptr, keys_ptr,
+    q_ptr, k_sum_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr,
+    do_ptr, lse_tile_ptr, delta_ptr, dk_sum_ptr, dv_sum_ptr, dk_initial_ptr, dv_initial_ptr, sum_marks_ptr, rows_ptr, keys_ptr,
     num_rows, num_queries, num_context, num_ratios, scale,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    stride_qt, stride_qh, stride_kst, stride_ksh, stride_vt, stride_vh,
     stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_dot, stride_doh, stride_dkt, stride_dkh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What [SUM] rows contribute to BLOCK_N context keys of one key head: dk of their key stream, dv in float32, and with a
-    reset dk_initial and dv_initial.
+    """Gradients of BLOCK_N context keys of one key head from [SUM] rows: dk of their key stream, dv in float32, and with a reset
+    dk_initial and dv_initial.
 
     Grid: (tiles of keys, key heads). Reads the key streams once and q, do, lse, delta of the [SUM] rows that see the tile,
     for every head of the group; writes each gradient once.
@@ -150,7 +136,7 @@ def sum_dkv_kernel(
     key = key_0 + tl.arange(0, BLOCK_N)
     inside = key < num_context
     group = tl.program_id(1)
-    k = load_tile(k_ptr, offsets(key, group, stride_kt, stride_kh), inside, HEAD_DIM, BLOCK_D, True)
+    k = load_tile(k_sum_ptr, offsets(key, group, stride_kst, stride_ksh), inside, HEAD_DIM, BLOCK_D, True)
     v = load_tile(v_ptr, offsets(key, group, stride_vt, stride_vh), inside, HEAD_DIM, BLOCK_D, True)
     sum_start = load_field(keys_ptr, SUM_START, num_context, key, inside)
     sum_stop = load_field(keys_ptr, SUM_STOP, num_context, key, inside)
@@ -214,21 +200,21 @@ def sum_dkv_kernel(
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
     offs_dk = offsets(key, group, stride_dkt, stride_dkh)
-    store_tile(dk_ptr, offs_dk, inside, dk * scale, HEAD_DIM, BLOCK_D)
+    store_tile(dk_sum_ptr, offs_dk, inside, dk * scale, HEAD_DIM, BLOCK_D)
     store_tile(dv_sum_ptr, offs_dk, inside, dv, HEAD_DIM, BLOCK_D)
     if ratios_ptr is not None:
         store_tile(dk_initial_ptr, offs_dk, inside, dk_initial * scale, HEAD_DIM, BLOCK_D)
         store_tile(dv_initial_ptr, offs_dk, inside, dv_initial, HEAD_DIM, BLOCK_D)
         dk += dk_initial
         dv += dv_initial
-    mark(marks_ptr, offsets(key, group, 1, num_context), inside, dk + dv)
+    mark(sum_marks_ptr, offsets(key, group, 1, num_context), inside, dk + dv)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def sum_self_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dk_sum_ptr, dv_ptr,
+    q_ptr, k_sum_ptr, v_ptr, do_ptr, lse_tile_ptr, delta_ptr, dk_ptr, dk_sum_ptr, dv_ptr,
     num_rows, num_queries, num_context, scale,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
+    stride_qt, stride_qh, stride_kst, stride_ksh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the own keys and values of BLOCK_M [SUM] rows of one key head, and zeros for the keys nobody reads.
@@ -240,7 +226,7 @@ def sum_self_kernel(
     valid = row < num_rows
     query = row - (num_rows - num_queries)
     group = tl.program_id(1)
-    k = load_tile(k_ptr, offsets(row, group, stride_kt, stride_kh), valid, HEAD_DIM, BLOCK_D, True)
+    k = load_tile(k_sum_ptr, offsets(row, group, stride_kst, stride_ksh), valid, HEAD_DIM, BLOCK_D, True)
     v = load_tile(v_ptr, offsets(row, group, stride_vt, stride_vh), valid, HEAD_DIM, BLOCK_D, True)
     k, v = k.to(tl.float32), v.to(tl.float32)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

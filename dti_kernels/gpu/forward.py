@@ -1,4 +1,4 @@
-"""Forward kernels: one launch over context rows, one over [SUM] rows, and one that only numbers that are not finite give work.
+"""Forward kernels: one launch over context rows, one over [SUM] rows, and one over the rows that turned out not to be finite.
 
     m, l, acc = running maximum, sum of exp2(s - m) and sum of exp2(s - m) v       out = acc / l,  lse = m ln 2 + ln l
 
@@ -14,22 +14,17 @@ Cost: the keys of a tile's span are read once per tile of rows; scores never lea
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dti_kernels.gpu.isolation import mark, row_marks, rows_launch
+from dti_kernels.gpu.isolation import ROWS_TILE, isolated_rows_kernel, mark
+from dti_kernels.gpu.launch import Arguments, Batch, Launch, strides
 from dti_kernels.gpu.tile import (
     LN2,
     PER_BATCH,
     RESET_ID,
-    Batch,
-    Launch,
-    alibi_distance,
-    blend,
     exponential,
     inner,
     key_ranges,
@@ -37,38 +32,32 @@ from dti_kernels.gpu.tile import (
     load_keys,
     load_tile,
     masked_keys,
-    masked_tile,
     num_of_one_range,
     offsets,
-    reset_ratio,
+    program_rows,
     row_spans,
-    run_all,
     store_tile,
-    strides,
-    tile_rows,
+    sum_scores,
     to_exponent,
     to_natural,
-    visible_keys,
 )
 from dti_kernels.inputs import Inputs
 
 
 @triton.jit
-def accumulate(s, v, m_i, l_i, acc, exponent_scale, NATURAL: tl.constexpr):
-    """Maximum, sum and weighted values after a tile of scores `[M, N]` that every row sees."""
-    m_new = tl.maximum(m_i, tl.max(s, 1) * exponent_scale)
-    p = exponential(s * exponent_scale - m_new[:, None], NATURAL)
-    alpha = exponential(m_i - m_new, NATURAL)
-    l_i = l_i * alpha + tl.sum(p, 1)
-    return m_new, l_i, tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+def accumulate(s, v, m_i, l_i, acc, exponent_scale, NATURAL: tl.constexpr, MASKED: tl.constexpr):
+    """Maximum, sum and weighted values after a tile of scores `[M, N]`.
 
-
-@triton.jit
-def accumulate_masked(s, v, m_i, l_i, acc, NATURAL: tl.constexpr):
-    """The same after a tile of scaled scores that are -inf where a row does not see the key; it may have seen none yet."""
-    m_new = tl.maximum(m_i, tl.max(s, 1))
-    pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = exponential(s - pivot[:, None], NATURAL)
+    MASKED scores are scaled already, and -inf where a row does not see the key; a row may have seen none yet.
+    """
+    if MASKED:
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = exponential(s - pivot[:, None], NATURAL)
+    else:
+        m_new = tl.maximum(m_i, tl.max(s, 1) * exponent_scale)
+        pivot = m_new
+        p = exponential(s * exponent_scale - pivot[:, None], NATURAL)
     alpha = exponential(m_i - pivot, NATURAL)
     l_i = l_i * alpha + tl.sum(p, 1)
     return m_new, l_i, tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
@@ -76,7 +65,7 @@ def accumulate_masked(s, v, m_i, l_i, acc, NATURAL: tl.constexpr):
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def ctx_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, marks_ptr, rows_ptr, num_rows, num_context, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, row_marks_ptr, rows_ptr, num_rows, num_context, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, NATURAL: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
@@ -85,11 +74,7 @@ def ctx_fwd_kernel(
 
     Grid: (tiles of context rows, query heads / PACK). Reads q once and k, v over the tile's span; writes out and lse once.
     """
-    first = tl.program_id(0) * (BLOCK_M // PACK)
-    last = tl.minimum(first + BLOCK_M // PACK, num_context) - 1
-    row, lane = tile_rows(first, num_context, PACK, BLOCK_M)
-    head = tl.program_id(1) * PACK + lane
-    valid = row < num_context
+    first, last, row, head, valid = program_rows(0, num_context, PACK, BLOCK_M)
     q = load_tile(q_ptr, offsets(row, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
     ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
     key_first, num_left, num_full, num_masked = ranges[2], ranges[5], ranges[6], ranges[7]
@@ -114,20 +99,20 @@ def ctx_fwd_kernel(
             k = load_keys(k_ptr, key_0, stride_kt, offs_n, HEAD_DIM, BLOCK_D, False)
             v = load_keys(v_ptr, key_0 - BLOCK_N, stride_vt, offs_n, HEAD_DIM, BLOCK_D, False)
             s_next = inner(q, k)
-            m_i, l_i, acc = accumulate(s, v, m_i, l_i, acc, exponent_scale, NATURAL)
+            m_i, l_i, acc = accumulate(s, v, m_i, l_i, acc, exponent_scale, NATURAL, False)
             s = s_next
         v = load_keys(
             v_ptr, full_first + (num_full - 1) * BLOCK_N, stride_vt, any_full, HEAD_DIM, BLOCK_D, True
         )
         s = tl.where(num_full > 0, s * exponent_scale, float("-inf"))
-        m_i, l_i, acc = accumulate_masked(s, v, m_i, l_i, acc, NATURAL)
+        m_i, l_i, acc = accumulate(s, v, m_i, l_i, acc, exponent_scale, NATURAL, True)
     else:
         for i in range(0, num_full):
             key_0 = full_first + i * BLOCK_N
             k = load_keys(k_ptr, key_0, stride_kt, offs_n, HEAD_DIM, BLOCK_D, False)
             v = load_keys(v_ptr, key_0, stride_vt, offs_n, HEAD_DIM, BLOCK_D, False)
             s = inner(q, k)
-            m_i, l_i, acc = accumulate(s, v, m_i, l_i, acc, exponent_scale, NATURAL)
+            m_i, l_i, acc = accumulate(s, v, m_i, l_i, acc, exponent_scale, NATURAL, False)
 
     spans = row_spans(rows_ptr, num_rows, row, valid)  # loaded here: no registers held above
     num_simple = num_of_one_range(rows_ptr, num_rows, first, last, num_masked)
@@ -137,48 +122,44 @@ def ctx_fwd_kernel(
             k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)
             v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
             s = tl.where(seen, inner(q, k) * exponent_scale, float("-inf"))
-            m_i, l_i, acc = accumulate_masked(s, v, m_i, l_i, acc, NATURAL)
+            m_i, l_i, acc = accumulate(s, v, m_i, l_i, acc, exponent_scale, NATURAL, True)
 
     total = tl.where(valid, l_i, 1.0)
     out, offs_row = acc / total[:, None], offsets(row, head, 1, num_rows)
     store_tile(out_ptr, offsets(row, head, stride_ot, stride_oh), valid, out, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + offs_row, to_natural(m_i, NATURAL) + tl.log2(total) * LN2, mask=valid)
-    mark(marks_ptr, offs_row, valid, out)
+    mark(row_marks_ptr, offs_row, valid, out)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def sum_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr, out_ptr, lse_ptr, marks_ptr, rows_ptr,
+    q_ptr, k_sum_ptr, v_ptr, k_initial_ptr, v_initial_ptr, ratios_ptr, slopes_ptr, out_ptr, lse_ptr, row_marks_ptr, rows_ptr,
     num_rows, num_queries, num_context, num_ratios, scale,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    stride_qt, stride_qh, stride_kst, stride_ksh, stride_vt, stride_vh,
     stride_k0t, stride_k0h, stride_v0t, stride_v0h, stride_ot, stride_oh,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of BLOCK_M // PACK [SUM] rows of PACK heads; `k` is the key stream of [SUM] rows.
+    """Output and log-sum-exp of BLOCK_M // PACK [SUM] rows of PACK heads.
 
     Grid: (tiles of [SUM] rows, query heads / PACK). Reads q and the rows' own k, v once, and k, v (with a reset also the
     initial ones) over the tile's span; writes out and lse once.
     """
-    first = num_context + tl.program_id(0) * (BLOCK_M // PACK)
-    last = tl.minimum(first + BLOCK_M // PACK, num_rows) - 1
-    row, lane = tile_rows(first, num_rows, PACK, BLOCK_M)
-    head = tl.program_id(1) * PACK + lane
-    valid = row < num_rows
+    first, last, row, head, valid = program_rows(num_context, num_rows, PACK, BLOCK_M)
     query = row - (num_rows - num_queries)
     spans = row_spans(rows_ptr, num_rows, row, valid)
     q = load_tile(q_ptr, offsets(query, head, stride_qt, stride_qh), valid, HEAD_DIM, BLOCK_D, True)
     ranges = key_ranges(rows_ptr, num_rows, first, last, BLOCK_N)
     num_tiles = ranges[4] + tl.cdiv(ranges[3] - ranges[2], BLOCK_N)
     group = tl.cast(tl.program_id(1) * PACK // GROUP, tl.int64)
-    k_ptr += group * stride_kh
+    k_sum_ptr += group * stride_ksh
     v_ptr += group * stride_vh
-    offs_n = tl.arange(0, BLOCK_N)
-    k_self = load_tile(k_ptr, offsets(row, 0, stride_kt, 0), valid, HEAD_DIM, BLOCK_D, True)
+    k_self = load_tile(k_sum_ptr, offsets(row, 0, stride_kst, 0), valid, HEAD_DIM, BLOCK_D, True)
     v_self = load_tile(v_ptr, offsets(row, 0, stride_vt, 0), valid, HEAD_DIM, BLOCK_D, True)
     m_i = tl.sum(q.to(tl.float32) * k_self.to(tl.float32), 1) * scale
     l_i = tl.full([BLOCK_M], 1.0, tl.float32)
     acc = v_self.to(tl.float32)
+    slope, reset_id = None, None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + head).to(tl.float32)
     if ratios_ptr is not None:
@@ -187,22 +168,11 @@ def sum_fwd_kernel(
         reset_id = load_field(rows_ptr, RESET_ID, num_rows, row, valid)
 
     for i in range(0, num_tiles):
-        key_0, key_bound = masked_tile(i, *ranges[:5], 0, 0, BLOCK_N)
-        key = key_0 + offs_n
-        inside = key < key_bound
-        k = load_keys(k_ptr, key_0, stride_kt, inside, HEAD_DIM, BLOCK_D, True)  # [N, D]
-        v = load_keys(v_ptr, key_0, stride_vt, inside, HEAD_DIM, BLOCK_D, True)
-        s = inner(q, k)  # [M, N]
-        if ratios_ptr is not None:
-            key_reset_id = load_field(rows_ptr, RESET_ID, num_rows, key, inside)
-            ratio = reset_ratio(ratios_ptr, num_ratios, reset_id[:, None], key_reset_id[None, :])
-            k_initial = load_keys(k_initial_ptr, key_0, stride_k0t, inside, HEAD_DIM, BLOCK_D, True)
-            s = blend(s, inner(q, k_initial), ratio)
-        s *= scale
-        if slopes_ptr is not None:
-            distance = alibi_distance(key[None, :], spans[1][:, None], spans[2][:, None], spans[3][:, None])
-            s -= slope[:, None] * distance
-        s = tl.where(visible_keys(spans, key, inside), s, float("-inf"))
+        key_0, inside, _, v, _, ratio, s, _, seen = sum_scores(
+            i, ranges, spans, reset_id, slope, q, k_sum_ptr, v_ptr, k_initial_ptr, ratios_ptr, rows_ptr, num_rows, num_ratios, scale,
+            stride_kst, stride_vt, stride_k0t, HEAD_DIM, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+        s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         p = exponential(s - m_new[:, None], True)
         alpha = exponential(m_i - m_new, True)
@@ -218,29 +188,30 @@ def sum_fwd_kernel(
     out, offs_row = acc / l_i[:, None], offsets(query, head, 1, num_queries)
     store_tile(out_ptr, offsets(query, head, stride_ot, stride_oh), valid, out, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + offs_row, m_i + tl.log2(l_i) * LN2, mask=valid)
-    mark(marks_ptr, offs_row, valid, out)
+    mark(row_marks_ptr, offs_row, valid, out)
 
 
 def forward_launches(batch: Batch, out: Tensor, lse: Tensor) -> list[Launch]:
-    """The launches that fill `out` and `lse`."""
-    launches, marks = [], row_marks(batch)
-    outputs: dict[str, Any] = {"q_ptr": batch.q, "v_ptr": batch.v, "out_ptr": out, "lse_ptr": lse}
-    outputs |= {"marks_ptr": marks} | strides(q=batch.q, v=batch.v, o=out)
+    """The launches that fill `out` and `lse`; both must be contiguous."""
+    num_queries, num_heads, _ = out.shape
+    arguments: Arguments = {
+        **{"out_ptr": out, "lse_ptr": lse, **strides(o=out)},
+        "row_marks_ptr": batch.empty(num_heads, num_queries, dtype=torch.int8),
+        # `isolated_rows_kernel` computes the output where there is no gradient of it.
+        **{"written_ptr": out, "do_ptr": None, "delta_ptr": None, **strides(do=None)},
+    }
+    launches = []
     if batch.has_context_queries:
-        tile = batch.tile("ctx_fwd")
-        arguments = {**outputs, **batch.context_inputs(), **batch.sizes(tile), "AHEAD": tile.ahead}
-        launches.append(Launch(ctx_fwd_kernel, batch.row_grid(batch.num_context, tile), arguments, tile))
+        launches.append(batch.over_rows(ctx_fwd_kernel, batch.num_context, arguments))
     if batch.num_sum:
-        tile = batch.tile("sum_fwd")
-        arguments = {**outputs, **batch.sum_inputs(), **batch.sizes(tile)}
-        launches.append(Launch(sum_fwd_kernel, batch.row_grid(batch.num_sum, tile), arguments, tile))
-    return [*launches, rows_launch(batch, marks, out, lse)]
+        launches.append(batch.over_rows(sum_fwd_kernel, batch.num_sum, arguments))
+    return [*launches, batch.over_rows(isolated_rows_kernel, num_queries, arguments, ROWS_TILE)]
 
 
-def forward(x: Inputs) -> tuple[Tensor, Tensor]:
-    """`out (T, H, D)` in q's dtype and the natural log-sum-exp `(H, T)` in float32."""
-    q = x.q
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    run_all(forward_launches(Batch.of(x), out, lse), q.device)
+def run_forward(x: Inputs) -> tuple[Tensor, Tensor]:
+    """`out (T or S, H, D)` in q's dtype and the natural log-sum-exp `(H, T or S)` in float32."""
+    batch, (num_queries, num_heads, head_dim) = Batch(x), x.q.shape
+    out = batch.empty(num_queries, num_heads, head_dim, dtype=x.q.dtype)
+    lse = batch.empty(num_heads, num_queries)
+    batch.run(forward_launches(batch, out, lse))
     return out, lse

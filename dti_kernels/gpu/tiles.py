@@ -42,20 +42,29 @@ class Tile:
     pack: int = 16
     ahead: bool = False
 
+    def heads(self, group: int) -> int:
+        """How many heads of a group of `group` share a tile: the largest divisor of the group within the tile's limit."""
+        limit = min(group, self.pack, self.block_m)
+        return max(pack for pack in range(1, limit + 1) if group % pack == 0)
+
 
 # Most heads of a group in a tile: strides between them are multiplied in 32 bits.
 MAX_PACK = 32
 KERNELS = ("ctx_fwd", "ctx_dq", "ctx_dkv", "sum_fwd", "sum_dq", "sum_dkv")
 # Rows of the table by head_dim (up to), bits of the dtype, and whether the mean span is short (below 362 tokens, where long
 # tiles are mostly mask). A row that does not depend on the span is written once, under False.
-_Rows = dict[tuple[int, int, bool], tuple[Tile, Tile, Tile, Tile, Tile, Tile]]
+_Rows = dict[tuple[int, int, bool], tuple[Tile, ...]]
 
 
-def _row(*tiles: tuple[int, int, int, int], ahead: bool = False) -> tuple[Tile, Tile, Tile, Tile, Tile, Tile]:
-    """Six (rows, keys, warps, stages) in the order of KERNELS; `ahead` of the first."""
-    first, second, third, fourth, fifth, sixth = (Tile(*tile) for tile in tiles)
-    first = replace(first, ahead=ahead)
-    return first, second, third, fourth, fifth, sixth
+def _row(*tiles: tuple[int, int, int, int]) -> tuple[Tile, ...]:
+    """Six (rows, keys, warps, stages) in the order of KERNELS."""
+    return tuple(Tile(*tile) for tile in tiles)
+
+
+def _ahead(*tiles: tuple[int, int, int, int]) -> tuple[Tile, ...]:
+    """A row whose forward of context rows computes ahead."""
+    first, *others = _row(*tiles)
+    return replace(first, ahead=True), *others
 
 
 # float32 runs on the ordinary units, which hold operands in registers: small tiles, more warps.
@@ -81,36 +90,16 @@ _SM80: _Rows = _FLOAT32 | {
         (64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)
     ),
 }
-# 99 KiB of shared memory where sm_80 has 163: the rows above fit both.
-_SM86: _Rows = _SM80
 _SM90: _Rows = _FLOAT32 | {
-    (64, 16, True): _row(
-        (128, 64, 8, 3),
-        (64, 64, 4, 3),
-        (64, 64, 4, 3),
-        (32, 32, 4, 2),
-        (32, 64, 4, 2),
-        (32, 32, 4, 2),
-        ahead=True,
+    (64, 16, True): _ahead(
+        (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3), (32, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)
     ),
-    (64, 16, False): _row(
-        (128, 64, 8, 3),
-        (128, 64, 8, 3),
-        (64, 128, 8, 3),
-        (32, 32, 4, 2),
-        (32, 64, 4, 2),
-        (32, 32, 4, 2),
-        ahead=True,
+    (64, 16, False): _ahead(
+        (128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (32, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)
     ),
     # 64 x 64 with eight warps would compute every product of dK/dV twice, once in each of the two groups of warps.
-    (128, 16, False): _row(
-        (128, 64, 8, 3),
-        (128, 64, 8, 3),
-        (32, 128, 8, 3),
-        (32, 32, 4, 2),
-        (32, 32, 4, 2),
-        (16, 32, 4, 2),
-        ahead=True,
+    (128, 16, False): _ahead(
+        (128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3), (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)
     ),
     (256, 16, False): _row(
         (128, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (16, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)
@@ -151,19 +140,13 @@ _GFX942: _Rows = {
 }
 TABLE: dict[str, _Rows] = {
     "sm_80": _SM80,
-    "sm_86": _SM86,
+    "sm_86": _SM80,  # 99 KiB of shared memory where sm_80 has 163: the rows fit both
     "sm_90": _SM90,
     "sm_100": _SM100,
     "gfx942": _GFX942,
 }
-_CAPABILITIES = {
-    (8, 0): "sm_80",
-    (8, 6): "sm_86",
-    (8, 9): "sm_86",
-    (9, 0): "sm_90",
-    (10, 0): "sm_100",
-    (10, 3): "sm_100",
-}
+_CAPABILITIES = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86", (9, 0): "sm_90"}
+_CAPABILITIES |= {(10, 0): "sm_100", (10, 3): "sm_100"}
 # Little shared memory, plain tensor cores: what runs wherever Triton runs.
 SAFE = {"cuda": "sm_86", "hip": "gfx942"}
 _INTERPRETED = Tile(16, 16, 4, 1)

@@ -232,8 +232,8 @@ MUTANTS = [
         "dk of [SUM]s off by a percent",
         "triton",
         "sums",
-        "store_tile(dk_ptr, offs_dk, inside, dk * scale,",
-        "store_tile(dk_ptr, offs_dk, inside, dk * (scale * 1.01),",
+        "store_tile(dk_sum_ptr, offs_dk, inside, dk * scale,",
+        "store_tile(dk_sum_ptr, offs_dk, inside, dk * (scale * 1.01),",
     ),
 ]
 DTYPES = ("float64", "float32", "bfloat16", "float16")

@@ -194,22 +194,22 @@ def test_unwritten_memory_is_nan() -> None:
 
 def scratch_is_read_within(heads: int, tile: Tile) -> None:
     """The smallest batches: a tile of keys and heads is far larger than what there is of delta and the log-sum-exp."""
-    from dti_kernels.gpu import backward as triton_bwd
+    from dti_kernels.gpu.backward import Batch, Buffers
 
-    make = triton_bwd.Gradients.of
+    make = Buffers.of
 
     def guarded(x: torch.Tensor) -> torch.Tensor:
         buffer = torch.full((len(x) + 65536,), float("nan"))
         buffer[: len(x)] = x
         return buffer[: len(x)]
 
-    def make_guarded(batch: object) -> object:
-        grads = make(batch)
-        return dataclasses.replace(grads, delta=guarded(grads.delta), lse_tile=guarded(grads.lse_tile))
+    def make_guarded(batch: Batch) -> Buffers:
+        buffers = make(batch)
+        return buffers._replace(delta=guarded(buffers.delta), lse_tile=guarded(buffers.lse_tile))
 
     case = Case("tiny", [[1], [3]], [[0], [1]], [0, 1], window=2, num_heads=heads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_bwd.Gradients, "of", staticmethod(make_guarded))
+        patch.setattr(Buffers, "of", staticmethod(make_guarded))
         with tiles.forced({"ctx_dkv": tile, "sum_dkv": tile}):
             check_parity(case, torch.float32, windowed_attn)
 
