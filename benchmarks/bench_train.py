@@ -22,9 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.recording import make_parser, parse_measuring
 from benchmarks.synthetic import made_up_data
 from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
-from dti_model.model.run import Run
-from dti_model.training.compare import measure_training, packed_epoch, timed_step
-from dti_model.training.flops import StepCost
+from dti_model.model import Run
+from dti_model.training import StepCost, measure_training, packed_epoch, timed_step
 
 
 def measure(config: TrainConfig, ks: list[int | None], num_steps: int) -> list[dict[str, Any]]:

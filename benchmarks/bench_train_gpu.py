@@ -25,8 +25,8 @@ from benchmarks.shapes import MODELS
 from benchmarks.synthetic import random_model
 from dti_kernels import StreamLayout
 from dti_model.config import DTIConfig
-from dti_model.model.attention import apply_dti, token_logits
-from dti_model.training.flops import StepCost, peak_flops
+from dti_model.model import apply_dti, token_logits
+from dti_model.training import StepCost, peak_flops
 
 # Of a step's kernels, the longest ones that a profile's row names.
 _LONGEST = 10

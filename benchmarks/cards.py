@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from dti_model.training.flops import PEAK_TFLOPS
+from dti_model.training import PEAK_TFLOPS
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,7 @@ from benchmarks.shapes import shape
 from benchmarks.synthetic import random_model
 from dti_kernels import StreamLayout
 from dti_model.config import DTIConfig
-from dti_model.model.attention import Stream, apply_dti, position_ids
-from dti_model.model.run import MODEL_FOLDER, Run
-from dti_model.model.safe_loading import model_from
+from dti_model.model import MODEL_FOLDER, Run, apply_dti, model_from, model_inputs
 from dti_model.prompts import Prompts
 
 LAST, ALL = (-1,), None
@@ -64,12 +62,8 @@ def leak(model: PreTrainedModel, config: DTIConfig, example: Example, answers: t
     """
     input_ids, layout, outside = example
     embedded = model.get_input_embeddings()(input_ids).detach().requires_grad_()
-    output = model(
-        inputs_embeds=embedded[None],
-        position_ids=position_ids(layout, config)[None],
-        stream=Stream(layout),
-        use_cache=False,
-    )
+    inputs = model_inputs(input_ids, layout, config)
+    output = model(**{**inputs, "input_ids": None, "inputs_embeds": embedded[None]})
     no, yes = answers
     (gradient,) = torch.autograd.grad(output.logits[0, 0, yes] - output.logits[0, 0, no], embedded)
     context = gradient[: layout.num_context].double().norm(dim=-1)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.shapes import Shape, shape
 from dti_model.data import PreparedData
-from dti_model.model.safe_loading import fast_tokenizer_from
+from dti_model.model import fast_tokenizer_from
 
 
 def made_up_data(folder: Path) -> Path:

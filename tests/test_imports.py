@@ -31,7 +31,7 @@ def test_the_operator_imports_and_runs_without_triton() -> None:
 
 
 def test_training_and_scoring_need_no_polars(tmp_path: Path) -> None:
-    """Nor msgspec, jsonargparse or gguf: without them `import dti_model.training.train` ended in a ModuleNotFoundError."""
+    """Nor msgspec, jsonargparse or gguf: without them `import dti_model.training` ended in a ModuleNotFoundError."""
     folder = tmp_path / "data"
     prepare("ml-1m", folder, write_1m(tmp_path / "raw", some_ratings(60)), subset=True, vocab_size=400)
     command = [sys.executable, "-m", "tests.without_polars", str(folder), str(tmp_path / "run")]

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.report import report
 from benchmarks.synthetic import made_up_data
 from dti_model.config import ModelConfig, TrainConfig
-from dti_model.model.run import MODEL_FOLDER, Run
+from dti_model.model import MODEL_FOLDER, Run
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text()

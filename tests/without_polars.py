@@ -74,12 +74,12 @@ def train_and_score(data: Path, out: Path) -> None:
     """A run of two steps, and its scores by `score_targets`, by `Scorer` and of a file of requests."""
     from dti_model.config import ModelConfig, OptimConfig, TrainConfig
     from dti_model.data.texts import Template, template_text
-    from dti_model.evaluation.scoring import score_targets
+    from dti_model.evaluation import eval_targets, score_targets, split_metrics
     from dti_model.model.run import Run
     from dti_model.scorer import Scorer
     from dti_model.scorer.file import score_file
-    from dti_model.training.search import cell_config
-    from dti_model.training.train import train
+    from dti_model.training import train
+    from dti_model.training.grid_search import cell_config
 
     config = TrainConfig(
         data=data,
@@ -96,9 +96,9 @@ def train_and_score(data: Path, out: Path) -> None:
     assert result["val"]["auc"] > 0
 
     run = Run.load(out, device="cpu")
-    targets = run.targets("val")
+    targets = eval_targets(run.data, "val", run.config)
     probabilities = score_targets(run.model, run.config.dti, run.builder, targets, token_budget=300)
-    assert run.metrics("val", probabilities)["auc"] == result["val"]["auc"]
+    assert split_metrics(run, "val", probabilities)["auc"] == result["val"]["auc"]
 
     scorer = Scorer.from_run(out, device="cpu")
     new = {"title": "Brazil (1985)", "genres": ["Sci-Fi"]}

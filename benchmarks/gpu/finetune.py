@@ -29,13 +29,11 @@ from benchmarks.attention import STREAMING
 from benchmarks.measuring import DEVICE, REHEARSING
 from benchmarks.recording import RowFiles, make_parser, parse_measuring, read_rows
 from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
-from dti_model.evaluation.baselines import item_user_auc
-from dti_model.evaluation.metrics import click_metrics
-from dti_model.evaluation.scoring import score_targets
+from dti_model.evaluation import click_metrics, eval_targets, item_user_auc, score_targets
 from dti_model.launch import let_settings_rule
-from dti_model.model.run import Run, eval_targets
+from dti_model.model import Run
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.training.trainer import RunLog, StreamTrainer
+from dti_model.training import RunLog, StreamTrainer
 
 INSTRUCTION = "Films that one user rated, and whether the user liked each of them:\n"
 # Targets of a prompt in validation and test; and how many test targets get a prompt of their own, whose rows are some ten times as many.
@@ -159,7 +157,7 @@ def trainer_of(run: Run, limit: TimeLimit, watch: Watch, folder: str) -> TimedTr
     config, optim = run.config, run.config.optim
     prompts = Prompts.streaming(run.data, run.data.targets("train"), config.window, config.targets_per_prompt)
     dataset = PackedPrompts(run.builder, prompts, optim.token_budget, config.seed)
-    validation = run.targets("val")
+    validation = eval_targets(run.data, "val", config)
     let_settings_rule(optim.bf16)
     arguments = TrainingArguments(
         output_dir=folder,
@@ -220,7 +218,7 @@ def finetune(config: TrainConfig, limit: TimeLimit, files: RowFiles) -> None:
 
     set_seed(config.seed)
     run = Run.start(config)
-    watch = Watch(limit, note, lambda: test(run, note, run.targets("test"), STREAMING_K))
+    watch = Watch(limit, note, lambda: test(run, note, eval_targets(run.data, "test", config), STREAMING_K))
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(run, limit, watch, folder)
         dataset = trainer.train_dataset

@@ -38,7 +38,7 @@ from benchmarks.synthetic import random_model
 from dti_kernels import StreamLayout, candidate_layout, windowed_attn
 from dti_kernels.gpu import KERNELS, TABLE, Tile, forced
 from dti_model.config import DTIConfig
-from dti_model.model.attention import apply_dti, token_logits
+from dti_model.model import apply_dti, token_logits
 
 # One of each row of the table.
 MEAN_SPANS = (256, 1024)

@@ -31,14 +31,11 @@ from dti_model.data import (
     write_stats,
     write_table,
 )
-from dti_model.evaluation.metrics import click_metrics
-from dti_model.evaluation.scoring import score_targets
-from dti_model.files import whole_folder
-from dti_model.model.attention import apply_dti
-from dti_model.model.run import MODEL_FOLDER, Run, write_json
-from dti_model.model.safe_loading import model_from
+from dti_model.evaluation import click_metrics, score_targets
+from dti_model.files import whole_folder, write_json
+from dti_model.model import MODEL_FOLDER, Run, apply_dti, model_from
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.training.train import _arguments, _trainer
+from dti_model.training import trainer_of, training_arguments
 
 CELL_FILE = "cell.json"
 SCORING_BUDGET = 8192
@@ -175,7 +172,7 @@ def run_cell(cell: Cell, data: Path, folder: Path) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True)
     set_seed(cell.seed)
     run = Run.start(config)
-    trainer = _trainer(run, _arguments(config, config.optim))
+    trainer = trainer_of(run, training_arguments(config))
     dataset = trainer.train_dataset
     assert isinstance(dataset, PackedPrompts)
     if not cell.mixed:

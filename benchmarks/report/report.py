@@ -27,8 +27,7 @@ from benchmarks.recording import RESULTS, last_run, make_parser, provenance, rea
 from benchmarks.report.plots import attention_over_rows, auc_over_k, leak_by_layers, time_over_k
 from benchmarks.report.quality import LEAK, leak, quality, quality_rows
 from dti_kernels import StreamLayout
-from dti_model.evaluation.plots import plot_mask
-from dti_model.evaluation.report import metrics_table, sentence_about_baselines
+from dti_model.evaluation import metrics_table, plot_mask, sentence_about_baselines
 from dti_model.files import whole_file, write_json
 
 README = Path(__file__).parents[2] / "README.md"

@@ -14,8 +14,8 @@ from benchmarks.measuring import interleaved_ms
 from benchmarks.recording import Rows
 from benchmarks.scoring.candidates import ENCODED, ONE_EACH, ONE_PASS, candidate_rows, difference
 from dti_model.config import DTIConfig, ModelConfig, TrainConfig
-from dti_model.evaluation.scoring import score_targets
-from dti_model.model.run import Run, llama_config
+from dti_model.evaluation import score_targets
+from dti_model.model import Run, llama_config
 from dti_model.prompts import Prompts
 from dti_model.scorer import Scorer
 

@@ -24,8 +24,7 @@ from benchmarks.shapes import MODELS
 from benchmarks.synthetic import random_model
 from dti_kernels import candidate_layout
 from dti_model.config import DTIConfig
-from dti_model.model.attention import apply_dti, token_logits
-from dti_model.model.past import LayerKeys, Past
+from dti_model.model import LayerKeys, Past, apply_dti, token_logits
 
 Ids = npt.NDArray[np.int64]
 HISTORY, WINDOW = 20, 20

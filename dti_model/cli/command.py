@@ -269,7 +269,7 @@ def _quiet_transformers() -> None:
 
 def _train(options: Namespace) -> None:
     from dti_model.config import TrainConfig
-    from dti_model.training.train import train
+    from dti_model.training import train
 
     _quiet_transformers()
     settings = dict(vars(options))
@@ -279,7 +279,7 @@ def _train(options: Namespace) -> None:
 
 def _search(options: Namespace) -> None:
     from dti_model.config import TrainConfig
-    from dti_model.training.search import search
+    from dti_model.training import search
 
     _quiet_transformers()
     settings = dict(vars(options))
@@ -312,7 +312,7 @@ def _score(options: Namespace) -> None:
 
 
 def _fetch_model(options: Namespace) -> None:
-    from dti_model.model.fetch import fetch_model
+    from dti_model.model import fetch_model
 
     _quiet_transformers()
     route = fetch_model(options.name, options.out)
@@ -322,7 +322,7 @@ def _fetch_model(options: Namespace) -> None:
 
 
 def _export(options: Namespace) -> None:
-    from dti_model.model.export import export_run
+    from dti_model.model import export_run
 
     _quiet_transformers()
     made = export_run(options.run, options.out, options.library_only, options.base)

@@ -54,9 +54,8 @@ def add_evaluate(commands: Any, add_base: Any) -> None:
 def run_evaluate(options: Namespace) -> None:
     """Score, write the file, then print: a closed stdout loses nothing that was asked for, nor does a file that cannot be written."""
     from dti_model.devices import device_of_rank
-    from dti_model.evaluation.report import metrics_table, sentence_about_baselines
+    from dti_model.evaluation import evaluate_run, metrics_table, sentence_about_baselines
     from dti_model.ranks import first_rank_does, rank
-    from dti_model.training.train import evaluate_run
 
     if not RULES["k"].accepts(options.k):
         raise ValueError(must_be("k", as_yaml(options.k)))

@@ -1,0 +1,32 @@
+"""How good a model is: scores of prepared targets, metrics, baselines, tables and plots."""
+
+from __future__ import annotations
+
+from dti_model.evaluation.baselines import baseline_metrics, item_user_auc
+from dti_model.evaluation.metrics import click_metrics
+from dti_model.evaluation.plots import plot_mask, plot_report
+from dti_model.evaluation.report import metrics_table, sentence_about_baselines
+from dti_model.evaluation.scoring import score_targets
+from dti_model.evaluation.splits import (
+    eval_targets,
+    evaluate_run,
+    score_split,
+    split_metrics,
+    write_predictions,
+)
+
+__all__ = [
+    "baseline_metrics",
+    "click_metrics",
+    "eval_targets",
+    "evaluate_run",
+    "item_user_auc",
+    "metrics_table",
+    "plot_mask",
+    "plot_report",
+    "score_split",
+    "score_targets",
+    "sentence_about_baselines",
+    "split_metrics",
+    "write_predictions",
+]

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 
 from dti_kernels import StreamLayout
-from dti_model.model.run_folder import REPORT_MARK
+from dti_model.model import REPORT_MARK
 
 MODEL_COLOR, LINE_COLOR, SUM_COLOR = "#1f5fa8", "#8a8a8a", "#d1602b"
 
@@ -33,6 +31,8 @@ def plot_report(
         probabilities: `(S,)` test scores.
         baselines: metrics by split and line.
     """
+    from matplotlib.figure import Figure  # a second to import, which only plots need
+
     figure = Figure(figsize=(13, 4), layout="constrained")
     loss_axes, auc_axes, calibration_axes = figure.subplots(1, 3)
     losses = [(entry["epoch"], entry["loss"]) for entry in log_history if "loss" in entry]
@@ -76,6 +76,9 @@ def plot_mask(layout: StreamLayout, path: Path) -> None:
         layout: at most a few hundred rows, on any device.
         path: the PNG.
     """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
     layout = layout.to("cpu")
     num_context, num_rows = layout.num_context, layout.num_rows
     picture = np.zeros((num_rows, num_rows), np.int64)

@@ -18,7 +18,7 @@ from tqdm.auto import trange
 from transformers import PreTrainedModel
 
 from dti_model.config import DTIConfig
-from dti_model.model.attention import token_logits
+from dti_model.model import token_logits
 from dti_model.prompts import IntArray, PromptBuilder, Prompts, consecutive_batches
 from dti_model.ranks import rank, world_size
 

@@ -1,0 +1,54 @@
+"""The network: drop-in attention for Llama's family, pretrained models, runs, their folders, exports."""
+
+from __future__ import annotations
+
+from dti_model.model.attention import Stream, apply_dti, model_inputs, position_ids, token_logits
+from dti_model.model.click_model import ClickModel
+from dti_model.model.export import LibraryOnlyError, export_run
+from dti_model.model.fetch import fetch_model
+from dti_model.model.fingerprints import OtherOriginError, Provenance
+from dti_model.model.past import LayerKeys, Past, concatenated
+from dti_model.model.run import Run, llama_config, tokenizer_of
+from dti_model.model.run_folder import (
+    CHECKPOINTS_FOLDER,
+    LOCK_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    PREDICTION_COLUMNS,
+    REPORT_FILE,
+    REPORT_MARK,
+    RunExistsError,
+    check_model_is_ours,
+)
+from dti_model.model.safe_loading import fast_tokenizer_from, model_from
+
+__all__ = [
+    "CHECKPOINTS_FOLDER",
+    "LOCK_FILE",
+    "METRICS_FILE",
+    "MODEL_FOLDER",
+    "PREDICTION_COLUMNS",
+    "REPORT_FILE",
+    "REPORT_MARK",
+    "ClickModel",
+    "LayerKeys",
+    "LibraryOnlyError",
+    "OtherOriginError",
+    "Past",
+    "Provenance",
+    "Run",
+    "RunExistsError",
+    "Stream",
+    "apply_dti",
+    "check_model_is_ours",
+    "concatenated",
+    "export_run",
+    "fast_tokenizer_from",
+    "fetch_model",
+    "llama_config",
+    "model_from",
+    "model_inputs",
+    "position_ids",
+    "token_logits",
+    "tokenizer_of",
+]

@@ -248,6 +248,22 @@ def position_ids(layout: StreamLayout, config: DTIConfig) -> Tensor:
     return positions
 
 
+def model_inputs(
+    input_ids: Tensor,
+    layout: StreamLayout,
+    config: DTIConfig,
+    past: Past | None = None,
+    recorded: list[LayerKeys] | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of the model for a packed batch; see `token_logits`."""
+    return {
+        "input_ids": input_ids[None],
+        "position_ids": position_ids(layout, config)[None],
+        "stream": Stream(layout, past=past, recorded=recorded),
+        "use_cache": False,
+    }
+
+
 def token_logits(
     model: nn.Module,
     input_ids: Tensor,
@@ -269,13 +285,7 @@ def token_logits(
         past: context rows that need not be computed again.
         recorded: takes the keys of all context rows, layer after layer.
     """
-    output = model(
-        input_ids=input_ids[None],
-        position_ids=position_ids(layout, config)[None],
-        stream=Stream(layout, past=past, recorded=recorded),
-        use_cache=False,
-    )
-    logits: Tensor = output.logits[0]
+    logits: Tensor = model(**model_inputs(input_ids, layout, config, past, recorded)).logits[0]
     return logits[:, list(tokens)] if len(tokens) else logits
 
 

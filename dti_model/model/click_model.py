@@ -16,10 +16,10 @@ from dti_model.config import DTIConfig
 from dti_model.data import DataError, PreparedData, plain_backend
 from dti_model.devices import device_named
 from dti_model.files import check_checksums
-from dti_model.model.attention import apply_dti
 from dti_model.model.model_card import Description
-from dti_model.model.run import Run, load_slopes
-from dti_model.model.safe_loading import fast_tokenizer_from, model_from
+from dti_model.model.run import Run
+from dti_model.model.safe_loading import fast_tokenizer_from
+from dti_model.model.trained import load_whole
 from dti_model.prompts import PromptBuilder, PromptFormat
 
 
@@ -65,9 +65,7 @@ class ClickModel:
         is_new = description.data is not None
         check_checksums(folder, "Export the model again with `dti export`", required=is_new, is_model=True)
         tokenizer = fast_tokenizer_from(folder)
-        model: Any = apply_dti(model_from(folder), description.dti)
-        if description.dti.train_slopes:
-            load_slopes(model, folder)
+        model: Any = load_whole(folder, description.dti)
         model.to(device)
         builder, item_text = None, description.item_text
         if data is not None:

@@ -30,8 +30,9 @@ from dti_model.model.model_card import (
     write_card,
 )
 from dti_model.model.pretrained import load_causal_lm
-from dti_model.model.run import MODEL_FOLDER, check_model, loading, model_settings_of
+from dti_model.model.run_folder import MODEL_FOLDER
 from dti_model.model.safe_loading import adapter_from, config_from, fast_tokenizer_from
+from dti_model.model.trained import loading, open_trained
 from dti_model.places import check_new_folder
 from dti_model.prompts import PromptFormat
 
@@ -76,15 +77,9 @@ def export_run(
 
 
 def _exported(run: Path, out: Path, library_only: bool, base_model: str | None) -> Description:
-    config = TrainConfig.load(run)
+    config, _ = open_trained(run, base_model)
     source = run / MODEL_FOLDER
-    if not (source / "tokenizer.json").is_file():
-        raise FileNotFoundError(
-            f"{source} holds no model: the run has not ended. Give `dti train` the same settings again to go on"
-        )
-    check_model(run, config)
-    config = replace(config, model=model_settings_of(config, run, base_model))
-    with loading(source, f"Put it back, or delete {run} and train again"):
+    with loading(run):
         tokenizer = fast_tokenizer_from(source)
         model_config = config_from(source) if not config.model.uses_lora else None
     base = None

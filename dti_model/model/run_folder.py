@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dti_model.files import CHECKSUMS_FILE, is_passing, read_checksums
 from dti_model.model.fingerprints import PROVENANCE_FILE
+from dti_model.model.model_card import CARD_FILE
 
-CARD_FILE = "README.md"
 CHECKPOINTS_FOLDER, METRICS_FILE, LOCK_FILE = "checkpoints", "metrics.json", ".lock"
 REPORT_FILE = "report.png"
 REPORT_MARK = {"Software": "dti train"}  # a text in the PNG

@@ -22,10 +22,7 @@ import numpy.typing as npt
 import torch
 
 from dti_kernels import candidate_layout
-from dti_model.model.attention import token_logits
-from dti_model.model.click_model import ClickModel
-from dti_model.model.past import LayerKeys, Past, concatenated
-from dti_model.model.run import Run
+from dti_model.model import ClickModel, LayerKeys, Past, Run, concatenated, token_logits
 from dti_model.prompts import IntArray, consecutive_batches
 from dti_model.scorer.items import Item, ItemError, ItemTokens, user_text
 from dti_model.shown import shown

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dti_model.model.run import Run
+from dti_model.model import Run, token_logits
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.training.trainer import model_inputs
 
 
 @dataclass(frozen=True)
@@ -79,20 +78,18 @@ def timed_step(
 ) -> tuple[int, int, float, float]:
     """One timed step: rows, targets, seconds and peak MiB."""
     device = run.model.device
-    answers = torch.tensor(run.builder.format.labels)
-    inputs = model_inputs(dataset[step % len(dataset)], run.config.dti, answers)
-    labels = inputs.pop("labels").to(device)
-    inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-    inputs["stream"].layout = inputs["stream"].layout.to(device)
+    batch = dataset[step % len(dataset)].to(device)
+    labels = torch.tensor(run.builder.format.labels, device=device)[batch.labels]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     start = time.perf_counter()
-    loss = torch.nn.functional.cross_entropy(model(**inputs).logits[0].float(), labels)
+    logits = token_logits(model, batch.input_ids, batch.layout, run.config.dti)
+    loss = torch.nn.functional.cross_entropy(logits.float(), labels)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     float(loss.detach())  # waits for the device
     seconds = time.perf_counter() - start
     peak_mib = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
-    return inputs["input_ids"].numel(), labels.numel(), seconds, peak_mib
+    return batch.layout.num_rows, batch.layout.num_sum, seconds, peak_mib

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from dti_kernels import StreamLayout
 
@@ -36,10 +37,14 @@ def peak_flops(device: torch.device, bf16: bool) -> float | None:
     """Dense bfloat16 peak of a device in FLOP/s; None where it is not known, or the run computes in float32."""
     if device.type != "cuda" or not bf16:
         return None
-    words = torch.cuda.get_device_name(device).replace("-", " ")
-    found = (peak for name, peak in PEAK_TFLOPS.items() if f" {name} " in f" {words} ")
-    tera = next(found, None)
+    tera = peak_tflops(torch.cuda.get_device_name(device))
     return None if tera is None else tera * 1e12
+
+
+def peak_tflops(name: str) -> int | None:
+    """Entry of `PEAK_TFLOPS` for the name of a device; None: there is none."""
+    words = f" {name.replace('-', ' ')} "
+    return next((peak for part, peak in PEAK_TFLOPS.items() if f" {part} " in words), None)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class StepCost:
         return self.per_row * layout.num_rows + self.per_sum * layout.num_sum + self.per_pair * pairs
 
 
-class Speed:
+class Speed(TrainerCallback):
     """A stopwatch over training steps; validation and checkpoints in between do not count."""
 
     def __init__(self, peak: float | None) -> None:
@@ -97,14 +102,11 @@ class Speed:
 
     def add(self, targets: float, tokens: float, flops: float) -> None:
         """What the step trains, over all devices."""
-        self.targets, self.tokens, self.flops = (
-            self.targets + targets,
-            self.tokens + tokens,
-            self.flops + flops,
-        )
+        self.targets += targets
+        self.tokens += tokens
+        self.flops += flops
 
-    def end(self) -> None:
-        """The step has ended."""
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         if self._began is not None:
             self.seconds += time.perf_counter() - self._began
             self._began = None

@@ -12,23 +12,37 @@ import numpy as np
 import numpy.typing as npt
 
 from dti_model.config import CONFIG_FILE
-from dti_model.evaluation.baselines import baseline_metrics
-from dti_model.evaluation.plots import plot_report
-from dti_model.evaluation.report import metrics_table, sentence_about_baselines
+from dti_model.evaluation import (
+    baseline_metrics,
+    eval_targets,
+    metrics_table,
+    plot_report,
+    score_split,
+    sentence_about_baselines,
+    split_metrics,
+    write_predictions,
+)
 from dti_model.files import CHECKSUMS_FILE, sha256_of, whole_file, without_nan, write_sealed
-from dti_model.model.run import Run
-from dti_model.model.run_folder import METRICS_FILE, REPORT_FILE
+from dti_model.model import METRICS_FILE, REPORT_FILE, Run
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.ranks import world_size
+from dti_model.ranks import first_rank_does, world_size
 from dti_model.training.compare import measure_training
 from dti_model.training.start import check_results_are_ours
 from dti_model.training.trainer import StreamTrainer
 
 
-def write_results(
+def finish(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
+    """Score with all ranks; rank 0 writes everything down. Gives the content of metrics.json."""
+    splits = ("test", "val") if run.config.score_test else ("val",)
+    scores = {split: score_split(run, split, progress=run.config.progress) for split in splits}
+    result: dict[str, Any] = first_rank_does(lambda: _write_results(run, trainer, scores))
+    return result
+
+
+def _write_results(
     run: Run, trainer: StreamTrainer, scores: dict[str, npt.NDArray[np.float64]]
 ) -> dict[str, Any]:
-    """Write everything down; the content of metrics.json, which is the last file, so that a folder with one is finished.
+    """Write all files, metrics.json last: a folder with one is finished.
 
     Raises:
         RunExistsError: somebody's own file came into the place of one of these; it is untouched.
@@ -36,17 +50,18 @@ def write_results(
     """
     config, data = run.config, run.data
     check_results_are_ours(config.out)  # hours after the first look
-    result: dict[str, Any] = {split: run.metrics(split, scores[split]) for split in scores}
-    result["baselines"] = {split: baseline_metrics(data, split, run.targets(split)) for split in scores}
+    result: dict[str, Any] = {split: split_metrics(run, split, scores[split]) for split in scores}
+    rows = {split: eval_targets(data, split, config) for split in scores}
+    result["baselines"] = {split: baseline_metrics(data, split, rows[split]) for split in scores}
     for split in scores:
-        run.write_predictions(config.out / f"predictions-{split}.parquet", split, scores[split])
+        write_predictions(run, config.out / f"predictions-{split}.parquet", split, scores[split])
     result["training"] = _training_facts(run, trainer)
     last = next(iter(scores))  # test, where it is scored
     with whole_file(config.out / REPORT_FILE) as temporary:
         plot_report(
             temporary,
             trainer.state.log_history,
-            data.label[run.targets(last)],
+            data.label[rows[last]],
             scores[last],
             result["baselines"],
         )

@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 
 from dti_model.config import CONFIG_FILE, TrainConfig, is_run_config
 from dti_model.files import CHECKSUMS_FILE, locked, opened, read_checksums
-from dti_model.model.fingerprints import OtherOriginError, Provenance
-from dti_model.model.run_folder import (
+from dti_model.model import (
     CHECKPOINTS_FOLDER,
     LOCK_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
     PREDICTION_COLUMNS,
+    OtherOriginError,
+    Provenance,
     REPORT_FILE,
     REPORT_MARK,
     RunExistsError,

@@ -14,12 +14,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
 from dti_model.config import DTIConfig
-from dti_model.model.attention import Stream, position_ids
+from dti_model.model import token_logits
 from dti_model.prompts import PackedPrompts, StreamBatch
 from dti_model.ranks import world_size
 from dti_model.training.flops import Speed, StepCost, peak_flops
@@ -28,17 +27,6 @@ from dti_model.training.resumable import ResumableTrainer
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; the message names the step and the batch."""
-
-
-def model_inputs(batch: StreamBatch, config: DTIConfig, answers: Tensor) -> dict[str, Any]:
-    """A packed batch as keyword arguments of the model, plus `labels (S,)`: the label token of every target."""
-    return {
-        "input_ids": batch.input_ids[None],
-        "position_ids": position_ids(batch.layout, config)[None],
-        "stream": Stream(batch.layout),
-        "use_cache": False,
-        "labels": answers[batch.labels],
-    }
 
 
 class StreamTrainer(ResumableTrainer):
@@ -60,25 +48,26 @@ class StreamTrainer(ResumableTrainer):
             validate: scores the validation targets with the model as it is; metrics by name.
             kwargs: keyword arguments of Trainer; `train_dataset` is a `PackedPrompts`.
         """
-        answer_tokens = torch.tensor(answers)
-        super().__init__(data_collator=lambda batches: model_inputs(batches[0], dti, answer_tokens), **kwargs)
-        self.validate = validate
+        kwargs["args"].train_sampling_strategy = "sequential"  # the data set shuffles itself, by epoch
+        super().__init__(data_collator=self._collate, **kwargs)
+        self.dti, self.validate = dti, validate
+        self.answers = torch.tensor(answers, device=self.args.device)
         self.loss_is_scaled_for_ga = True
         peak = peak_flops(self.args.device, self.args.bf16)
         self.speed = Speed(peak and peak * world_size())
+        self.add_callback(self.speed)
         assert isinstance(self.model, (PreTrainedModel, PeftModel))
         self.step_cost = StepCost.of(self.model)
 
-    def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
-        """The data set shuffles itself, by epoch."""
-        dataset = self.train_dataset
-        assert isinstance(dataset, PackedPrompts)
-        return SequentialSampler(dataset)
+    def _collate(self, batches: list[StreamBatch]) -> dict[str, Any]:
+        """The one batch, and its FLOPs while the layout is on the CPU: accelerate moves the batch to the device."""
+        (batch,) = batches
+        return {"batch": batch, "flops": self.step_cost.flops(batch.layout)}
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        prepared = super()._prepare_inputs(inputs)
-        prepared["stream"] = Stream(inputs["stream"].layout.to(self.args.device))
-        return prepared
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """FLOPs of a batch, forward and backward."""
+        flops: int = inputs["flops"]
+        return flops
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -86,11 +75,11 @@ class StreamTrainer(ResumableTrainer):
         """The batches of one optimizer step and the number of their targets over all devices."""
         self.speed.begin()
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        layouts = [sample["stream"].layout for sample in samples]
+        layouts = [sample["batch"].layout for sample in samples]
         mine = [
             sum(layout.num_sum for layout in layouts),
             sum(layout.num_rows for layout in layouts),
-            sum(self.step_cost.flops(layout) for layout in layouts),
+            sum(sample["flops"] for sample in samples),
             int(self.terminate),
         ]
         # One exchange a step: float64 holds these integers exactly.
@@ -99,10 +88,6 @@ class StreamTrainer(ResumableTrainer):
         self.speed.add(targets, tokens, flops)
         self.stopping = num_terminated > 0
         return samples, counts[0].long()
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self.speed.end()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's, and how fast the steps since the last line were."""
@@ -118,17 +103,17 @@ class StreamTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Summed cross-entropy over the targets of the whole optimizer step."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        output = model(**inputs)
-        total = F.cross_entropy(output.logits[0].float(), labels, reduction="sum")
+        batch: StreamBatch = inputs["batch"]
+        logits = token_logits(model, batch.input_ids, batch.layout, self.dti)
+        labels = self.answers[batch.labels]
+        total = F.cross_entropy(logits.float(), labels, reduction="sum")
         # Gradients are averaged over devices, but every target weighs the same whatever device it is on.
         loss = (
             total
             * self.accelerator.num_processes
             / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
         )
-        return (loss, output) if return_outputs else loss
+        return (loss, {"logits": logits}) if return_outputs else loss
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -136,16 +121,16 @@ class StreamTrainer(ResumableTrainer):
         """Trainer's, and stop at the first loss that is not finite."""
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(self._where(inputs))
+            raise NonFiniteLossError(self._where(inputs["batch"]))
         return loss
 
-    def _where(self, inputs: dict[str, Any]) -> str:
+    def _where(self, batch: StreamBatch) -> str:
         state, dataset = self.state, self.train_dataset
         epoch = int(state.epoch or 0)
         assert isinstance(dataset, PackedPrompts)
         return (
             f"the loss is not finite at optimizer step {state.global_step + 1} (epoch {epoch + 1}), in a batch of "
-            f"{inputs['labels'].numel()} targets and {inputs['input_ids'].numel()} rows. The last checkpoint is good: lower "
+            f"{batch.layout.num_sum} targets and {batch.layout.num_rows} rows. The last checkpoint is good: lower "
             "the learning rate (--optim.learning_rate), or look at the batch with the same --seed"
         )
 

@@ -17,7 +17,7 @@ from benchmarks.leak_meter import (
 )
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.data import prepare
-from dti_model.training.train import train
+from dti_model.training import train
 from tests.data.movielens_files import some_ratings, write_1m
 
 

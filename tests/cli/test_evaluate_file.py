@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from dti_model import evaluation
 from dti_model.cli import evaluate as evaluate_cli
 from dti_model.cli import main
 from dti_model.files import WriteError, write_sealed
 from dti_model.files.locks import locked_beside
-from dti_model.training import train
 
 
 @pytest.fixture
@@ -35,7 +35,9 @@ def evaluate(run: Path, file: Path) -> int:
 
 @pytest.fixture
 def no_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "evaluate_run", lambda *_: pytest.fail("scored before the file was looked at"))
+    monkeypatch.setattr(
+        evaluation, "evaluate_run", lambda *_: pytest.fail("scored before the file was looked at")
+    )
 
 
 @pytest.mark.usefixtures("no_scoring")
@@ -199,13 +201,13 @@ def test_the_file_may_lie_in_the_run_folder_and_is_replaced(
     assert json.loads((run / "eval.json").read_text()) == first
     # Somebody puts a file there while it is scored.
     (run / "eval.json").unlink()
-    real = train.evaluate_run
+    real = evaluation.evaluate_run
 
     def meanwhile(*arguments: Any) -> Any:
         (run / "eval.json").write_text("mine")
         return real(*arguments)
 
-    monkeypatch.setattr(train, "evaluate_run", meanwhile)
+    monkeypatch.setattr(evaluation, "evaluate_run", meanwhile)
     capsys.readouterr()
     assert evaluate(run, run / "eval.json") == 2
     assert (run / "eval.json").read_text() == "mine"

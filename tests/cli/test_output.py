@@ -15,12 +15,12 @@ import pytest
 from tqdm.auto import tqdm
 
 from dti_model import __main__ as command
+from dti_model import training as train_module
 from dti_model.cli import evaluate as evaluate_cli
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.output import Output, unbreakable_output
-from dti_model.training import train as train_module
-from dti_model.training.train import train
+from dti_model.training import train
 from tests.conftest import ROOT
 
 
@@ -170,7 +170,7 @@ def test_ctrl_c_is_one_line(
     assert capsys.readouterr().err.endswith(
         "evaluate: interrupted: give the same command again to start again\n"
     )
-    monkeypatch.setattr("dti_model.training.search.search", interrupted)
+    monkeypatch.setattr("dti_model.training.search", interrupted)
     assert main(["search", "--grid={k: [1]}", "--data=x", "--out=y"]) == 130
     assert capsys.readouterr().err.endswith("give the same command again to go on where it was\n")
 

@@ -17,9 +17,10 @@ from dti_model.cli import main
 from dti_model.config import DTIConfig, LoraSettings, ModelConfig, OptimConfig, TrainConfig
 from dti_model.config.bounds import GROUPS, RULES
 from dti_model.config.strict_yaml import StrictYAMLError, check_yaml
+from dti_model.evaluation import score_split
 from dti_model.model.attention import apply_dti
 from dti_model.model.run import Run
-from dti_model.training.search import search
+from dti_model.training import search
 
 STRANGE: list[Any] = [None, "x", [], {}, [None], float("nan"), float("inf"), -1, 10**23, True, 0.5, b"x"]
 CLASSES = {"": TrainConfig, "dti.": DTIConfig, "model.": ModelConfig, "model.lora.": LoraSettings, "optim.": OptimConfig}  # fmt: skip
@@ -253,7 +254,7 @@ def test_a_window_beyond_every_history_is_cut_to_what_can_occur(small_folder: Pa
             dti=DTIConfig(alpha_max=0.5, reset_layers=(0, 1)),
             model=ModelConfig(layers=2, width=16, heads=2, kv_heads=1, mlp_width=24),
         )
-        scores.append(Run.start(config).score("test"))
+        scores.append(score_split(Run.start(config), "test"))
     np.testing.assert_array_equal(*scores)
 
 

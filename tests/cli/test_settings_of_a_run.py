@@ -19,7 +19,7 @@ from dti_model.model.fingerprints import OtherOriginError, settings_fingerprint
 from dti_model.model.run import Run
 from dti_model.model.run_folder import RunExistsError
 from dti_model.training.start import find_checkpoint
-from dti_model.training.train import train
+from dti_model.training import train
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from tests.data.movielens_files import some_ratings
 
 # A server imports once; every process that is killed starts from it.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dti_model.training.train", "dti_model.cli"])
+PROCESSES.set_forkserver_preload(["dti_model.training.driver", "dti_model.cli"])
 
 
 def command(out: Path, raw: Path | None, *more: str) -> list[str]:

@@ -18,12 +18,13 @@ from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.config.file import ConfigFileError
 from dti_model.files import DamagedFileError, write_checksums, write_sealed
+from dti_model.evaluation import score_split, split_metrics
 from dti_model.model.export import export_run
 from dti_model.model.run import Run
 from dti_model.model.run_folder import RunExistsError
 from dti_model.training.checkpoint import CheckpointError, check_checkpoint, last_checkpoint
 from dti_model.training.start import find_checkpoint
-from dti_model.training.train import train
+from dti_model.training import train
 from dti_model.training.trainer import StreamTrainer
 
 FLIPS_PER_FILE = 25
@@ -250,7 +251,7 @@ def test_flipped_bits_in_the_model(config: TrainConfig, whole: dict[str, Any]) -
                 assert_names(error, file)
                 found += 1
             else:
-                assert run.metrics("test", run.score("test")) == whole["test"]
+                assert split_metrics(run, "test", score_split(run, "test")) == whole["test"]
     assert found >= 10 * (len(names) - 1) - 3, "the card, README.md, is for people"
 
 
@@ -330,7 +331,7 @@ def test_a_model_folder_without_checksums_is_read(
         Run.load(tmp_path / "run")  # its config.yaml has a seal: the run is newer
     unsealed(tmp_path / "run")
     run = Run.load(tmp_path / "run")
-    assert run.metrics("test", run.score("test")) == whole["test"]
+    assert split_metrics(run, "test", score_split(run, "test")) == whole["test"]
     settings = tmp_path / "run" / "model" / "config.json"
     content = settings.read_text()
     for name, value in (("hidden_act", {}), ("pad_token_id", 1e308), ("vocab_size", None)):

@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from dti_model.cli import main
-from dti_model.training import train as training
+from dti_model.training import driver as training
 from dti_model.training.curves import Curves
 
 pytestmark = pytest.mark.slow
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dti_model.training.train", "dti_model.cli", "dti_model.evaluation.report"])
+PROCESSES.set_forkserver_preload(
+    ["dti_model.training.driver", "dti_model.cli", "dti_model.evaluation.report"]
+)
 
 
 def command(data: Path, out: Path) -> list[str]:

@@ -20,9 +20,9 @@ from dti_model.config import MODES, DTIConfig, LoraSettings, ModelConfig, TrainC
 from dti_model.data import DataError, PreparedData
 from dti_model.data.build import prepare
 from dti_model.data.sources.custom import CustomFiles
+from dti_model.model import MODEL_FOLDER, Run
 from dti_model.model.export import LibraryOnlyError, export_run
 from dti_model.model.model_card import plain_differences
-from dti_model.model.run import MODEL_FOLDER, Run
 from dti_model.scorer import Scorer
 from dti_model.scorer.items import ItemError
 from tests.files.test_damage import unsealed

@@ -13,7 +13,7 @@ from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.data import prepare
 from dti_model.model.export import export_run
 from dti_model.scorer import Scorer
-from dti_model.training.train import train
+from dti_model.training import train
 from tests.data.movielens_files import some_ratings, write_1m
 from tests.scorer.scoring_jobs import requests, score, write_jsonl
 

@@ -22,11 +22,12 @@ from dti_model.cli import main
 from dti_model.config import LoraSettings, ModelConfig, OptimConfig, TrainConfig
 from dti_model.config.references import PretrainedModelError, locate, located
 from dti_model.data import prepare
+from dti_model.evaluation import evaluate_run, score_split, split_metrics
+from dti_model.model import RunExistsError
 from dti_model.model.fingerprints import OtherOriginError, base_model_fingerprint, tokenizer_fingerprint
 from dti_model.model.pretrained import load_tokenizer
 from dti_model.model.run import Run
-from dti_model.training.search import search
-from dti_model.training.train import RunExistsError, evaluate_run, train
+from dti_model.training import search, train
 from dti_model.training.trainer import StreamTrainer
 from tests.conftest import ROOT
 from tests.data.movielens_files import some_ratings, write_1m
@@ -255,7 +256,7 @@ def test_a_run_works_from_every_directory_and_where_it_was_moved(
     run = Run.load(
         tmp_path / "alone", tmp_path / "new" / "data", base=str(tmp_path / "new" / "models" / "base")
     )
-    assert run.metrics("test", run.score("test")) == result["test"]
+    assert split_metrics(run, "test", score_split(run, "test")) == result["test"]
 
 
 def test_a_moved_run_goes_on(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from dti_kernels import StreamLayout
 from dti_model.config import DTIConfig, LoraSettings, ModelConfig, OptimConfig, TrainConfig
-from dti_model.evaluation.scoring import score_targets
+from dti_model.evaluation import eval_targets, evaluate_run, score_split, score_targets
 from dti_model.model.attention import Stream, apply_dti, position_ids, token_logits
 from dti_model.model.export import export_run
 from dti_model.model.lora import add_lora
 from dti_model.model.pretrained import PretrainedModelError, load_causal_lm, load_plain, load_tokenizer
 from dti_model.model.run import Run
 from dti_model.prompts import PromptFormat
-from dti_model.training.train import evaluate_run, train
+from dti_model.training import train
 from tests.model.pretrained_files import FAMILIES, pretrained_folder, small_tokenizer
 
 FLOAT32 = torch.finfo(torch.float32).eps
@@ -211,8 +211,8 @@ def test_a_lora_run_reloads_merges_and_loads_into_plain_transformers(config: Tra
     adapter = PeftModel.from_pretrained(untouched, folder).eval()
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     plain_run = Run(config, apply_dti(adapter, config.dti), run.tokenizer, run.data, run.builder)
-    scores = run.score("test")
-    assert abs(scores - plain_run.score("test")).max() < 1e-6
+    scores = score_split(run, "test")
+    assert abs(scores - score_split(plain_run, "test")).max() < 1e-6
 
     # Merged, with nothing of the run but dti.json.
     export_run(config.out, config.out.with_name("merged"), library_only=True)
@@ -221,7 +221,9 @@ def test_a_lora_run_reloads_merges_and_loads_into_plain_transformers(config: Tra
     told = json.loads((config.out.with_name("merged") / "dti.json").read_text())
     assert told["prompt"]["sum_token"] == run.builder.format.sum_token
     dti = DTIConfig(**{**told["dti"], "reset_layers": tuple(told["dti"]["reset_layers"])})
-    merged = score_targets(apply_dti(exported, dti), dti, run.builder, run.targets("test"))
+    merged = score_targets(
+        apply_dti(exported, dti), dti, run.builder, eval_targets(run.data, "test", run.config)
+    )
     assert abs(scores - merged).max() < 1e-5
     with pytest.raises(FileExistsError, match="is not empty"):
         export_run(config.out, config.out.with_name("merged"))

@@ -25,9 +25,8 @@ from dti_model.model import run as run_module
 from dti_model.model.export import export_run
 from dti_model.model.run_folder import LOCK_FILE, RunExistsError
 from dti_model.places import why_owned
+from dti_model.training import search, train
 from dti_model.training.checkpoint import CheckpointError
-from dti_model.training.search import search
-from dti_model.training.train import train
 from dti_model.training.trainer import StreamTrainer
 from tests.conftest import ROOT
 from tests.files.test_damage import unsealed

@@ -15,7 +15,7 @@ import torch
 
 from dti_model.cli import main
 from dti_model.config import ModelConfig, TrainConfig
-from dti_model.model.run import MODEL_FOLDER, Run
+from dti_model.model import MODEL_FOLDER, Run
 from dti_model.scorer import Scorer
 from dti_model.scorer import file as module
 from dti_model.scorer.file import FileScores, score_file

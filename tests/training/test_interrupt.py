@@ -24,9 +24,9 @@ import torch
 from dti_model import files
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.files import whole as whole_files
-from dti_model.model.run import CHECKPOINTS_FOLDER, METRICS_FILE
-from dti_model.training import checkpoint
-from dti_model.training import train as training
+from dti_model.model import CHECKPOINTS_FOLDER, METRICS_FILE
+from dti_model.training import checkpoint, train
+from dti_model.training import driver as training
 from dti_model.training.checkpoint import (
     OPTIMIZER_FILE,
     TRAINER_FILE,
@@ -35,14 +35,13 @@ from dti_model.training.checkpoint import (
     last_checkpoint,
 )
 from dti_model.training.resumable import TERMINATED_STATUS, Terminated
-from dti_model.training.train import train
 from dti_model.training.trainer import StreamTrainer
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 # A server imports once; every process that is killed starts from it.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dti_model.training.train"])
+PROCESSES.set_forkserver_preload(["dti_model.training.driver"])
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def kill_while(config: TrainConfig, moment: str, count: int) -> None:
         "writing": (checkpoint, "save_file"),
         "flushing": (whole_files, "_flush"),
         "removing": (shutil, "rmtree"),
-        "finishing": (training, "_finish"),
+        "finishing": (training, "finish"),
     }[moment]
     original, calls = getattr(module, name), [0]
 

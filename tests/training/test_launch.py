@@ -15,7 +15,7 @@ from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.devices import device_of_rank
 from dti_model.launch import num_processes
 from dti_model.ranks import join_ranks
-from dti_model.training.train import _arguments
+from dti_model.training import training_arguments
 
 
 @pytest.fixture
@@ -31,8 +31,7 @@ def test_the_precision_is_that_of_the_settings(config: TrainConfig, monkeypatch:
             patch.setenv("ACCELERATE_MIXED_PRECISION", told)
             patch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
             patch.setenv("ACCELERATE_USE_FSDP", "true")
-            optim = OptimConfig(bf16=bf16)
-            arguments = _arguments(dataclasses.replace(config, optim=optim), optim)
+            arguments = training_arguments(dataclasses.replace(config, optim=OptimConfig(bf16=bf16)))
             expected = "bf16" if bf16 else "no"
             assert arguments.mixed_precision == expected
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -49,7 +48,7 @@ def test_another_way_to_train_is_refused(
 ) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(ValueError, match=rf"the environment asks for .* \(ACCELERATE_USE_{name}\)"):
-        _arguments(config, config.optim)
+        training_arguments(config)
 
 
 PAIR = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -85,7 +84,7 @@ def test_processes_that_no_launcher_started(
     for name, value in environment.items():
         if value is not None:
             monkeypatch.setenv(name, value)
-    for call in (lambda: device_of_rank("cpu"), join_ranks, lambda: _arguments(config, config.optim)):
+    for call in (lambda: device_of_rank("cpu"), join_ranks, lambda: training_arguments(config)):
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
 

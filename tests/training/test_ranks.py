@@ -21,11 +21,12 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from dti_model import devices
 from dti_model.config import LoraSettings, ModelConfig, OptimConfig, TrainConfig
 from dti_model.devices import device_of_rank
+from dti_model.evaluation import evaluate_run
 from dti_model.files import locked
 from dti_model.model.run import Run
 from dti_model.model.run_folder import LOCK_FILE
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.training.train import evaluate_run, train
+from dti_model.training import train
 from tests.conftest import ROOT
 from tests.model.pretrained_files import pretrained_folder
 from tests.training.two_ranks import STOP_AT

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.model import RunExistsError
 from dti_model.model.fingerprints import OtherOriginError
-from dti_model.training import search as searching
-from dti_model.training.search import cell_config, cell_name, search
-from dti_model.training.train import RunExistsError
+from dti_model.training import grid_search as searching
+from dti_model.training.grid_search import cell_config, cell_name, search
 from tests.model.pretrained_files import pretrained_folder
 
 GRID = {"optim.learning_rate": [0.001, 0.03], "dti.alpha_max": [0.5]}

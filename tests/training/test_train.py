@@ -13,17 +13,12 @@ from torch.nn import functional as F
 
 from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
 from dti_model.data import DataError, PreparedData, prepare
+from dti_model.evaluation import evaluate_run, score_split
+from dti_model.model import METRICS_FILE, Run, RunExistsError
 from dti_model.model.attention import token_logits
-from dti_model.model.run import METRICS_FILE, Run
 from dti_model.prompts import Prompts
-from dti_model.training.train import (
-    RunExistsError,
-    _arguments,
-    _checkpointing_option,
-    _trainer,
-    evaluate_run,
-    train,
-)
+from dti_model.training import train, trainer_of, training_arguments
+from dti_model.training.setup import _checkpointing_option
 from dti_model.training.trainer import NonFiniteLossError, StreamTrainer
 from tests.data.movielens_files import some_ratings, write_1m
 from tests.model.pretrained_files import pretrained_folder
@@ -64,14 +59,16 @@ def test_every_target_weighs_one(config: TrainConfig) -> None:
     run = Run.start(
         dataclasses.replace(config, optim=optim, model=dataclasses.replace(config.model, dropout=0.0))
     )
-    trainer = _trainer(run, _arguments(run.config, run.config.optim))
+    trainer = trainer_of(run, training_arguments(run.config))
     samples, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, torch.device("cpu"))
-    assert int(count) == sum(len(sample["labels"]) for sample in samples)
+    batches = [sample["batch"] for sample in samples]
+    assert int(count) == sum(len(batch.labels) for batch in batches)
     total = sum(trainer.compute_loss(run.model, sample, num_items_in_batch=count) for sample in samples)
     single = []
-    for sample in samples:
-        logits = run.model(**{name: x for name, x in sample.items() if name != "labels"}).logits[0]
-        single.append(F.cross_entropy(logits, sample["labels"], reduction="none"))
+    for batch in batches:
+        logits = token_logits(run.model, batch.input_ids, batch.layout, config.dti)
+        answers = torch.tensor(run.builder.format.labels)[batch.labels]
+        single.append(F.cross_entropy(logits, answers, reduction="none"))
     torch.testing.assert_close(total, torch.cat(single).mean())
 
 
@@ -113,7 +110,7 @@ def test_activation_checkpointing_has_the_name_of_this_transformers(config: Trai
     assert _checkpointing_option(both) == "activation_checkpointing"
     for on in (False, True):
         optim = dataclasses.replace(config.optim, activation_checkpointing=on)
-        assert _arguments(config, optim).gradient_checkpointing is on
+        assert training_arguments(dataclasses.replace(config, optim=optim)).gradient_checkpointing is on
 
 
 def test_a_finished_run_holds_what_is_promised(config: TrainConfig) -> None:
@@ -159,9 +156,9 @@ def test_training_writes_nothing_into_new_buffers(
 
 def test_scores_do_not_depend_on_batches(config: TrainConfig) -> None:
     run = Run.start(config)
-    scores = run.score("test")
+    scores = score_split(run, "test")
     small = dataclasses.replace(config, optim=dataclasses.replace(config.optim, token_budget=40))
-    other = Run(small, run.model, run.tokenizer, run.data, run.builder).score("test")
+    other = score_split(Run(small, run.model, run.tokenizer, run.data, run.builder), "test")
     assert abs(scores - other).max() < 1e-6
 
 

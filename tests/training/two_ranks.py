@@ -16,8 +16,8 @@ from accelerate.utils import DistributedType
 
 from dti_model.config import TrainConfig
 from dti_model.ranks import exit_with, rank
+from dti_model.training import train
 from dti_model.training.resumable import Terminated
-from dti_model.training.train import train
 from dti_model.training.trainer import StreamTrainer
 
 STOP_AT = 7

@@ -35,13 +35,18 @@ from dti_model.data import PreparedData
 from dti_model.error_lines import did_you_mean
 from dti_model.files import DamagedFileError, check_checksums, locked, read_file, whole_file, write_json
 from dti_model.launch import let_settings_rule
-from dti_model.model.fingerprints import OtherOriginError, Provenance
-from dti_model.model.run import tokenizer_of
-from dti_model.model.run_folder import LOCK_FILE, METRICS_FILE, RunExistsError
+from dti_model.model import (
+    LOCK_FILE,
+    METRICS_FILE,
+    OtherOriginError,
+    Provenance,
+    RunExistsError,
+    tokenizer_of,
+)
 from dti_model.places import why_owned
 from dti_model.ranks import first_rank_does, join_ranks, rank
+from dti_model.training.driver import train
 from dti_model.training.start import check_is_no_broken_link, check_is_ours
-from dti_model.training.train import train
 
 MARKER_FILE, TABLE_FILE, CSV_FILE = "search-folder.json", "search.json", "search.csv"
 MARKER = {"made by": "dti search"}

@@ -1,0 +1,102 @@
+"""A split of a run: its targets, their scores and metrics, and the file of predictions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dti_model.config import TrainConfig
+from dti_model.data import PreparedData
+from dti_model.data.split import SPLIT_CODES
+from dti_model.devices import device_of_rank
+from dti_model.evaluation.baselines import baseline_metrics
+from dti_model.evaluation.metrics import click_metrics
+from dti_model.evaluation.scoring import score_targets
+from dti_model.files import whole_file, without_nan
+from dti_model.model import Run
+
+
+def eval_targets(data: PreparedData, split: str, config: TrainConfig) -> npt.NDArray[np.int64]:
+    """The rows of a split that a run is measured on, in the order of `data.targets`: all, or `max_eval_targets` drawn by the seed."""
+    rows, limit = data.targets(split), config.max_eval_targets
+    if not limit or len(rows) <= limit:
+        return rows
+    rng = np.random.default_rng([config.seed, SPLIT_CODES[split]])
+    return rows[np.sort(rng.choice(len(rows), limit, replace=False))]
+
+
+def score_split(run: Run, split: str, k: int | None = 1, progress: bool = False) -> npt.NDArray[np.float64]:
+    """Click probabilities in the order of `eval_targets`, from prompts of `k` targets (None: whole histories)."""
+    return score_targets(
+        run.model,
+        run.config.dti,
+        run.builder,
+        eval_targets(run.data, split, run.config),
+        token_budget=run.config.optim.token_budget,
+        k=k,
+        progress=f"scoring {split}" if progress else None,
+    )
+
+
+def split_metrics(run: Run, split: str, probabilities: npt.NDArray[np.float64]) -> dict[str, float]:
+    """`click_metrics` of the scores of a split."""
+    rows = eval_targets(run.data, split, run.config)
+    return click_metrics(run.data.label[rows], probabilities, run.data.users_of(rows))
+
+
+def write_predictions(run: Run, path: Path, split: str, probabilities: npt.NDArray[np.float64]) -> None:
+    """Write one Parquet row per target, in a file that appears when complete."""
+    data, rows = run.data, eval_targets(run.data, split, run.config)
+    users = np.asarray(data.user_ids, object)[data.users_of(rows)]
+    items = np.asarray(data.item_ids, object)[data.item[rows]]
+    table = pa.table(
+        {
+            "user": pa.array(users, pa.large_string()),
+            "item": pa.array(items, pa.large_string()),
+            "timestamp": data.timestamp[rows],
+            "label": data.label[rows],
+            "probability": probabilities,
+        }
+    )
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def evaluate_run(
+    folder: Path,
+    data_folder: Path | None,
+    split: str,
+    device: str | None = None,
+    progress: bool = True,
+    k: int | None = 1,
+    other_data: bool = False,
+    base: str | None = None,
+) -> dict[str, Any]:
+    """Score a split with a trained run, and the baselines on the same targets.
+
+    Args:
+        folder: the run folder.
+        data_folder: as in `Run.load`, like `other_data`, `base` and the errors.
+        split: "val" or "test".
+        device: of this process; of several processes, which share the work, its type alone.
+        progress: show a bar.
+        k: targets per prompt; None: whole histories.
+
+    Returns:
+        Metrics under the name of the split, those of the baselines, and the run's provenance.
+    """
+    run = Run.load(folder, data_folder, device_of_rank(device), other_data, base)
+    scores = score_split(run, split, k, progress)
+    baselines = baseline_metrics(run.data, split, eval_targets(run.data, split, run.config))
+    result = {
+        split: split_metrics(run, split, scores),
+        "baselines": {split: baselines},
+        "provenance": asdict(run.provenance),
+    }
+    return dict(without_nan(result))

@@ -1,0 +1,96 @@
+"""One training run: from prepared data to a run folder with model, metrics, predictions and plot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from dti_model.config import TrainConfig
+from dti_model.data import DataError, PreparedData
+from dti_model.evaluation import eval_targets
+from dti_model.model import MODEL_FOLDER, Run
+from dti_model.output import unbreakable_output
+from dti_model.ranks import first_rank_does, rank
+from dti_model.training.results import finish
+from dti_model.training.start import check_same_origin, find_checkpoint, run_folder_of
+from dti_model.training.setup import trainer_of, training_arguments
+from dti_model.training.trainer import StreamTrainer
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train, choose the best epoch on validation, score validation and test once, and write the run folder.
+
+    A run folder with the same settings and an unfinished run goes on from its last checkpoint. The folder is locked meanwhile.
+
+    Args:
+        config: every setting.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        RunExistsError: the folder belongs to a run with other settings, to a finished one, or to something else.
+        LockedError: another process trains into it.
+        OtherOriginError: data, tokenizer or pretrained model changed since the checkpoint was written.
+        CheckpointError: the checkpoint to go on from is damaged.
+        WriteError: the disk is full.
+        DataError: the prepared data cannot be read or has no usable targets.
+        NonFiniteLossError: training diverged.
+        ValueError: FSDP2 cannot shard this model.
+    """
+    config = config.located()
+    _check_splits(PreparedData.open(config.data), config)
+    arguments = training_arguments(config)  # joins the other processes, where there are any
+    with unbreakable_output(), run_folder_of(config.out, "dti train"):
+        return _train_in(config, arguments)
+
+
+def _train_in(config: TrainConfig, arguments: TrainingArguments) -> dict[str, Any]:
+    """`train`, in a run folder that is ours alone."""
+    checkpoint = first_rank_does(lambda: find_checkpoint(config))
+    set_seed(config.seed)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    # Else PyTorch also writes NaN into every new buffer, a pass over memory each, which is for finding reads of what nobody wrote.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
+    run = Run.start(config)
+    _check_sharding(run)
+    if checkpoint is not None:
+        check_same_origin(checkpoint, run.provenance)
+    trainer = trainer_of(run, arguments)
+    # A pretrained model has a level before training. Not again after an interruption: it would count for early stopping.
+    trainer.args.eval_on_start = config.model.pretrained is not None and checkpoint is None
+    if rank():
+        torch.manual_seed(config.seed + rank())  # weights are equal by now; dropout differs from rank to rank
+    first_rank_does(lambda: config.save(config.out))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _save_model(run, trainer)
+    return finish(run, trainer)
+
+
+def _check_sharding(run: Run) -> None:
+    # accelerate does not see through peft's wrapper that embedding and head are one weight, and shards it twice.
+    config = run.config
+    if config.optim.fsdp and config.model.uses_lora and run.model.config.tie_word_embeddings:
+        raise ValueError(
+            f"{config.model.pretrained} has one weight for embedding and head, which FSDP2 cannot shard together with "
+            "LoRA: leave optim.fsdp out (DDP), or use model.finetune full"
+        )
+
+
+def _save_model(run: Run, trainer: StreamTrainer) -> None:
+    # A sharded model is gathered by all ranks.
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    first_rank_does(lambda: run.save_model(run.config.out / MODEL_FOLDER, weights))
+
+
+def _check_splits(data: PreparedData, config: TrainConfig) -> None:
+    """Before hours of training: both classes in every split that is scored."""
+    for split in ("train", "val", "test") if config.score_test else ("train", "val"):
+        labels = data.label[data.targets(split) if split == "train" else eval_targets(data, split, config)]
+        if len(set(labels.tolist())) < 2:
+            raise DataError(
+                f"{data.path}: the {len(labels):,} {split} targets do not have both classes, so there is no AUC. "
+                "Prepare again with another --threshold, --split or --min-context, or with more data"
+            )
