@@ -32,7 +32,7 @@ from dti_model.model.model_card import (
 from dti_model.model.pretrained import load_causal_lm
 from dti_model.model.run_folder import MODEL_FOLDER
 from dti_model.model.safe_loading import adapter_from, config_from, fast_tokenizer_from
-from dti_model.model.trained import loading, open_trained
+from dti_model.model.trained import loading, open_trained, with_base
 from dti_model.places import check_new_folder
 from dti_model.prompts import PromptFormat
 
@@ -77,7 +77,8 @@ def export_run(
 
 
 def _exported(run: Path, out: Path, library_only: bool, base_model: str | None) -> Description:
-    config, _ = open_trained(run, base_model)
+    config, made_of = open_trained(run)
+    config = with_base(config, run, base_model, made_of)
     source = run / MODEL_FOLDER
     with loading(run):
         tokenizer = fast_tokenizer_from(source)

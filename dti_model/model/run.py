@@ -39,7 +39,7 @@ from dti_model.model.model_card import CARD_FILE, Description, plain_differences
 from dti_model.model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.model.run_folder import MODEL_FOLDER, check_model_is_ours
 from dti_model.model.safe_loading import adapter_from, fast_tokenizer_from
-from dti_model.model.trained import data_of, load_whole, loading, open_trained
+from dti_model.model.trained import data_of, load_whole, loading, open_trained, with_base
 from dti_model.prompts import PromptBuilder, PromptFormat
 
 
@@ -105,14 +105,15 @@ class Run:
             ValueError: there is no such device.
         """
         device = device_named(device)
-        config, made_of = open_trained(folder, base)
+        config, made_of = open_trained(folder)
         data = PreparedData.open(data_folder or data_of(config, folder))
         if made_of is not None and data.fingerprint != made_of.data and not other_data:
             raise OtherOriginError(
                 f"{data.path} is not the prepared data that {folder} was trained on: targets to score may be among those trained "
                 "on. Give the data of the run with --data, or say --other-data if it is meant"
             )
-        config, path = replace(config, data=data.path), folder / MODEL_FOLDER
+        config = with_base(replace(config, data=data.path), folder, base, made_of)
+        path = folder / MODEL_FOLDER
         with loading(folder):
             tokenizer = fast_tokenizer_from(path)
             if config.model.uses_lora:

@@ -20,7 +20,6 @@ from dti_model.config import (
     CONFIG_FILE,
     HUB,
     DTIConfig,
-    ModelConfig,
     PretrainedModelError,
     TrainConfig,
     is_sealed,
@@ -33,22 +32,16 @@ from dti_model.model.run_folder import MODEL_FOLDER
 from dti_model.model.safe_loading import model_from
 
 
-def open_trained(folder: Path, base: str | None = None) -> tuple[TrainConfig, Provenance | None]:
+def open_trained(folder: Path) -> tuple[TrainConfig, Provenance | None]:
     """Check that `model/` of a run folder is what was written, and was trained with the settings of config.yaml.
 
-    Args:
-        folder: the run folder.
-        base: where the pretrained model of a LoRA run is; None: where it was, or moved together with the run folder.
-
     Returns:
-        The settings, with the pretrained model where it is now, and the fingerprints; None: version 0.1.0 wrote none.
+        The settings and the fingerprints; None: version 0.1.0 wrote none.
 
     Raises:
         FileNotFoundError: `folder` is no run folder, or its training has not ended.
         DamagedFileError: a file is not what was written, or missing.
-        OtherOriginError: the model was trained with other settings, or from another pretrained model.
-        PretrainedModelError: there is no pretrained model.
-        ValueError: `base` is given and the run needs none.
+        OtherOriginError: the model was trained with other settings.
     """
     config = TrainConfig.load(folder)
     path = folder / MODEL_FOLDER
@@ -67,22 +60,32 @@ def open_trained(folder: Path, base: str | None = None) -> tuple[TrainConfig, Pr
             f"{folder / CONFIG_FILE} does not hold the settings that {path} was trained with: one of them is another run's. "
             f"{_way_out(folder)}"
         )
-    return replace(config, model=_with_base(config, folder, base, made_of)), made_of
+    return config, made_of
 
 
 def _way_out(folder: Path) -> str:
     return f"Put it back, or delete {folder} and train again"
 
 
-def _with_base(
-    config: TrainConfig, folder: Path, base: str | None, made_of: Provenance | None
-) -> ModelConfig:
-    """The model's settings, with the pretrained model of a LoRA run where it is now."""
+def with_base(config: TrainConfig, folder: Path, base: str | None, made_of: Provenance | None) -> TrainConfig:
+    """The settings of a run, with the pretrained model where it is now.
+
+    Args:
+        config: of the run folder.
+        folder: the run folder.
+        base: where the pretrained model of a LoRA run is; None: where it was, or moved together with the run folder.
+        made_of: the run's fingerprints.
+
+    Raises:
+        PretrainedModelError: there is no such model.
+        OtherOriginError: it is another model.
+        ValueError: `base` is given and the run needs none.
+    """
     model = config.model
-    if base is not None and not model.uses_lora:
-        raise ValueError(f"{folder} holds a whole model and needs no base model: leave --base out")
     if not model.uses_lora:
-        return model
+        if base is not None:
+            raise ValueError(f"{folder} holds a whole model and needs no base model: leave --base out")
+        return config
     assert model.pretrained is not None
     reference = base or model.pretrained
     if base is None and not reference.startswith(HUB) and not Path(reference).exists():
@@ -99,7 +102,7 @@ def _with_base(
             f"{reference} is not the pretrained model that {folder} was trained from: its adapter fits that one only. Say with "
             "--base where it is"
         )
-    return replace(model, pretrained=reference)
+    return replace(config, model=replace(model, pretrained=reference))
 
 
 def data_of(config: TrainConfig, folder: Path) -> Path:
