@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dti_model.config import TrainConfig
-from dti_model.data import PreparedData
-from dti_model.data.split import SPLIT_CODES
+from dti_model.data import SPLIT_CODES, PreparedData
 from dti_model.devices import device_of_rank
 from dti_model.evaluation.baselines import baseline_metrics
 from dti_model.evaluation.metrics import click_metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dti_model.training.compare import measure_training, packed_epoch, timed_step
 from dti_model.training.driver import train
-from dti_model.training.flops import PEAK_TFLOPS, StepCost, peak_flops, peak_tflops
+from dti_model.training.flops import PEAK_TFLOPS, StepCost, peak_flops
 from dti_model.training.grid_search import search
 from dti_model.training.setup import trainer_of, training_arguments
 from dti_model.training.trainer import RunLog, StreamTrainer
@@ -17,7 +17,6 @@ __all__ = [
     "measure_training",
     "packed_epoch",
     "peak_flops",
-    "peak_tflops",
     "search",
     "timed_step",
     "train",

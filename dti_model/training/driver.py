@@ -14,8 +14,8 @@ from dti_model.model import MODEL_FOLDER, Run
 from dti_model.output import unbreakable_output
 from dti_model.ranks import first_rank_does, rank
 from dti_model.training.results import finish
-from dti_model.training.start import check_same_origin, find_checkpoint, run_folder_of
 from dti_model.training.setup import trainer_of, training_arguments
+from dti_model.training.start import check_same_origin, find_checkpoint, run_folder_of
 from dti_model.training.trainer import StreamTrainer
 
 

@@ -37,14 +37,8 @@ def peak_flops(device: torch.device, bf16: bool) -> float | None:
     """Dense bfloat16 peak of a device in FLOP/s; None where it is not known, or the run computes in float32."""
     if device.type != "cuda" or not bf16:
         return None
-    tera = peak_tflops(torch.cuda.get_device_name(device))
-    return None if tera is None else tera * 1e12
-
-
-def peak_tflops(name: str) -> int | None:
-    """Entry of `PEAK_TFLOPS` for the name of a device; None: there is none."""
-    words = f" {name.replace('-', ' ')} "
-    return next((peak for part, peak in PEAK_TFLOPS.items() if f" {part} " in words), None)
+    words = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
+    return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if f" {name} " in words), None)
 
 
 @dataclass(frozen=True)

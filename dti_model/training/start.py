@@ -23,10 +23,10 @@ from dti_model.model import (
     METRICS_FILE,
     MODEL_FOLDER,
     PREDICTION_COLUMNS,
-    OtherOriginError,
-    Provenance,
     REPORT_FILE,
     REPORT_MARK,
+    OtherOriginError,
+    Provenance,
     RunExistsError,
     check_model_is_ours,
 )

@@ -18,8 +18,8 @@ from dti_model.model.export import export_run
 from dti_model.model.fingerprints import OtherOriginError, settings_fingerprint
 from dti_model.model.run import Run
 from dti_model.model.run_folder import RunExistsError
-from dti_model.training.start import find_checkpoint
 from dti_model.training import train
+from dti_model.training.start import find_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,14 @@ import yaml
 from dti_model.cli import main
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.config.file import ConfigFileError
-from dti_model.files import DamagedFileError, write_checksums, write_sealed
 from dti_model.evaluation import score_split, split_metrics
+from dti_model.files import DamagedFileError, write_checksums, write_sealed
 from dti_model.model.export import export_run
 from dti_model.model.run import Run
 from dti_model.model.run_folder import RunExistsError
+from dti_model.training import train
 from dti_model.training.checkpoint import CheckpointError, check_checkpoint, last_checkpoint
 from dti_model.training.start import find_checkpoint
-from dti_model.training import train
 from dti_model.training.trainer import StreamTrainer
 
 FLIPS_PER_FILE = 25
