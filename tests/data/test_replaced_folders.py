@@ -14,8 +14,7 @@ from dti_model.cli import main
 from dti_model.config import TrainConfig
 from dti_model.data import DataError, PreparedData, build, prepare
 from dti_model.model.run_folder import RunExistsError
-from dti_model.training.search import search
-from dti_model.training.train import train
+from dti_model.training import search, train
 from tests.data.log_files import small_log
 from tests.data.prepared_folders import as_version_1, content_of, prepare_small
 
