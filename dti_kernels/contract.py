@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from dti_kernels.counts import shown
-from dti_kernels.fixes import HiddenStateReset, real
+from dti_kernels.counts import real, shown
 from dti_kernels.inputs import Inputs
 from dti_kernels.layout import StreamLayout, check_arrays
+from dti_kernels.reset import HiddenStateReset
 
 # Inputs whose callers know them by another name.
 PUBLIC_NAMES = {"k_initial": "reset.k_initial", "v_initial": "reset.v_initial", "slopes": "alibi_slopes"}

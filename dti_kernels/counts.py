@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -28,6 +29,13 @@ def integer(name: str, value: Any, least: int, below: int = 2**63) -> int:
         most = "" if value < least else f" and < {below:,}"
         raise ValueError(f"{name} must be an integer >= {least}{most}, got {shown(value)}")
     return int(value)
+
+
+def real(name: str, value: float) -> float:
+    """`value` as a float, infinite where an int is too large for one, or TypeError where it is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    return math.inf if isinstance(value, int) and abs(value) >= 2**1023 else float(value)
 
 
 def shown(value: Any) -> str:

@@ -18,9 +18,8 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from dti_kernels import isolation
+from dti_kernels import cpu
 from dti_kernels.contract import accumulation_dtype, check_inputs, check_memory, check_saved
-from dti_kernels.cpu import blocks, compiled
 from dti_kernels.inputs import Gradients, Inputs
 from dti_kernels.layout import check_spans
 from dti_kernels.private_folders import in_private_folder
@@ -79,29 +78,23 @@ def _bwd_gpu(*args: Any) -> Gradients:
 def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor]:
     x = Inputs(*args)
     check_inputs(x)
-    if not _interpreting() and compiled.available():  # which checks memory and spans itself
-        return isolation.forward(compiled.forward, x)
+    if not _interpreting():
+        return cpu.forward(x)
     _check_values(x)
-    if _interpreting():
-        out, lse = _triton()[0](Inputs(*_widened(x)))
-        return out.to(x.q.dtype), lse
-    with torch.autocast("cpu", enabled=False):
-        return isolation.forward(blocks.forward, x)
+    out, lse = _triton()[0](Inputs(*_widened(x)))
+    return out.to(x.q.dtype), lse
 
 
 def _bwd_cpu(*args: Any) -> Gradients:
     x, others = Inputs(*args[:_NUM_INPUTS]), args[_NUM_INPUTS:]
     check_inputs(x)
     check_saved(x, *others[:3])
-    if not _interpreting() and compiled.available():
-        return isolation.backward(compiled.backward, x, *others)
+    if not _interpreting():
+        return cpu.backward(x, *others)
     _check_values(x)
-    if _interpreting():
-        grads = _triton()[1](Inputs(*_widened(x)), *_widened(others))
-        dtypes = (x.q.dtype if of is None else of.dtype for of in x.differentiable(others[-1]))
-        return Gradients(*(grad.to(dtype) for grad, dtype in zip(grads, dtypes)))
-    with torch.autocast("cpu", enabled=False):
-        return isolation.backward(blocks.backward, x, *others)
+    grads = _triton()[1](Inputs(*_widened(x)), *_widened(others))
+    dtypes = (x.q.dtype if of is None else of.dtype for of in x.differentiable(others[-1]))
+    return Gradients(*(grad.to(dtype) for grad, dtype in zip(grads, dtypes)))
 
 
 def _check_values(x: Inputs) -> None:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from dti_kernels.contract import checked_inputs
-from dti_kernels.fixes import HiddenStateReset
 from dti_kernels.inputs import Inputs
 from dti_kernels.layout import StreamLayout
+from dti_kernels.reset import HiddenStateReset
 
 
 def windowed_attn_reference(

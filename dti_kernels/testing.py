@@ -29,9 +29,9 @@ from torch import Tensor
 
 from dti_kernels.contract import DTYPES, check_tensors, checked_inputs
 from dti_kernels.counts import shown
-from dti_kernels.fixes import HiddenStateReset
 from dti_kernels.layout import StreamLayout
 from dti_kernels.reference import alibi_distance, reset_ratio
+from dti_kernels.reset import HiddenStateReset
 
 DEVIATIONS = 6.0  # standard deviations: of a thousand million normal draws, two lie beyond
 EXPONENTIAL = 8  # unit roundoffs of an exponential: libraries are within 2, GPUs' approximations within 6

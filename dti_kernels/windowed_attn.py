@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dti_kernels import ops  # noqa: F401  registers the operators
 from dti_kernels.contract import checked_inputs
-from dti_kernels.fixes import HiddenStateReset
 from dti_kernels.inputs import Gradients, Inputs
 from dti_kernels.layout import StreamLayout
+from dti_kernels.reset import HiddenStateReset
 
 
 def windowed_attn(

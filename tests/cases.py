@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dti_kernels import HiddenStateReset, StreamLayout, candidate_layout
@@ -201,3 +202,30 @@ CASES = [
         num_groups=1,
     ),
 ]
+
+
+def named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    """Any prompts: lengths, labels, targets, prefixes, window and head grouping."""
+    lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), min_size=0, max_size=9)
+    prompts = draw(st.lists(lengths, min_size=1, max_size=5))
+    groups, per_group = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3]))
+    reset = draw(st.sampled_from([None, (0.0, 1.0, 0.5)]))
+    return Case(
+        "random",
+        [[item for item, _ in prompt] for prompt in prompts],
+        [[label for _, label in prompt] for prompt in prompts],
+        draw(st.lists(st.integers(0, 10), min_size=len(prompts), max_size=len(prompts))),
+        window=draw(st.integers(0, 6)),
+        prefix_lengths=draw(st.lists(st.integers(0, 4), min_size=len(prompts), max_size=len(prompts))),
+        num_heads=groups * per_group,
+        num_groups=groups,
+        head_dim=4,
+        alibi=draw(st.booleans()),
+        fixed_slopes=draw(st.booleans()),
+        reset=reset,
+    )

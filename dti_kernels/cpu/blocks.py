@@ -25,8 +25,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dti_kernels.contract import accumulation_dtype
 from dti_kernels.cpu.chunks import HIDDEN, Chunk, Plan, Prompt, RowTable, Sizes
+from dti_kernels.cpu.isolation import largest
 from dti_kernels.inputs import Gradients, Inputs
-from dti_kernels.isolation import largest
 from dti_kernels.layout import PREFIX_STOP, RESET_ID, START, STOP
 
 # Rows of a block times query heads of a key head: few enough that most of a block's keys are visible to most of its rows. PyTorch's

@@ -1,4 +1,4 @@
-"""Calls `native/attention.cpp`, the compiled CPU implementation of the operators, which `cpu_build.py` compiles and keeps.
+"""Calls `native/attention.cpp`, the compiled CPU implementation of the operators, which `build.py` compiles and keeps.
 
 Where it cannot be had, `cpu.py` computes the same in PyTorch, and a warning says why, once. Environment: `DTI_CPU=torch` chooses the
 PyTorch implementation, `DTI_CPU=native` makes a failed build an error.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,12 +15,10 @@ import torch
 from torch import Tensor
 
 from dti_kernels.contract import PUBLIC_NAMES, accumulation_dtype, check_storage
-from dti_kernels.cpu import build as cpu_build
+from dti_kernels.cpu import build
+from dti_kernels.cpu.isolation import NotFinite
 from dti_kernels.inputs import Gradients, Inputs
-from dti_kernels.isolation import NotFinite
 from dti_kernels.layout import check_spans
-
-CHOICES = ("auto", "native", "torch")
 
 _INTEGERS = (
     "num_rows",
@@ -51,32 +47,12 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-def available() -> bool:
-    """Whether the compiled implementation is there and wanted; builds it the first time.
-
-    Raises:
-        ValueError: `DTI_CPU` is none of auto, native and torch.
-        RuntimeError: `DTI_CPU=native`, and it cannot be built.
-    """
-    choice = os.environ.get("DTI_CPU") or "auto"
-    if choice not in CHOICES:
-        raise ValueError(f"DTI_CPU must be one of {', '.join(CHOICES)}, got {choice!r}")
-    if choice == "torch":
-        return False
-    library, error = _build()
-    if library is None and choice == "native":
-        raise RuntimeError(f"DTI_CPU=native, but it was not built: {error}")
-    if library is None:
-        _warn(error)
-    return library is not None
-
-
 @functools.cache
-def _build() -> tuple[ctypes.CDLL | None, str]:
+def library() -> tuple[ctypes.CDLL | None, str]:
     """The loaded library, or None and why not."""
     try:
-        return cpu_build.library(_check), ""
-    except cpu_build.BuildError as error:
+        return build.library(_check), ""
+    except build.BuildError as error:
         return None, str(error)
 
 
@@ -85,14 +61,6 @@ def _check(library: ctypes.CDLL) -> None:
         getattr(library, f"dti_{name}").restype = ctypes.c_int64
     if library.dti_size_of_arguments() != ctypes.sizeof(_Arguments):
         raise AttributeError("it was built for other arguments")
-
-
-@functools.cache
-def _warn(error: str) -> None:
-    warnings.warn(
-        f"attention on CPUs runs in PyTorch, more slowly than its C++ would: {error}. DTI_CPU=torch silences this",
-        stacklevel=2,
-    )
 
 
 @functools.cache
@@ -144,10 +112,10 @@ def _arguments(x: Inputs) -> tuple[_Arguments, dict[str, Tensor]]:
 
 
 def _call(name: str, arguments: _Arguments, dtype: torch.dtype) -> int:
-    library, error = _build()
-    assert library is not None, error
+    loaded, error = library()
+    assert loaded is not None, error
     suffix = "float64" if dtype == torch.float64 else "float32"
-    result: int = getattr(library, f"dti_{name}_{suffix}")(ctypes.byref(arguments))
+    result: int = getattr(loaded, f"dti_{name}_{suffix}")(ctypes.byref(arguments))
     return result
 
 

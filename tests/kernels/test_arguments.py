@@ -24,7 +24,7 @@ from dti_kernels import (
     windowed_attn_reference,
 )
 from dti_kernels.layout import START, STOP, check_spans
-from tests.cases import CASES
+from tests.cases import named
 
 NO_INTEGERS = [
     None,
@@ -186,7 +186,7 @@ def test_settings_of_the_reset_are_numbers(name: str) -> None:
     HiddenStateReset(empty, empty, **(good | {name: np.float32(good[name])}))
 
 
-X = next(case for case in CASES if case.name == "prefix").inputs(torch.float32)
+X = named("prefix").inputs(torch.float32)
 WRONG_TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
     "none of another device": lambda x: x.to("meta"),
     "no list": lambda x: x.tolist(),
@@ -266,7 +266,7 @@ def test_a_layout_that_was_changed_is_refused(
     if choice == "native":
         request.getfixturevalue("native")
     monkeypatch.setenv("DTI_CPU", choice)
-    layout = next(case for case in CASES if case.name == "prefix").layout()
+    layout = named("prefix").layout()
     changed = dataclasses.replace(X, layout=layout)
     out = changed.call(windowed_attn)
     layout.rows.numpy()[field, -1] = value  # which autograd does not notice

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from dti_kernels import StreamLayout, windowed_attn
 from dti_kernels.contract import checked_inputs
 from dti_kernels.cpu import build as cpu_build
+from dti_kernels.cpu import choice
 from dti_kernels.cpu import compiled as cpu_native
-from tests.cases import CASES, Case
-from tests.kernels.test_cpu_parity import random_cases
+from tests.cases import CASES, Case, random_cases
 from tests.numerics import check_parity
 
 VARIANTS = {
@@ -38,11 +38,11 @@ def built_with(*flags: str) -> Iterator[None]:
     """The library built with other constants, unoptimised for the sake of time."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(cpu_build, "FLAGS", (*cpu_build.FLAGS, "-O1", *flags))
-        cpu_native._build.cache_clear()
+        cpu_native.library.cache_clear()
         try:
             yield
         finally:
-            cpu_native._build.cache_clear()
+            cpu_native.library.cache_clear()
 
 
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
@@ -138,12 +138,12 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     expected = case.call(windowed_attn)  # first: this may be what builds it
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("DTI_CACHE_DIR", str(tmp_path))
-    cpu_native._build.cache_clear()
-    cpu_native._warn.cache_clear()
+    cpu_native.library.cache_clear()
+    choice._warn.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="DTI_CPU=native.*no-such-compiler"):
             case.call(windowed_attn)
-        cpu_native._warn.cache_clear()
+        choice._warn.cache_clear()
         monkeypatch.setenv("DTI_CPU", "auto")
         with pytest.warns(UserWarning, match=r"no-such-compiler.*install one \(g\+\+.*in CXX"):
             out = case.call(windowed_attn)
@@ -152,8 +152,8 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
             warnings.simplefilter("error")
             case.call(windowed_attn)
     finally:
-        cpu_native._build.cache_clear()
-        cpu_native._warn.cache_clear()
+        cpu_native.library.cache_clear()
+        choice._warn.cache_clear()
 
 
 def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:

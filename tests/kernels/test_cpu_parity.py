@@ -16,7 +16,7 @@ from dti_kernels import windowed_attn
 from dti_kernels.contract import checked_inputs
 from dti_kernels.cpu import blocks as cpu
 from dti_kernels.cpu.chunks import RowTable, whole_prompts
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, random_cases
 from tests.numerics import check_parity
 
 
@@ -42,29 +42,6 @@ def test_parity_at_other_block_sizes(
     monkeypatch.setattr(cpu, "SUM_BLOCK", sum_block)
     monkeypatch.setattr(cpu, "PROMPT_ROWS", prompt_rows)
     check_parity(case, torch.float64, windowed_attn)
-
-
-@st.composite
-def random_cases(draw: st.DrawFn) -> Case:
-    """Any prompts: lengths, labels, targets, prefixes, window and head grouping."""
-    lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), min_size=0, max_size=9)
-    prompts = draw(st.lists(lengths, min_size=1, max_size=5))
-    groups, per_group = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3]))
-    reset = draw(st.sampled_from([None, (0.0, 1.0, 0.5)]))
-    return Case(
-        "random",
-        [[item for item, _ in prompt] for prompt in prompts],
-        [[label for _, label in prompt] for prompt in prompts],
-        draw(st.lists(st.integers(0, 10), min_size=len(prompts), max_size=len(prompts))),
-        window=draw(st.integers(0, 6)),
-        prefix_lengths=draw(st.lists(st.integers(0, 4), min_size=len(prompts), max_size=len(prompts))),
-        num_heads=groups * per_group,
-        num_groups=groups,
-        head_dim=4,
-        alibi=draw(st.booleans()),
-        fixed_slopes=draw(st.booleans()),
-        reset=reset,
-    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

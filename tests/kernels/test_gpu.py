@@ -15,7 +15,7 @@ import torch
 from benchmarks.attention.workloads import AttentionInputs, Workload
 from benchmarks.measuring.rehearsal import DEVICE
 from dti_kernels import StreamLayout, windowed_attn
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, named
 from tests.kernels.not_finite import STREAMS, check_isolation
 from tests.numerics import check_shares, parity_shares
 
@@ -112,7 +112,7 @@ def test_a_hundred_runs_are_bitwise_equal() -> None:
 
 @pytest.mark.parametrize("name", ["prefix", "gqa_4", "several_blocks"])
 def test_nothing_leaks_from_what_a_row_may_not_see(name: str) -> None:
-    x = next(case for case in CASES if case.name == name).inputs(torch.bfloat16, DEVICE)
+    x = named(name).inputs(torch.bfloat16, DEVICE)
     out, visible, num_context = x.call(windowed_attn), x.layout.dense_visibility(), x.layout.num_context
     for key in range(0, num_context, max(1, num_context // 7)):
         changed = {leaf_name: leaf.detach().clone() for leaf_name, leaf in x.leaves.items()}
@@ -124,14 +124,14 @@ def test_nothing_leaks_from_what_a_row_may_not_see(name: str) -> None:
 
 @pytest.mark.parametrize("stream", STREAMS if DEVICE == "cuda" else ("v", "grad_out"))
 def test_numbers_that_are_not_finite_are_isolated(stream: str) -> None:
-    cases = [next(case for case in CASES if case.name == "prefix"), *([LLAMA] if DEVICE == "cuda" else [])]
+    cases = [named("prefix"), *([LLAMA] if DEVICE == "cuda" else [])]
     for case, value in zip(cases, (float("nan"), float("inf"))):
         check_isolation(case, windowed_attn, torch.bfloat16, stream, value, bitwise=False, device=DEVICE)
 
 
 def test_unwritten_memory_is_never_read() -> None:
     """Buffers that the kernels must fill start as NaN; the result is the same, bitwise."""
-    case = SMOLLM if DEVICE == "cuda" else next(case for case in CASES if case.name == "window_0")
+    case = SMOLLM if DEVICE == "cuda" else named("window_0")
     x = case.inputs(torch.bfloat16, DEVICE)
     plain = x.run(windowed_attn)
     torch.use_deterministic_algorithms(True)

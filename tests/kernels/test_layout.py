@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from dti_kernels import StreamLayout, candidate_layout
 from dti_kernels.layout import ROW_STOP, SUM_START, SUM_STOP
 from dti_kernels.reference import alibi_distance
-from tests.cases import CASES, Case
-from tests.kernels.test_cpu_parity import random_cases
+from tests.cases import CASES, Case, random_cases
 
 
 def visible_by_spans(layout: StreamLayout) -> torch.Tensor:

@@ -14,15 +14,11 @@ import torch
 from dti_kernels import windowed_attn, windowed_attn_reference
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import Tile
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, named
 from tests.kernels.interpreter import interpret
 from tests.kernels.not_finite import VALUES, check_isolation, streams_of
 
 SMALL = [case for case in CASES if case.layout().num_rows <= 60]
-
-
-def named(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -9,16 +9,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dti_kernels import HiddenStateReset, StreamLayout, windowed_attn, windowed_attn_reference
-from dti_kernels import fixes as scores
-from tests.cases import CASES, Case, Inputs
+from dti_kernels import reset as reset_module
+from tests.cases import Case, Inputs, named
 from tests.numerics import FLOAT64_RELATIVE
 
-BASE = next(case for case in CASES if case.name == "prefix")
+BASE = named("prefix")
 IMPLEMENTATIONS = [windowed_attn, windowed_attn_reference]
-
-
-def case_named(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -44,7 +40,7 @@ def test_k_1_is_dense_causal_attention(implementation) -> None:
 @pytest.mark.parametrize("name", ["prefix", "several_blocks", "k_50", "dti_minus"])
 def test_what_a_row_may_not_see_cannot_change_it(name: str) -> None:
     """Property 4: bitwise equal rows under any change of invisible keys, values and initial states; gradient exactly 0."""
-    case = case_named(name)
+    case = named(name)
     x = case.inputs(torch.float32)
     out = x.call(windowed_attn)
     visible = x.layout.dense_visibility()
@@ -61,7 +57,7 @@ def test_what_a_row_may_not_see_cannot_change_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["prefix", "several_blocks"])
 def test_gradient_of_what_a_row_may_not_see_is_exactly_zero(name: str) -> None:
-    x = case_named(name).inputs(torch.float32)
+    x = named(name).inputs(torch.float32)
     visible = x.layout.dense_visibility()
     num_context = x.layout.num_context
     for row in range(0, x.layout.num_rows, max(1, x.layout.num_rows // 9)):
@@ -97,7 +93,7 @@ def select(x: Inputs, layout: StreamLayout, rows: torch.Tensor) -> torch.Tensor:
 
 def test_packing_equals_running_apart_and_targets_do_not_matter() -> None:
     """Property 5."""
-    case = case_named("several_blocks")
+    case = named("several_blocks")
     x = case.inputs(torch.float64)
     out, num_context = x.call(windowed_attn), x.layout.num_context
     context_first = sum_first = 0
@@ -145,7 +141,7 @@ def test_zero_ratios_are_no_reset_and_zero_slopes_no_alibi() -> None:
 
 def test_two_runs_are_bitwise_equal() -> None:
     """Property 7."""
-    x = case_named("several_blocks").inputs(torch.float32)
+    x = named("several_blocks").inputs(torch.float32)
     first, second = x.run(windowed_attn), x.run(windowed_attn)
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -163,8 +159,8 @@ def test_reset_ratios() -> None:
 
 def test_reset_ratios_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU got them with every call of every layer. What inference made must serve training, and tracing must not be kept."""
-    layout = case_named("full_reset").layout()
-    monkeypatch.setattr(scores, "_tables", {})
+    layout = named("full_reset").layout()
+    monkeypatch.setattr(reset_module, "_tables", {})
 
     def table(steepness: float = 0.7) -> torch.Tensor:
         reset = HiddenStateReset(torch.empty(0), torch.empty(0), 0.1, 0.8, steepness)
@@ -180,16 +176,16 @@ def test_reset_ratios_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(table(), FakeTensor)
         assert isinstance(table(steepness=0.123), FakeTensor)
     assert not isinstance(table(steepness=0.123), FakeTensor)
-    before = len(scores._tables)
-    for steepness in range(1, scores._MAX_TABLES + 2):
+    before = len(reset_module._tables)
+    for steepness in range(1, reset_module._MAX_TABLES + 2):
         table(steepness=1000.0 + steepness)
-    assert before < len(scores._tables) == scores._MAX_TABLES
+    assert before < len(reset_module._tables) == reset_module._MAX_TABLES
     assert table() is first, "a captured graph may read it"
-    monkeypatch.setattr(scores, "_tables", {})
+    monkeypatch.setattr(reset_module, "_tables", {})
     reset = HiddenStateReset(torch.empty(0), torch.empty(0), 0.1, 0.8)
     for farthest in (5000, 6000):  # another table for every length of a batch
         reset.ratios(10**9, torch.float32, layout.device, farthest)
-    assert not scores._tables
+    assert not reset_module._tables
 
 
 @pytest.mark.parametrize(
@@ -235,7 +231,7 @@ def test_bad_arguments_are_named(implementation, change, error, message) -> None
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_queries_of_sum_rows_only(implementation, name: str) -> None:
     """q may hold the [SUM] rows alone: same rows, same gradients as when the context rows' output is not used."""
-    x = case_named(name).inputs(torch.float64)
+    x = named(name).inputs(torch.float64)
     num_context = x.layout.num_context
     context_unused = torch.cat([torch.zeros_like(x.grad_out[:num_context]), x.grad_out[num_context:]])
     full = dataclasses.replace(x, grad_out=context_unused).run(implementation)

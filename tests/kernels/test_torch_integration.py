@@ -17,12 +17,8 @@ from dti_kernels import (
     windowed_attn_reference,
 )
 from dti_kernels.contract import checked_inputs
-from tests.cases import CASES, Case
+from tests.cases import named
 from tests.numerics import FLOAT64_RELATIVE
-
-
-def named(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from dti_kernels import windowed_attn, windowed_attn_reference
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import Tile
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, named, random_cases
 from tests.kernels.interpreter import interpret
-from tests.kernels.test_cpu_parity import random_cases
 from tests.numerics import check_parity
 
 # Rows by keys, and heads in a tile: fewer than a group, an odd share of the rows, more rows than keys, more keys than rows.
@@ -34,10 +33,6 @@ SHAPES = {
 # Cases of hundreds of rows: larger tiles keep the interpreter fast.
 LONG = {"interaction_longer_than_a_tile", "k_50", "several_blocks", "gqa_3", "gqa_8", "mha"}
 LONG |= {"many_candidates"}
-
-
-def named(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
 
 
 def parity(case: Case, dtype: torch.dtype, shape: str) -> None:

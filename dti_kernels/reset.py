@@ -1,4 +1,4 @@
-"""What a [SUM] score is made of besides q . k: ALiBi slopes and the hidden-state reset (semantics.md, sections 4 and 5)."""
+"""The hidden-state reset: what [SUM] rows read of far context, blended back to initial states (semantics.md, section 5)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dti_kernels.counts import integer, shown
+from dti_kernels.counts import real, shown
 
 # Entries of a table that is not worth cutting.
 _SHORT_TABLE = 4096
@@ -95,13 +94,6 @@ class HiddenStateReset:
 _tables: dict[tuple[Any, ...], Tensor] = {}
 
 
-def real(name: str, value: float) -> float:
-    """`value` as a float, infinite where an int is too large for one, or TypeError where it is no number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {shown(value)}")
-    return math.inf if isinstance(value, int) and abs(value) >= 2**1023 else float(value)
-
-
 def _ratio_table(
     alpha_min: float, alpha_max: float, steepness: float, alpha_own: float, window: int, length: int
 ) -> Tensor:
@@ -110,23 +102,3 @@ def _ratio_table(
     ratio = alpha_min + (alpha_max - alpha_min) * logistic
     ratio[0] = alpha_own
     return ratio
-
-
-def default_alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
-    """Geometric ALiBi slopes `(num_heads,)` float32, per token of distance (Press et al. 2022).
-
-    `2 ** (-8 i / H)` for i = 1 .. H when H is a power of two; otherwise the slopes of the next smaller power of two, then
-    every other slope of the next larger one.
-
-    Raises:
-        TypeError: `num_heads` is no integer.
-        ValueError: it is not in [1, 2**16), as many as a GPU's grid holds.
-
-    >>> default_alibi_slopes(4).tolist()
-    [0.25, 0.0625, 0.015625, 0.00390625]
-    """
-    num_heads = integer("num_heads", num_heads, 1, 2**16)
-    power = 2 ** int(math.log2(num_heads))
-    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
-    slopes += [2.0 ** (-4.0 * i / power) for i in range(1, 2 * (num_heads - power), 2)]
-    return torch.tensor(slopes, dtype=torch.float32, device=device)
