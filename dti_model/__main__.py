@@ -1,4 +1,4 @@
-"""Where the `dti` command begins: Ctrl-C while its modules are imported is one line too, and so is a missing parser."""
+"""Start of the `dti` command: Ctrl-C while its modules are imported is one line too, and so is a missing parser."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a launcher says in the environment, and what of it a run follows: its processes, not its settings.
+"""The environment that a launcher sets: a run follows it in its processes, not in its settings.
 
-`accelerate launch` exports the answers of its own configuration, and Trainer would follow them: a run whose config.yaml says
-float32 was trained in bfloat16. The settings of the run rule.
+`accelerate launch` exports its own configuration, and Trainer would follow it: a run whose config.yaml says float32 was trained in
+bfloat16. The settings of the run rule.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ANSWERS = ("FSDP_", "ACCELERATE_DYNAMO_", "ACCELERATE_FP8_")
 _ANSWER = ("ACCELERATE_USE_FSDP", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DOWNCAST_BF16")
 # Integers that torchrun and accelerate export, and the least that each may be; -1 is their word for "not set".
 _COUNTS = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
-# What each of several processes needs to find the others.
+# Each of several processes needs them to find the others.
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

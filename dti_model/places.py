@@ -1,4 +1,4 @@
-"""Where a command may make a file or a folder."""
+"""Places where a command may make a file or a folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dti_model.config import CONFIG_FILE, is_run_config
 
-# What commands write into their folders.
+# Names that commands write into their folders.
 _OF_A_RUN = re.compile(
     r"config\.yaml|metrics\.json|checksums\.json|report\.png|predictions-(test|val)\.parquet|model|checkpoints|tensorboard|\..*"
 )

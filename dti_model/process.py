@@ -1,4 +1,4 @@
-"""What a process that computes on CPUs sets for itself: threads that sleep soon, and memory that is kept."""
+"""Settings of a process that computes on CPUs: threads that sleep soon, and memory that is kept."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ _MMAP_THRESHOLD_BYTES, _NEVER = 32 * 2**20, 2**31 - 1
 
 
 def set_up_process() -> None:
-    """Settings that PyTorch reads when it is loaded, so call it before; what the environment says about them stays.
+    """Call it before PyTorch is loaded, which reads these settings. The environment's own settings stay.
 
-    Threads that wait at barriers should sleep: beside another busy process, spinning made steps 3 to 40 times slower. A thousand
-    turns before they do (some 10 microseconds) cost nobody anything and spare most of the waking. And freed memory of up to 32 MiB
-    a block is kept: returning it to the system after every operator and getting it back, page by page, was 6 to 9 % of a training
-    step (benchmarks/LOG.md).
+    Threads that wait at barriers sleep after 1,000 turns: beside another busy process, spinning made steps 3 to 40 times slower, and
+    the turns (some 10 microseconds) spare most of the waking. Freed memory of up to 32 MiB a block is kept: returning it to the
+    system after every operator cost 6 to 9 % of a training step (benchmarks/LOG.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

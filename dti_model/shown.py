@@ -1,7 +1,7 @@
-"""What others wrote, as errors and terminals show it: on one line, without control characters, and short.
+"""Texts of others in errors and on terminals: on one line, without control characters, and short.
 
-Titles, ids, field names and file names come from the outside. Raw, they could clear a terminal, recolour what follows, or fill a log with
-megabytes. Whatever is printed of them, or put into an error, goes through one of these.
+Titles, ids, field names and file names come from outside. Raw, they could clear a terminal, recolour the following lines, or fill a log
+with megabytes. All that is printed of them, or put into an error, goes through one of these functions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What every setting of a run may be: its type and its bounds, in one table, checked wherever a setting comes from.
+"""Type and bounds of every setting of a run, in one table, checked wherever a setting comes from.
 
 A flag, a YAML file, a run folder's `config.yaml` and a call in Python all end in the same dataclasses, whose `__post_init__` calls
-`check_settings`: a value out of bounds is one line that names the setting, what it must be and what it was.
+`check_settings`. A value out of bounds is one line: name of the setting, bounds, value.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
+
+from dti_model.shown import shown
 
 # Of counts that nothing else bounds: they, and twice as many, still fit an int32, which layouts and kernels count in.
 MOST = 10**9
@@ -22,11 +24,11 @@ MODES = ("dti", "dti-minus", "dti-position", "dti-reset")
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting may be.
+    """Values that a setting accepts.
 
     Attributes:
         must: in words, after "must be".
-        accepts: whether a value is one.
+        accepts: whether a value is one of them.
     """
 
     must: str
@@ -69,10 +71,8 @@ def choices(values: tuple[str, ...], may_be_empty: bool) -> Rule:
     """A list of some values."""
 
     def accepts(value: Any) -> bool:
-        return isinstance(value, (tuple, list)) and set(map(str, value)) <= set(values) and _filled(value)
-
-    def _filled(value: Any) -> bool:
-        return may_be_empty or len(value) > 0
+        is_list = isinstance(value, (tuple, list)) and (may_be_empty or len(value) > 0)
+        return is_list and set(map(str, value)) <= set(values)
 
     return Rule(f"some of {', '.join(values)}, in a list", accepts)
 
@@ -194,8 +194,6 @@ def as_yaml(value: Any) -> str:
     """A value in an error: as YAML writes it, and short."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:60]} ... ({len(text):,} characters)"
+    return shown(
+        str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    )

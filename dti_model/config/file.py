@@ -5,14 +5,15 @@
     ...
     # sha256 9f86d0...                      of every byte before this line
 
-A changed value would make a run that was trained otherwise than its folder says, so a file that does not fit its seal is refused by
-name. Files of version 0.1.0 have neither first nor last line and are read as they are, if they hold the settings of a run and
-nothing else: that, or the seal, is what tells a run folder from the folder of another program that keeps a config.yaml.
+A file that does not fit its seal is refused by name: with a changed value the folder would misstate how its run was trained. Files of
+version 0.1.0 have neither first nor last line; they are read if they hold the settings of a run and nothing else. The seal or those
+settings tell a run folder from the folder of another program that keeps a config.yaml.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
@@ -27,7 +28,7 @@ from dti_model.files import whole_file
 CONFIG_FILE = "config.yaml"
 _FIRST_LINE = "# Settings of a run of `dti train`, sealed by the last line: change none, give `dti train` others and another --out\n"
 _SEAL = re.compile(r"# sha256 ([0-9a-f]{64})\n?\Z")
-# What a folder of version 0.1.0 has.
+# In every config.yaml of version 0.1.0.
 _OLD_SETTINGS = {"data", "out", "k", "window", "seed", "dti", "model", "optim"}
 
 Settings = TypeVar("Settings")
@@ -38,12 +39,13 @@ class ConfigFileError(ValueError):
 
 
 def write_config(settings: Any, path: Path) -> None:
-    """Write a dataclass of settings; its paths are written as they are.
+    """Write a dataclass of settings, its paths as they are.
 
     Raises:
         WriteError: the disk is full; an older file is untouched.
     """
-    text = _FIRST_LINE + yaml.safe_dump(_plain(asdict(settings)), sort_keys=False, allow_unicode=True)
+    plain = json.loads(json.dumps(asdict(settings), default=str))  # no tuples, no paths
+    text = _FIRST_LINE + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     with whole_file(path) as temporary:
         temporary.write_text(f"{text}# sha256 {_sha256(text)}\n", encoding="utf-8")
 
@@ -111,15 +113,6 @@ def _built(kind: type[Settings], raw: Mapping[str, Any], path: Path, group: str)
             value = Path(value)
         values[name] = value
     return kind(**values)
-
-
-def _plain(value: Any) -> Any:
-    """Only what YAML knows."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _sha256(text: str) -> str:

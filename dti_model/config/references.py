@@ -1,11 +1,11 @@
-"""Where a pretrained model is: what `model.pretrained` and `--base` may say, and what a run folder keeps of it.
+"""References to pretrained models, of `model.pretrained` and `--base`, and the absolute ones that run folders keep.
 
     models/smollm2-135m, /models/llama, ~/x.gguf     a folder or a GGUF file, wherever there is one
     hub:meta-llama/Llama-3.1-8B-Instruct             a model of the Hugging Face hub: downloaded, unless its cache has it
     meta-llama/Llama-3.1-8B-Instruct                 likewise, but only out of the hub's cache on this machine
 
-Nothing but `hub:` goes to the network. A mistyped or missing `models/x` looks like an id of the hub: without this rule a run would ask
-for the model of a stranger who is called `models`. Run folders keep an absolute path, or `hub:` and the id.
+Only `hub:` goes to the network. A mistyped or missing `models/x` looks like an id of the hub: without this rule a run would load the
+model of a stranger called `models`. Run folders keep an absolute path, or `hub:` and the id.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Reference:
 
     @property
     def stored(self) -> str:
-        """What a run folder keeps."""
+        """The reference that a run folder keeps."""
         if self.on_hub:
             return HUB + self.source
         return self.source if self.gguf_file is None else str(Path(self.source) / self.gguf_file)
@@ -59,7 +59,7 @@ class Reference:
 
     @property
     def folder(self) -> Path:
-        """Where its files are; of a model of the hub, in the cache."""
+        """The folder of its files; of a model of the hub, in the cache."""
         if not self.on_hub:
             return Path(self.source)
         found = _cached_config(self.source)
@@ -102,7 +102,7 @@ def locate(reference: str) -> Reference:
 
 
 def located(reference: str) -> str:
-    """What a run folder keeps of a reference; one that leads nowhere stays as it is, and loading it will say so."""
+    """The reference that a run folder keeps; one that leads nowhere stays as it is, and loading it will say so."""
     try:
         return locate(reference).stored
     except PretrainedModelError:

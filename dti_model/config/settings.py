@@ -1,4 +1,4 @@
-"""What a training run is: every setting with its default, as typed dataclasses that the command line and YAML files fill in.
+"""Settings of a training run with their defaults: typed dataclasses that the command line and YAML files fill in.
 
 `bounds.py` holds the type and the bounds of each, `file.py` writes and reads them in a run folder.
 """
@@ -17,7 +17,7 @@ from dti_model.config.references import located
 
 @dataclass(frozen=True)
 class DTIConfig:
-    """What [SUM] rows read, and how.
+    """Fixes of [SUM] rows: positions, and reset toward initial states.
 
     Attributes:
         mode: `dti` (both fixes), `dti-minus` (none, the paper's ablation), `dti-position` (no position id, ALiBi) or
@@ -113,7 +113,7 @@ class ModelConfig:
         finetune: what is trained of a pretrained model: low-rank updates and the [SUM] row (lora), or everything (full).
         lora: the low-rank updates.
         dtype: of a pretrained model's weights. Full fine-tuning in bfloat16 rounds its own updates; rather keep
-            float32 and compute in bfloat16 with optim.bf16. What LoRA trains is float32 either way, but the [SUM] row.
+            float32 and compute in bfloat16 with optim.bf16. LoRA trains float32 either way, except the [SUM] row.
         quantize: keep a pretrained model's projections in 8 or 4 bits (bitsandbytes), with lora only; 0: no.
         liger: use Liger's kernels for the norms and MLPs of a pretrained model (liger-kernel, on a GPU).
         instruction: text before the first interaction of every prompt of a pretrained model.
@@ -280,17 +280,15 @@ class TrainConfig:
         model = replace(self.model, pretrained=pretrained and located(pretrained))
         return replace(self, data=_absolute(self.data), out=_absolute(self.out), model=model)
 
-    def same_run(self, other: TrainConfig, places: bool = True) -> bool:
-        """Whether a run with these settings can go on with the other ones: bars change nothing, nor where the run folder is now.
+    def first_difference(self, other: TrainConfig, places: bool = True) -> str | None:
+        """The first setting that keeps a run with these settings from going on with the other ones, in words; None: it can go on.
+
+        Progress bars change nothing, nor where the run folder is now.
 
         Args:
             other: the settings of the later call.
             places: compare where data and pretrained model are; False: their fingerprints say whether they are the same.
         """
-        return self.first_difference(other, places) is None
-
-    def first_difference(self, other: TrainConfig, places: bool = True) -> str | None:
-        """The first setting in which `same_run` finds a difference, in words; None: they are the same run."""
         mine, others = self.located(), other.located()
         mine = replace(mine, out=others.out, progress=others.progress)
         if not places:
@@ -328,14 +326,8 @@ def _first_difference(mine: Any, others: Any, group: str) -> str | None:
             continue
         if is_dataclass(before) and is_dataclass(now):
             return _first_difference(before, now, f"{group}{each.name}.")
-        return f"{group}{each.name} was {as_yaml(_plain(before))} and is now {as_yaml(_plain(now))}"
+        return f"{group}{each.name} was {as_yaml(before)} and is now {as_yaml(now)}"
     return None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _absolute(path: Path) -> Path:

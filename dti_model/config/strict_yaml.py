@@ -1,18 +1,20 @@
-"""YAML that says one thing: a key that stands twice, an alias, a tag, a number to base 60 or endless nesting is an error with its line.
+"""Strict YAML: a key that stands twice, an alias, a tag, a number to base 60 or endless nesting is an error with its line.
 
-PyYAML keeps the last of two equal keys, so a block of settings would vanish without a word; and a few lines of aliases of aliases
-("billion laughs") stand for more values than memory holds.
+PyYAML keeps the last of two equal keys, so that a block of settings would vanish silently; and a few lines of aliases of aliases
+("billion laughs") stand for more values than memory holds. Keys may have dashes in place of underscores.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dti_model.config.bounds import GROUPS, RULES, as_yaml, must_be
 from dti_model.files import opened
 
 # A file of settings has a few kilobytes and five levels.
@@ -27,7 +29,7 @@ class StrictYAMLError(yaml.YAMLError, ValueError):  # type: ignore[misc]  # PyYA
 
 
 def check_yaml(text: str) -> None:
-    """Refuse what `yaml.load` would take without a word.
+    """Refuse text that `yaml.load` would take silently.
 
     Raises:
         StrictYAMLError: no YAML, a key that stands twice, an alias, more than 50 levels, or more than 1 MiB.
@@ -37,8 +39,7 @@ def check_yaml(text: str) -> None:
     try:
         _check_events(text)
         for node in yaml.compose_all(text, Loader=_LOADER):
-            _check_keys(node)
-            _check_paths(node)
+            _check_node(node, "", set())
     except StrictYAMLError:
         raise
     except yaml.YAMLError as error:
@@ -78,44 +79,33 @@ def _check_number(node: yaml.ScalarNode) -> None:
         )
 
 
-def _check_keys(node: yaml.Node | None) -> None:
+def _check_node(node: yaml.Node | None, path: str, seen: set[str]) -> None:
+    """Keys and numbers. A setting stands once, in one of its spellings: `optim.clip: 1` or `optim: {clip: 1}`, with dashes or
+    underscores; `seen` holds the paths of those before `node`."""
     if isinstance(node, yaml.ScalarNode):
         _check_number(node)
-    if isinstance(node, yaml.SequenceNode):
+    elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _check_keys(item)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: set[Any] = set()
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode):
-            raise StrictYAMLError(f"line {line}: a key must be a name")
-        if key.tag == f"{_TAG}merge":
-            raise StrictYAMLError(
-                f"line {line}: the merge key << is not accepted: write the settings themselves"
-            )
-        if key.value in seen:
-            raise StrictYAMLError(f"line {line}: {key.value!r} stands there twice: keep one of them")
-        seen.add(key.value)
-        _check_keys(value)
-
-
-def _check_paths(node: yaml.Node | None) -> None:
-    """A setting has two spellings, `optim.clip: 1` and `optim: {clip: 1}`: one of them, once."""
-    seen: set[str] = set()
-    for path, line in _leaves(node, ""):
-        if path in seen:
-            raise StrictYAMLError(f"line {line}: {path!r} stands there twice: keep one of them")
-        seen.add(path)
-
-
-def _leaves(node: yaml.Node | None, path: str) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode) and node.value:
+            _check_node(item, "", set())
+    elif isinstance(node, yaml.MappingNode):
+        names: set[str] = set()
         for key, value in node.value:
-            yield from _leaves(value, f"{path}.{key.value}" if path else key.value)
-    elif node is not None:
-        yield path, node.start_mark.line + 1
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise StrictYAMLError(f"line {line}: a key must be a name")
+            if key.tag == f"{_TAG}merge":
+                raise StrictYAMLError(
+                    f"line {line}: the merge key << is not accepted: write the settings themselves"
+                )
+            name = key.value.replace("-", "_")
+            whole = f"{path}.{name}" if path else name
+            if name in names or whole in seen:
+                twice = key.value if name in names else whole
+                raise StrictYAMLError(f"line {line}: {twice!r} stands there twice: keep one of them")
+            names.add(name)
+            if not (isinstance(value, yaml.MappingNode) and value.value):
+                seen.add(whole)
+            _check_node(value, whole, seen)
 
 
 def _in_one_line(error: yaml.YAMLError) -> str:
@@ -125,14 +115,42 @@ def _in_one_line(error: yaml.YAMLError) -> str:
     return " ".join(str(error).split())
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path, group: str | None = None) -> dict[str, Any]:
     """The mapping in a YAML file.
 
+    Args:
+        path: the file.
+        group: what the names of its settings begin with, such as "optim."; None: its values are no settings and not checked.
+
     Raises:
-        ValueError: there is no such file, or it is no mapping from names to values; the message names it.
+        ValueError: there is no such file, it is no mapping from names to values, or a value is out of bounds or of another type; the
+            message names it.
         OSError: it cannot be read.
     """
-    return parse_settings(read_text(path), path)
+    settings = parse_settings(read_text(path), path)
+    if group is not None:
+        _check_values(settings, path, group)
+    return settings
+
+
+def _check_values(settings: Mapping[str, Any], path: Path, group: str) -> None:
+    """Bounds and types, here because nobody knows the file later; names that are no settings are for the parser."""
+    for name, value in settings.items():
+        whole = group + name
+        if whole in GROUPS and isinstance(value, Mapping):
+            _check_values(value, path, f"{whole}.")
+        elif whole in RULES and not any(map(RULES[whole].accepts, _readings(value))):
+            raise ValueError(f"{path}: {must_be(whole, as_yaml(value))}")
+
+
+def _readings(value: Any) -> Iterator[Any]:
+    """A value, and what the parser makes of a text where a setting is none: '3' in quotes, or 1e-3, a text in YAML 1.1."""
+    yield value
+    if isinstance(value, str):
+        with suppress(ValueError, yaml.YAMLError):
+            yield yaml.load(value, Loader=_LOADER)
+        with suppress(ValueError):
+            yield float(value)
 
 
 def read_text(path: Path) -> str:
@@ -165,6 +183,14 @@ def parse_settings(text: str, path: Path) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        what = "is empty" if value is None else "is no mapping"
-        raise ValueError(f"{path} {what}: it must hold settings, a line `name: value` each")
-    return value
+        problem = "is empty" if value is None else "is no mapping"
+        raise ValueError(f"{path} {problem}: it must hold settings, a line `name: value` each")
+    settings: dict[str, Any] = with_underscores(value)
+    return settings
+
+
+def with_underscores(value: Any) -> Any:
+    """A value of YAML whose keys have underscores in place of dashes, as the fields of settings have."""
+    if isinstance(value, dict):
+        return {str(name).replace("-", "_"): with_underscores(item) for name, item in value.items()}
+    return [with_underscores(item) for item in value] if isinstance(value, list) else value

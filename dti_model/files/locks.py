@@ -3,8 +3,8 @@
     with locked(folder / ".lock", "dti train"): ...        held inside a folder
     with locked_beside(folder, "dti export"): ...          `.NAME.lock` beside a folder that is itself replaced
 
-The kernel releases a lock when its process is killed; the file then stays, and the next one takes it. A lock file is empty or holds
-one line that says who holds it. Whatever else has its name is somebody's own: it is refused, and nothing in it is touched.
+The kernel releases the lock of a killed process; the file stays, and the next process takes it. A lock file is empty or holds one line
+that names its holder. Any other file of its name is somebody's own: it is refused and left untouched.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ class LockedError(RuntimeError):
 def locked(path: Path, purpose: str, written: Path | None = None) -> Iterator[None]:
     """Hold the lock file `path`; it is gone at the end, or free after a kill.
 
-    Folders are made where they are missing, and go again where nothing came into them. A file system that knows no locks is no reason
-    to stop: there, nothing is held.
+    Missing folders are made, and removed again if they stay empty. On a file system without locks nothing is held.
 
     Args:
         path: the lock file.
@@ -121,7 +120,7 @@ def _created(path: Path) -> int:
 
 
 def _foreign_kind(descriptor: int) -> str | None:
-    """What somebody else's file is, in words; None: it is a lock file."""
+    """Somebody else's file in words; None: it is a lock file."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         return "no regular file"

@@ -28,7 +28,7 @@ from dti_model.files.renames import exchanged, rename_file_to_nothing, rename_fo
 
 _INCOMPLETE, _REMOVED = ".incomplete", ".removed"
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.dti-[0-9a-f]{16}(\.incomplete|\.removed)")
-# What file browsers, notebooks and network file systems leave in any folder: nobody's work.
+# Left in any folder by file browsers, notebooks and network file systems: nobody's work.
 _PASSING = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-f]+|\.ipynb_checkpoints|Thumbs\.db|desktop\.ini")
 # A full disk, a quota or a size limit, and the same in the words of libraries written in Rust and C++.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

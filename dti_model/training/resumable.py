@@ -1,6 +1,6 @@
 """Hugging Face's Trainer with checkpoints of our own (`checkpoint.py`) and an orderly end at SIGTERM.
 
-What Trainer's do not give: a half-written checkpoint looks like a whole one, tensors are pickled, a run that early stopping had ended
+Trainer's have four flaws: a half-written checkpoint looks like a whole one, tensors are pickled, a run that early stopping had ended
 trains on when it is resumed, and the loss of the steps since the last log line is forgotten.
 """
 
@@ -25,15 +25,12 @@ from dti_model.training.checkpoint import (
     WEIGHTS_FILE,
     CheckpointError,
     check_checkpoint,
-    damaged,
     load_optimizer,
     load_weights,
-    optimizer_groups,
     random_state,
     read_document,
     set_random_state,
     tidy,
-    trained_parameters,
     using,
     whole_optimizer,
     whole_weights,
@@ -55,7 +52,7 @@ class ResumableTrainer(Trainer):
     terminate = False  # SIGTERM has reached this process
     stopping = False  # SIGTERM has reached some rank: all of them know
     _stopped_early = False
-    _resumed: dict[str, Any] | None = None
+    _resumed: tuple[float, int] | None = None  # loss since the last log line, and its step
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; meanwhile SIGTERM asks for a checkpoint at the end of the step, and ends the process there (`Terminated`)."""
@@ -83,8 +80,9 @@ class ResumableTrainer(Trainer):
     def _folder(self, step: int) -> Path:
         return Path(str(self.args.output_dir)) / f"checkpoint-{step}"
 
-    def _parameters(self) -> dict[str, torch.nn.Parameter]:
-        return trained_parameters(self.accelerator.unwrap_model(self.model))
+    def _unwrapped(self) -> torch.nn.Module:
+        model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
+        return model
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizer
@@ -100,15 +98,12 @@ class ResumableTrainer(Trainer):
         best = self._folder(state.best_global_step) if state.best_global_step else folder
         if state.best_global_step:
             state.best_model_checkpoint = str(best)
-        parameters = self._parameters()
-        tensors = {
-            WEIGHTS_FILE: whole_weights(parameters),
-            OPTIMIZER_FILE: whole_optimizer(parameters, self._torch_optimizer()),
-        }
+        weights = whole_weights(self._unwrapped())
+        moments, groups = whole_optimizer(self._unwrapped(), self._torch_optimizer())
         run = {
             "version": CHECKPOINT_VERSION,
             "provenance": self.provenance,
-            "groups": optimizer_groups(self._torch_optimizer()),
+            "groups": groups,
             "scheduler": self._scheduler().state_dict(),
             "random": gather_from_ranks(random_state()),
             "unlogged_loss": gather_from_ranks(self._tr_loss.item()),
@@ -120,51 +115,41 @@ class ResumableTrainer(Trainer):
                 callbacks[type(callback).__name__] = callback.state()
 
         def write() -> None:
+            tensors = {WEIGHTS_FILE: weights, OPTIMIZER_FILE: moments}
             write_checkpoint(folder, tensors, {RUN_FILE: run, TRAINER_FILE: asdict(state)})
             tidy(folder.parent, keep={folder, best})
 
         first_rank_does(write)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self._parameters(), Path(resume_from_checkpoint))
+        load_weights(self._unwrapped(), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_global_step is not None
         first_rank_does(
             lambda: check_checkpoint(self._folder(int(self.state.best_global_step or 0)), best=True)
         )
-        load_weights(self._parameters(), self._folder(self.state.best_global_step))
+        load_weights(self._unwrapped(), self._folder(self.state.best_global_step))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         assert checkpoint is not None
-        run = self._read_run(Path(checkpoint))
-        with using(Path(checkpoint) / RUN_FILE):
-            load_optimizer(self._parameters(), self._torch_optimizer(), Path(checkpoint), run["groups"])
+        file = Path(checkpoint) / RUN_FILE
+        run = read_document(file)
+        with using(file):
+            if isinstance(run["random"], list) and len(run["random"]) != world_size():
+                raise CheckpointError(
+                    f"{checkpoint} was written by {len(run['random'])} processes and this run has {world_size()}: an epoch would "
+                    "not go on where it was. Start as many, or choose another --out"
+                )
+            load_optimizer(self._unwrapped(), self._torch_optimizer(), file.parent, run["groups"])
             self._scheduler().load_state_dict(run["scheduler"])
-        self._resumed = run
+            self._resumed = float(run["unlogged_loss"][rank()]), int(run["last_logged_step"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            run = self._read_run(Path(checkpoint))
-            with using(Path(checkpoint) / RUN_FILE):
-                set_random_state(run["random"][rank()])
-
-    def _read_run(self, checkpoint: Path) -> dict[str, Any]:
-        run = read_document(checkpoint / RUN_FILE)
-        missing = {"groups", "scheduler", "random", "unlogged_loss", "last_logged_step"} - run.keys()
-        if missing:
-            raise damaged(checkpoint / RUN_FILE, KeyError(min(missing)))
-        per_rank = ("random", "unlogged_loss")
-        if not all(isinstance(run[name], list) for name in per_rank):
-            raise damaged(
-                checkpoint / RUN_FILE, TypeError(f"{' and '.join(per_rank)} must be lists, a value a rank")
-            )
-        if len(run["random"]) != world_size():
-            raise CheckpointError(
-                f"{checkpoint} was written by {len(run['random'])} processes and this run has {world_size()}: an epoch would "
-                "not go on where it was. Start as many, or choose another --out"
-            )
-        return run
+            file = Path(checkpoint) / RUN_FILE
+            with using(file):
+                set_random_state(read_document(file)["random"][rank()])
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         progress: tuple[int, int] = super()._init_training_state(*args)
@@ -179,8 +164,8 @@ class ResumableTrainer(Trainer):
             self.control.should_training_stop = True
             return
         if self._resumed is not None:
-            self._tr_loss += self._resumed["unlogged_loss"][rank()]
-            self._globalstep_last_logged = self._resumed["last_logged_step"]
+            unlogged_loss, self._globalstep_last_logged = self._resumed
+            self._tr_loss += unlogged_loss
             self._resumed = None
         super()._run_epoch(**kwargs)
 

@@ -1,4 +1,4 @@
-"""Where a training may start, and where an interrupted one goes on.
+"""Run folders that a training may start in, and the checkpoint that an interrupted one goes on from.
 
 A folder is a run's if its `config.yaml` is one of ours. Any other folder that is not empty is somebody's: it is refused, and nothing in it
 is touched. A training holds the lock `.lock` from before the first look at the checkpoints to the end, so that two runs never share a
@@ -43,7 +43,7 @@ from dti_model.training.checkpoint import (
     read_document,
 )
 
-# What a run writes into its folder; through a link, it would write somewhere else.
+# Written into the folder by a run; through a link, it would write somewhere else.
 _WRITTEN = (CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, CHECKSUMS_FILE, REPORT_FILE)
 
 
@@ -132,7 +132,7 @@ def _is_result(path: Path) -> bool:
 
 
 def _is_of_a_start(path: Path) -> bool:
-    """What a start that was killed before config.yaml was there may leave."""
+    """Left by a start that was killed before config.yaml was there."""
     if path.name == CHECKPOINTS_FOLDER:
         return path.is_dir() and not any(path.iterdir())
     return path.name == LOCK_FILE or path.name.startswith(f".{CONFIG_FILE}.")
@@ -190,7 +190,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         return None
     _check_same_settings(config, places=False)
     check_checkpoint(checkpoint)
-    # Where fingerprints were kept, they say more about data and model than where those are.
+    # Fingerprints, if any were kept, say more about data and model than their paths do.
     _check_same_settings(config, places=provenance_of(checkpoint) is None)
     _check_checkpoint_settings(config, checkpoint)
     best = read_document(checkpoint / TRAINER_FILE).get("best_global_step")

@@ -82,7 +82,7 @@ def runs(config: TrainConfig) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "model" / "two_ranks.py"), str(config.out.parent)],
+        [*command, str(ROOT / "tests" / "training" / "two_ranks.py"), str(config.out.parent)],
         capture_output=True,
         text=True,
         env=environment,
