@@ -262,10 +262,8 @@ def tidy(folder: Path, keep: set[Path]) -> None:
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
+    with using(file):
         tensors: dict[str, Tensor] = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise damaged(file, error) from error
     return tensors
 
 
@@ -275,18 +273,17 @@ def read_document(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read.
     """
-    try:
+    with using(file):
         value = json.loads(read_file(file))
         if not isinstance(value, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(file, error) from error
     return value
 
 
 @contextmanager
 def using(file: Path) -> Iterator[None]:
-    """Report any error while a document of a checkpoint is used as damage of it: one without checksums (of version 0.1.0) may hold anything.
+    """Whatever fails while a file of a checkpoint is read or used, the file is damaged: without checksums, as version 0.1.0 wrote it, it
+    may hold anything.
 
     Raises:
         CheckpointError: naming the file.
@@ -296,12 +293,9 @@ def using(file: Path) -> Iterator[None]:
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
-        raise damaged(file, error) from error
-
-
-def damaged(file: Path, error: Exception) -> CheckpointError:
-    """The error of a file that cannot be read, with the way out."""
-    return CheckpointError(f"{file} is damaged ({' '.join(str(error).split())}). {_way_out(file.parent)}")
+        raise CheckpointError(
+            f"{file} is damaged ({' '.join(str(error).split())}). {_way_out(file.parent)}"
+        ) from error
 
 
 def _way_out(folder: Path) -> str:

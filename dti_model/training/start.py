@@ -138,13 +138,6 @@ def _is_of_a_start(path: Path) -> bool:
     return path.name == LOCK_FILE or path.name.startswith(f".{CONFIG_FILE}.")
 
 
-def _check_place(out: Path) -> None:
-    owned = why_owned(out, is_run=True)
-    if owned is not None:
-        raise RunExistsError(f"{out} {owned}")
-    check_is_ours(out)
-
-
 @contextmanager
 def run_folder_of(out: Path, purpose: str) -> Iterator[None]:
     """Hold a run folder: rank 0 locks it, and the error of a lock that another process holds is raised by all ranks.
@@ -157,17 +150,24 @@ def run_folder_of(out: Path, purpose: str) -> Iterator[None]:
         RunExistsError: it is not a run folder, or in the place of another run's or prepared data's own files.
         LockedError: another process writes there; the message says which.
     """
-    first_rank_does(lambda: _check_place(out))
-    made = [folder for folder in (out / CHECKPOINTS_FOLDER, out, *out.parents) if not folder.exists()]
+
+    def check_place() -> None:
+        owned = why_owned(out, is_run=True)
+        if owned is not None:
+            raise RunExistsError(f"{out} {owned}")
+        check_is_ours(out)
+
+    first_rank_does(check_place)
+    checkpoints = out / CHECKPOINTS_FOLDER
+    is_new = not checkpoints.exists()
     with ExitStack() as stack:
         first_rank_does(lambda: stack.enter_context(locked(out / LOCK_FILE, purpose)))
         try:
             yield
         finally:
-            stack.close()
-            for folder in made:
+            if is_new:
                 with suppress(OSError):  # not empty: something has been written
-                    folder.rmdir()
+                    checkpoints.rmdir()
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
