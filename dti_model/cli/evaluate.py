@@ -10,9 +10,8 @@ from typing import Any
 from jsonargparse import Namespace
 
 from dti_model.cli.command_line import Parser
-from dti_model.config import RULES, as_yaml, must_be
+from dti_model.config import RULES, as_yaml, must_be, why_owned
 from dti_model.files import DamagedFileError, locked_beside, read_sealed, temporary_folder, write_sealed
-from dti_model.places import why_owned
 
 WRITTEN_BY = "dti evaluate"
 

@@ -1,4 +1,4 @@
-"""The settings of a run: their types, defaults and bounds, YAML, and references to pretrained models.
+"""The settings of a run: types, defaults, bounds, YAML, references to pretrained models, and places that a run keeps for its own files.
 
 Imports neither torch nor transformers, so that `dti --help` starts at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dti_model.config.bounds import GROUPS, MODES, RULES, as_yaml, must_be
 from dti_model.config.file import CONFIG_FILE, ConfigFileError, is_run_config, is_sealed
+from dti_model.config.places import check_new_folder, why_irreplaceable, why_owned
 from dti_model.config.references import HUB, PretrainedModelError, Reference, locate
 from dti_model.config.settings import (
     DTIConfig,
@@ -16,7 +17,7 @@ from dti_model.config.settings import (
     TrainConfig,
     check_reset_layers,
 )
-from dti_model.config.strict_yaml import StrictYAMLError, check_yaml, read_settings
+from dti_model.config.strict_yaml import StrictYAMLError, check_yaml, read_settings, with_underscores
 
 __all__ = [
     "CONFIG_FILE",
@@ -34,6 +35,7 @@ __all__ = [
     "StrictYAMLError",
     "TrainConfig",
     "as_yaml",
+    "check_new_folder",
     "check_reset_layers",
     "check_yaml",
     "is_run_config",
@@ -41,4 +43,7 @@ __all__ = [
     "locate",
     "must_be",
     "read_settings",
+    "why_irreplaceable",
+    "why_owned",
+    "with_underscores",
 ]

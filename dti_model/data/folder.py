@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dti_model.config import why_irreplaceable, why_owned
 from dti_model.data.errors import DataError
 from dti_model.files import (
     DamagedFileError,
@@ -26,7 +27,6 @@ from dti_model.files import (
     read_sealed,
     write_sealed,
 )
-from dti_model.places import why_irreplaceable, why_owned
 
 FORMAT_VERSION = 2
 STATS_FILE = "stats.json"

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dti_model.config import TrainConfig
+from dti_model.config import TrainConfig, check_new_folder
 from dti_model.data import DataError, PreparedData, TextEncoder
 from dti_model.files import CHECKSUMS_FILE, locked_beside, whole_folder, write_checksums
 from dti_model.model.fingerprints import PROVENANCE_FILE
@@ -33,7 +33,6 @@ from dti_model.model.pretrained import load_causal_lm
 from dti_model.model.run_folder import MODEL_FOLDER
 from dti_model.model.safe_loading import adapter_from, config_from, fast_tokenizer_from
 from dti_model.model.trained import loading, open_trained, with_base
-from dti_model.places import check_new_folder
 from dti_model.prompts import PromptFormat
 
 _OF_THE_RUN = (DESCRIPTION_FILE, CARD_FILE, CHECKSUMS_FILE, PROVENANCE_FILE)  # the export has its own

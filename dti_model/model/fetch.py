@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dti_model.config import check_new_folder
 from dti_model.downloads import FetchError, by_first_route, check_digest, extract, wheel_from_index
 from dti_model.files import locked_beside, whole_folder, write_checksums
 from dti_model.model.pretrained import PretrainedModelError, load_plain
 from dti_model.model.safe_loading import tokenizer_from
-from dti_model.places import check_new_folder
 
 HUB_TIMEOUT_S = 10  # a blocked network must not hold the second route up
 HUB_FILES = (

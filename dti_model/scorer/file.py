@@ -28,9 +28,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from dti_model.config import why_owned
 from dti_model.data import ENCODING_VERSION
 from dti_model.files import locked
-from dti_model.places import why_owned
 from dti_model.scorer.items import ItemError
 from dti_model.scorer.job import Job
 from dti_model.scorer.lines import (

@@ -30,6 +30,7 @@ from dti_model.config import (
     is_run_config,
     is_sealed,
     must_be,
+    why_owned,
 )
 from dti_model.data import PreparedData
 from dti_model.error_lines import did_you_mean
@@ -43,7 +44,6 @@ from dti_model.model import (
     RunExistsError,
     tokenizer_of,
 )
-from dti_model.places import why_owned
 from dti_model.ranks import first_rank_does, join_ranks, rank
 from dti_model.training.driver import train
 from dti_model.training.start import check_is_no_broken_link, check_is_ours

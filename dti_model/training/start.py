@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dti_model.config import CONFIG_FILE, TrainConfig, is_run_config
+from dti_model.config import CONFIG_FILE, TrainConfig, is_run_config, why_owned
 from dti_model.files import CHECKSUMS_FILE, locked, opened, read_checksums
 from dti_model.model import (
     CHECKPOINTS_FOLDER,
@@ -30,7 +30,6 @@ from dti_model.model import (
     RunExistsError,
     check_model_is_ours,
 )
-from dti_model.places import why_owned
 from dti_model.ranks import first_rank_does
 from dti_model.training.checkpoint import (
     RUN_FILE,

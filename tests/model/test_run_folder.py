@@ -19,12 +19,11 @@ import polars as pl
 import pytest
 
 from dti_model.cli import main
-from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.config import ModelConfig, OptimConfig, TrainConfig, why_owned
 from dti_model.files import LockedError, locked, write_checksums
 from dti_model.model import run as run_module
 from dti_model.model.export import export_run
 from dti_model.model.run_folder import LOCK_FILE, RunExistsError
-from dti_model.places import why_owned
 from dti_model.training import search, train
 from dti_model.training.checkpoint import CheckpointError
 from dti_model.training.trainer import StreamTrainer
