@@ -93,7 +93,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Rules:
-    """How rows become targets and texts become tokens; the arguments of `prepare`."""
+    """The protocol: arguments of `prepare` that turn rows into targets and texts into tokens."""
 
     split: SplitKind
     threshold: float | None
@@ -128,7 +128,7 @@ def _prepared(name: str, raw: RawData, rules: _Rules, out: Path) -> dict[str, An
         "subset": raw.subset,
         **raw.text_rule,
         "sha256": raw.checksums,
-        # Says of two formats of one published set that they agree; other sources have the checksums of their files.
+        # Equal for two formats of one published set; the checksums of their files differ.
         "digest": None if raw.facts is None else raw.digest(),
     }
     threshold = raw.threshold if rules.threshold is None else float(rules.threshold)
@@ -158,7 +158,7 @@ def _prepared(name: str, raw: RawData, rules: _Rules, out: Path) -> dict[str, An
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Nobody else prepares `out` meanwhile; the lock is beside it, since `out` itself is replaced."""
+    """Keep other processes from preparing `out`; the lock lies beside it, since `out` itself is replaced."""
     with ExitStack() as stack:
         try:
             stack.enter_context(locked_beside(out, "dti prepare"))

@@ -1,10 +1,10 @@
-"""What a prepared folder is: its sealed stats.json, checksums of its files, and which files in it are its own.
+"""A prepared folder on disk: its sealed stats.json, the checksums of its files, and which files in it are its own.
 
     stats["files"] = {"interactions.arrow": {"bytes": 12680154, "sha256": "1f..."}, ...}
 
-`stats.json` also holds the sha256 of itself, so a flipped bit anywhere is found before anything is computed from it. A file is read
-for that once per process and state of the file (path, size, time of change), at 1.1 GB/s on an AMD EPYC: 3 ms for ML-100K
-(3 MB), 13 ms for half of ML-1M (13 MB), .2 ms when it is opened again.
+`stats.json` also holds its own sha256, so a flipped bit anywhere is found before anything is computed from it. A process digests a
+file once, and again when its size or time of change differs. Cost: 1.1 GB/s on an AMD EPYC, which is 3 ms for ML-100K (3 MB), 13 ms
+for half of ML-1M (13 MB), and .2 ms for a folder that is opened again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TABLES = ("interactions.arrow", "users.arrow", "items.arrow")
 AGAIN = "Make the folder again with: dti prepare"
 REMOVE = "Remove the folder and make it again with: dti prepare"
 _CONTENT = ("source", "files", "users", "items", "interactions")
-# Token ids, of this and of version 1, and what a killed writer of them leaves.
+# Files of token ids, of this version and of version 1, and temporary files of killed writers.
 _TOKENS = re.compile(
     r"\.?[0-9a-f]{16}(-[0-9a-f]{64})?\.arrow(\.\w{8}(\.incomplete)?|\.dti-[0-9a-f]{16}\.incomplete)?"
 )
@@ -89,7 +89,7 @@ def read_stats(folder: Path) -> dict[str, Any]:
 
 
 def _has_fields(stats: Mapping[str, Any]) -> bool:
-    """Whether what is read here has its types; the seal says that nobody changed it, not who wrote it."""
+    """Whether the fields that are read have their types; the seal proves only that nobody changed them."""
     files, source = stats.get("files", {}), stats.get("source")
     return (
         are_checksums(files)
@@ -101,7 +101,7 @@ def _has_fields(stats: Mapping[str, Any]) -> bool:
 
 
 def check_whole(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare files with their checksums; those that this process has found whole, and that are as they were, are not read again.
+    """Compare files with their checksums; a file that this process has found whole and that has not changed is not read again.
 
     Args:
         folder: where they are.
@@ -137,10 +137,10 @@ def _state(path: Path, facts: Mapping[str, Any]) -> tuple[str, int, int, str]:
 
 
 def check_replaceable(out: Path) -> None:
-    """Only nothing, an empty folder, or an older prepared folder and nothing else may be in the way of a new one.
+    """Check that a new prepared folder replaces nothing but an empty folder or an older prepared one.
 
     Raises:
-        DataError: something else is there, and what it is, or the place is one of another folder's own files.
+        DataError: something else is there, which the message names, or the place is one of another folder's own files.
     """
     owned = why_owned(out)
     if owned is not None:
@@ -155,7 +155,12 @@ def check_replaceable(out: Path) -> None:
             own = _own_files(out)
             if own is None:
                 raise DataError(other)
-            _check_nothing_else(out, own)
+            if found := list(_foreign(out, own)):
+                more = f" and {len(found) - _NUM_NAMED:,} more" if len(found) > _NUM_NAMED else ""
+                raise DataError(
+                    f"{out}: a prepared folder, but {', '.join(found[:_NUM_NAMED])}{more} in it would be lost. Move that away, or name "
+                    "another folder with --out"
+                )
     except OSError as error:
         raise DataError(
             f"{out}: cannot be read ({error.strerror}). Name another folder with --out"
@@ -166,7 +171,7 @@ def check_replaceable(out: Path) -> None:
 
 
 def _own_files(out: Path) -> set[str] | None:
-    """The files that the stats.json of a prepared folder names, of this format or of version 1; None: it is none of ours."""
+    """The files that the stats.json of a prepared folder names, in this format or version 1; None: it is no prepared folder."""
     path = out / STATS_FILE
     try:
         stats = json.loads(read_file(path))
@@ -180,18 +185,8 @@ def _own_files(out: Path) -> set[str] | None:
     return {STATS_FILE, *files} if files.keys() >= set(TABLES) else None
 
 
-def _check_nothing_else(out: Path, own: set[str]) -> None:
-    found = list(_foreign(out, own))
-    if found:
-        more = f" and {len(found) - _NUM_NAMED:,} more" if len(found) > _NUM_NAMED else ""
-        raise DataError(
-            f"{out}: a prepared folder, but {', '.join(found[:_NUM_NAMED])}{more} in it would be lost. Move that away, or name "
-            "another folder with --out"
-        )
-
-
 def _foreign(out: Path, own: set[str]) -> Iterator[str]:
-    """What is in a folder besides its own files, by name; folders end with a slash and are not looked into."""
+    """Names of files and folders that are not the folder's own; a name of a folder ends with a slash, and stands for all in it."""
 
     def stop(error: OSError) -> None:
         raise error

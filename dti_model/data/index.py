@@ -2,9 +2,9 @@
 
     order = (time, user, item, file); ids compare as numbers when all are integers, otherwise as text
 
-Rows of one user, time and item stay in the order of the source's file: sorted by anything that was answered, such as the rating,
-the label of one would tell the next one's. Time is compared at the full precision of the source. Columns are worked on one by one and freed as soon as they are
-used: `prepare` on review files of .5, 1 and 2 million rows peaked at 222, 254 and 361 MiB, some 110 bytes a row at the end
+Rows of one user, time and item stay in the order of the source's file. Sorted by an answer, such as the rating, the label of one row
+would tell the next one's. Time is compared at the full precision of the source. Columns are processed one by one and freed after use:
+`prepare` on review files of .5, 1 and 2 million rows peaked at 222, 254 and 361 MiB, some 110 bytes a row at the end
 (benchmarks/LOG.md).
 """
 
@@ -81,7 +81,7 @@ def index_rows(raw: RawData, min_item_count: int) -> Indexed:
 
 
 def _duplicates(user: npt.NDArray[np.int32], item: npt.NDArray[np.int32]) -> tuple[int, int]:
-    """How many (user, item) pairs occur more than once, and their rows after the first."""
+    """Number of (user, item) pairs that occur more than once, and of their rows after the first."""
     pairs = user.astype(np.int64)
     pairs <<= 32
     pairs |= item
@@ -104,7 +104,7 @@ def _renumbered(names: pl.Series, codes: npt.NDArray[np.int32]) -> tuple[pl.Seri
 
 
 def _id_order(ids: pl.Series) -> npt.NDArray[np.int64]:
-    """Where distinct ids go, sorted as numbers when all are integers (equal ones by text), otherwise as text."""
+    """The order of distinct ids: as numbers when all are integers (equal ones by text), otherwise as text."""
     by_text = ids.arg_sort().to_numpy()
     numbers = ids.cast(pl.Int64, strict=False)
     if numbers.null_count():

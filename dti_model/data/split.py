@@ -1,4 +1,4 @@
-"""Which interactions are targets, and in which split.
+"""Targets among interactions, and their split.
 
 A *target* has at least `min_context` earlier interactions of its user; the others are context only. Rows
 are ordered by (time, user, item, place in the file), and the split of the N targets is 8 : 1 : 1 in that order: the first

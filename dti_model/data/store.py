@@ -11,8 +11,8 @@
 
 Ids are ordered as numbers when all of them are integers, otherwise as text; `item` is a row of items.arrow.
 Two rows of one user with equal time are in item order, and in the order of the source's file where the item repeats too.
-Reading copies nothing: the arrays are views of the mapped files. They keep what they show when the folder is made again or removed;
-a mapped file that somebody cuts short in place ends its readers with SIGBUS, which no check can prevent.
+Reading copies nothing: the arrays are views of the mapped files, and stay as they are when the folder is made again or removed. A
+mapped file that somebody truncates in place ends its readers with SIGBUS, which no check can prevent.
 """
 
 from __future__ import annotations
@@ -109,12 +109,12 @@ class PreparedData:
         else:
             if read_stats(path) == stats:
                 return data
-        return cls.open(path)  # it was made again meanwhile: what was read is of two folders
+        return cls.open(path)  # it was made again meanwhile: the parts that were read are of two folders
 
     def check_tokenizer(self) -> None:
         """Check the tokenizer's files against stats.json, also that none was added.
 
-        Cost: nothing is read that this process has found whole and that is as it was.
+        Cost: a file that this process has found whole and that has not changed is not read again.
 
         Raises:
             DataError: a file is another one, missing or not of the tokenizer.
@@ -139,7 +139,7 @@ class PreparedData:
 
     @property
     def text_rule(self) -> dict[str, Any]:
-        """How items were put into text: `text`, a template, and `max_chars`; without them, the defaults of `texts.py`."""
+        """The rule of the item texts: `text`, a template, and `max_chars`; those of `texts.py` where the folder names none."""
         source = self.stats["source"]
         return {name: source[name] for name in ("text", "max_chars") if name in source}
 
@@ -191,8 +191,8 @@ class PreparedData:
     def token_ids(self, tokenizer: Any) -> TokenIds:
         """Token ids of all item texts: no special token, no label, whatever a text says (`text_encoder.py`).
 
-        Encoded once per tokenizer and kept in `tokens/`; later calls, in any process, map the file. Where the folder may not be
-        written, every process encodes for itself.
+        Encoded once per tokenizer and cached in `tokens/`; later calls, in any process, map the file. Without the right to write
+        there, every process encodes for itself.
 
         Args:
             tokenizer: a fast transformers tokenizer or a `tokenizers.Tokenizer`.

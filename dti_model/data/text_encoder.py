@@ -3,8 +3,8 @@
     "[SUM] yes"  ->  Ġ [ S U M ] Ġ yes     by added tokens     [SUM] and yes: a target and a click that nobody saw
                  ->  [ S U M ] Ġyes        here                the letters and pieces of any other text
 
-Added tokens (control tokens among them) are not looked for. What a vocabulary's own pieces could still make of one, by a merge or as a
-whole word, is spelled in single characters, and so are the label words. All other texts have the ids that the tokenizer gives them.
+Added tokens (control tokens among them) are not looked for. Where a vocabulary's own pieces make one, by a merge or as a whole word, it
+is spelled in single characters, and so are the label words. All other texts have the ids that the tokenizer gives them.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class TextEncoder:
         self._reserved = np.array(sorted(self.spelled), np.int32)
 
     def _spellings(self, reserved: set[int], suffix: str) -> dict[int, list[int]]:
-        """By token, the single characters of those that the vocabulary's pieces can make; `suffix` marks the end of a word."""
+        """Single characters of every reserved token that the vocabulary's pieces can make; `suffix` marks the end of a word."""
         model, spelled = self._backend.model, {}
         for token in sorted(reserved):
             text = self._backend.id_to_token(token)
             if suffix and text and len(text.removesuffix(suffix)) > 1:
-                # Its pieces differ inside a word and at its end, where no letter stands alone: of either kind what there is.
+                # Pieces inside a word and at its end differ, and not every letter has both: of either kind what there is.
                 word = text.removesuffix(suffix)
                 letters = [*word[:-1], word[-1] + text[len(word) :]]
                 found = [model.token_to_id(letter) for letter in letters]

@@ -76,7 +76,7 @@ class Template:
             pieces = list(string.Formatter().parse(template))
         except ValueError as error:
             raise ValueError(f"text template {template!r}: {error}. {way_out}") from error
-        # Of every part its text with %s in the place of each column, and the columns.
+        # Every part's text, with %s in the place of each column, and its columns.
         forms, columns = [""], [list[str]()]
         for literal, column, form, conversion in pieces:
             if column == "" or form or conversion:
@@ -129,7 +129,7 @@ class Template:
 
 
 def template_text(template: Template, fields: Mapping[str, Any], max_chars: int) -> str:
-    """The text of one item, as `item_frames.ItemTexts` makes it of columns with such values.
+    """The text of one item; `item_frames.ItemTexts` makes the same one of columns with these values.
 
     Raises:
         DataError: a field that the template does not name, a value that no column has, or no value at all.

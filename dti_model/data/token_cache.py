@@ -2,9 +2,9 @@
 
     tokens/<fingerprint of tokenizer and texts>-<sha256 of the file>.arrow
 
-The name says what the content must be, so one renamed file is whole or not there, and several processes may write it at once. A
-damaged one is encoded again, which takes a moment, rather than refused. In a folder that may not be written, nothing is kept,
-and a warning says so.
+The name holds the digest of the content and the file appears by a rename, so it is whole or absent, and several processes may write it
+at once. A damaged file is not refused but made again, which takes a moment. A folder without the right to write gets no cache, and a
+warning says so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dti_model.data.text_encoder import TokenIds
 from dti_model.files import whole_file
 
 _KIND = pa.large_list(pa.int32())
-# A folder that is another's, or on a read-only disk, or gone since it was opened.
+# The folder belongs to somebody else, is on a read-only disk, or was removed after it was opened.
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
 
 
@@ -85,7 +85,7 @@ def _keep(folder: Path, fingerprint: str, offsets: npt.NDArray[np.int64], ids: n
 
 
 def _read(path: Path) -> TokenIds | None:
-    """The mapped ids; None where the file is damaged, or somebody has removed it."""
+    """The mapped ids; None: the file is damaged or was removed."""
     digest = path.stem.partition("-")[2]
     try:
         check_whole(path.parent, {path.name: {"bytes": path.stat().st_size, "sha256": digest}})

@@ -10,8 +10,8 @@ Output, JSON lines or Parquet, one record per input line, in their order:
     {"line": 1, "user": "5", "probabilities": [0.71, 0.42]}             in the order of the candidates
     {"line": 2, "user": null, "error": "candidates[0]: no item with id '9999' ..."}
 
-A blank end of the input counts for nothing. Finished chunks of lines stand in OUTPUT.partial; OUTPUT appears when all is done. Chunks
-are the same in every run, so a run that was killed and started again writes the same bytes as an unbroken one.
+Blank lines at the end of the input are no requests. Finished chunks of lines are kept in OUTPUT.partial; OUTPUT appears when all is
+done. Chunks are the same in every run, so a run that was killed and started again writes the same bytes as an unbroken one.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class BadLineError(ValueError):
 
 @dataclass(frozen=True)
 class FileScores:
-    """What a call of `score_file` did.
+    """Outcome of a call of `score_file`.
 
     Attributes:
         lines: of the input.
@@ -164,7 +164,7 @@ def _scored(
             record["probabilities"] = None
         except ItemError as error:
             if not skip_bad_lines:
-                source.check_stamp()  # a file that is being written has half a line
+                source.check_stamp()  # half a line, where the file is being written
                 raise BadLineError(
                     f"{one_line(source.path)}:{number}: {error}. Lines before it are kept: go on past bad lines with --bad-lines skip"
                 ) from None
@@ -182,7 +182,7 @@ def _scored(
 
 
 def _identity(scorer: Scorer, source: InputFile) -> dict[str, Any]:
-    """What decides the output, by the names that an error gives them."""
+    """All that decides the output, by the names that an error gives it."""
     model = scorer.click_model
     return {
         "input": source.facts,

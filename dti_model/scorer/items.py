@@ -36,7 +36,7 @@ Item = str | int | Mapping[str, Any]
 
 
 class ItemError(ValueError):
-    """An item, a label or a user that cannot be read; the message, one line, says why and what would do."""
+    """An item, a label or a user cannot be read; the message, one line, says why and names the way out."""
 
     def __init__(self, message: str) -> None:
         """A file name may stand in the message as it is."""
@@ -62,7 +62,7 @@ def _id_text(value: Any) -> str:
 
 
 def check_text(text: str) -> None:
-    """Raise an ItemError for half a surrogate pair: JSON can spell one, but it is no character, and no tokenizer or file takes it."""
+    """Raise an ItemError for half a surrogate pair: JSON can spell it, but no tokenizer or file takes it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -91,7 +91,7 @@ class ItemTokens:
         Args:
             tokenizer: of the model.
             max_item_tokens: texts are cut to this many tokens.
-            item_text: `text` (a template) and `max_chars`, by default the data layer's; None: items are finished texts.
+            item_text: the rule of the item texts, see `PreparedData.text_rule`; None: items are finished texts.
             builder: prepared data with the tokens of its items; None: there are no ids.
         """
         self._builder, self._max_item_tokens = builder, max_item_tokens

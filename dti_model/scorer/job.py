@@ -38,7 +38,7 @@ OUTPUT_SCHEMA = pa.schema(
     {"line": pa.int64(), "user": pa.string(), "probabilities": pa.list_(pa.float64()), "error": pa.string()}
 )
 _GROUP_ROWS = 1024  # of the Parquet output
-_MAX_CHUNK_BYTES = 1 << 30  # what a damaged file without line ends may cost in memory
+_MAX_CHUNK_BYTES = 1 << 30  # bounds the memory that a damaged file without line ends takes
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -48,7 +48,7 @@ class Job:
     Attributes:
         output: the file to make.
         partial: finished chunks.
-        job: what they were made of.
+        job: the identity of the job.
     """
 
     def __init__(self, output: Path, identity: Mapping[str, Any], skip_bad_lines: bool) -> None:
@@ -90,7 +90,7 @@ class Job:
         raise FileExistsError(f"{one_line(self.output)} exists: choose another --output, or delete it")
 
     def resume(self) -> int:
-        """Begin, or go on behind the last good chunk of an interrupted call; whatever follows it is cut off.
+        """Begin, or go on behind the last good chunk of an interrupted call; bytes behind that chunk are cut off.
 
         Returns:
             Lines that are done.

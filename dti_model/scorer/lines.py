@@ -29,7 +29,7 @@ BATCH_ROWS = 64
 _BLOCK_BYTES = 1 << 20
 
 MAX_USER_CHARS = 4096  # of an id: it stands in the output, also of a line that cannot be scored
-# How files begin that are none of JSON lines, and would be one bad line after the other.
+# First bytes of other kinds of files, in which every line would be a bad one.
 _OTHER_KINDS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -48,7 +48,7 @@ class InputFile:
     """A file of requests, held open.
 
     A file that changes in between would give an output of two inputs. So its content is digested first, its stamp (inode, size, time of
-    change) is compared before the scores of every chunk are kept, and the digest again before the output appears.
+    change) is compared before the scores of every chunk are kept, and the digest is compared before the output appears.
 
     Attributes:
         path: of the file.
@@ -96,7 +96,7 @@ class InputFile:
         return itertools.islice(enumerate(lines, 1), after, self.num_lines)
 
     def _json_lines(self) -> Iterator[bytes]:
-        """Lines; of one that is too long only enough to know that it is."""
+        """Lines; a line that is too long is cut, one byte beyond what is allowed."""
         while line := self._file.readline(MAX_LINE_BYTES + 1):
             yield line
             while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
@@ -168,7 +168,7 @@ def _check_kind(path: Path, file: BinaryIO) -> None:
 
 
 def is_parquet(path: Path) -> bool:
-    """By its suffix.
+    """Whether a file is Parquet, by its suffix, or JSON lines.
 
     Raises:
         ValueError: the suffix says neither JSON lines nor Parquet.
@@ -197,7 +197,7 @@ def _repeated_column(fields: Iterable[pa.Field]) -> str | None:
 
 
 def _entries(kind: pa.DataType) -> list[pa.Field]:
-    """Of a struct, its fields; of a list, what its entries are."""
+    """The fields of a struct, or the field that describes a list's entries."""
     if pa.types.is_struct(kind):
         return [kind.field(index) for index in range(kind.num_fields)]
     return [kind.value_field] if pa.types.is_list(kind) or pa.types.is_large_list(kind) else []
@@ -249,7 +249,7 @@ def fields_of(line: Line) -> Mapping[str, Any]:
 
 
 def _parsed(line: bytes) -> Any:
-    """What a line of JSON says; a byte order mark may stand before it."""
+    """The value of a line of JSON; a byte order mark before it is skipped."""
     if len(line) > MAX_LINE_BYTES:
         raise ItemError(
             f"a line of more than {MAX_LINE_BYTES:,} bytes: put its candidates into several lines, each with the history"
@@ -274,7 +274,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that stands in it twice, readers take the first or the last value."""
+    """A JSON object with each key once: of two equal keys, readers disagree on which counts."""
     value = dict(pairs)
     if len(value) < len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
@@ -283,7 +283,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any, depth: int) -> Any:
-    """Parquet structs name every field, in every row."""
+    """A value without null fields: Parquet structs have every field in every row."""
     if isinstance(value, (Mapping, list)) and not depth:
         raise ItemError(f"nested more than {MAX_DEPTH} deep")
     if isinstance(value, Mapping):

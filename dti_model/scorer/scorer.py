@@ -2,7 +2,7 @@
 
     scorer = Scorer.from_run("runs/mine")
     scorer.score([("50", 1), ("172", 0)], ["181", "1", {"title": "Brazil (1985)", "genres": ["Sci-Fi"]}])
-    scorer = Scorer.from_export("models/clicks")             what `dti export` made: needs no prepared data, and has no ids then
+    scorer = Scorer.from_export("models/clicks")             made by `dti export`; knows no ids unless it is given prepared data
 
 The history is computed once and every candidate sees the history and itself (semantics.md, section 8), so its score is that of a
 sliding-window prompt of its own. `encode` keeps the history for later calls; `append` adds what the user did next.
@@ -58,7 +58,7 @@ class HistoryState:
 
     @property
     def num_interactions(self) -> int:
-        """How many it holds: the last n of the history."""
+        """Number of interactions it holds: the last n of the history."""
         return len(self.interactions)
 
 
@@ -186,7 +186,7 @@ class Scorer:
         return self.score_many([self.request(history, candidates)])[0]
 
     def request(self, history: History | HistoryState, candidates: Sequence[Item]) -> Request:
-        """The arguments of `score`, checked and in token ids, for `score_many`; raises what `score` raises."""
+        """The arguments of `score`, checked and in token ids, for `score_many`; raises the errors of `score`."""
         if isinstance(candidates, (str, bytes, Mapping)) or not isinstance(candidates, Sequence):
             raise ItemError(f"candidates must be a list of items, got {shown(candidates)}")
         tokens = []
@@ -206,7 +206,7 @@ class Scorer:
         """`score` of many users at once, packed into passes of at most the token budget; in the order of the requests.
 
         Args:
-            requests: of `request`, or what it takes: `(history, candidates)` pairs.
+            requests: results of `request`, or `(history, candidates)` pairs, its arguments.
 
         Raises:
             ItemError: as in `score`; the message names the pair.

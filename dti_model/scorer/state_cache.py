@@ -22,8 +22,8 @@ class StateCache:
     """States by user, safe to use from several threads.
 
     Attributes:
-        scorer: made the states.
-        max_bytes: what the kept states take together at most.
+        scorer: the one that makes the states.
+        max_bytes: limit of the bytes of all kept states together.
     """
 
     def __init__(self, scorer: Scorer, max_bytes: int) -> None:
@@ -67,7 +67,7 @@ class StateCache:
         return state
 
     def append(self, user: Hashable, item: Item, label: int) -> HistoryState | None:
-        """`Scorer.append` on a kept state. None where none is kept: encode the user's history, this interaction included."""
+        """`Scorer.append` on a kept state. None: no state is kept; encode the user's history, with this interaction in it."""
         with self._user_locks[hash(user) % _NUM_LOCKS]:
             state = self.get(user)
             return None if state is None else self.put(user, self.scorer.append(state, item, label))

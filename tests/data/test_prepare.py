@@ -246,33 +246,17 @@ def test_impossible_arguments(tmp_path: Path) -> None:
         prepare("ml-1m", tmp_path / "out", raw, subset=True, min_item_count=1000)
 
 
-def test_interrupted_prepare_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = write_1m(tmp_path / "raw", some_ratings())
-    monkeypatch.setattr(build, "save_tokenizer", _interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare("ml-1m", tmp_path / "out", raw, subset=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
-
-
-def test_interrupted_prepare_keeps_the_older_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_prepare_leaves_nothing_and_keeps_an_older_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw = write_1m(tmp_path / "raw", some_ratings())
     prepare("ml-1m", tmp_path / "out", raw, subset=True)
     monkeypatch.setattr(build, "save_tokenizer", _interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare("ml-1m", tmp_path / "out", raw, subset=True, threshold=1)
+    for name in ("new", "out"):
+        with pytest.raises(KeyboardInterrupt):
+            prepare("ml-1m", tmp_path / name, raw, subset=True, threshold=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
     assert PreparedData.open(tmp_path / "out").stats["threshold"] == 3
-
-
-def test_older_prepared_folder_is_replaced_and_anything_else_is_not(tmp_path: Path) -> None:
-    raw = write_1m(tmp_path / "raw", some_ratings())
-    prepare("ml-1m", tmp_path / "out", raw, subset=True)
-    prepare("ml-1m", tmp_path / "out", raw, subset=True, threshold=4)
-    assert PreparedData.open(tmp_path / "out").stats["threshold"] == 4
-    with pytest.raises(DataError, match="exists and is not a prepared folder"):
-        prepare("ml-1m", raw, raw, subset=True)
-    with pytest.raises(DataError, match="exists and is not a prepared folder"):
-        prepare("ml-1m", raw / "movies.dat", raw, subset=True)
-    assert sorted(path.name for path in raw.iterdir()) == ["movies.dat", "ratings.dat"]
 
 
 def test_folder_that_cannot_be_made_is_a_data_error(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
     reviews   {"reviewerID": "A31...", "asin": "B004...", "overall": 5.0, "unixReviewTime": 1529193600, ...}
     meta      {"asin": "B004...", "title": "...", "brand": "...", "category": ["Gift Cards", "Gift Cards"], ...}
 
-The text of an item is title, categories, brand. What the real files need: HTML entities and markup go; `category`
+The text of an item is title, categories, brand. The real files need care: values hold HTML entities and markup; `category`
 starts with the department, which every item of the file shares, and may repeat itself; the brand of a Kindle book
-is "Visit Amazon's <author> Page"; a title with "getTime" is a script of the page and none. Of an asin listed twice
-the first row with a title is used.
+is "Visit Amazon's <author> Page"; a title with "getTime" is a script of the page and no title. An asin may be listed twice: the
+first row with a title is used.
 
 Both files are streamed. msgspec decodes the four or so fields asked for and skips the others: its messages name the
 field, good and bad lines go through the same code, and it survives every line of the fuzz tests (Polars reads a lone
@@ -28,7 +28,7 @@ import polars as pl
 
 from dti_model.data.errors import DataError
 from dti_model.data.sources.item_frames import ItemTexts
-from dti_model.data.sources.rows import MAX_REJECTED, Interactions, Rejected, check_max_rejected, read_lines
+from dti_model.data.sources.rows import MAX_REJECTED, Interactions, Rejected, check_limits, read_lines
 from dti_model.data.sources.source import STARS, RawData
 from dti_model.data.texts import MAX_CHARS, Template, clean_text
 
@@ -83,9 +83,7 @@ class AmazonFiles:
             DataError: a file cannot be read, or more rows than `max_rejected` are unusable.
             ValueError: `max_rejected` or `max_chars` is impossible.
         """
-        check_max_rejected(self.max_rejected)
-        if self.max_chars < 1:
-            raise ValueError(f"max_chars must be at least 1, but is {self.max_chars}")
+        check_limits(self.max_rejected, self.max_chars)
         reviews, meta = Path(self.reviews), Path(self.meta)
         rejected = Rejected(reviews), Rejected(meta)
         interactions = Interactions()

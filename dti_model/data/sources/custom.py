@@ -16,7 +16,7 @@ from typing import ClassVar
 import polars as pl
 
 from dti_model.data.sources.item_frames import ItemTexts, as_text
-from dti_model.data.sources.rows import MAX_REJECTED, Interactions, check_max_rejected
+from dti_model.data.sources.rows import MAX_REJECTED, Interactions, check_limits
 from dti_model.data.sources.source import RawData
 from dti_model.data.sources.tables import LINE, Table, open_table
 from dti_model.data.texts import FINISHED, MAX_CHARS, Template
@@ -87,9 +87,7 @@ class CustomFiles:
         columns = self._columns
         if len(set(columns)) < len(columns):
             raise ValueError(f"four different columns are needed, but they are {', '.join(columns)}")
-        check_max_rejected(self.max_rejected)
-        if self.max_chars < 1:
-            raise ValueError(f"max_chars must be at least 1, but is {self.max_chars}")
+        check_limits(self.max_rejected, self.max_chars)
         if FINISHED in Template(self.text).columns:
             raise ValueError(
                 f'text template {self.text!r} names a column {FINISHED}, but {{"{FINISHED}": ...}} is a finished item text where items '

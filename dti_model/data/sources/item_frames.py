@@ -1,6 +1,6 @@
 """Columns of an item file as text, and item texts of them.
 
-What a text is made of, and how, is `texts.py`'s.
+The rules of texts are in `texts.py`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class ItemTexts:
         return item in self._texts
 
     def add(self, ids: Iterable[str], columns: Mapping[str, Iterable[str | None]]) -> None:
-        """Take rows: ids, and the template's columns as text or null. Of the rows of one item the first with a title is used, or else
-        the first."""
+        """Take rows: ids, and the template's columns as text or null. The first row of an item that has a title is used, or else the
+        first."""
         names = self._template.columns
         for item, *row in zip(ids, *(columns[name] for name in names)):
             if item not in self:

@@ -25,7 +25,7 @@ from dti_model.shown import MAX_CHARS, one_line
 BATCH_BYTES = 1 << 24
 MAX_LINE_BYTES = 1 << 24  # a file without line ends must not fill the memory
 GZIP_MAGIC = b"\x1f\x8b"
-# Logs shrink 5 to 20 times. What shrinks 200 times is made to fill the memory, once there is enough of it to do so.
+# Logs shrink 5 to 20 times. A large file that shrinks 200 times was made to fill the memory.
 MAX_UNPACKED_RATIO, MIN_BOMB_BYTES = 200, 1 << 26
 _WIDE = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 INTERACTION_SCHEMA = {"user": pl.Int32, "item": pl.Int32, "timestamp": pl.Int64, "rating": pl.Float32}
@@ -214,7 +214,9 @@ class Rejected:
             )
 
 
-def check_max_rejected(limit: float) -> None:
-    """Raise a ValueError unless `limit` is a share from 0 to 1."""
-    if not 0 <= limit <= 1:
-        raise ValueError(f"max_rejected must be a share of the rows from 0 to 1, but is {limit}")
+def check_limits(max_rejected: float, max_chars: int) -> None:
+    """Raise a ValueError unless `max_rejected` is a share from 0 to 1 and `max_chars` at least 1."""
+    if not 0 <= max_rejected <= 1:
+        raise ValueError(f"max_rejected must be a share of the rows from 0 to 1, but is {max_rejected}")
+    if max_chars < 1:
+        raise ValueError(f"max_chars must be at least 1, but is {max_chars}")

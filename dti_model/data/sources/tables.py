@@ -165,7 +165,7 @@ class _Csv(Table):
         return pl.concat([frame, _frame(rows, row_numbers, names)]).sort(LINE)
 
     def _records(self) -> Iterator[tuple[int, list[str]]]:
-        """The first lines of records, which may span lines, and their values; after a bad one it goes on at the next line."""
+        """First line and values of every record, which may span lines; after a bad record, reading goes on at the line behind its first."""
         batches = (self._decoded(first, batch) for first, batch in read_lines(self.path))
         lines = _Lines(line + "\n" for batch in batches for line in batch)
         next(lines)  # the header
@@ -215,13 +215,13 @@ class _Lines:
         return line
 
     def forget(self) -> int:
-        """How many lines those are that cannot be read again any more."""
+        """Give up going back before here. Returns the number of lines read since the last call."""
         num_lines = len(self._used)
         self._used, self._num_chars = [], 0
         return num_lines
 
     def go_back(self) -> None:
-        """The second of the lines that can be read again comes next."""
+        """Go on at the second line since the last `forget`."""
         self._again += reversed(self._used[1:])
         self.forget()
 
@@ -286,7 +286,7 @@ class _Parquet(Table):
             )
 
     def _num_bytes(self, names: Sequence[str]) -> int:
-        """How much memory the footer promises: of columns as they are read, or of rows as they are kept."""
+        """Memory that the footer promises: of columns as they are read, or of rows as they are kept, whichever is more."""
         footer = self._file.metadata
         groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
         chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
