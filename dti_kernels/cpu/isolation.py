@@ -13,7 +13,6 @@ O(T) beside the second run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,16 +30,11 @@ class NotFinite(Exception):
     """An implementation met a number that is not finite, or a row's delta that overflows: what it computed is void."""
 
 
-def largest(*tensors: Tensor | None) -> float:
-    """The largest magnitude in some tensors.
-
-    Raises:
-        NotFinite: a number is not finite.
-    """
-    ends = [float(end) for x in tensors if x is not None and x.numel() for end in x.detach().aminmax()]
-    if not all(map(math.isfinite, ends)):
-        raise NotFinite
-    return max(map(abs, ends), default=0.0)
+def check_finite(*tensors: Tensor | None) -> None:
+    """Raise NotFinite unless all numbers are finite."""
+    for x in tensors:
+        if x is not None and x.numel() and not all(bool(end.isfinite()) for end in x.detach().aminmax()):
+            raise NotFinite
 
 
 def forward(compute: Callable[..., tuple[Tensor, Tensor]], x: Inputs) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Both CPU implementations, compiled and in PyTorch, equal the dense reference: output and every gradient, over all cases.
 
-The PyTorch one also at other block sizes, and where it walks prompts in other ways.
+The PyTorch one also at other block sizes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from dti_kernels import windowed_attn
 from dti_kernels.contract import checked_inputs
 from dti_kernels.cpu import blocks as cpu
-from dti_kernels.cpu.chunks import RowTable, whole_prompts
 from tests.cases import CASES, Case, random_cases
 from tests.numerics import check_parity
 
@@ -33,23 +32,22 @@ def test_parity(case: Case, dtype: torch.dtype) -> None:
     check_parity(case, dtype, windowed_attn)
 
 
-@pytest.mark.parametrize(("context_block", "sum_block", "prompt_rows"), [(1, 1, 64), (5, 3, 1), (16, 64, 8)])
+@pytest.mark.parametrize(("block_rows", "more_keys"), [(1, 0), (7, 512), (64, 0), (1000, 1000)])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_parity_at_other_block_sizes(
-    case: Case, context_block: int, sum_block: int, prompt_rows: int, monkeypatch: pytest.MonkeyPatch
+    case: Case, block_rows: int, more_keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "CONTEXT_BLOCK", context_block)
-    monkeypatch.setattr(cpu, "SUM_BLOCK", sum_block)
-    monkeypatch.setattr(cpu, "PROMPT_ROWS", prompt_rows)
+    monkeypatch.setattr(cpu, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(cpu, "MORE_KEYS", more_keys)
     check_parity(case, torch.float64, windowed_attn)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(random_cases(), st.sampled_from([(3, 2, 1), (128, 32, 8), (128, 32, 64)]))
-def test_parity_on_random_prompts(case: Case, sizes: tuple[int, int, int]) -> None:
+@given(random_cases(), st.sampled_from([(3, 0), (16, 8), (96, 512)]))
+def test_parity_on_random_prompts(case: Case, sizes: tuple[int, int]) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, size in zip(("CONTEXT_BLOCK", "SUM_BLOCK", "PROMPT_ROWS"), sizes):
-            monkeypatch.setattr(cpu, name, size)
+        monkeypatch.setattr(cpu, "BLOCK_ROWS", sizes[0])
+        monkeypatch.setattr(cpu, "MORE_KEYS", sizes[1])
         check_parity(case, torch.float64, windowed_attn)
 
 
@@ -62,9 +60,9 @@ def test_parity_without_the_gradient_of_slopes(case: Case) -> None:
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 3])
-@pytest.mark.parametrize(("window", "cut"), [(70, 0), (20, 2), (3, 1)])
-def test_parity_of_whole_prompts(window: int, cut: int, prefix: int) -> None:
-    """Short prompts are one causal call each, cut or not by a window, with long ones in blocks between them."""
+@pytest.mark.parametrize("window", [70, 20, 3])
+def test_parity_of_prompts_of_all_lengths(window: int, prefix: int) -> None:
+    """Short prompts share blocks, long ones are cut; a prefix lies apart, inside the block's span, or nowhere."""
     lengths = [[9] * 4, [7] * 30, [5], [40, 2, 3], [3] * 24]
     for alibi in (False, True):
         case = Case(
@@ -78,23 +76,18 @@ def test_parity_of_whole_prompts(window: int, cut: int, prefix: int) -> None:
             num_groups=2,
             alibi=alibi,
         )
-        layout = case.inputs(torch.float64).layout
-        table = RowTable(layout.rows, layout.num_context, 2, torch.float64)
-        prompts = whole_prompts(table, cpu.PROMPT_ROWS, cpu.CONTEXT_BLOCK // 2)
-        assert [prompt.cut is not None for prompt in prompts].count(True) == cut
-        assert len(prompts) == (4 if window > 3 else 3)
         for dtype in (torch.float64, torch.float32):
             check_parity(case, dtype, windowed_attn)
 
 
-def test_long_cut_prompts_are_no_squares() -> None:
-    """A bias of rows times rows is memory that grows with the square of the window."""
-    for length, expected in ((100, 1), (200, 0)):
-        lengths = [[length] * 7]
-        layout = Case("wide", lengths, [[1] * 7], [1], window=5).inputs(torch.float64).layout
-        table = RowTable(layout.rows, layout.num_context, 1, torch.float64)
-        prompts = whole_prompts(table, cpu.PROMPT_ROWS, block=length + 100)
-        assert [prompt.cut is not None for prompt in prompts] == [True] * expected
+def test_sums_far_apart_share_no_block() -> None:
+    """With one target per prompt, a block of many [SUM] rows would have the keys of as many prompts."""
+    lengths = [[100] * 3] * 20
+    layout = Case("far apart", lengths, [[1] * 3] * 20, [1] * 20, window=3).inputs(torch.float32).layout
+    q = torch.zeros(layout.num_rows, 1, 1)
+    blocks = list(cpu._blocks(checked_inputs({"q": q, "k": q, "v": q}, layout, None, None)))
+    assert sum(block.of_sums for block in blocks) == 7  # three in each
+    assert max(block.hidden.shape[1] for block in blocks) <= 2 * 302 + cpu.MORE_KEYS + 3
 
 
 @pytest.mark.usefixtures("implementation")
@@ -122,7 +115,7 @@ def test_gradcheck() -> None:
 
 
 def test_memory_is_linear_in_rows() -> None:
-    """The largest tensor that forward and backward make is an input's size, or one chunk of scores, far below T x T."""
+    """The largest tensor that forward and backward make is an input's size, or one block of scores, far below T x T."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -142,5 +135,5 @@ def test_memory_is_linear_in_rows() -> None:
     with Largest() as largest:
         out, lse = cpu.forward(x)
         cpu.backward(x, torch.ones_like(out), out, lse, slopes_grad=True)
-    # A bias of a chunk is shared by its heads.
-    assert largest.numel <= max(2 * layout.num_rows * 8, cpu.CONTEXT_CHUNK_SCORES // 2)
+    scores = 2 * cpu.BLOCK_ROWS * (6 * 5 + 4 + cpu.MORE_KEYS + cpu.BLOCK_ROWS)
+    assert largest.numel <= max(2 * layout.num_rows * 8, scores)
