@@ -10,23 +10,14 @@ from dti_model.training import PEAK_TFLOPS
 
 @dataclass(frozen=True)
 class Card:
-    """One board.
+    """One board."""
 
-    Attributes:
-        name: part of the device's name, and key of `PEAK_TFLOPS`.
-        other_boards: pattern of device names of this name that are slower boards.
-        memory_gb_s: bandwidth of its memory.
-        memory_gib: size of its memory.
-        node_gb_s: to a peer inside the node.
-        network_gb_s: to a peer in another node.
-    """
-
-    name: str
-    other_boards: str
-    memory_gb_s: float
-    memory_gib: float
-    node_gb_s: float
-    network_gb_s: float
+    name: str  # part of the device's name, and key of `PEAK_TFLOPS`
+    other_boards: str  # pattern of device names of this name that are slower boards
+    memory_gb_s: float  # bandwidth of its memory
+    memory_gib: float  # size of its memory
+    node_gb_s: float  # to a peer inside the node
+    network_gb_s: float  # to a peer in another node
 
     @property
     def tflops(self) -> float:

@@ -64,25 +64,15 @@ STOPPING = ("failed", "timed out", "left out")
 
 @dataclass
 class Call:
-    """One call of the suite.
+    """One call of the suite."""
 
-    Attributes:
-        places: where results go.
-        values: of the placeholders that are options.
-        deadline_s: the call ends before this many seconds have passed.
-        rehearse: on a CPU, at toy size.
-        resume: leave out what a former call ended well.
-        start: when it began, on the monotonic clock.
-        interrupted: the exit status that a signal asked for; 0: none came.
-    """
-
-    places: Places
-    values: Mapping[str, str]
-    deadline_s: float
-    rehearse: bool = False
-    resume: bool = False
-    start: float = field(default_factory=time.monotonic)
-    interrupted: int = 0
+    places: Places  # where results go
+    values: Mapping[str, str]  # of the placeholders that are options
+    deadline_s: float  # the call ends before this many seconds have passed
+    rehearse: bool = False  # on a CPU, at toy size
+    resume: bool = False  # leave out what a former call ended well
+    start: float = field(default_factory=time.monotonic)  # when it began, on the monotonic clock
+    interrupted: int = 0  # the exit status that a signal asked for; 0: none came
 
     def left_s(self) -> float:
         """Seconds that steps may still use."""

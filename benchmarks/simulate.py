@@ -93,23 +93,14 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Histories:
-    """A data set as lengths.
+    """A data set as lengths."""
 
-    Attributes:
-        training: `(U,)` training targets per user.
-        context: `(U,)` interactions before a user's first target.
-        validation: targets of the validation split.
-        tokens: of an interaction, label included.
-        prefix: tokens before the first interaction of a prompt.
-        repeated: every user stands for so many.
-    """
-
-    training: Ints
-    context: Ints
-    validation: int
-    tokens: float
-    prefix: int = 0
-    repeated: int = 1
+    training: Ints  # `(U,)` training targets per user
+    context: Ints  # `(U,)` interactions before a user's first target
+    validation: int  # targets of the validation split
+    tokens: float  # of an interaction, label included
+    prefix: int = 0  # tokens before the first interaction of a prompt
+    repeated: int = 1  # every user stands for so many
 
     @staticmethod
     def published(
@@ -197,24 +188,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one k.
-
-    Attributes:
-        rows: of one epoch, context tokens and [SUM]s.
-        steps: optimizer steps of the run.
-        pflop: of the run, validations included.
-        hours: of the run.
-        gib: memory per GPU.
-        limit: what takes longest in a step: compute, memory or network.
-    """
+    """Of one k."""
 
     k: int
-    rows: int
-    steps: int
-    pflop: float
-    hours: float
-    gib: float
-    limit: str
+    rows: int  # of one epoch, context tokens and [SUM]s
+    steps: int  # optimizer steps of the run
+    pflop: float  # of the run, validations included
+    hours: float  # of the run
+    gib: float  # memory per GPU
+    limit: str  # what takes longest in a step: compute, memory or network
 
 
 def estimate(setting: Setting, k: int) -> Estimate:

@@ -79,19 +79,12 @@ def launches(x: AttentionInputs) -> dict[str, gpu.Launch]:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """One kernel under one workload.
+    """One kernel under one workload."""
 
-    Attributes:
-        workload: its name.
-        kernel: one of `KERNELS`.
-        x: inputs.
-        arch: whose rows of the table are meant.
-    """
-
-    workload: str
-    kernel: str
-    x: AttentionInputs
-    arch: str
+    workload: str  # its name
+    kernel: str  # one of `KERNELS`
+    x: AttentionInputs  # inputs
+    arch: str  # whose rows of the table are meant
 
     @property
     def table_tile(self) -> Tile:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import parse_args as torchrun_arguments
 
-from dti_model.cli.command import _parser
+from dti_model.cli.command import command_of
 from dti_model.data import prepare
 from tests.checkout import copy_checkout, file_hashes, paste
 from tests.conftest import ROOT
@@ -48,9 +48,9 @@ def commands(text: str) -> list[str]:
 
 COMMANDS = commands(TEXT)
 SMALL = (
-    " --model.layers 1 --model.width 16 --model.heads 2 --model.kv_heads 1 --optim.epochs 1 --progress false"
+    " --model.layers 1 --model.width 16 --model.heads 2 --model.kv-heads 1 --optim.epochs 1 --progress false"
 )
-FEW_STEPS = " --optim.max_steps 2 --optim.validate_every 2 --progress false"
+FEW_STEPS = " --optim.max-steps 2 --optim.validate-every 2 --progress false"
 # Beginnings of the commands that run, in their order, with what is appended to make them small; the last of equal flags wins.
 # Those of one list need what the ones before made; the lists run side by side.
 RUN: tuple[dict[str, str], ...] = (
@@ -177,8 +177,8 @@ def test_dti_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert (started.nproc_per_node, started.module) == ("8", True)
         assert started.training_script == "dti_model.cli"
         words = [started.training_script, *started.training_script_args]
-    parsed = _parser().parse_args(words[1:])
-    assert parsed.subcommand == words[1]
+    parser, _, rest = command_of(words[1:])
+    assert parser.parse_args(rest)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])

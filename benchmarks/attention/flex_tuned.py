@@ -44,17 +44,11 @@ _TAIL = 15
 
 @dataclass(frozen=True)
 class Options:
-    """One way to run FlexAttention.
+    """One way to run FlexAttention."""
 
-    Attributes:
-        name: how rows call it.
-        block: rows and keys of a block of the mask.
-        kernel: `kernel_options` of `flex_attention`.
-    """
-
-    name: str
-    block: tuple[int, int]
-    kernel: dict[str, Any] = field(hash=False)
+    name: str  # how rows call it
+    block: tuple[int, int]  # rows and keys of a block of the mask
+    kernel: dict[str, Any] = field(hash=False)  # `kernel_options` of `flex_attention`
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -160,17 +154,11 @@ def _modes(x: AttentionInputs, options: Options, row: dict[str, Any]) -> dict[st
 
 @dataclass
 class _Child:
-    """A process that compiles one set of options for some heads.
+    """A process that compiles one set of options for some heads."""
 
-    Attributes:
-        row: how it ended.
-        process: it.
-        log: what it prints.
-    """
-
-    row: dict[str, Any]
-    process: subprocess.Popen[bytes]
-    log: Path
+    row: dict[str, Any]  # how it ended
+    process: subprocess.Popen[bytes]  # it
+    log: Path  # what it prints
 
     @staticmethod
     def start(heads: str, options: str, folder: Path) -> _Child:

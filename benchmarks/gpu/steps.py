@@ -60,42 +60,26 @@ class Places:
 
 @dataclass(frozen=True)
 class Step:
-    """One line of the plan.
+    """One line of the plan."""
 
-    Attributes:
-        name: in summary and log.
-        module: what runs, by `python -m`.
-        arguments: of the command. `{rows}`, `{kept}`, `{tiles}` and `{out}` stand for places, `{jobs}` for processes, `{data}`, `{weights}`,
-            `{k}` and `{epochs}` for options, and `{seconds}` for the seconds that the step gets, less `spare`.
-        limit: the most seconds it may take.
-        gives: what for, in a few words.
-        least: it is left out where fewer seconds are left.
-        spare: seconds for a start, an end, and what cannot be cut short.
-        rehearsed: arguments of a rehearsal; None: the same.
-        resumed: more arguments where a former call's rows are there.
-        gives_rows: whether it appends rows whenever it ends well.
-        stops: where it fails, nothing after it makes sense; a doubtful result stops nothing.
-        always: run it again in a resumed call: what it leaves is not in the folder, but on the machine.
-        old_table: run with the tiles of the table, whatever won.
-        interpreted: in a rehearsal, run the kernels in Triton's interpreter.
-        jobs: most processes of `{jobs}`.
-    """
-
-    name: str
-    module: str
+    name: str  # in summary and log
+    module: str  # what runs, by `python -m`
+    # of the command. `{rows}`, `{kept}`, `{tiles}` and `{out}` stand for places, `{jobs}` for processes, `{data}`, `{weights}`, `{k}`
+    # and `{epochs}` for options, and `{seconds}` for the seconds that the step gets, less `spare`
     arguments: tuple[str, ...]
-    limit: float
-    gives: str
-    least: float = 10
-    spare: float = 0
-    rehearsed: tuple[str, ...] | None = None
-    resumed: tuple[str, ...] = ()
-    gives_rows: bool = True
-    stops: bool = False
+    limit: float  # the most seconds it may take
+    gives: str  # what for, in a few words
+    least: float = 10  # it is left out where fewer seconds are left
+    spare: float = 0  # seconds for a start, an end, and what cannot be cut short
+    rehearsed: tuple[str, ...] | None = None  # arguments of a rehearsal; None: the same
+    resumed: tuple[str, ...] = ()  # more arguments where a former call's rows are there
+    gives_rows: bool = True  # whether it appends rows whenever it ends well
+    stops: bool = False  # where it fails, nothing after it makes sense; a doubtful result stops nothing
+    # run it again in a resumed call: what it leaves is not in the folder, but on the machine
     always: bool = False
-    old_table: bool = False
-    interpreted: bool = False
-    jobs: int = 1
+    old_table: bool = False  # run with the tiles of the table, whatever won
+    interpreted: bool = False  # in a rehearsal, run the kernels in Triton's interpreter
+    jobs: int = 1  # most processes of `{jobs}`
 
     def command(
         self, places: Places, values: Mapping[str, str], seconds: float, *, rehearse: bool, resume: bool

@@ -32,17 +32,12 @@ class DeviceLost(RuntimeError):
 
 @dataclass
 class Timing:
-    """What was measured of one function.
+    """What was measured of one function."""
 
-    Attributes:
-        ms: device time of each repeat, milliseconds.
-        ahead: of each repeat, whether the host was ahead of the device.
-        failed: what the function raised, which ended its measuring; None: nothing.
-    """
-
-    ms: list[float] = field(default_factory=list)
+    ms: list[float] = field(default_factory=list)  # device time of each repeat, milliseconds
+    # of each repeat, whether the host was ahead of the device
     ahead: list[bool] = field(default_factory=list)
-    failed: str | None = None
+    failed: str | None = None  # what the function raised, which ended its measuring; None: nothing
     _pause: int = PAUSE
     _spent: float = 0.0
 

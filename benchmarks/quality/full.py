@@ -53,7 +53,7 @@ def _train(data: str, cell: Cell) -> str:
     flags |= {"optim.learning_rate": cell.learning_rate, "optim.bf16": True}
     flags |= {"optim.activation_checkpointing": True, "optim.token_budget": budget}
     flags["optim.accumulation"] = accumulation
-    shown = " ".join(f"--{name} {_shown(value)}" for name, value in flags.items())
+    shown = " ".join(f"--{name.replace('_', '-')} {_shown(value)}" for name, value in flags.items())
     out = f"runs/{data}-{cell.dti.mode}-k{k or 'all'}-{cell.name}"
     return f"torchrun --nproc-per-node {GPUS} -m dti_model.cli train --data data/{data} --out {out} {shown}"
 

@@ -22,31 +22,19 @@ SW, SW_ALIBI, MINUS, DTI = "SW", "SW, position fix", "DTI-minus", "DTI"
 
 @dataclass(frozen=True)
 class Size:
-    """How large the runs of a plan are.
+    """How large the runs of a plan are."""
 
-    Attributes:
-        base: settings that every arm starts from.
-        seeds: of the arms that decide.
-        seeds_of_curves: of the other arms.
-        seeds_of_sweep: of the sweep's main arms, the plans `users` and `long`, and the k of `whole` that are candidates for a default.
-        ks: targets per prompt of the curves; 0: whole histories.
-        val_share: share of the validation targets that is scored.
-        test_share: likewise for test.
-        whole_targets: training targets of the plan `whole`, which needs many optimizer steps; 0: all.
-        whole_epochs: of the plan `whole`.
-        pretrained_layers: of the pretrained model, where there is one.
-    """
-
-    base: Cell
-    seeds: int = 2
-    seeds_of_curves: int = 1
+    base: Cell  # settings that every arm starts from
+    seeds: int = 2  # of the arms that decide
+    seeds_of_curves: int = 1  # of the other arms
+    # of the sweep's main arms, the plans `users` and `long`, and the k of `whole` that are candidates for a default
     seeds_of_sweep: int = 1
-    ks: tuple[int, ...] = (5, 10, 50)
-    val_share: float = 1.0
-    test_share: float = 1.0
-    whole_targets: int = 0
-    whole_epochs: int = 2
-    pretrained_layers: int = 0
+    ks: tuple[int, ...] = (5, 10, 50)  # targets per prompt of the curves; 0: whole histories
+    val_share: float = 1.0  # share of the validation targets that is scored
+    test_share: float = 1.0  # likewise for test
+    whole_targets: int = 0  # training targets of the plan `whole`, which needs many optimizer steps; 0: all
+    whole_epochs: int = 2  # of the plan `whole`
+    pretrained_layers: int = 0  # of the pretrained model, where there is one
 
 
 SIZES = {
@@ -99,17 +87,11 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting, trained from some seeds.
+    """One setting, trained from some seeds."""
 
-    Attributes:
-        name: what tables call it.
-        cell: its settings, seed 0.
-        seeds: how many.
-    """
-
-    name: str
-    cell: Cell
-    seeds: int
+    name: str  # what tables call it
+    cell: Cell  # its settings, seed 0
+    seeds: int  # how many
 
     @property
     def cells(self) -> list[Cell]:
@@ -119,22 +101,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """Arms, and which of them are compared.
+    """Arms, and which of them are compared."""
 
-    Attributes:
-        question: in words.
-        arms: what is trained.
-        against: name of the arm that all others are compared with.
-        control: name of a second arm that all others are compared with.
-        test: score the test split: a final table.
-        score_other: also score validation with streaming prompts of the training k, and with the reset switched.
-    """
-
-    question: str
-    arms: list[Arm]
-    against: str
-    control: str | None = None
-    test: bool = False
+    question: str  # in words
+    arms: list[Arm]  # what is trained
+    against: str  # name of the arm that all others are compared with
+    control: str | None = None  # name of a second arm that all others are compared with
+    test: bool = False  # score the test split: a final table
+    # also score validation with streaming prompts of the training k, and with the reset switched
     score_other: bool = False
 
 

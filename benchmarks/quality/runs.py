@@ -43,31 +43,19 @@ SCORING_BUDGET = 8192
 
 @dataclass(frozen=True)
 class Cell:
-    """Settings of one run.
+    """Settings of one run."""
 
-    Attributes:
-        k: targets per prompt; 1 sliding windows, 0 whole histories.
-        seed: of weights and shuffles.
-        train_targets: users in random order train until there are this many targets; 0: all.
-        targets_per_step: of an optimizer step, about; the same for every k, unless one prompt holds more.
-        mixed: batches mix users; False: a batch holds prompts of as few users as possible.
-        dti: what [SUM] rows get.
-        model: the network.
-        epochs: passes over the training targets.
-        learning_rate: peak.
-        weight_decay: on matrices.
-    """
-
-    k: int
-    seed: int = 0
-    train_targets: int = 0
+    k: int  # targets per prompt; 1 sliding windows, 0 whole histories
+    seed: int = 0  # of weights and shuffles
+    train_targets: int = 0  # users in random order train until there are this many targets; 0: all
+    # of an optimizer step, about; the same for every k, unless one prompt holds more
     targets_per_step: int = 128
-    mixed: bool = True
-    dti: DTIConfig = field(default_factory=DTIConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    epochs: int = 2
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.1
+    mixed: bool = True  # batches mix users; False: a batch holds prompts of as few users as possible
+    dti: DTIConfig = field(default_factory=DTIConfig)  # what [SUM] rows get
+    model: ModelConfig = field(default_factory=ModelConfig)  # the network
+    epochs: int = 2  # passes over the training targets
+    learning_rate: float = 2e-3  # peak
+    weight_decay: float = 0.1  # on matrices
 
     @property
     def name(self) -> str:

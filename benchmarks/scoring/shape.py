@@ -39,16 +39,11 @@ _LABELS, _SUM = (1, 2), 3
 
 @dataclass(frozen=True)
 class Prompt:
-    """A history and the candidates that are scored after it.
+    """A history and the candidates that are scored after it."""
 
-    Attributes:
-        history: token ids of each interaction's item text.
-        candidates: token ids of each candidate.
-        state: what an earlier pass computed of the history; None: it is computed with the candidates.
-    """
-
-    history: Sequence[Ids]
-    candidates: Sequence[Ids]
+    history: Sequence[Ids]  # token ids of each interaction's item text
+    candidates: Sequence[Ids]  # token ids of each candidate
+    # what an earlier pass computed of the history; None: it is computed with the candidates
     state: list[LayerKeys] | None = None
 
     @property

@@ -1,5 +1,5 @@
-"""The command line's parser: YAML read strictly, `~` expanded in every path, and every error in one line that names the setting and its
-bounds."""
+"""The parser of each command: YAML is read strictly, `~` expands in every path, and an error is one line that names the option, its
+bounds and the nearest name. Options have dashes; their older spelling with underscores is accepted too."""
 
 from __future__ import annotations
 
@@ -7,222 +7,296 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
 
-from dti_model.config import GROUPS, RULES, StrictYAMLError, as_yaml, check_yaml, must_be, read_settings
+from dti_model.config import (
+    GROUPS,
+    RULES,
+    StrictYAMLError,
+    as_yaml,
+    check_yaml,
+    must_be,
+    read_settings,
+    with_underscores,
+)
 from dti_model.error_lines import did_you_mean, joined
 
 _MODE = "strict yaml"
-# Flags whose values may be names of YAML files.
-_FILE_FLAGS = ("--config", "--grid", *(f"--{group}" for group in GROUPS))
-# Flags of numbers that are no settings of a run.
-_NUMBER_FLAGS = (
-    "--token-budget",
-    "--max-chars",
-    "--min-context",
-    "--min-item-count",
-    "--vocab-size",
-    "--threshold",
-    "--max-rejected",
-)
+# Options whose values may be names of YAML files, and what the names of settings in them lack; None: it holds no settings.
+_FILE_OPTIONS = {"--config": "", "--grid": None, **{f"--{group}": f"{group}." for group in GROUPS}}
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
-# What jsonargparse calls types, and people.
-_TYPES = {
-    "<class 'int'>": "an integer",
-    "<class 'float'>": "a number",
-    "<class 'bool'>": "true or false",
-}
+# Types in messages of jsonargparse, and in words.
+_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false"}
 # Of options that are no settings of a run and have a structure.
 _STRUCTURES = {
     "grid": "a mapping from settings to lists of values, such as '{k: [5, 50]}'",
     "seeds": "a list of integers, such as '[0, 1, 2]'",
 }
 _UNKNOWN = re.compile(
-    r"(?:unrecognized arguments: |invalid choice: '|[Oo]ption ')(?P<word>[^\s=']{3,})|Group '(?P<group>[\w.]+)' does not accept option "
-    r"'(?P<key>[\w.]+)'"
+    r"(?:unrecognized arguments: |[Oo]ption ')(?P<word>[^\s=']+)|Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.-]+)'"
 )
+
+
+def number(text: str | float) -> float:
+    """A type of options like float, but NaN and infinities pass: the data layer refuses them with the option's bounds."""
+    return float(text)
+
+
+_METAVARS: Mapping[Any, str] = {
+    **{int: "N", Path: "FOLDER"},
+    **dict.fromkeys((float, float | None, number), "NUMBER"),
+}
 
 
 def _load(text: str) -> Any:
     check_yaml(text)
     try:
-        return get_loader("yaml")(text)
+        return with_underscores(get_loader("yaml")(text))
     except (ValueError, yaml.YAMLError) as error:
         raise StrictYAMLError(" ".join(str(error).split())) from error
+
+
+class _Help(DefaultHelpFormatter):
+    """Help without the types of Python: metavars say what an option takes."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return (
+            text if "\n" in text else super()._fill_text(text, width, indent)
+        )  # a file format keeps its lines
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if action.required:
+            return f"{text} (required)"
+        if action.nargs == 0 or default in (None, "", argparse.SUPPRESS):
+            return text
+        if isinstance(default, (list, tuple)):
+            return f"{text} (default: [{', '.join(map(str, default))}])"
+        return f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})"
 
 
 class Parser(ArgumentParser):
     """jsonargparse's, with strict YAML, and errors of one line instead of a page of usage.
 
     Whatever has the type Path may begin with `~`, which shells leave as it is in `--out=~/x`, and YAML files always. Options are
-    written in full, so that what is checked of them by name is checked of every spelling.
+    written in full, so that the checks that know an option by its name see every use of it.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         set_loader(_MODE, _load, (StrictYAMLError,))
-        super().__init__(*args, **{"parser_mode": _MODE, "allow_abbrev": False, **kwargs})
+        ours = {"parser_mode": _MODE, "allow_abbrev": False, "formatter_class": _Help}
+        super().__init__(**{**ours, "print_config": "--print-config", **kwargs})
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """As jsonargparse's."""
-        parsed = super().parse_args(*args, **kwargs)
-        empty = {name for name, value in options_of(self.args) if not value}
+    def finish(self, prog: str) -> None:
+        """Name the command, and give its options dashes and metavars; fields of dataclasses have underscores."""
+        self.prog = prog
+        needed, known = [], self._option_string_actions
+        for name in list(known):
+            known[_dashed(name)] = known.pop(name)
+        for action in self._actions:
+            action.option_strings = [_dashed(name) for name in action.option_strings]
+            if action.nargs != 0:
+                kind = getattr(action, "_typehint", action.type)
+                action.metavar = action.metavar or _METAVARS.get(kind)
+            if action.metavar == "CONFIG":  # a group of settings
+                action.metavar, action.help = "FILE", "YAML file with these settings"
+            elif isinstance(action.metavar, str) and action.metavar.startswith("{"):
+                action.metavar = action.metavar.strip("{}").replace(",", "|")
+            if "--print-config" in action.option_strings:
+                action.help = "print the settings as YAML and exit"
+            if action.required:
+                needed += [*action.option_strings[:1], str(action.metavar or action.dest)]
+        self.usage = " ".join([prog, *needed, "[options]"])
+
+    def parse_args(self, args: Sequence[str], **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """As jsonargparse's, after checks of the words themselves.
+
+        Raises:
+            ValueError: from a check; the message names the option.
+        """
+        words = with_dashes(args)
+        _check_characters(words)
+        _check_once(words)
+        _check_files(words)
+        self._check_numbers(words)
+        parsed = super().parse_args(words, **kwargs)
+        empty = {name for name, value in options_of(words) if not value}
         for action in self._actions:
             if isinstance(parsed.get(action.dest), Path) and empty & set(action.option_strings):
                 self.error(f"{action.option_strings[0]} is empty: name a file or a folder")
         for name, value in list(parsed.items()):
             if isinstance(value, Path):
                 parsed[name] = Path(os.path.expanduser(value))
+        _check_groups(parsed)
         return parsed
+
+    def _check_numbers(self, words: Sequence[str]) -> None:
+        """Refuse numbers to base 60 in options: YAML 1.1 reads 1:30 as 90."""
+        for name, text in options_of(words):
+            action = self._option_string_actions.get(name)
+            if action is None or not _BASE_60.fullmatch(text):
+                continue
+            if action.dest in RULES and not RULES[action.dest].accepts(text):
+                raise ValueError(must_be(action.dest, text))
+            if action.metavar in ("N", "NUMBER"):
+                raise ValueError(f"{name} must be a number, got {text}")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        parser, text = _told(getattr(ex, "subcommand_parser", None) or self, message)
-        prog = parser.prog.replace(" [options]", "")
-        print(f"{prog}: error: {joined(text)} ({prog} --help lists what there is)", file=sys.stderr)
-        sys.exit(2)
+        refuse(self.prog, name_options(self._told(message), self.args))
+
+    def _told(self, message: str) -> str:
+        """An error of jsonargparse's in words of the options."""
+        if match := re.match(r"the following arguments are required: (.*)", message):
+            return f"{', '.join(map(self._option, match[1].split(', ')))} must be given"
+        if match := _UNKNOWN.search(message):
+            word = match["word"] or f"{match['group']}.{match['key']}"
+            return message + did_you_mean(word, self._names())
+        if match := re.match(r"argument (\S+): invalid number value: '(.*)'", message):
+            return f"{match[1]} must be a number, got {match[2][:100] or 'an empty value'}"
+        return self._about_value(message)
+
+    def _about_value(self, message: str) -> str:
+        """A value that an option cannot have: with the bounds of the setting, or the words of its type."""
+        keys = re.findall(r'Parser key "([\w.]+)":', message)
+        found = re.findall(r"(?:Got value|Given value): ?(.*)", message)
+        if keys and keys[-1] in RULES and "integer string conversion" in message:
+            return must_be(keys[-1], "a number of thousands of digits")
+        if not keys or not found:
+            return message
+        value = {"None": "null", "True": "true", "False": "false"}.get(found[-1], found[-1])[:100]
+        value = value or "an empty value"
+        if keys[-1] in RULES:
+            return must_be(keys[-1], value)
+        of_type = re.search(r"Expected a <class '(\w+)'>", message)
+        must = _STRUCTURES.get(keys[-1]) or (of_type and _TYPES.get(of_type[1]))
+        if literal := re.search(r"Expected a typing\.Literal\[(.*?)\]", message):
+            names = [name.strip("'") for name in literal[1].split(", ")]
+            must, value = " or ".join(names), value + did_you_mean(value, names)
+        return f"{self._option(keys[-1])} must be {must}, got {value}" if must else message
+
+    def _option(self, dest: str) -> str:
+        return next((x.option_strings[0] for x in self._actions if x.dest == dest and x.option_strings), dest)
+
+    def _names(self) -> list[str]:
+        """Everything that somebody may have meant."""
+        actions = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        return [*(name for x in actions for name in x.option_strings), *(x.dest for x in actions)]
 
 
-def _told(parser: ArgumentParser, message: str) -> tuple[ArgumentParser, str]:
-    """The parser that an error of jsonargparse's is about, and the error in words of its options."""
-    if match := re.match(r"the following arguments are required: (.*)", message):
-        places = [_place(parser, name) for name in match[1].split(", ")]
-        return places[0][0], f"{', '.join(_option(*place) for place in places)} must be given"
-    if match := re.match(r'expected "([\w.-]+)" to be one of', message):
-        parser, dest = _place(parser, match[1])
-        choices = next(action.choices or () for action in parser._actions if action.dest == dest)
-        return parser, f"one of {', '.join(choices)} must be given"
-    if match := _UNKNOWN.search(message):
-        word = match["word"] or f"{match['group']}.{match['key']}"
-        return parser, message + did_you_mean(word, _names(parser))
-    return parser, _about_value(parser, message)
+def choose(parser: argparse.ArgumentParser, names: Mapping[str, str], metavar: str, first: str | None) -> str:
+    """The first word, which must be one of some names, each with a line of help; or an option of `parser` that exits.
+
+    Raises:
+        SystemExit: with status 0 after the help or the version, with status 2 after a line that says what is wrong.
+    """
+    parser.usage = f"{parser.prog} {metavar} [options]"
+    parsers = parser.add_subparsers(title=f"{metavar.lower()}s", metavar=metavar)
+    for name, text in names.items():
+        parsers.add_parser(name, help=text)
+    if first is None:
+        refuse(parser.prog, f"one of {', '.join(names)} must be given")
+    if first in names:
+        return first
+    known = parser._option_string_actions
+    if not first.startswith("-"):
+        refuse(
+            parser.prog,
+            f"{metavar} must be one of {', '.join(names)}, got {first}{did_you_mean(first, names)}",
+        )
+    if first not in known:
+        refuse(parser.prog, f"unrecognized arguments: {first}{did_you_mean(first, known)}")
+    parser.parse_args([first])
+    raise AssertionError(f"{first} exits")
 
 
-def _about_value(parser: ArgumentParser, message: str) -> str:
-    """A value that an option cannot have: with the bounds of the setting, or the words of its type."""
-    keys = re.findall(r'Parser key "([\w.]+)":', message)
-    found = re.findall(r"(?:Got value|Given value): ?(.*)", message)
-    if keys and keys[-1] in RULES and "integer string conversion" in message:
-        return must_be(keys[-1], "a number of thousands of digits")
-    if not keys or not found:
-        return message
-    value = {"None": "null", "True": "true", "False": "false"}.get(found[-1], found[-1])[:100]
-    if keys[-1] in RULES:
-        return must_be(keys[-1], value or "an empty value")
-    of_type = (words for name, words in _TYPES.items() if f"Expected a {name}" in message)
-    must = _STRUCTURES.get(keys[-1]) or next(of_type, None)
-    if literal := re.search(r"Expected a typing\.Literal\[(.*?)\]", message):
-        must = " or ".join(name.strip("'") for name in literal[1].split(", "))
-    return f"{_option(parser, keys[-1])} must be {must}, got {value or 'an empty value'}" if must else message
+def refuse(prog: str, text: str) -> NoReturn:
+    """Print one line about wrong words and exit with status 2."""
+    print(f"{prog}: error: {joined(text)} ({prog} --help lists what there is)", file=sys.stderr)
+    sys.exit(2)
 
 
-def _place(parser: ArgumentParser, name: str) -> tuple[ArgumentParser, str]:
-    """The parser of the subcommand that `prepare.custom.text` belongs to, and the name there."""
-    first, _, rest = name.partition(".")
-    below = next((a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)), {})
-    return _place(below[first], rest) if rest and first in below else (parser, name)
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
-def _option(parser: ArgumentParser, dest: str) -> str:
-    action = next((action for action in parser._actions if action.dest == dest), None)
-    return (action.option_strings or [dest])[0] if action is not None else dest
+def with_dashes(words: Sequence[str]) -> list[str]:
+    """The words of a command line, options with dashes."""
+    return [
+        "".join([_dashed(name), *rest]) if name.startswith("--") and " " not in name else word
+        for word in words
+        for name, *rest in [word.partition("=")]
+    ]
 
 
-def _names(parser: ArgumentParser) -> list[str]:
-    """Everything that somebody may have meant."""
-    actions = [action for action in parser._actions if action.help != argparse.SUPPRESS]
-    choices = [str(choice) for action in actions for choice in action.choices or ()]
-    return [*(name for a in actions for name in a.option_strings), *(a.dest for a in actions), *choices]
-
-
-def options_of(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def options_of(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Options by their names, each with what is behind its `=`, else with the word that follows."""
-    for word, following in zip(arguments, [*arguments[1:], ""]):
+    for word, following in zip(words, [*words[1:], ""]):
         name, equals, rest = word.partition("=")
         if name.startswith("--") and " " not in name:
             yield name, rest if equals else following
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
-    """What is checked of the words themselves, before they are parsed.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    _check_characters(arguments)
-    _check_once(arguments)
-    _check_files(arguments)
-    _check_numbers(arguments)
+def name_options(text: str, words: Sequence[str]) -> str:
+    """A message that names settings by their keys, with the options that `words` give instead: of the keys of one word those that
+    must be something."""
+    for option, _ in options_of(words):
+        key = option.removeprefix("--").replace("-", "_")
+        after = r"(?![\w/-]|\.\w)" if "_" in key or "." in key else r"(?= must be )"
+        text = re.sub(rf"(?<![\w./-]){re.escape(key)}{after}", option, text)
+    return text
 
 
-def _check_characters(arguments: Sequence[str]) -> None:
+def _check_characters(words: Sequence[str]) -> None:
     """No file that a command writes could hold them, nor could a message show them."""
-    for before, word in zip(["", *arguments], arguments):
+    for before, word in zip(["", *words], words):
+        name, equals, rest = word.partition("=")
+        text = (
+            f"{name} {rest!a:.100}" if equals and name.startswith("--") else f"{before} {word!a:.100}".strip()
+        )
         try:
             word.encode()
         except UnicodeEncodeError:
             encoding = sys.getfilesystemencoding()
             raise ValueError(
-                f"{_shown_word(before, word)} holds bytes that are no {encoding}: give it, or a link to it, another name"
+                f"{text} holds bytes that are no {encoding}: give it, or a link to it, another name"
             ) from None
         if "\0" in word:
-            raise ValueError(
-                f"{_shown_word(before, word)} holds a NUL character, which no file can have in its name"
-            )
+            raise ValueError(f"{text} holds a NUL character, which no file can have in its name")
 
 
-def _shown_word(before: str, word: str) -> str:
-    name, equals, rest = word.partition("=")
-    return f"{name} {rest!a:.100}" if equals and word.startswith("--") else f"{before} {word!a:.100}".strip()
-
-
-def _check_once(arguments: Sequence[str]) -> None:
+def _check_once(words: Sequence[str]) -> None:
     """Of two values for one option the last would win without a word; files of settings are laid over each other, and lists appended to."""
     seen: set[str] = set()
-    for name, _ in options_of(arguments):
+    for name, _ in options_of(words):
         if name in seen and name != "--config" and not name.endswith("+"):
             raise ValueError(f"{name} is given twice: keep one of them")
         seen.add(name)
 
 
-def _check_files(arguments: Sequence[str]) -> None:
+def _check_files(words: Sequence[str]) -> None:
     """Read the YAML files that are named on the command line, for errors that name them."""
-    for name, text in options_of(arguments):
-        if name not in _FILE_FLAGS:
+    for name, text in options_of(words):
+        if name not in _FILE_OPTIONS:
             continue
         path = Path(os.path.expanduser(text))
         try:
             if any(sign in text for sign in "{[:\n") and not path.exists():
                 continue  # YAML itself
-            read_settings(path)
+            read_settings(path, _FILE_OPTIONS[name])
         except (ValueError, OSError) as error:
             raise ValueError(f"{name}: {error}") from None
 
 
-def _check_numbers(arguments: Sequence[str]) -> None:
-    """Refuse numbers to base 60 in flags: YAML 1.1 reads 1:30 as 90."""
-    for name, text in options_of(arguments):
-        if not _BASE_60.fullmatch(text):
-            continue
-        setting = name.removeprefix("--")
-        if setting in RULES and not RULES[setting].accepts(text):
-            raise ValueError(must_be(setting, text))
-        if name in _NUMBER_FLAGS:
-            raise ValueError(f"{name} must be a number, got {text}")
-
-
-def check_groups(options: Namespace) -> None:
-    """Every group of settings is one: a file may say `optim: 5`.
-
-    Raises:
-        ValueError: naming the group.
-    """
+def _check_groups(options: Namespace) -> None:
+    """Every group of settings is one: a file may say `optim: 5`."""
     for group in GROUPS:
         value = options.get(group)
         if group in options and not isinstance(value, (Namespace, dict)):

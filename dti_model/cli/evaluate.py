@@ -3,54 +3,42 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from jsonargparse import Namespace
 
 from dti_model.cli.command_line import Parser
+from dti_model.cli.options import add_shared
 from dti_model.config import RULES, as_yaml, must_be, why_owned
 from dti_model.files import DamagedFileError, locked_beside, read_sealed, temporary_folder, write_sealed
 
 WRITTEN_BY = "dti evaluate"
 
 
-def add_evaluate(commands: Any, add_base: Any) -> None:
-    """Add the command; `add_base` adds the option `--base`, which other commands have too."""
-    evaluate = Parser(
+def make_parser() -> Parser:
+    """What is scored, and with which prompts."""
+    parser = Parser(
         description="Score the targets of a split with a trained run, one sliding-window prompt each unless --k says otherwise."
     )
-    evaluate.add_argument("--run", type=Path, required=True, help="run folder made by `dti train`")
-    evaluate.add_argument(
-        "--data", type=Path, help="prepared folder; default: the one that the run was trained on"
-    )
-    evaluate.add_argument(
-        "--other-data",
-        action="store_true",
-        help="score prepared data that the run was not trained on; its targets may be among those trained on",
-    )
-    add_base(evaluate)
-    evaluate.add_argument("--split", type=str, choices=["val", "test"], default="test", help="which targets")
-    evaluate.add_argument(
+    add_shared(parser, "--run", "--data", "--other-data", "--base")
+    parser.add_argument("--split", type=Literal["val", "test"], default="test", help="which targets")
+    parser.add_argument(
         "--k",
         type=int,
         default=1,
         help="targets per prompt; 0: whole histories. Streaming prompts are many times faster, and a model of several layers "
         "that was trained with them may score better with them",
     )
-    evaluate.add_argument(
-        "--device",
-        type=str,
-        help="torch device; default: cuda where there is one. Of several processes (torchrun) each has a device of its own, and "
-        "this is its type: cpu or cuda",
-    )
-    evaluate.add_argument("--json", type=Path, help="also write the metrics to this file")
-    evaluate.add_argument("--progress", type=bool, default=True, help="show a progress bar")
-    commands.add_subcommand("evaluate", evaluate, help="metrics of a trained run beside lines without text")
+    add_shared(parser, "--device")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics to this file")
+    add_shared(parser, "--progress")
+    return parser
 
 
-def run_evaluate(options: Namespace) -> None:
+def run(options: Namespace) -> None:
     """Score, write the file, then print: a closed stdout loses nothing that was asked for, nor does a file that cannot be written."""
     from dti_model.devices import device_of_rank
     from dti_model.evaluation import evaluate_run, metrics_table, sentence_about_baselines
@@ -81,6 +69,10 @@ def run_evaluate(options: Namespace) -> None:
         finally:
             print(metrics_table(result))
             print(sentence_about_baselines(result[options.split], result["baselines"][options.split]))
+    sys.stdout.flush()
+    broken = getattr(sys.stdout, "error", None)  # of dti_model.output
+    if broken is not None and options.json is None:
+        raise OSError(f"the metrics cannot be printed ({broken.strerror})")
 
 
 def _take(path: Path, stack: ExitStack) -> None:
@@ -95,30 +87,27 @@ def check_destination(path: Path) -> None:
     Raises:
         ValueError: something else is there, or belongs there, or nothing can be written there.
     """
+    why: str | None
     if path.is_symlink() and not path.exists():
-        raise ValueError(
-            f"--json {path} is a symbolic link to nothing, or to itself: name another, or delete it"
-        )
-    if not path.parent.is_dir():
-        raise ValueError(f"--json {path}: there is no folder {path.parent}")
-    real = Path(os.path.realpath(path))
-    if path.exists() and not _is_of_evaluate(
+        why = "is a symbolic link to nothing, or to itself: name another, or delete it"
+    elif not path.parent.is_dir():
+        why = f"cannot be made: there is no folder {path.parent}"
+    elif path.exists() and not _is_of_evaluate(
         path
-    ):  # by its own name: that of a pipe's descriptor leads to none
+    ):  # its own name: that of a pipe's descriptor leads to none
         kind = "" if path.is_file() else " (it is no regular file)"
-        raise ValueError(
-            f"--json {path} exists and is not a file that `dti evaluate` wrote{kind}: name another, or delete it"
-        )
-    owned = why_owned(path)
-    if owned is not None:
-        raise ValueError(f"--json {path} {owned}")
-    try:
-        with temporary_folder(real):  # its name is as long as the temporary file's
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"--json {path} cannot be written ({error.strerror or error}): name another"
-        ) from None
+        why = f"exists and is not a file that `dti evaluate` wrote{kind}: name another, or delete it"
+    else:
+        why = why_owned(path)
+    if why is None:
+        try:
+            with temporary_folder(
+                Path(os.path.realpath(path))
+            ):  # its name is as long as the temporary file's
+                return
+        except OSError as error:
+            why = f"cannot be written ({error.strerror or error}): name another"
+    raise ValueError(f"--json {path} {why}") from None
 
 
 def _is_of_evaluate(path: Path) -> bool:

@@ -1,82 +1,53 @@
-"""`dti prepare SOURCE`: the options of every source, and the report that is printed."""
+"""`dti prepare SOURCE`: a prepared folder, from the options of its source, and the report that is printed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from dti_model.cli.command_line import Parser
+from dti_model.cli.command_line import Parser, number
+from dti_model.data import SOURCES
 from dti_model.shown import one_line
 
-FETCHED = "folder with the raw files; default: fetch them"
-HELP = {
-    "ml-100k": "MovieLens-100K",
-    "ml-1m": "MovieLens-1M",
-    "amazon-cds": "Amazon reviews v2 (2018), CDs and Vinyl",
-    "amazon-kindles": "Amazon reviews v2 (2018), Kindle Store",
-    "amazon": "any other category of Amazon reviews v2, by its two files",
-    "custom": "your own interactions and items: CSV, TSV or Parquet",
-}
+DESCRIPTION = (
+    "Turn a raw data set into a prepared folder: checked, split, tokenised, memory-mapped. "
+    "`dti prepare SOURCE --help` lists the options of a source."
+)
 
 
-class _Number:
-    """A float option that lets NaN and infinities pass, which the data layer refuses with the option's bounds."""
-
-    def __call__(self, text: str | float) -> float:
-        return float(text)
-
-    def __repr__(self) -> str:  # what the help shows
-        return "float"
-
-
-def add_prepare(commands: Any) -> None:
-    """Add `prepare` to the subcommands of `dti`, with one subcommand a source that has the options applying to it."""
-    parser = Parser(
-        description="Turn a raw data set into a prepared folder: checked, split, tokenised, memory-mapped. "
-        "`dti prepare SOURCE --help` lists the options of a source."
-    )
-    commands.add_subcommand("prepare", parser, help="make a prepared folder from raw files")
-    sources = parser.add_subcommands(required=True, dest="source", metavar="SOURCE")
-    for name, text in HELP.items():
-        sources.add_subcommand(name, _source_parser(name), help=text)
-
-
-def _source_parser(name: str) -> ArgumentParser:
-    parser = Parser(description=f"Prepare {HELP[name]}.")
+def make_parser(name: str) -> Parser:
+    """The options that apply to a source."""
+    source = SOURCES[name]
+    parser = Parser(description=f"Prepare {source.title}.")
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
         help="prepared folder to make; an older one there is replaced, anything else is an error",
     )
-    if name.startswith("ml-"):
-        routes = "GroupLens, then the package index" if name == "ml-100k" else "GroupLens"
-        parser.add_argument("--raw-dir", type=Path, help=f"{FETCHED} ({routes})")
+    if source.raw_dir is not None:
+        parser.add_argument("--raw-dir", type=Path, required=not source.is_published, help=source.raw_dir)
+    if name == "amazon":
+        for option, file in (("--reviews", "<Category>_5"), ("--meta", "meta_<Category>")):
+            text = f"{file}.json.gz, or unpacked"
+            parser.add_argument(option, type=Path, required=True, metavar="FILE", help=text)
+    if name == "custom":
+        _add_custom(parser)
+    if source.threshold is not None:
+        text = f"a rating above it is a click; default: {source.threshold:g}"
+        parser.add_argument("--threshold", type=number, help=text)
+    if source.is_published:
         parser.add_argument(
             "--subset",
             action="store_true",
             help="accept a part of the data set: report its counts instead of checking them",
         )
-    elif name == "amazon":
-        parser.add_argument("--reviews", type=Path, required=True, help="<Category>_5.json.gz, or unpacked")
-        parser.add_argument("--meta", type=Path, required=True, help="meta_<Category>.json.gz, or unpacked")
-    elif name == "custom":
-        _add_custom(parser)
     else:
         parser.add_argument(
-            "--raw-dir", type=Path, required=True, help="folder with the review and the metadata file"
-        )
-    if name != "custom":
-        rating = 3 if name.startswith("ml-") else 4
-        parser.add_argument(
-            "--threshold", type=_Number(), help=f"a rating above it is a click; default: {rating}"
-        )
-    if not name.startswith("ml-"):
-        parser.add_argument(
             "--max-rejected",
-            type=_Number(),
+            type=number,
             default=0.01,
             help="largest share of a file's rows that may be unusable; they are listed in OUT/rejected.csv",
         )
@@ -86,38 +57,35 @@ def _source_parser(name: str) -> ArgumentParser:
             default=200,
             help="longest value in an item text; longer ones are cut at a word",
         )
-    _add_protocol(parser, 5 if name.startswith("amazon") else 1)
+    _add_protocol(parser, source.min_item_count)
     return parser
 
 
-def _add_custom(parser: ArgumentParser) -> None:
-    files = ".csv, .tsv (also .gz) or .parquet"
-    parser.add_argument("--interactions", type=Path, required=True, help=f"one row an interaction: {files}")
-    parser.add_argument("--items", type=Path, required=True, help=f"one row an item: {files}")
+def _add_custom(parser: Parser) -> None:
+    for name in ("interaction", "item"):
+        text = f"one row an {name}: .csv, .tsv (also .gz) or .parquet"
+        parser.add_argument(f"--{name}s", type=Path, required=True, metavar="FILE", help=text)
     parser.add_argument(
         "--text",
         type=str,
         required=True,
+        metavar="TEMPLATE",
         help='template of an item\'s text, columns in braces: "{title}; {genres}"; the first one is the title, and none may be '
         'called text, since {"text": ...} is a finished text in requests',
     )
-    parser.add_argument("--label", type=str, help="column with 0 or 1: was it a click?")
-    parser.add_argument("--rating", type=str, help="instead of --label: column with a rating")
-    parser.add_argument("--threshold", type=_Number(), help="with --rating: a rating above it is a click")
-    parser.add_argument("--user", type=str, default="user", help="column with the user")
-    parser.add_argument("--item", type=str, default="item", help="column with the item")
-    parser.add_argument(
-        "--timestamp",
-        type=str,
-        default="timestamp",
-        help="column with the time: integers, numbers or ISO date-times",
-    )
-    parser.add_argument(
-        "--items-key", type=str, help="column of the item file with the item; default: as in --item"
-    )
+    for name, default, text in (
+        ("label", None, "column with 0 or 1: was it a click?"),
+        ("rating", None, "instead of --label: column with a rating"),
+        ("user", "user", "column with the user"),
+        ("item", "item", "column with the item"),
+        ("timestamp", "timestamp", "column with the time: integers, numbers or ISO date-times"),
+        ("items-key", None, "column of the item file with the item; default: as in --item"),
+    ):
+        parser.add_argument(f"--{name}", type=str, default=default, metavar="COLUMN", help=text)
+    parser.add_argument("--threshold", type=number, help="with --rating: a rating above it is a click")
 
 
-def _add_protocol(parser: ArgumentParser, min_item_count: int) -> None:
+def _add_protocol(parser: Parser, min_item_count: int) -> None:
     parser.add_argument(
         "--split",
         type=Literal["global", "user"],
@@ -138,14 +106,11 @@ def _add_protocol(parser: ArgumentParser, min_item_count: int) -> None:
     )
 
 
-def run_prepare(options: Namespace) -> None:
-    """Make the prepared folder that the options ask for and print the report."""
-    from dti_model.data import SOURCES, named_source, prepare
+def run(name: str, options: Namespace) -> None:
+    """Make the prepared folder of a source and print the report."""
+    from dti_model.data import named_source, prepare
 
-    name = options.source
-    settings = options[
-        name
-    ].as_dict()  # vars() would show `items` under another name: Namespace has a method of it
+    settings = options.as_dict()  # vars() would show `items` under another name: Namespace has a method of it
     protocol = {key: settings.pop(key) for key in ("split", "min_context", "min_item_count", "vocab_size")}
     out = settings.pop("out")
     if SOURCES[name].threshold is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from dti_model.error_lines import did_you_mean
 from dti_model.shown import shown
 
 # Of counts that nothing else bounds: they, and twice as many, still fit an int32, which layouts and kernels count in.
@@ -29,10 +30,12 @@ class Rule:
     Attributes:
         must: in words, after "must be".
         accepts: whether a value is one of them.
+        names: of the values that have names.
     """
 
     must: str
     accepts: Callable[[Any], bool]
+    names: tuple[str, ...] = ()
 
 
 def integer(least: int, most: int = MOST) -> Rule:
@@ -62,9 +65,9 @@ def number(least: float, most: float, above: bool = False, below: bool = False) 
 
 def choice(*values: str | int) -> Rule:
     """One of some values."""
-    names = list(map(str, values))
+    names = tuple(map(str, values))
     must = f"one of {', '.join(names)}" if len(names) > 2 else " or ".join(names)
-    return Rule(must, lambda value: not isinstance(value, bool) and value in values)
+    return Rule(must, lambda value: not isinstance(value, bool) and value in values, names)
 
 
 def choices(values: tuple[str, ...], may_be_empty: bool) -> Rule:
@@ -74,7 +77,7 @@ def choices(values: tuple[str, ...], may_be_empty: bool) -> Rule:
         is_list = isinstance(value, (tuple, list)) and (may_be_empty or len(value) > 0)
         return is_list and set(map(str, value)) <= set(values)
 
-    return Rule(f"some of {', '.join(values)}, in a list", accepts)
+    return Rule(f"some of {', '.join(values)}, in a list", accepts, values)
 
 
 def optional(rule: Rule) -> Rule:
@@ -187,7 +190,8 @@ def check_settings(settings: Any, group: str = "") -> None:
 
 def must_be(name: str, found: str) -> str:
     """The sentence about a setting that is out of bounds."""
-    return f"{name} must be {RULES[name].must}, got {found}"
+    rule = RULES[name]
+    return f"{name} must be {rule.must}, got {found}{did_you_mean(found, rule.names)}"
 
 
 def as_yaml(value: Any) -> str:

@@ -253,7 +253,7 @@ def _check_distinct(cells: Sequence[Mapping[str, Any]], configs: Sequence[TrainC
 
 
 def _flags(settings: Mapping[str, Any]) -> str:
-    return " ".join(f"--{name} {value}" for name, value in settings.items())
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
 
 
 def _finished_runs(runs: Sequence[TrainConfig]) -> dict[Path, dict[str, float]]:

@@ -131,7 +131,7 @@ class StreamTrainer(ResumableTrainer):
         return (
             f"the loss is not finite at optimizer step {state.global_step + 1} (epoch {epoch + 1}), in a batch of "
             f"{batch.layout.num_sum} targets and {batch.layout.num_rows} rows. The last checkpoint is good: lower "
-            "the learning rate (--optim.learning_rate), or look at the batch with the same --seed"
+            "the learning rate (--optim.learning-rate), or look at the batch with the same --seed"
         )
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:

@@ -7,14 +7,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jsonargparse import ArgumentParser
 
-from dti_model.cli.command import _parser, main
-from dti_model.cli.prepare import HELP
+from dti_model.cli import main
+from tests.cli.commands import EVERY_COMMAND, parser_of
 from tests.conftest import ROOT
 from tests.data.log_files import CUSTOM_COLUMNS, ITEM_COLUMNS, custom_rows, item_rows, write_csv
 from tests.data.movielens_files import some_ratings, write_1m
@@ -26,10 +24,10 @@ SMALL = [
     "--model.layers=2",
     "--model.width=16",
     "--model.heads=2",
-    "--model.kv_heads=1",
-    "--model.mlp_width=24",
+    "--model.kv-heads=1",
+    "--model.mlp-width=24",
     "--optim.epochs=1",
-    "--optim.token_budget=300",
+    "--optim.token-budget=300",
 ]
 
 
@@ -95,28 +93,6 @@ def test_prepare_custom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "command",
-    [
-        [],
-        ["prepare"],
-        *(["prepare", source] for source in HELP),
-        ["train"],
-        ["evaluate"],
-        ["score"],
-        ["search"],
-        ["fetch-model"],
-        ["export"],
-    ],
-    ids=" ".join,
-)
-def test_help_at_every_level(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main([*command, "--help"])
-    assert exit_.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: dti")
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "--data=nowhere", "--out=run"], "nowhere"),
@@ -169,23 +145,14 @@ NO_PATHS = {
 }
 
 
-def commands_of(parser: ArgumentParser, *words: str) -> Iterator[tuple[tuple[str, ...], ArgumentParser]]:
-    """Every command that a parser knows, by its words, with the parser of its options."""
-    subcommands = next((a.choices for a in parser._actions if a.dest in ("subcommand", "source")), None)
-    if subcommands is None:
-        yield words, parser
-    for name, each in (subcommands or {}).items():
-        yield from commands_of(each, *words, name)
-
-
-@pytest.mark.parametrize("words", [words for words, _ in commands_of(_parser())], ids=" ".join)
+@pytest.mark.parametrize("words", EVERY_COMMAND, ids=" ".join)
 def test_every_path_may_begin_with_a_tilde(
     words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All commands but train made or read a folder called `~`: shells leave it as it is in --out=~/x."""
     monkeypatch.setenv("HOME", str(tmp_path))
     arguments, paths, texts = [], set(), set()
-    for action in dict(commands_of(_parser()))[words]._actions:
+    for action in parser_of(words)._actions:
         kind, name = str(getattr(action, "_typehint", None)), (action.option_strings or [action.dest])[0]
         if "Path" in kind:
             paths.add(action.dest)
@@ -198,9 +165,7 @@ def test_every_path_may_begin_with_a_tilde(
             arguments.append("x")
     assert paths
     assert texts <= NO_PATHS, "give what names a file or a folder the type Path, and list what does not"
-    parsed = _parser().parse_args([*words, *arguments])
-    for word in words:
-        parsed = parsed[word]
+    parsed = parser_of(words).parse_args(arguments)
     assert {name: parsed[name] for name in paths} == {name: tmp_path / name for name in paths}
 
 
@@ -217,5 +182,5 @@ def test_yaml_files_and_paths_in_them_may_begin_with_a_tilde(
     for command in (["train"], ["search", "--grid=~/grid.yaml"]):
         assert main([*command, *common]) == 2
         assert f"{tmp_path / 'nowhere'}: no such folder" in capsys.readouterr().err
-    options = _parser().parse_args(["search", "--grid=~/grid.yaml", *common]).search
+    options = parser_of(("search",)).parse_args(["--grid=~/grid.yaml", *common])
     assert (options.grid["k"], options.optim.epochs, options.data) == ([3], 1, tmp_path / "nowhere")

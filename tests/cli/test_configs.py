@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dti_model.cli.command import _parser
+from dti_model.cli.options import settings_of
+from dti_model.cli.train import make_parser
 from dti_model.config import TrainConfig
 from tests.conftest import ROOT
 
@@ -17,11 +18,9 @@ FILES = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def parsed(path: Path) -> TrainConfig:
-    parser = _parser()
-    options = parser.parse_args(["train", "--config", str(path), "--data=data", "--out=run"])
-    settings = dict(vars(parser.instantiate(options)["train"]))
-    settings.pop("config")
-    return TrainConfig(**settings)
+    parser = make_parser()
+    options = parser.parse_args(["--config", str(path), "--data=data", "--out=run"])
+    return settings_of(parser.instantiate(options))
 
 
 def assert_holds(settings: dict[str, Any], wanted: dict[str, Any]) -> None:

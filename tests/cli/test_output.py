@@ -133,9 +133,15 @@ def test_commands_where_the_output_knows_ascii_only(small_folder: Path, tmp_path
     assert ascii(f"{run}-export")[1:-1] in ended.stdout
 
 
-def test_metrics_that_are_neither_printed_nor_written(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_metrics_that_are_neither_printed_nor_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
     """Exit status 0 would say that somebody has them."""
-    monkeypatch.setattr("dti_model.cli.command.run_evaluate", lambda _: print("metrics"))
+    monkeypatch.chdir(tmp_path)
+    metrics = {"test": {"auc": 0.5}, "baselines": {"test": {}}}
+    monkeypatch.setattr("dti_model.evaluation.evaluate_run", lambda *_: metrics)
+    for name in ("metrics_table", "sentence_about_baselines"):
+        monkeypatch.setattr(f"dti_model.evaluation.{name}", lambda *_: "metrics")
     assert main(["evaluate", "--run=x"]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Broken(errno.ENOSPC, at_flush=True))

@@ -96,12 +96,12 @@ def test_a_group_of_settings_is_a_group(group: str, value: Any) -> None:
         (["--k=10**23"], "k must be >= 0 and <= 1,000,000,000 (an integer), got 10**23"),
         (["--k", "1" + "0" * 23], "k must be >= 0 and <= 1,000,000,000 (an integer), got 1000"),
         (["--k", "9" * 5000], "k must be >= 0 and <= 1,000,000,000"),
-        (["--optim.learning_rate=nan"], "optim.learning_rate must be > 0 and <= 1,000,000 (a number), got nan"),
+        (["--optim.learning-rate=nan"], "--optim.learning-rate must be > 0 and <= 1,000,000 (a number), got nan"),
         (["--optim.clip=.inf"], "optim.clip must be > 0"),
-        (["--dti.reset_layers=[99]"], "dti.reset_layers must name layers of the model, 0 to 3 or, from the end, -4 to -1, got 99"),
-        (["--dti.reset_layers=[null]"], "dti.reset_layers must be a list of layers"),
+        (["--dti.reset-layers=[99]"], "--dti.reset-layers must name layers of the model, 0 to 3 or, from the end, -4 to -1, got 99"),
+        (["--dti.reset-layers=[null]"], "--dti.reset-layers must be a list of layers"),
         (["--model.dropout=true"], "model.dropout must be in [0, 1)"),
-        (["--report_to=x"], "report_to must be some of tensorboard, wandb"),
+        (["--report-to=x"], "--report-to must be some of tensorboard, wandb"),
         (["--optim=5"], "--optim: there is no file 5"),
         (["--k=!!python/object:os.system x"], "k must be"),
         (["--k", "1:30"], "k must be >= 0 and <= 1,000,000,000 (an integer), got 1:30"),
@@ -157,6 +157,9 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("k: 010\n", "line 1: 010 is a number to base 8"),
         ("optim.clip: 0.5\noptim:\n  clip: 1.0\n", "line 3: 'optim.clip' stands there twice"),
         ("optim:\n  clip: 1.0\noptim.clip: 0.5\n", "line 3: 'optim.clip' stands there twice"),
+        ("optim.save_steps: 1\noptim:\n  save-steps: 2\n", "line 3: 'optim.save_steps' stands there twice"),
+        ("optim:\n  save-steps: -2\n", "optim.save_steps must be >= 0"),
+        ("optim:\n  save-step: 2\n", "did you mean optim.save_steps?"),
         ("model:\n  lora:\n    rank: 2\n  lora.rank: 3\n", "line 4: 'model.lora.rank' stands there twice"),
         ("optim:\n  <<: {clip: 1}\n", "line 2: the merge key << is not accepted"),
         ("seed: null\n", "seed must be >= 0 and <= 4,294,967,295 (an integer), got null"),
@@ -267,4 +270,5 @@ def test_configuration_files_and_flags_agree(tmp_path: Path, monkeypatch, capsys
             error_of([f"--{name}={value}"], tmp_path, monkeypatch, capsys),
             error_of(["--config=one.yaml"], tmp_path, monkeypatch, capsys),
         ]
-        assert all(f"{name} must be" in error for error in errors)
+        assert f"error: --{name.replace('_', '-')} must be" in errors[0]
+        assert f"error: --config: one.yaml: {name} must be" in errors[1]

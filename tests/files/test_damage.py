@@ -134,14 +134,14 @@ def test_a_damaged_checkpoint_is_deleted_and_the_run_goes_on_from_the_one_before
     (last / "run.json").write_bytes(b"\x00" + (last / "run.json").read_bytes()[1:])
     command = ["train", f"--data={copy.data}", f"--out={copy.out}", "--k=3", "--window=3", "--progress=false"]
     command += [
-        "--report_to=[]",
+        "--report-to=[]",
         "--model.layers=1",
         "--model.width=16",
         "--model.heads=2",
-        "--optim.save_steps=1",
+        "--optim.save-steps=1",
     ]
-    command += ["--model.kv_heads=1", "--model.mlp_width=24", "--optim.epochs=3", "--optim.token_budget=600"]
-    command += ["--optim.patience=0", "--optim.learning_rate=0.01"]
+    command += ["--model.kv-heads=1", "--model.mlp-width=24", "--optim.epochs=3", "--optim.token-budget=600"]
+    command += ["--optim.patience=0", "--optim.learning-rate=0.01"]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1

@@ -86,7 +86,7 @@ def test_a_name_of_other_bytes_than_utf_8(command: list[str], capsys: Any) -> No
 def test_a_model_that_no_machine_holds(small_folder: Path, tmp_path: Path, capsys: Any) -> None:
     """It was allocated piece by piece until the system ended the process; a million layers were built for hours."""
     command = ["train", f"--data={small_folder}", f"--out={tmp_path / 'run'}", "--progress=false"]
-    assert main([*command, "--model.width=1048576", "--model.mlp_width=16777216", "--model.layers=9999"]) == 2
+    assert main([*command, "--model.width=1048576", "--model.mlp-width=16777216", "--model.layers=9999"]) == 2
     error = capsys.readouterr().err
     assert "parameters, " in error
     assert "GiB of memory: choose a smaller model.width, model.mlp_width or model.layers" in error

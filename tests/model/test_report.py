@@ -66,14 +66,14 @@ def test_metrics_are_json(small_folder: Path, tmp_path: Path, capsys: pytest.Cap
         "--progress=false",
     ]
     command += [
-        "--report_to=[]",
+        "--report-to=[]",
         "--model.layers=1",
         "--model.width=16",
         "--model.heads=2",
-        "--model.kv_heads=1",
+        "--model.kv-heads=1",
     ]
     # Two validation targets of two users.
-    command += ["--optim.epochs=1", "--optim.token_budget=600", "--max_eval_targets=2", "--seed=12"]
+    command += ["--optim.epochs=1", "--optim.token-budget=600", "--max-eval-targets=2", "--seed=12"]
     assert main(command) == 0
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "run" / "metrics.json").read_text(), parse_constant=no_constants)

@@ -313,9 +313,9 @@ def test_a_run_that_fails_at_its_start_leaves_no_folder(config: TrainConfig, tmp
 
 def in_another_process(config: TrainConfig, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "dti_model.cli", "train", f"--data={config.data}", f"--out={config.out}"]
-    command += ["--k=3", "--window=3", "--progress=false", "--report_to=[]", "--model.layers=1", *more]
-    command += ["--model.width=16", "--model.heads=2", "--model.kv_heads=1", "--model.mlp_width=24"]
-    command += ["--optim.token_budget=600", "--logging_steps=1"]
+    command += ["--k=3", "--window=3", "--progress=false", "--report-to=[]", "--model.layers=1", *more]
+    command += ["--model.width=16", "--model.heads=2", "--model.kv-heads=1", "--model.mlp-width=24"]
+    command += ["--optim.token-budget=600", "--logging-steps=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -400,7 +400,7 @@ def test_evaluate_replaces_nothing_but_its_own_file(
 
 
 def test_a_run_says_that_it_goes_on(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    first = in_another_process(config, "--optim.epochs=3", "--optim.save_steps=2")
+    first = in_another_process(config, "--optim.epochs=3", "--optim.save-steps=2")
     checkpoints = config.out / "checkpoints"
     deadline = time.monotonic() + 60
     while not list(checkpoints.glob("checkpoint-*")) and time.monotonic() < deadline:

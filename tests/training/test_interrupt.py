@@ -177,10 +177,10 @@ def test_sigterm_writes_a_checkpoint_and_says_so(
     folder = tmp_path / "bröken"  # in an output that knows ASCII only
     optim = config.optim
     command = [sys.executable, "-m", "dti_model.cli", "train", f"--data={config.data}", f"--out={folder}"]
-    command += ["--k=3", "--window=3", "--progress=false", "--report_to=[]", "--logging_steps=1"]
-    command += ["--model.layers=2", "--model.width=16", "--model.heads=2", "--model.kv_heads=1"]
-    command += ["--model.mlp_width=24", f"--optim.epochs={optim.epochs}", "--optim.learning_rate=0.02"]
-    command += ["--optim.token_budget=300", "--optim.patience=2", "--optim.accumulation=2"]
+    command += ["--k=3", "--window=3", "--progress=false", "--report-to=[]", "--logging-steps=1"]
+    command += ["--model.layers=2", "--model.width=16", "--model.heads=2", "--model.kv-heads=1"]
+    command += ["--model.mlp-width=24", f"--optim.epochs={optim.epochs}", "--optim.learning-rate=0.02"]
+    command += ["--optim.token-budget=300", "--optim.patience=2", "--optim.accumulation=2"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -177,9 +177,9 @@ def searched(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     """The folder of a search by two processes, and how the command ended when it was given twice."""
     out = tmp_path_factory.mktemp("ranks") / "search"
     command = [sys.executable, "-m", "dti_model.cli", "search", f"--data={small_folder}", f"--out={out}"]
-    command += ["--grid={k: [2, 3]}", "--seeds=[0]", "--window=3", "--progress=false", "--report_to=[]"]
-    command += ["--model.layers=1", "--model.width=16", "--model.heads=2", "--model.kv_heads=1"]
-    command += ["--model.mlp_width=24", "--optim.epochs=1", "--optim.token_budget=600"]
+    command += ["--grid={k: [2, 3]}", "--seeds=[0]", "--window=3", "--progress=false", "--report-to=[]"]
+    command += ["--model.layers=1", "--model.width=16", "--model.heads=2", "--model.kv-heads=1"]
+    command += ["--model.mlp-width=24", "--optim.epochs=1", "--optim.token-budget=600"]
     return out, [ends_of(start_ranks(command)) for _ in range(2)]
 
 

@@ -87,7 +87,7 @@ def test_goes_on_and_chooses_on_validation(base: TrainConfig, monkeypatch: pytes
         (
             {"k": [5], "optim.learning_rate": [0.001, "1e-3"]},
             [0],
-            r"one cell twice, --k 5 --optim.learning_rate 0.001 and --k 5 --optim.learning_rate 1e-3:",
+            r"one cell twice, --k 5 --optim.learning-rate 0.001 and --k 5 --optim.learning-rate 1e-3:",
         ),
         ({"model.pretrained": ["b/x", "./b/x/"]}, [0], "one cell twice"),
         (
@@ -147,13 +147,13 @@ def test_the_command_reads_a_grid_file(
 ) -> None:
     (tmp_path / "grid.yaml").write_text("optim.learning_rate: [1.0e-3]\ndti.reset_layers: [[0], [-1]]\n")
     arguments = ["search", f"--data={base.data}", f"--out={base.out}", f"--grid={tmp_path / 'grid.yaml'}"]
-    arguments += ["--seeds=[0]", "--k=3", "--window=3", "--progress=false", "--report_to=[]"]
-    arguments += ["--model.layers=1", "--model.width=16", "--model.heads=2", "--model.kv_heads=1"]
-    arguments += ["--model.mlp_width=24", "--optim.epochs=1", "--optim.token_budget=600"]
+    arguments += ["--seeds=[0]", "--k=3", "--window=3", "--progress=false", "--report-to=[]"]
+    arguments += ["--model.layers=1", "--model.width=16", "--model.heads=2", "--model.kv-heads=1"]
+    arguments += ["--model.mlp-width=24", "--optim.epochs=1", "--optim.token-budget=600"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "cell 2 of 2, learning_rate=0.001,reset_layers=" in printed
-    assert "best: --optim.learning_rate 0.001 --dti.reset_layers" in printed
+    assert "best: --optim.learning-rate 0.001 --dti.reset-layers" in printed
 
 
 def test_names_of_cells_and_the_marker_stay() -> None:

@@ -1,0 +1,59 @@
+"""Options that several commands share, each declared once, and the settings of a run that `train` and `search` take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace
+
+from dti_model.cli.command_line import Parser
+
+if TYPE_CHECKING:
+    from dti_model.config import TrainConfig
+
+_SHARED: dict[str, dict[str, Any]] = {
+    "--config": {
+        "action": "config",
+        "metavar": "FILE",
+        "help": "YAML file with any of these settings; options after it win",
+    },
+    "--out": {"type": Path, "required": True, "help": "folder to make"},
+    "--run": {"type": Path, "required": True, "help": "run folder made by `dti train`"},
+    "--data": {"type": Path, "help": "prepared folder; default: the one that the run was trained on"},
+    "--other-data": {
+        "action": "store_true",
+        "help": "accept a prepared folder that the run was not trained on; its targets may be among those trained on",
+    },
+    "--base": {
+        "type": str,
+        "metavar": "MODEL",
+        "help": "where the pretrained model of a LoRA run is now; default: where it was, or moved together with the run folder",
+    },
+    "--device": {
+        "type": str,
+        "help": "torch device; default: cuda where there is one. Under torchrun every process takes a device of this type",
+    },
+    "--progress": {"type": bool, "default": True, "help": "show a progress bar"},
+}
+
+
+def add_shared(parser: Parser, *names: str) -> None:
+    """Add options by their names."""
+    for name in names:
+        parser.add_argument(name, **_SHARED[name])
+
+
+def add_settings(parser: Parser, *without: str) -> None:
+    """Add `--config` and an option for each setting of a run but some."""
+    from dti_model.config import TrainConfig
+
+    add_shared(parser, "--config")
+    parser.add_class_arguments(TrainConfig, fail_untyped=True, skip=set(without))
+
+
+def settings_of(options: Namespace, *others: str) -> TrainConfig:
+    """The settings of a run among options; `others`: options that are none."""
+    from dti_model.config import TrainConfig
+
+    return TrainConfig(**{name: x for name, x in vars(options).items() if name not in ("config", *others)})

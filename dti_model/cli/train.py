@@ -1,0 +1,24 @@
+"""`dti train`: a model into a run folder."""
+
+from __future__ import annotations
+
+from jsonargparse import Namespace
+
+from dti_model.cli.command_line import Parser
+from dti_model.cli.options import add_settings, settings_of
+
+
+def make_parser() -> Parser:
+    """An option for each setting of a run."""
+    parser = Parser(
+        description="Train a click model with streaming prompts. The same command resumes a run that was interrupted."
+    )
+    add_settings(parser)
+    return parser
+
+
+def run(options: Namespace) -> None:
+    """Train, score and report."""
+    from dti_model.training import train
+
+    train(settings_of(options))
