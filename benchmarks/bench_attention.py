@@ -9,16 +9,15 @@ All providers and lengths run in one process, by turns. Before a row is written,
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.attention import (
     AttentionInputs,
+    Call,
     Workload,
+    by_mode,
     gate,
     ratios,
     run_on_gpu,
@@ -27,7 +26,7 @@ from benchmarks.attention import (
     windowed,
 )
 from benchmarks.measuring import interleaved_ms, percentiles_ms
-from benchmarks.recording import INCOMPLETE, make_parser, parse_measuring
+from benchmarks.recording import INCOMPLETE, Rows, make_parser, parse_measuring
 from dti_kernels import windowed_attn
 
 # 4 heads of 64 and a window of 700 tokens (20 interactions of 35): the sizes that the project's CPU claim is stated for.
@@ -40,10 +39,11 @@ def run_windowed(x: AttentionInputs) -> Tensor:
     return windowed_attn(x.q, x.k, x.v, x.layout)
 
 
-def measure(workloads: list[Workload], repeats: int) -> list[dict[str, Any]]:
+def measure(workloads: list[Workload], repeats: int) -> Rows:
     """Rows of all workloads: every provider that fits, forward and forward + backward. Workloads take turns like providers do:
     ratios between lengths are claims too."""
-    inputs, providers = {}, {}
+    inputs: dict[Workload, AttentionInputs] = {}
+    providers: dict[tuple[Workload, str], Call] = {}
     for workload in workloads:
         gate(workload)
         x = inputs[workload] = AttentionInputs.of(workload)
@@ -53,36 +53,15 @@ def measure(workloads: list[Workload], repeats: int) -> list[dict[str, Any]]:
             providers[workload, "sdpa_dense_mask"] = sdpa_dense_mask(x)
     rows = []
     for mode in ("forward", "forward+backward"):
-        calls = {key: _call(provider, inputs[key[0]], mode) for key, provider in providers.items()}
+        calls = {key: by_mode(provider, inputs[key[0]])[mode] for key, provider in providers.items()}
         for (workload, name), times in interleaved_ms(calls, repeats).items():
             layout = inputs[workload].layout
             flops = useful_flops(layout, workload.num_heads, workload.head_dim, mode != "forward")
             timing = percentiles_ms(times)
-            rows.append(
-                {
-                    "benchmark": "attention",
-                    "workload": workload.name,
-                    "rows": layout.num_rows,
-                    "visible_pairs": layout.num_visible_pairs(),
-                    "provider": name,
-                    "mode": mode,
-                    **timing,
-                    "useful_gflops": round(flops / timing["p50_ms"] / 1e6, 1),
-                }
-            )
+            row = {"benchmark": "attention", "workload": workload.name, "rows": layout.num_rows}
+            row |= {"visible_pairs": layout.num_visible_pairs(), "provider": name, "mode": mode, **timing}
+            rows.append({**row, "useful_gflops": round(flops / timing["p50_ms"] / 1e6, 1)})
     return rows
-
-
-def _call(provider: Callable[[AttentionInputs], Tensor], x: AttentionInputs, mode: str) -> Callable[[], Any]:
-    if mode == "forward":
-
-        def forward() -> None:
-            with torch.no_grad():
-                provider(x)
-
-        return forward
-    leaves = x.leaves()
-    return lambda: torch.autograd.grad(provider(x), leaves, x.grad_out, allow_unused=True)
 
 
 def main() -> None:

@@ -148,7 +148,7 @@ def profile(step: Callable[[], Any], path: Path) -> dict[str, Any]:
         The device's milliseconds, the share of ours among them, and the longest kernels with their milliseconds and calls. A
         rehearsal has no kernels: it lists operators.
     """
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiling
 
@@ -205,7 +205,7 @@ def main() -> None:
         parser.set_defaults(model=["tiny"], tokens=1024, steps=2)
     options = parse_measuring(parser, "training-{device}")
     # Whoever asks for deterministic algorithms gets every empty buffer filled with NaN besides: a pass over memory that is no training.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # of a module of its own class
     failed = False
     for name in options.model:
         try:

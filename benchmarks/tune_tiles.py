@@ -54,7 +54,9 @@ def launches(x: AttentionInputs) -> dict[str, gpu.Launch]:
     reset = x.reset
     ratios = None if reset is None else reset.ratios(x.layout.window, torch.float32, x.q.device)
     inputs = Inputs(
-        *(z.detach() for z in (x.q, x.k, x.v)),
+        q=x.q.detach(),
+        k=x.k.detach(),
+        v=x.v.detach(),
         k_sum=x.k_sum.detach(),
         k_initial=None if reset is None else reset.k_initial.detach(),
         v_initial=None if reset is None else reset.v_initial.detach(),
@@ -158,7 +160,7 @@ def slot_workloads() -> list[Workload]:
     return [
         gpu_workload("llama8b_k50_16k", "llama8b", 16384, 50, reset=True),
         gpu_workload("smollm_k50_16k", "smollm", 16384, 50, reset=True),
-        gpu_workload("smollm_span300_k50_16k", "smollm", 16384, 50, reset=True, **SHORT_TOKENS),
+        gpu_workload("smollm_span300_k50_16k", "smollm", 16384, 50, reset=True, tokens=SHORT_TOKENS),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from benchmarks.attention.gpu import run_on_gpu
 from benchmarks.attention.parity import MOST_SHARE, budget_shares, gate
-from benchmarks.attention.providers import MODES, OURS, sdpa_dense_mask, windowed
+from benchmarks.attention.providers import MODES, OURS, Call, by_mode, sdpa, sdpa_dense_mask, windowed
 from benchmarks.attention.rows import ratios
 from benchmarks.attention.tiles import candidates_of, numbers_of, predicted, useful_fraction
 from benchmarks.attention.workloads import (
@@ -23,8 +23,10 @@ __all__ = [
     "SHORT_TOKENS",
     "STREAMING",
     "AttentionInputs",
+    "Call",
     "Workload",
     "budget_shares",
+    "by_mode",
     "candidates_of",
     "gate",
     "gpu_workload",
@@ -32,6 +34,7 @@ __all__ = [
     "predicted",
     "ratios",
     "run_on_gpu",
+    "sdpa",
     "sdpa_dense_mask",
     "useful_flops",
     "useful_fraction",

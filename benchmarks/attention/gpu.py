@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def plans() -> Iterator[Plan]:
         (*_WINDOWED, *_DENSE, "flex_with_mask_construction"),
     )
     yield Plan(gpu_workload("smollm_k50_16k", "smollm", 16384, 50), (*_WINDOWED, *_DENSE))
-    yield Plan(gpu_workload("smollm_span300_k50_16k", "smollm", 16384, 50, **SHORT_TOKENS))
+    yield Plan(gpu_workload("smollm_span300_k50_16k", "smollm", 16384, 50, tokens=SHORT_TOKENS))
     for k in (1, 200, None):
         yield Plan(gpu_workload(f"llama8b_k{k or 'all'}_16k", "llama8b", 16384, k))
     for heads in HEADS:
@@ -327,7 +328,7 @@ def run_on_gpu(
         todo = todo[::3]  # the others run no other line
     for workload in (plan.workload for plan in todo):
         if (workload.name, OURS) not in session.done:
-            session.guarded(workload.name, [OURS], lambda workload=workload: session.alone(workload))
+            session.guarded(workload.name, [OURS], partial(session.alone, workload))
     if not only_ours:
         _check(session)
         _run_baselines(session, todo, logs)
@@ -341,9 +342,13 @@ def _check(session: Session) -> None:
     by_name = {workload.name: workload for workload in workloads()}
     short, long = by_name["llama8b_k50_16k"], by_name["llama8b_k50_64k"]
     checks = {"equal runs": lambda: equal_runs(short), "memory": lambda: linear_memory(short, long)}
+
+    def save(check: Callable[[], dict[str, Any]]) -> None:
+        session.save([check()])
+
     for name, check in checks.items():
         if ("check", name) not in session.done:
-            session.guarded(name, [name], lambda check=check: session.save([check()]))
+            session.guarded(name, [name], partial(save, check))
 
 
 def _run_baselines(session: Session, todo: list[Plan], logs: Path | None) -> None:
@@ -361,4 +366,4 @@ def _run_baselines(session: Session, todo: list[Plan], logs: Path | None) -> Non
     for plan in todo:
         names = missing.get(plan.workload.name)
         if names:
-            session.guarded(plan.workload.name, names, lambda plan=plan: session.beside(plan))
+            session.guarded(plan.workload.name, names, partial(session.beside, plan))

@@ -42,9 +42,9 @@ def by_mode(call: Call, x: AttentionInputs) -> dict[str, Callable[[], Any]]:
     leaves = x.leaves()
     graph: list[Tensor] = []  # the output that backwards alone begin at
 
-    def forward() -> None:
+    def forward() -> Tensor:
         with torch.no_grad():
-            call(x)
+            return call(x)
 
     def differentiate(out: Tensor, retain: bool) -> None:
         torch.autograd.grad(out, leaves, x.grad_out, allow_unused=True, retain_graph=retain)
@@ -81,7 +81,7 @@ def sdpa_dense_mask(x: AttentionInputs) -> Call:
     visible = torch.zeros(x.layout.num_rows, x.layout.num_rows, dtype=torch.bool, device=x.q.device)
     visible[:, :num_context] = x.layout.dense_visibility()
     visible[num_context:, num_context:] = torch.eye(num_sum, dtype=torch.bool, device=x.q.device)
-    return lambda y: _sdpa(y, attn_mask=visible)
+    return lambda y: sdpa(y, attn_mask=visible)
 
 
 def sdpa_causal(x: AttentionInputs) -> Call:
@@ -89,19 +89,19 @@ def sdpa_causal(x: AttentionInputs) -> Call:
 
     def run(y: AttentionInputs, grouped: bool) -> Tensor:
         with sdpa_kernel(_CAUSAL_BACKEND):
-            return _sdpa(y, grouped, is_causal=True)
+            return sdpa(y, grouped, is_causal=True)
 
     try:
         with torch.no_grad():
             run(x, True)
-    except (
-        RuntimeError
-    ):  # no such backend, or none that takes grouped heads: the second is asked by the caller's first call
+    except RuntimeError:
+        # No such backend, or none that takes grouped heads: the second is asked by the caller's first call.
         return lambda y: run(y, False)
     return lambda y: run(y, True)
 
 
-def _sdpa(y: AttentionInputs, grouped: bool = False, **mask: Any) -> Tensor:
+def sdpa(y: AttentionInputs, grouped: bool = False, **mask: Any) -> Tensor:
+    """PyTorch's attention of q, k and v as one sequence."""
     q, k, v = y.q, y.k, y.v
     if not grouped:
         # The fast backends that take a mask do not take grouped heads: keys are expanded here, as their users do.
@@ -208,13 +208,13 @@ def varlen_scalar_window(x: AttentionInputs) -> Call:
     if "window_size" not in parameters:
         raise Unavailable(f"varlen_attn of torch {torch.__version__} has no window_size")
     # Its first releases pass grouped heads on without asking; later ones want it said.
-    grouped = {"enable_gqa": True} if "enable_gqa" in parameters else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in parameters else {}
     bounds, longest, window = _varlen_bounds(x.layout)
 
     def run(y: AttentionInputs) -> Tensor:
-        out: Tensor = varlen_attn(
-            y.q, y.k, y.v, bounds, bounds, longest, longest, window_size=(window, 0), **grouped
-        )
+        given = (y.q, y.k, y.v, bounds, bounds, longest, longest)
+        out = varlen_attn(*given, window_size=(window, 0), **grouped)
+        assert isinstance(out, Tensor)  # no auxiliary output is asked for
         return out
 
     return run

@@ -17,24 +17,39 @@ from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes
 STREAMING, SLIDING = "streaming_k50", "sliding_window"
 KINDS = {STREAMING: 50, SLIDING: 1}
 # Mean and deviation of the tokens of an interaction of MovieLens-1M with SmolLM2's tokenizer: windows of about 300 tokens.
-SHORT_TOKENS = {"mean_tokens": 15.0, "std_tokens": 4.0}
+SHORT_TOKENS = (15.0, 4.0)
+USUAL_TOKENS = (35.0, 8.0)
 
 
 @dataclass(frozen=True)
 class Workload:
     """A packed batch of streaming prompts and the heads that attend over it."""
 
-    name: str  # how rows call it
-    num_tokens: int  # context tokens of the batch, about
-    k: int | None  # targets per prompt; None: one prompt of the whole batch
-    num_heads: int  # H
-    num_groups: int  # G
-    head_dim: int  # D
-    window: int = 20  # n, in interactions
-    mean_tokens: float = 35.0  # mean tokens of an interaction, label included
-    std_tokens: float = 8.0  # their standard deviation
-    reset: bool = False  # whether [SUM] rows read two streams
-    dtype: torch.dtype = torch.float32  # of q, k and v
+    Attributes:
+        name: how rows call it.
+        num_tokens: context tokens of the batch, about.
+        k: targets per prompt; None: one prompt of the whole batch.
+        num_heads: H.
+        num_groups: G.
+        head_dim: D.
+        window: n, in interactions.
+        mean_tokens: mean tokens of an interaction, label included.
+        std_tokens: their standard deviation.
+        reset: whether [SUM] rows read two streams.
+        dtype: of q, k and v.
+    """
+
+    name: str
+    num_tokens: int
+    k: int | None
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    window: int = 20
+    mean_tokens: float = USUAL_TOKENS[0]
+    std_tokens: float = USUAL_TOKENS[1]
+    reset: bool = False
+    dtype: torch.dtype = torch.float32
 
     def layout(self, device: torch.device | str = "cpu", seed: int = 0) -> StreamLayout:
         """Prompts of `window + k` interactions each until the tokens are used up; a last, shorter prompt fills the batch."""
@@ -54,7 +69,13 @@ class Workload:
 
 
 def gpu_workload(
-    name: str, heads: str, num_tokens: int, k: int | None, *, reset: bool = False, **tokens: float
+    name: str,
+    heads: str,
+    num_tokens: int,
+    k: int | None,
+    *,
+    reset: bool = False,
+    tokens: tuple[float, float] = USUAL_TOKENS,
 ) -> Workload:
     """A workload in bfloat16 with the heads of a model; in a rehearsal its shape with few heads, tokens and interactions.
 
@@ -64,18 +85,16 @@ def gpu_workload(
         num_tokens: context tokens of the batch, about.
         k: targets per prompt; None: one prompt of the whole batch.
         reset: whether [SUM] rows read two streams.
-        tokens: `mean_tokens` and `std_tokens` of an interaction, where they are not the usual ones.
+        tokens: of an interaction, mean and standard deviation.
     """
     num_heads, num_groups, head_dim = HEADS[heads]
-    workload = Workload(
-        name, num_tokens, k, num_heads, num_groups, head_dim, reset=reset, dtype=torch.bfloat16
+    window = 20
+    if REHEARSING:
+        num_heads, num_groups, num_tokens, window = num_heads // num_groups, 1, num_tokens // 256, 2
+        tokens = tokens[0] / 5, 1.0
+    return Workload(
+        name, num_tokens, k, num_heads, num_groups, head_dim, window, *tokens, reset, torch.bfloat16
     )
-    workload = replace(workload, **tokens)  # type: ignore[arg-type]
-    if not REHEARSING:
-        return workload
-    group = num_heads // num_groups
-    toy = {"num_tokens": num_tokens // 256, "num_heads": group, "num_groups": 1, "window": 2}
-    return replace(workload, **toy, mean_tokens=workload.mean_tokens / 5, std_tokens=1.0)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,13 +138,8 @@ class AttentionInputs:
 
     def named(self) -> dict[str, Tensor]:
         """Inputs by the names of the operator's arguments."""
-        named = {
-            "q": self.q,
-            "k": self.k,
-            "v": self.v,
-            "k_sum": self.k_sum,
-            "alibi_slopes": self.alibi_slopes,
-        }
+        named = {"q": self.q, "k": self.k, "v": self.v, "k_sum": self.k_sum}
+        named["alibi_slopes"] = self.alibi_slopes
         if self.reset is not None:
             named |= {"k_initial": self.reset.k_initial, "v_initial": self.reset.v_initial}
         return named
@@ -152,11 +166,12 @@ class AttentionInputs:
         def cast(x: Tensor) -> Tensor:
             return x.detach().double().requires_grad_(x.requires_grad)
 
-        names = ("q", "k", "v", "k_sum", "alibi_slopes", "grad_out")
-        reset = self.reset and replace(
-            self.reset, k_initial=cast(self.reset.k_initial), v_initial=cast(self.reset.v_initial)
-        )
-        return replace(self, reset=reset, **{name: cast(getattr(self, name)) for name in names})
+        reset = self.reset
+        if reset is not None:
+            reset = replace(reset, k_initial=cast(reset.k_initial), v_initial=cast(reset.v_initial))
+        q, k, v, k_sum = map(cast, (self.q, self.k, self.v, self.k_sum))
+        slopes, grad_out = cast(self.alibi_slopes), cast(self.grad_out)
+        return AttentionInputs(self.layout, q, k, v, k_sum, slopes, grad_out, reset)
 
 
 def useful_flops(layout: StreamLayout, num_heads: int, head_dim: int, backward: bool) -> int:

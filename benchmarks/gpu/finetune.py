@@ -104,9 +104,9 @@ class Watch(TrainerCallback):
         if self.limit.left_s() < 0:
             self.cut = control.should_training_stop = True
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float], model: torch.nn.Module, **_: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        metrics: dict[str, float] = kwargs["metrics"]
+        model: torch.nn.Module = kwargs["model"]
         named = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         named["epoch"] = round(state.epoch or 0.0, 3)
         self.note(part="validation", step=state.global_step, **named)
@@ -222,6 +222,7 @@ def finetune(config: TrainConfig, limit: TimeLimit, files: RowFiles) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(run, limit, watch, folder)
         dataset = trainer.train_dataset
+        assert isinstance(dataset, PackedPrompts)
         note(
             part="start",
             seconds=round(limit.seconds - limit.left_s(), 1),

@@ -13,17 +13,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.attention import OURS, AttentionInputs, Workload
+from benchmarks.attention import OURS, AttentionInputs, Call, Workload, by_mode, sdpa, windowed
 from benchmarks.measuring import DEVICE, REHEARSING, check_device
 from benchmarks.recording import INCOMPLETE, TIME_IS_UP, RowFiles, failure, make_parser, parse_measuring
 from benchmarks.shapes import HEADS
-from dti_kernels import windowed_attn
 
 # One prompt of a few interactions: no kernel of it takes longer than its launch. Kernels are specialised on the query heads of a key head,
 # so the heads are those of a model whose kernels `benchmarks.gpu.precompile` has compiled.
@@ -56,42 +55,19 @@ def host_us(call: Callable[[], Any]) -> dict[str, float]:
     }
 
 
-def forwards(x: AttentionInputs) -> dict[str, Callable[[], torch.Tensor]]:
+def providers(x: AttentionInputs) -> dict[str, Call]:
     """Ours and SDPA on the same queries, keys and values."""
-
-    def ours() -> torch.Tensor:
-        return x.call(windowed_attn)
-
-    def sdpa() -> torch.Tensor:
-        q, k, v = (z.transpose(0, 1)[None] for z in (x.q, x.k, x.v))
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-    return {OURS: ours} if x.reset is not None else {OURS: ours, SDPA: sdpa}
+    ours = {OURS: windowed(x)}
+    return ours if x.reset is not None else ours | {SDPA: lambda y: sdpa(y, grouped=True, is_causal=True)}
 
 
-def with_backward(forward: Callable[[], torch.Tensor], x: AttentionInputs) -> Callable[[], Any]:
-    """Forward and backward in one call."""
-    return lambda: torch.autograd.grad(forward(), x.leaves(), x.grad_out, allow_unused=True)
-
-
-def without_gradient(forward: Callable[[], torch.Tensor]) -> Callable[[], Any]:
-    """The forward as scoring calls it."""
-
-    def call() -> torch.Tensor:
-        with torch.no_grad():
-            return forward()
-
-    return call
-
-
-def captured(forward: Callable[[], torch.Tensor]) -> Callable[[], Any]:
-    """The forward as a CUDA graph; calling it replays the graph.
+def captured(call: Callable[[], torch.Tensor]) -> Callable[[], Any]:
+    """A forward as a CUDA graph; calling it replays the graph.
 
     Raises:
         AssertionError: a replay computes something else than an eager call.
         RuntimeError: something in the call cannot be captured: a copy from pageable memory, or waiting for the device.
     """
-    call = without_gradient(forward)
     expected = call()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
@@ -108,25 +84,27 @@ def captured(forward: Callable[[], torch.Tensor]) -> Callable[[], Any]:
     return graph.replay
 
 
-def compiled(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Through `torch.compile`, as one graph; in a rehearsal traced only."""
-    return torch.compile(forward, fullgraph=True, backend="eager" if REHEARSING else "inductor")
+def compiled(x: AttentionInputs) -> dict[str, Callable[[], Any]]:
+    """Ours through `torch.compile`, as one graph, by mode; in a rehearsal traced only."""
+    ours = providers(x)[OURS]
+    graph = torch.compile(lambda: ours(x), fullgraph=True, backend="eager" if REHEARSING else "inductor")
+    return by_mode(lambda _: graph(), x)
 
 
 def ways(x: AttentionInputs) -> list[tuple[str, str, str, Callable[[], Callable[[], Any]]]]:
     """Provider, way, mode and what makes the call; compiling takes longest, so it comes last."""
-    eager: list[tuple[str, str, str, Callable[[], Callable[[], Any]]]] = []
-    graphs: list[tuple[str, str, str, Callable[[], Callable[[], Any]]]] = []
-    for provider, forward in forwards(x).items():
-        eager.append((provider, "eager", "forward", lambda f=forward: without_gradient(f)))
-        eager.append((provider, "eager", "forward+backward", lambda f=forward: with_backward(f, x)))
-        graphs.append((provider, "graph", "forward", lambda f=forward: captured(f)))
-    ours = forwards(x)[OURS]
-    through = [
-        (OURS, "compiled", "forward", lambda: without_gradient(compiled(ours))),
-        (OURS, "compiled", "forward+backward", lambda: with_backward(compiled(ours), x)),
+    modes = ("forward", "forward+backward")
+    calls = {name: by_mode(call, x) for name, call in providers(x).items()}
+    found: list[tuple[str, str, str, Callable[[], Callable[[], Any]]]] = []
+    found += [
+        (name, "eager", mode, partial(calls[name].__getitem__, mode)) for name in calls for mode in modes
     ]
-    return [*eager, *graphs, *through]
+    found += [(name, "graph", "forward", partial(captured, calls[name]["forward"])) for name in calls]
+    return [*found, *((OURS, "compiled", mode, partial(_of_mode, x, mode)) for mode in modes)]
+
+
+def _of_mode(x: AttentionInputs, mode: str) -> Callable[[], Any]:
+    return compiled(x)[mode]
 
 
 def measure(files: RowFiles, seconds: float) -> tuple[bool, bool]:

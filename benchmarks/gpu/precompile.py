@@ -40,6 +40,7 @@ from dti_kernels.gpu import KERNELS, TABLE, Tile, forced
 from dti_model.config import DTIConfig
 from dti_model.model import apply_dti, token_logits
 
+Call = Callable[[], object]
 # One of each row of the table.
 MEAN_SPANS = (256, 1024)
 # Calls of the tests for GPUs: `calls()` of this module, which lives beside them.
@@ -60,7 +61,7 @@ def run_alone(x: AttentionInputs) -> None:
     windowed_attn(x.q, x.k, x.v, x.layout).backward(x.grad_out)
 
 
-def smoke() -> Iterator[Callable[[], None]]:
+def smoke() -> Iterator[Call]:
     """What `benchmarks.gpu.smoke` runs: slopes take a gradient."""
     for heads in HEADS:
         for reset in (True, False):
@@ -70,7 +71,7 @@ def smoke() -> Iterator[Callable[[], None]]:
                 yield partial(x.run, windowed_attn)
 
 
-def bench() -> Iterator[Callable[[], None]]:
+def bench() -> Iterator[Call]:
     """What the attention benchmark and the host's times run."""
     for heads in HEADS:
         for span in MEAN_SPANS:
@@ -79,7 +80,7 @@ def bench() -> Iterator[Callable[[], None]]:
             yield partial(run_alone, inputs(heads, False, span))
 
 
-def tune() -> Iterator[Callable[[], None]]:
+def tune() -> Iterator[Call]:
     """The tiles that a sweep tries."""
 
     def with_tile(kernel: str, tile: Tile, x: AttentionInputs) -> None:
@@ -102,40 +103,44 @@ def logits(heads: str, dti: DTIConfig, layout: StreamLayout, mean_span: int) -> 
     return token_logits(model, torch.zeros(layout.num_rows, dtype=torch.long), layout, dti)
 
 
+def step(heads: str, dti: DTIConfig, layout: StreamLayout, mean_span: int) -> None:
+    """Forward and backward of such a model."""
+    logits(heads, dti, layout, mean_span).sum().backward()
+
+
+@torch.inference_mode()
+def request(dti: DTIConfig, layout: StreamLayout, mean_span: int) -> None:
+    """The forward of such a model, as scoring calls it."""
+    logits("smollm", dti, layout, mean_span)
+
+
 # With and without a reset in the last layer.
 CONFIGS = (DTIConfig(), DTIConfig(alpha_max=0.0), DTIConfig("dti-position"), DTIConfig("dti-minus"))
 
 
-def train() -> Iterator[Callable[[], None]]:
+def train() -> Iterator[Call]:
     """What training steps and scoring of streaming prompts run."""
     layout = Workload("train", 60, 3, 1, 1, 1, window=2, mean_tokens=5, std_tokens=1).layout()
     for heads in HEADS:
         for dti in CONFIGS:
             for span in MEAN_SPANS:
-                yield (
-                    lambda heads=heads, dti=dti, span=span: logits(heads, dti, layout, span).sum().backward()
-                )
+                yield partial(step, heads, dti, layout, span)
 
 
-def score() -> Iterator[Callable[[], None]]:
+def score() -> Iterator[Call]:
     """What scoring candidates runs."""
     layout = candidate_layout([[3] * 4], [[1] * 4], [[3] * 5], window=4)
     for dti in CONFIGS:
         for span in MEAN_SPANS:
-
-            def call(dti: DTIConfig = dti, span: int = span) -> None:
-                with torch.inference_mode():
-                    logits("smollm", dti, layout, span)
-
-            yield call
+            yield partial(request, dti, layout, span)
 
 
-def tests() -> Iterator[Callable[[], None]]:
+def tests() -> Iterator[Call]:
     """What the tests for GPUs run."""
     yield from importlib.import_module(TESTS).calls()
 
 
-SETS: dict[str, Callable[[], Iterator[Callable[[], None]]]] = {
+SETS: dict[str, Callable[[], Iterator[Call]]] = {
     "smoke": smoke,
     "tests": tests,
     "tune": tune,

@@ -9,19 +9,18 @@ fails and nothing else needs to be measured. A little beyond is for a person to 
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.attention import MOST_SHARE, AttentionInputs, Workload, budget_shares
+from benchmarks.attention import MOST_SHARE, AttentionInputs, Workload, budget_shares, gpu_workload
 from benchmarks.measuring import DEVICE, REHEARSING
-from benchmarks.recording import DOUBTFUL, make_parser, parse_measuring
-from benchmarks.shapes import HEADS
+from benchmarks.recording import DOUBTFUL, failure, make_parser, parse_measuring
 from dti_kernels import windowed_attn
 
 
@@ -29,29 +28,18 @@ def workloads() -> tuple[Workload, ...]:
     """Long spans with a reset, short spans with groups of three, and sliding windows without a reset."""
     # A thousand rows: the reference in float64 then fits on small cards too.
     real = (
-        Workload("smoke_llama8b_k50", 1024, 50, *HEADS["llama8b"], reset=True, dtype=torch.bfloat16),
-        Workload(
-            "smoke_smollm_k50", 1024, 50, *HEADS["smollm"], mean_tokens=15, reset=True, dtype=torch.bfloat16
-        ),
-        Workload("smoke_llama8b_k1", 1024, 1, *HEADS["llama8b"], dtype=torch.bfloat16),
+        gpu_workload("smoke_llama8b_k50", "llama8b", 1024, 50, reset=True),
+        gpu_workload("smoke_smollm_k50", "smollm", 1024, 50, reset=True, tokens=(15.0, 8.0)),
+        gpu_workload("smoke_llama8b_k1", "llama8b", 1024, 1),
     )
-    if not REHEARSING:
-        return real
-    small = {
-        "num_tokens": 60,
-        "window": 2,
-        "mean_tokens": 5,
-        "std_tokens": 1,
-        "num_heads": 3,
-        "num_groups": 1,
-    }
-    return tuple(dataclasses.replace(workload, **small, head_dim=16) for workload in real)
+    small = (replace(workload, num_tokens=60, head_dim=16) for workload in real)
+    return tuple(small) if REHEARSING else real
 
 
 def inputs(workload: Workload) -> AttentionInputs:
     """Of a workload, with a gradient of the slopes too."""
     x = AttentionInputs.of(workload, DEVICE)
-    return dataclasses.replace(x, alibi_slopes=x.alibi_slopes.requires_grad_())
+    return replace(x, alibi_slopes=x.alibi_slopes.requires_grad_())
 
 
 def check(workload: Workload) -> dict[str, Any]:
@@ -90,7 +78,7 @@ def main() -> None:
             row |= check(workload)
         except Exception as error:  # the other cases say how far it goes
             traceback.print_exc()
-            row["failed"] = f"{type(error).__name__}: {error}"[:600]
+            row["failed"] = failure(error)
         options.rows.append([row])
         print(row, flush=True)
         if status := verdict(row):

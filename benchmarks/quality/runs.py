@@ -200,8 +200,8 @@ def score_cell(folder: Path, name: str, split: str, k: int | None = 1, dti: DTIC
         return
     run = Run.load(folder)
     if dti is not None:
-        plain = model_from(folder / MODEL_FOLDER)
-        model = apply_dti(plain, dti).to(run.model.device)
+        model = apply_dti(model_from(folder / MODEL_FOLDER), dti)
+        torch.nn.Module.to(model, run.model.device)
         run = replace(run, model=model, config=replace(run.config, dti=dti))
     result["scores"][name] = _score(run, folder, name, split, k)
     write_json(folder / CELL_FILE, result)

@@ -10,7 +10,7 @@ from benchmarks.recording.command import (
     parse_measuring,
     refuse_record,
 )
-from benchmarks.recording.provenance import REHEARSING, ROOT, commit_of, provenance, version_of
+from benchmarks.recording.provenance import ROOT, commit_of, provenance
 from benchmarks.recording.rows import (
     RESULTS,
     SCRATCH,
@@ -27,7 +27,6 @@ from benchmarks.recording.rows import (
 __all__ = [
     "DOUBTFUL",
     "INCOMPLETE",
-    "REHEARSING",
     "RESULTS",
     "ROOT",
     "SCRATCH",
@@ -47,5 +46,4 @@ __all__ = [
     "refuse_record",
     "replace_rows",
     "row_lines",
-    "version_of",
 ]

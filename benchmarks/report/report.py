@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,12 @@ def render(text: str) -> str:
             raise ValueError(
                 f"README.md has no part between '<!-- begin {name} -->' and '<!-- end {name} -->'"
             )
-        made = make()
-        text = pattern.sub(lambda match, made=made: match[1] + made + "\n" + match[2], text)
+        text = pattern.sub(partial(_filled, make()), text)
     return text
+
+
+def _filled(made: str, match: re.Match[str]) -> str:
+    return f"{match[1]}{made}\n{match[2]}"
 
 
 def draw_mask(path: Path = RESULTS / "mask.png") -> None:

@@ -29,7 +29,7 @@ BATCH = 32
 def new_run(data: Path, model: ModelConfig, dti: DTIConfig, device: str) -> Run:
     """An untrained run, on a device."""
     run = Run.start(TrainConfig(data=data, out=Path("unused"), window=HISTORY, model=model, dti=dti))
-    run.model.to(device).eval()
+    torch.nn.Module.to(run.model, device).eval()
     return run
 
 
@@ -96,7 +96,7 @@ def measure_evaluation(run: Run, device: str, repeats: int, user_step: int) -> R
     plain = LlamaForCausalLM(llama_config(run.config.model, run.tokenizer))
     plain.load_state_dict(run.model.state_dict())
     plain.set_attn_implementation("sdpa")
-    plain.to(device).eval()
+    torch.nn.Module.to(plain, device).eval()
     rows = np.sort(run.data.targets("test"))
     rows = rows[run.data.users_of(rows) % user_step == 0]
     prompts = Prompts.streaming(run.data, rows, run.config.window, 1)

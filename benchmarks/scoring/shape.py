@@ -65,7 +65,8 @@ class ShapeScorer:
     def texts(self, count: int, seed: int) -> list[Ids]:
         """So many item texts of random ids, as long as titles are with SmolLM2's tokenizer."""
         rng = np.random.default_rng(seed)
-        lengths = rng.normal(SHORT_TOKENS["mean_tokens"] - 1, SHORT_TOKENS["std_tokens"], count)
+        mean, deviation = SHORT_TOKENS
+        lengths = rng.normal(mean - 1, deviation, count)
         return [rng.integers(self.vocab_size, size=max(2, round(length))) for length in lengths]
 
     @torch.no_grad()

@@ -72,7 +72,7 @@ def test_the_best_validation_is_tested_at_once() -> None:
     for step, auc in ((0, 0.9), (1, 0.6), (2, 0.7), (3, 0.65)):
         torch.nn.init.constant_(model.weight, float(step))
         state = SimpleNamespace(global_step=step, epoch=float(step))
-        watch.on_evaluate(None, state, None, {"eval_auc": auc}, model)
+        watch.on_evaluate(None, state, None, metrics={"eval_auc": auc}, model=model)
     assert happened == ["validation", "validation", "test", "validation", "test", "validation"]
     assert watch.best["weight"].item() == 2
 

@@ -98,7 +98,7 @@ def test_host_times_are_of_kernels_that_are_compiled_before() -> None:
         with stand_in.recorded_launches("sm_90") as launches:
             for reset in (False, True):
                 x = AttentionInputs.of(dataclasses.replace(host_gpu.TINY, reset=reset))
-                host_gpu.with_backward(host_gpu.forwards(x)[host_gpu.OURS], x)()
+                host_gpu.by_mode(host_gpu.providers(x)[host_gpu.OURS], x)["forward+backward"]()
         needed = stand_in.distinct_launches(launches)
     assert needed
     assert set(needed) <= set(compiled)

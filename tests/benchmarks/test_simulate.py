@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import simulate
-from benchmarks.simulate import GPUS, SHAPES, Histories, Setting, estimate
+from benchmarks.simulate import GPUS, Histories, Setting, estimate, network
 from dti_model.data import PreparedData, prepare
 from dti_model.prompts import Prompts
 from tests.data.movielens_files import some_ratings, write_1m
@@ -18,13 +18,13 @@ from tests.data.movielens_files import some_ratings, write_1m
     ("name", "parameters"), [("llama-3.1-8b", 8_030e6), ("llama-3.2-1b", 1_236e6), ("smollm2-135m", 134.5e6)]
 )
 def test_parameters_of_real_models(name: str, parameters: float) -> None:
-    """As their model cards say; norms are not counted."""
-    assert SHAPES[name].parameters == pytest.approx(parameters, rel=0.002)
+    """As their model cards say."""
+    assert network(name, "full").parameters == pytest.approx(parameters, rel=0.002)
 
 
 def test_low_rank_updates_are_those_of_peft() -> None:
-    """Rank 16 on all seven projections of Llama-3.1-8B: peft reports 41,943,040 trainable parameters."""
-    assert SHAPES["llama-3.1-8b"].lora_parameters(16) == 41_943_040
+    """Rank 16 on all seven projections of Llama-3.1-8B: peft reports 41,943,040 trainable parameters, beside the row of [SUM]."""
+    assert network("llama-3.1-8b", "lora").trained == 41_943_040 + 4096
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 0])
@@ -52,7 +52,7 @@ def test_table_3_of_the_paper() -> None:
 
 
 def test_more_gpus_take_less_time_and_streams_less_than_sliding_windows() -> None:
-    setting = Setting(SHAPES["llama-3.1-8b"], simulate.data_set("ml-1m"), GPUS["h100"], finetune="full")
+    setting = Setting(network("llama-3.1-8b", "full"), simulate.data_set("ml-1m"), GPUS["h100"])
     hours = [estimate(replace(setting, gpus=gpus), 50).hours for gpus in (8, 32, 512)]
     assert hours == sorted(hours, reverse=True)
     found = [estimate(setting, k) for k in (1, 10, 50, 0)]
