@@ -67,13 +67,14 @@ def measure(workloads: list[Workload], repeats: int) -> Rows:
 def main() -> None:
     """Measure, print and keep the rows of a device."""
     parser = make_parser(__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=int, default=9, help="on a CPU")
-    parser.add_argument("--lengths", type=int, nargs=2, default=CPU_LENGTHS, help="rows T on a CPU")
-    parser.add_argument("--seconds", type=float, default=200.0, help="on a GPU: start no workload after this")
-    parser.add_argument("--resume", action="store_true", help="on a GPU: leave out what --out has already")
-    parser.add_argument("--only", choices=("ours",), help="on a GPU: measure no baseline")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--repeats", type=int, default=9, help="on a CPU")
+    add("--lengths", type=int, nargs=2, default=CPU_LENGTHS, help="rows T on a CPU")
+    add("--seconds", type=float, default=200.0, help="on a GPU: start no workload after this")
+    add("--resume", action="store_true", help="on a GPU: leave out what --out has already")
+    add("--only", choices=("ours",), help="on a GPU: measure no baseline")
+    add(
         "--logs",
         type=Path,
         help="on a GPU: folder for what FlexAttention's compilations print; default: a temporary one",

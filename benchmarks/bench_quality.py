@@ -220,15 +220,12 @@ def run(
 def main() -> int:
     """Parse, run, print."""
     parser = make_parser(__doc__)
-    parser.add_argument("--plan", nargs="+", choices=PLANS, required=True)
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--data", type=Path, help="folder made by `dti prepare`")
-    parser.add_argument(
-        "--out", type=Path, default=SCRATCH / "quality", help="folder of the runs; default: %(default)s"
-    )
-    parser.add_argument(
-        "--finished-only", action="store_true", help="train nothing: rows of the runs that are finished"
-    )
+    add = parser.add_argument
+    add("--plan", nargs="+", choices=PLANS, required=True)
+    add("--size", choices=SIZES, default="small")
+    add("--data", type=Path, help="folder made by `dti prepare`")
+    add("--out", type=Path, default=SCRATCH / "quality", help="folder of the runs; default: %(default)s")
+    add("--finished-only", action="store_true", help="train nothing: rows of the runs that are finished")
     add_record(parser)
     options = parser.parse_args()
     if options.size == "full":

@@ -34,18 +34,15 @@ from dti_model.config import DTIConfig, ModelConfig
 def main() -> None:
     """Measure, print and keep the rows."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--data", type=Path, help="folder made by `dti prepare`; default: made-up data of MovieLens' shape"
-    )
-    parser.add_argument("--part", nargs="+", choices=("candidates", "evaluation"))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3, help="of the evaluation")
-    parser.add_argument("--user-step", type=int, default=1, help="evaluate targets of every n-th user")
-    parser.add_argument(
-        "--shape", choices=("smollm",), help="of a pretrained model, with random ids: no data"
-    )
+    add = parser.add_argument
+    add("--data", type=Path, help="folder made by `dti prepare`; default: made-up data of MovieLens' shape")
+    add("--part", nargs="+", choices=("candidates", "evaluation"))
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--layers", type=int, default=4)
+    add("--width", type=int, default=128)
+    add("--repeats", type=int, default=3, help="of the evaluation")
+    add("--user-step", type=int, default=1, help="evaluate targets of every n-th user")
+    add("--shape", choices=("smollm",), help="of a pretrained model, with random ids: no data")
     smoke = {"layers": 1, "width": 16, "repeats": 1, "user_step": 40}
     options = parse_measuring(parser, "score-{device}", smoke)
     if options.shape is not None:

@@ -93,16 +93,15 @@ def flops_per_target(run: Run, k: int | None, num_batches: int = 8) -> float:
 def main() -> None:
     """Measure, print and keep the rows."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--data", type=Path, help="folder made by `dti prepare`; default: made-up data of MovieLens' shape"
-    )
-    parser.add_argument("--k", nargs="+", default=["1", "5", "10", "20", "30", "50", "100", "200", "all"])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--token-budget", type=int, default=8192)
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--mode", default="dti")
+    add = parser.add_argument
+    add("--data", type=Path, help="folder made by `dti prepare`; default: made-up data of MovieLens' shape")
+    add("--k", nargs="+", default=["1", "5", "10", "20", "30", "50", "100", "200", "all"])
+    add("--layers", type=int, default=4)
+    add("--width", type=int, default=128)
+    add("--heads", type=int, default=4)
+    add("--token-budget", type=int, default=8192)
+    add("--steps", type=int, default=15)
+    add("--mode", default="dti")
     smoke = {"k": ["1", "4", "all"], "layers": 1, "width": 16, "heads": 2, "token_budget": 1024, "steps": 1}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = parse_measuring(parser, f"train-{device}", smoke)

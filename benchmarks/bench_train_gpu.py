@@ -193,14 +193,13 @@ def measure(name: str, options: argparse.Namespace, seconds: float) -> list[dict
 def main() -> None:
     """Measure, print and keep the rows; exit with 1 if a model failed."""
     parser = make_parser(__doc__)
-    parser.add_argument("--model", choices=MODELS, nargs="+", default=["llama8b-slice", "smollm"])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=80.0)
-    parser.add_argument(
-        "--profile", type=Path, help="trace one step of each model: MODEL-NAME beside this name"
-    )
+    add = parser.add_argument
+    add("--model", choices=MODELS, nargs="+", default=["llama8b-slice", "smollm"])
+    add("--device", choices=("cpu", "cuda"), default="cuda")
+    add("--tokens", type=int, default=16384)
+    add("--steps", type=int, default=12)
+    add("--seconds", type=float, default=80.0)
+    add("--profile", type=Path, help="trace one step of each model: MODEL-NAME beside this name")
     if REHEARSING:
         parser.set_defaults(model=["tiny"], tokens=1024, steps=2)
     options = parse_measuring(parser, "training-{device}")

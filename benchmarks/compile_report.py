@@ -237,14 +237,13 @@ def record(numbers: list[dict[str, Any]], triton_version: str) -> None:
 def main() -> None:
     """Print the report."""
     parser = make_parser(__doc__)
-    parser.add_argument("--arch", choices=TABLE)
-    parser.add_argument("--head-dim", type=int, nargs="+", choices=(64, 128, 256))
-    parser.add_argument("--bits", type=int, choices=(16, 32))
-    parser.add_argument("--kernel", choices=KERNELS)
-    parser.add_argument("--loops", action="store_true", help="instructions of the inner loops (NVIDIA)")
-    parser.add_argument(
-        "--record", action="store_true", help="keep the rows in benchmarks/results/compile.jsonl"
-    )
+    add = parser.add_argument
+    add("--arch", choices=TABLE)
+    add("--head-dim", type=int, nargs="+", choices=(64, 128, 256))
+    add("--bits", type=int, choices=(16, 32))
+    add("--kernel", choices=KERNELS)
+    add("--loops", action="store_true", help="instructions of the inner loops (NVIDIA)")
+    add("--record", action="store_true", help="keep the rows in benchmarks/results/compile.jsonl")
     options = parser.parse_args()
     if reason := why_not_compiled():
         parser.error(reason)

@@ -218,24 +218,21 @@ def suite_parser() -> argparse.ArgumentParser:
     """All options."""
     parser = make_parser(__doc__)
     parser.prog = "gpu_suite"
-    parser.add_argument("--slot", choices=SLOTS, help="A: the kernels, B: fine-tuning; both in a rehearsal")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder; default: %(default)s")
-    parser.add_argument("--data", type=Path, help="slot B: folder made by `dti prepare`")
-    parser.add_argument("--weights", type=Path, help="slot B: pretrained model, a folder or a GGUF file")
-    parser.add_argument("--k", type=int, default=50, help="slot B: targets per prompt, 1 for sliding windows")
-    parser.add_argument(
-        "--epochs", type=int, default=0, help="slot B; 0: one or two, by slot A's training speed"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--slot", choices=SLOTS, help="A: the kernels, B: fine-tuning; both in a rehearsal")
+    add("--out", type=Path, default=DEFAULT_OUT, help="folder; default: %(default)s")
+    add("--data", type=Path, help="slot B: folder made by `dti prepare`")
+    add("--weights", type=Path, help="slot B: pretrained model, a folder or a GGUF file")
+    add("--k", type=int, default=50, help="slot B: targets per prompt, 1 for sliding windows")
+    add("--epochs", type=int, default=0, help="slot B; 0: one or two, by slot A's training speed")
+    add(
         "--deadline",
         type=seconds,
         help=f"seconds for the whole call; slot B: those that are left of a lent machine, less 20; default: {DEADLINES_S}",
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="leave out what summary.json has as ok on this card"
-    )
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU, at toy size")
-    parser.add_argument("--step", nargs="+", help="only these; with --resume, `device` too")
+    add("--resume", action="store_true", help="leave out what summary.json has as ok on this card")
+    add("--rehearse", action="store_true", help="without a GPU, at toy size")
+    add("--step", nargs="+", help="only these; with --resume, `device` too")
     return parser
 
 

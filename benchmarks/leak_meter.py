@@ -153,9 +153,10 @@ def _row(weights: str, num_layers: int, reset: str, found: list[float]) -> dict[
 def main() -> None:
     """Measure, print and keep the rows."""
     parser = make_parser(__doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--run", type=Path, help="run folder of `dti train`")
+    add = parser.add_argument
+    add("--layers", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    add("--prompts", type=int, default=8)
+    add("--run", type=Path, help="run folder of `dti train`")
     options = parse_measuring(parser, "leak", {"layers": [1, 2], "prompts": 2})
     if options.run is not None:
         rows = measure_run(options.run, options.prompts)

@@ -38,22 +38,14 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Network:
-    """A model and what is trained of it, counted from its matrices.
+    """A model and what is trained of it, counted from its matrices."""
 
-    Attributes:
-        shape: its settings.
-        parameters: of all of it.
-        layer_parameters: of one decoder layer.
-        trained: parameters that are trained.
-        step: FLOPs of forward and backward.
-        frozen: the same where nothing is trained: a matrix costs twice its forward, a pair three times.
-    """
-
-    shape: Shape
-    parameters: int
-    layer_parameters: int
-    trained: int
-    step: StepCost
+    shape: Shape  # its settings
+    parameters: int  # of all of it
+    layer_parameters: int  # of one decoder layer
+    trained: int  # parameters that are trained
+    step: StepCost  # FLOPs of forward and backward
+    # the same where nothing is trained: a matrix costs twice its forward, a pair three times
     frozen: StepCost
 
     @staticmethod
@@ -333,20 +325,19 @@ def _show(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
 def main() -> None:
     """Print what was asked for."""
     parser = make_parser(__doc__)
-    parser.add_argument("--model", choices=SHAPES)
-    parser.add_argument("--data", choices=DATA, default="ml-1m")
-    parser.add_argument("--prepared", type=Path, help="count in this prepared folder instead of --data")
-    parser.add_argument(
-        "--tokens", type=float, help="of an interaction, label included, by the model's tokenizer"
-    )
-    parser.add_argument("--window", type=int, default=WINDOW)
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 10, 30, 50, 200, 0])
-    parser.add_argument("--gpu", choices=GPUS, default="h100")
-    parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--finetune", choices=("lora", "full"), default="lora")
-    parser.add_argument("--tokens-per-gpu", type=int, default=16384)
-    parser.add_argument("--rows", type=Path, help="of benchmarks.bench_train, to compare; needs --prepared")
+    add = parser.add_argument
+    add("--model", choices=SHAPES)
+    add("--data", choices=DATA, default="ml-1m")
+    add("--prepared", type=Path, help="count in this prepared folder instead of --data")
+    add("--tokens", type=float, help="of an interaction, label included, by the model's tokenizer")
+    add("--window", type=int, default=WINDOW)
+    add("--k", type=int, nargs="+", default=[1, 10, 30, 50, 200, 0])
+    add("--gpu", choices=GPUS, default="h100")
+    add("--gpus", type=int, default=8)
+    add("--epochs", type=float, default=1.0)
+    add("--finetune", choices=("lora", "full"), default="lora")
+    add("--tokens-per-gpu", type=int, default=16384)
+    add("--rows", type=Path, help="of benchmarks.bench_train, to compare; needs --prepared")
     options = parser.parse_args()
     if options.rows is not None:
         if options.prepared is None:

@@ -237,14 +237,13 @@ def tune(todo: list[Sweep], files: RowFiles, winners: Winners, seconds: float) -
 def main() -> None:
     """Tune and print; exit with `INCOMPLETE` where candidates were left out."""
     parser = make_parser(__doc__)
-    parser.add_argument("--heads", choices=HEADS, nargs="+", default=list(HEADS))
-    parser.add_argument("--k", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument(
-        "--slot", action="store_true", help="the GPU suite's workloads instead of --heads, --k"
-    )
-    parser.add_argument("--winners", type=Path, help="file of the best tiles, for DTI_TILES")
+    add = parser.add_argument
+    add("--heads", choices=HEADS, nargs="+", default=list(HEADS))
+    add("--k", type=int, default=50)
+    add("--tokens", type=int, default=16384)
+    add("--seconds", type=float, default=600.0)
+    add("--slot", action="store_true", help="the GPU suite's workloads instead of --heads, --k")
+    add("--winners", type=Path, help="file of the best tiles, for DTI_TILES")
     options = parse_measuring(parser, "tiles")
     if REHEARSING:
         os.environ["TRITON_INTERPRET"] = "1"

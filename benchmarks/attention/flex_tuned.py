@@ -166,15 +166,7 @@ class _Child:
         log = folder / f"flex-{heads}-{options.replace(' ', '-')}.txt"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.attention",
-                    "--heads",
-                    heads,
-                    "--options",
-                    options,
-                ],
+                [sys.executable, "-m", "benchmarks.attention", "--heads", heads, "--options", options],
                 env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},  # the processes are the threads
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -233,8 +225,9 @@ def warm(seconds: float, logs: Path | None = None) -> list[dict[str, Any]]:
 def main() -> None:
     """Compile one set of options by running it once in every mode that it has; exit with 1 where one was refused."""
     parser = make_parser(__doc__)
-    parser.add_argument("--heads", choices=HEADS, required=True)
-    parser.add_argument("--options", choices=[*(options.name for options in OPTIONS), _MASK], required=True)
+    add = parser.add_argument
+    add("--heads", choices=HEADS, required=True)
+    add("--options", choices=[*(options.name for options in OPTIONS), _MASK], required=True)
     given = parser.parse_args()
     configure()
     x = AttentionInputs.of(gpu_workload("warm", given.heads, 16384, 50), DEVICE)

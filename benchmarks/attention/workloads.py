@@ -25,31 +25,17 @@ USUAL_TOKENS = (35.0, 8.0)
 class Workload:
     """A packed batch of streaming prompts and the heads that attend over it."""
 
-    Attributes:
-        name: how rows call it.
-        num_tokens: context tokens of the batch, about.
-        k: targets per prompt; None: one prompt of the whole batch.
-        num_heads: H.
-        num_groups: G.
-        head_dim: D.
-        window: n, in interactions.
-        mean_tokens: mean tokens of an interaction, label included.
-        std_tokens: their standard deviation.
-        reset: whether [SUM] rows read two streams.
-        dtype: of q, k and v.
-    """
-
-    name: str
-    num_tokens: int
-    k: int | None
-    num_heads: int
-    num_groups: int
-    head_dim: int
-    window: int = 20
-    mean_tokens: float = USUAL_TOKENS[0]
-    std_tokens: float = USUAL_TOKENS[1]
-    reset: bool = False
-    dtype: torch.dtype = torch.float32
+    name: str  # how rows call it
+    num_tokens: int  # context tokens of the batch, about
+    k: int | None  # targets per prompt; None: one prompt of the whole batch
+    num_heads: int  # H
+    num_groups: int  # G
+    head_dim: int  # D
+    window: int = 20  # n, in interactions
+    mean_tokens: float = USUAL_TOKENS[0]  # mean tokens of an interaction, label included
+    std_tokens: float = USUAL_TOKENS[1]  # their standard deviation
+    reset: bool = False  # whether [SUM] rows read two streams
+    dtype: torch.dtype = torch.float32  # of q, k and v
 
     def layout(self, device: torch.device | str = "cpu", seed: int = 0) -> StreamLayout:
         """Prompts of `window + k` interactions each until the tokens are used up; a last, shorter prompt fills the batch."""

@@ -266,17 +266,14 @@ def main() -> None:
     """Fine-tune, print and keep the rows."""
     start = time.monotonic()
     parser = make_parser(__doc__)
-    parser.add_argument("--data", default="", help="folder made by `dti prepare`; a rehearsal can do without")
-    parser.add_argument("--weights", default="", help="folder or GGUF file; a rehearsal can do without")
-    parser.add_argument("--k", type=int, default=STREAMING_K, help="targets per prompt; 1: sliding windows")
-    parser.add_argument(
-        "--epochs", type=int, default=1, help="0: two where rows of bench_training say it is fast, else one"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=200.0, help="training ends this long after the start"
-    )
-    parser.add_argument("--tokens", type=int, default=16384, help="rows of a packed batch")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    add = parser.add_argument
+    add("--data", default="", help="folder made by `dti prepare`; a rehearsal can do without")
+    add("--weights", default="", help="folder or GGUF file; a rehearsal can do without")
+    add("--k", type=int, default=STREAMING_K, help="targets per prompt; 1: sliding windows")
+    add("--epochs", type=int, default=1, help="0: two where rows of bench_training say it is fast, else one")
+    add("--seconds", type=float, default=200.0, help="training ends this long after the start")
+    add("--tokens", type=int, default=16384, help="rows of a packed batch")
+    add("--learning-rate", type=float, default=2e-4)
     options = parse_measuring(parser, "finetune-gpu")
     if not REHEARSING and not (options.data and options.weights):
         parser.error("--data and --weights are needed")

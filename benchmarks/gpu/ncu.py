@@ -126,8 +126,9 @@ def read(ncu: str, report: Path, *page: str) -> str:
 def main() -> None:
     """Profile, print, and keep report and rows."""
     parser = make_parser(__doc__)
-    parser.add_argument("--kept", type=Path, default=Path("runs/benchmarks"), help="folder of the report")
-    parser.add_argument("--launch", action="store_true", help="only run what is profiled")
+    add = parser.add_argument
+    add("--kept", type=Path, default=Path("runs/benchmarks"), help="folder of the report")
+    add("--launch", action="store_true", help="only run what is profiled")
     options = parse_measuring(parser, "ncu")
     if options.launch or REHEARSING:
         launch()

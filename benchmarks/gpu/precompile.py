@@ -211,10 +211,11 @@ def architecture_here() -> str:
 def main() -> None:
     """Gather, compile, and keep a row; exit with 1 if a kernel of the table was refused."""
     parser = make_parser(__doc__)
-    parser.add_argument("--set", nargs="+", choices=SETS, default=list(SETS), help="default: all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: %(default)s")
-    parser.add_argument("--arch", choices=TABLE, help="default: this machine's GPU, or sm_90 without one")
-    parser.add_argument("--list", action="store_true", help="only count")
+    add = parser.add_argument
+    add("--set", nargs="+", choices=SETS, default=list(SETS), help="default: all")
+    add("--jobs", type=int, default=os.cpu_count(), help="processes; default: %(default)s")
+    add("--arch", choices=TABLE, help="default: this machine's GPU, or sm_90 without one")
+    add("--list", action="store_true", help="only count")
     options = parse_measuring(parser, "precompile")
     if reason := why_not_compiled():
         parser.error(reason)

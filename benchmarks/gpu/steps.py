@@ -16,46 +16,18 @@ from pathlib import Path
 SLOTS = ("A", "B")
 
 
-@dataclass(frozen=True)
 class Places:
     """The files of a folder of results. There are five; while a call runs, `kept/` is there too, which the archive holds at its end."""
 
-    out: Path
-
-    @property
-    def rows(self) -> Path:
-        """Rows of all steps, JSON lines."""
-        return self.out / "rows.jsonl"
-
-    @property
-    def log(self) -> Path:
-        """What all steps print."""
-        return self.out / "log.txt"
-
-    @property
-    def summary(self) -> Path:
-        """How each step ended."""
-        return self.out / "summary.json"
-
-    @property
-    def tiles(self) -> Path:
-        """The winners among the tiles, which steps after `tiles` run with."""
-        return self.out / "tiles.json"
-
-    @property
-    def kept(self) -> Path:
-        """What is bulky: profiles and reports of other programs."""
-        return self.out / "kept"
-
-    @property
-    def archive(self) -> Path:
-        """`kept/`, packed."""
-        return self.out / "kept.tar.xz"
-
-    @property
-    def lock(self) -> Path:
-        """There while a call writes here."""
-        return self.out / ".lock"
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.rows = out / "rows.jsonl"  # of all steps
+        self.log = out / "log.txt"  # what all steps print
+        self.summary = out / "summary.json"  # how each step ended
+        self.tiles = out / "tiles.json"  # the winners, which steps after `tiles` run with
+        self.kept = out / "kept"  # what is bulky: profiles and reports of other programs
+        self.archive = out / "kept.tar.xz"  # `kept/`, packed
+        self.lock = out / ".lock"  # there while a call writes here
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,9 @@ def line_of(row: dict[str, Any]) -> str:
 def main() -> None:
     """Run them; the exit status is pytest's, and 1 where no test ran."""
     parser = make_parser(__doc__)
-    parser.add_argument("--select", default="", help="as pytest's -k")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    add = parser.add_argument
+    add("--select", default="", help="as pytest's -k")
+    add("--jobs", type=int, default=1, help="processes")
     options = parse_measuring(parser, "gpu-tests")
     plugin = TestRows(options.rows)
     arguments = ["-m", "gpu", TESTS, "-k", options.select, "--durations=10", "--tb=short"]

@@ -2,7 +2,7 @@
 
 from benchmarks.measuring.clocks import card_state
 from benchmarks.measuring.device_time import DeviceLost, Timing, check_device, device_times
-from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
+from benchmarks.measuring.rehearsal import DEVICE
 from benchmarks.measuring.stand_in import (
     Key,
     compile_launch,
@@ -13,6 +13,7 @@ from benchmarks.measuring.stand_in import (
     why_not_compiled,
 )
 from benchmarks.measuring.timing import interleaved_ms, median_and_p99, percentiles_ms, slowest_ms
+from benchmarks.recording import REHEARSING
 
 __all__ = [
     "DEVICE",

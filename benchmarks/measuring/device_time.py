@@ -55,9 +55,7 @@ def _flushed() -> torch.Tensor:
 
 
 def device_times(
-    functions: Mapping[Name, Callable[[], Any]],
-    seconds: float,
-    most_repeats: int = MOST_REPEATS,
+    functions: Mapping[Name, Callable[[], Any]], seconds: float, most_repeats: int = MOST_REPEATS
 ) -> dict[Name, Timing]:
     """Device times of every function, run by turns so that a slow moment of the card hits all of them.
 

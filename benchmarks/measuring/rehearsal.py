@@ -6,15 +6,16 @@ imaginary card. Everything else is the code that runs on a GPU, line by line. Nu
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
-REHEARSING = os.environ.get("DTI_REHEARSE") == "1"
+from benchmarks.recording import REHEARSING
+
 DEVICE = "cpu" if REHEARSING else "cuda"
 # What the imaginary card says it is: tiles are those of its architecture.
 CAPABILITY = (9, 0)
@@ -39,33 +40,12 @@ class _Event:
         pass
 
 
-class _Stream:
-    """A `torch.cuda.Stream` that everything has already happened on."""
-
-    def wait_stream(self, *_: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-
-class _Graph:
-    """A `torch.cuda.CUDAGraph`: what was captured has been computed, and a replay would give it again."""
-
-    def replay(self) -> None:
-        pass
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
+# Streams and graphs on which everything has already happened, and calls that do nothing.
+_nothing = mock.MagicMock(return_value=None)
 
 
 def _zero(*_: Any, **__: Any) -> int:
     return 0
-
-
-def _memory_stats(*_: Any) -> dict[str, int]:
-    return {"requested_bytes.all.current": 0, "requested_bytes.all.peak": 0}
 
 
 _STAND_INS: dict[str, Any] = {
@@ -77,12 +57,12 @@ _STAND_INS: dict[str, Any] = {
     "_sleep": _nothing,
     "memory_allocated": _zero,
     "max_memory_allocated": _zero,
-    "memory_stats": _memory_stats,
+    "memory_stats": lambda *_: {"requested_bytes.all.current": 0, "requested_bytes.all.peak": 0},
     "current_device": _zero,
-    "Stream": _Stream,
-    "current_stream": lambda *_: _Stream(),
+    "Stream": mock.MagicMock,
+    "current_stream": mock.MagicMock(),
     "stream": lambda *_: nullcontext(),
-    "CUDAGraph": _Graph,
+    "CUDAGraph": mock.MagicMock,
     "graph": lambda *_, **__: nullcontext(),
     "get_device_name": lambda *_: "rehearsal (no GPU)",
     "get_device_capability": lambda *_: CAPABILITY,
@@ -92,11 +72,7 @@ _STAND_INS: dict[str, Any] = {
 }
 
 
-def _start() -> None:
-    for name, stand_in in _STAND_INS.items():
-        setattr(torch.cuda, name, stand_in)
-    torch.cuda.profiler.start = torch.cuda.profiler.stop = _nothing
-
-
 if REHEARSING:
-    _start()
+    for _name, _stand_in in _STAND_INS.items():
+        setattr(torch.cuda, _name, _stand_in)
+    torch.cuda.profiler.start = torch.cuda.profiler.stop = _nothing

@@ -10,7 +10,7 @@ from benchmarks.recording.command import (
     parse_measuring,
     refuse_record,
 )
-from benchmarks.recording.provenance import ROOT, commit_of, provenance
+from benchmarks.recording.provenance import REHEARSING, ROOT, commit_of, provenance
 from benchmarks.recording.rows import (
     RESULTS,
     SCRATCH,
@@ -27,6 +27,7 @@ from benchmarks.recording.rows import (
 __all__ = [
     "DOUBTFUL",
     "INCOMPLETE",
+    "REHEARSING",
     "RESULTS",
     "ROOT",
     "SCRATCH",

@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks.attention import MODES, OURS
 from benchmarks.cards import card_of
-from benchmarks.measuring import median_and_p99
 from benchmarks.recording import RESULTS, Rows, read_rows
 from benchmarks.report.plots import roofline
+from benchmarks.report.tables import markdown_table, scoring_lines
 from dti_model.files import whole_file
 
 NOTHING = "**Nothing has been timed on a GPU yet.**"
@@ -130,7 +130,7 @@ def attention(rows: Rows) -> str:
         title = f"`{workload}`"
         if "rows" in facts:
             title += f": {facts['rows']:,} rows that see {facts['mean_span']:,.0f} keys each on average"
-        parts += [title, "\n".join([head, "|---|---|---|---|---|---|", *lines])]
+        parts += [title, markdown_table(head, lines)]
     notes = (
         "P50 of the device's time; useful TFLOP/s count visible pairs only. No baseline has ALiBi or keys of [SUM] rows' own; those "
         "with a scalar window compute a cheaper, wrong mask: a lower bound on time."
@@ -211,16 +211,13 @@ def finetuned(rows: Rows) -> str:
     tested = latest(_of(rows, "finetune", part="test"), "model", "k", "test_k")
     if not tested:
         return ""
+    head = "| model | trained at k | scored at k | targets | AUC | log loss | AUC of item and user means |"
     lines = [
-        "| model | trained at k | scored at k | targets | AUC | log loss | AUC of item and user means |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
         f"| {row['model']} | {row['k']} | {row['test_k']} | {row['targets']:,} | {row['auc']:.4f} | {row['log_loss']:.4f} | "
         f"{row['item_user_auc']:.4f} |"
         for row in tested
     ]
-    return "\n".join(["A pretrained model, fine-tuned in full within the suite's minutes:", "", *lines])
+    return markdown_table(head, lines, "A pretrained model, fine-tuned in full within the suite's minutes:")
 
 
 def tile_table(rows: Rows) -> str:
@@ -238,15 +235,8 @@ def tile_table(rows: Rows) -> str:
             )
     if not lines:
         return ""
-    head = "| kernel | workload | tile of the table | ms | faster tile | ms |\n|---|---|---|---|---|---|"
-    return "\n".join(
-        [
-            "Tiles (rows x keys, warps, stages; `ahead`: the next scores are computed ahead) that beat the table's:",
-            "",
-            head,
-            *lines,
-        ]
-    )
+    title = "Tiles (rows x keys, warps, stages; `ahead`: the next scores are computed ahead) that beat the table's:"
+    return markdown_table("| kernel | workload | tile of the table | ms | faster tile | ms |", lines, title)
 
 
 def _tile(row: dict[str, Any]) -> str:
@@ -259,10 +249,8 @@ def training(rows: Rows) -> str:
     found = latest(_of(rows, "training"), "model", "kind")
     if not found:
         return ""
-    lines = [
-        "| model | prompts | targets/s | tokens/s | MFU | MiB | times sliding windows | by FLOPs |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = "| model | prompts | targets/s | tokens/s | MFU | MiB | times sliding windows | by FLOPs |"
+    lines = []
     for row in found:
         if "failed" in row:
             lines.append(f"| {row['model']} | {_failed(row)} | | | | | | |")
@@ -273,7 +261,7 @@ def training(rows: Rows) -> str:
             f"| {row['model']} | {row['kind'].replace('_', ' ')} | {row['targets_per_s']:,.0f} | {row['tokens_per_s']:,.0f} | "
             f"{mfu} | {row['peak_mib']:,} | {ratio} |"
         )
-    return "\n".join(["Training steps in bfloat16, random weights:", "", *lines])
+    return markdown_table(head, lines, "Training steps in bfloat16, random weights:")
 
 
 def scoring(rows: Rows) -> str:
@@ -281,17 +269,11 @@ def scoring(rows: Rows) -> str:
     found = latest(_of(rows, "score", part="shape"), "model", "candidates", "provider")
     if not found:
         return ""
-    lines = ["| candidates | | p50 / p99 ms | candidates/s | |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {row['candidates']} | {row['provider']} | {median_and_p99(row, 1)} | "
-        f"{row['candidates_per_s']:,.0f} | {row['speedup']:.1f} x |"
-        for row in found
-    ]
     first = found[0]
     title = (
         f"Scoring with {first['model']}'s shape in bfloat16, a history of {first['history']} interactions:"
     )
-    return "\n".join([title, "", *lines])
+    return markdown_table("| candidates | | p50 / p99 ms | candidates/s | |", scoring_lines(found, 1), title)
 
 
 def host(rows: Rows) -> str:
@@ -299,14 +281,15 @@ def host(rows: Rows) -> str:
     found = latest(_of(rows, "host"), "provider", "reset", "way", "mode")
     if not found:
         return ""
-    lines = ["| | way | forward us | forward and backward us |", "|---|---|---|---|"]
+    lines = []
     for provider, reset, way in dict.fromkeys((row["provider"], row["reset"], row["way"]) for row in found):
         cells = []
         for mode in ("forward", "forward+backward"):
             row = next(iter(_of(found, "host", provider=provider, reset=reset, way=way, mode=mode)), {})
             cells.append(f"{row['p50_us']:.0f}" if "p50_us" in row else _failed(row) if row else "")
         lines.append(f"| {provider}{', reset' if reset else ''} | {way} | {' | '.join(cells)} |")
-    return "\n".join(["What a call costs the host (P50, a tiny batch):", "", *lines])
+    head = "| | way | forward us | forward and backward us |"
+    return markdown_table(head, lines, "What a call costs the host (P50, a tiny batch):")
 
 
 def _points(rows: Rows) -> Rows:

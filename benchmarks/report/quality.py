@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.recording import RESULTS, Rows, last_run, read_rows
+from benchmarks.report.tables import markdown_table
 
 LEAK = RESULTS / "leak.jsonl"
 
@@ -37,13 +38,13 @@ def quality_table(plan: str, scores: str | dict[str, str], hidden: tuple[str, ..
     else:
         shown = {f"{key}_auc": name for key, name in scores.items()}
     heads = ["", "seeds", *shown.values(), *(f"AUC less that of {base} (95 % interval)" for base in bases)]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for arm in runs:
         means = [f"{np.mean([row[key] for row in runs[arm]]):.4f}" for key in shown]
         found = [differences.get((arm, base)) for base in bases]
         texts = ["" if row is None else difference_text(row) for row in found]
         lines.append(f"| {' | '.join([arm, str(len(runs[arm])), *means, *texts])} |")
-    return "\n".join(lines)
+    return markdown_table(f"| {' | '.join(heads)} |", lines)
 
 
 def difference_text(row: dict[str, Any]) -> str:
@@ -101,12 +102,10 @@ def leak() -> str:
     """Leak by layers and reset."""
     rows = [row for row in last_run(read_rows(LEAK)) if row["weights"] == "random weights"]
     layers = sorted({row["layers"] for row in rows})
-    lines = [
-        "| reset of the [SUM]s | " + " | ".join(f"{n} layer{'s' if n > 1 else ''}" for n in layers) + " |"
-    ]
-    lines.append("|---|" + "---|" * len(layers))
+    head = "| reset of the [SUM]s | " + " | ".join(f"{n} layer{'s' if n > 1 else ''}" for n in layers) + " |"
+    lines = []
     for reset in dict.fromkeys(row["reset"] for row in rows):
         values = {row["layers"]: row["leak"] for row in rows if row["reset"] == reset}
         cells = [f"{values[n]:.3f}" if values[n] else "0" for n in layers]
         lines.append(f"| {reset} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown_table(head, lines)

@@ -23,10 +23,10 @@ from typing import Any
 
 import benchmarks.report.gpu as report_gpu
 from benchmarks.attention import ratios
-from benchmarks.measuring import median_and_p99
 from benchmarks.recording import RESULTS, last_run, make_parser, provenance, read_rows
 from benchmarks.report.plots import attention_over_rows, auc_over_k, leak_by_layers, time_over_k
 from benchmarks.report.quality import LEAK, leak, quality, quality_rows
+from benchmarks.report.tables import markdown_table, scoring_lines
 from dti_kernels import StreamLayout
 from dti_model.evaluation import metrics_table, plot_mask, sentence_about_baselines
 from dti_model.files import whole_file, write_json
@@ -50,19 +50,17 @@ def quickstart() -> str:
 def attention_cpu() -> str:
     """Rows of the last CPU run of the attention benchmark, and the ratios inside that run."""
     last = last_run(read_rows(ATTENTION_CPU))
-    lines = ["| workload | provider | mode | p20 / p50 / p80 ms | useful GFLOP/s |", "|---|---|---|---|---|"]
+    lines = []
     for row in last:
         times = " / ".join(f"{row[f'p{p}_ms']:.0f}" for p in (20, 50, 80))
-        lines.append(
-            f"| {row['workload']} | {row['provider']} | {row['mode']} | {times} | {row['useful_gflops']} |"
-        )
+        cells = [row["workload"], row["provider"], row["mode"], times, str(row["useful_gflops"])]
+        lines.append(f"| {' | '.join(cells)} |")
     found = ratios(last)
-    lines.append("")
-    lines.append(
-        f"{last[-1]['machine']}: {found['speedup_over_sdpa_dense_mask']:.1f} times as fast as SDPA under the equal dense "
+    made = markdown_table("| workload | provider | mode | p20 / p50 / p80 ms | useful GFLOP/s |", lines)
+    return (
+        f"{made}\n\n{last[-1]['machine']}: {found['speedup_over_sdpa_dense_mask']:.1f} times as fast as SDPA under the equal dense "
         f"mask at T = 4096, forward and backward; {found['growth']:.1f} times the time for 4 times the rows."
     )
-    return "\n".join(lines)
 
 
 def score_cpu() -> str:
@@ -70,26 +68,19 @@ def score_cpu() -> str:
     rows = read_rows(SCORE_CPU)
     made = {row["part"]: (row["date"], row["commit"]) for row in rows}
     last = [row for row in rows if (row["date"], row["commit"]) == made[row["part"]]]
-    lines = ["| candidates | provider | p50 / p99 ms | candidates/s | |", "|---|---|---|---|---|"]
-    for row in last:
-        if row["part"] == "candidates":
-            lines.append(
-                f"| {row['candidates']} | {row['provider']} | {median_and_p99(row, 0)} | "
-                f"{row['candidates_per_s']:,.0f} | {row['speedup']:.1f} x |"
-            )
-    machine = next(row for row in last if row["part"] == "candidates")
-    lines += [
-        "",
-        f"{machine['machine']}, {machine['model']} model, a history of {machine['history']} interactions.",
-    ]
+    candidates = [row for row in last if row["part"] == "candidates"]
+    made_of = candidates[0]
+    lines = markdown_table(
+        "| candidates | provider | p50 / p99 ms | candidates/s | |", scoring_lines(candidates, 0)
+    )
     packed, careful, plain = (row for row in last if row["part"] == "evaluation")
-    lines.append(
+    return (
+        f"{lines}\n\n{made_of['machine']}, {made_of['model']} model, a history of {made_of['history']} interactions.\n"
         f"Evaluation of {packed['targets']:,} targets of {packed['data']}'s test split ({packed['model']}), equal scores: "
         f"{packed['targets_per_s']:,.0f} targets/s, against {plain['targets_per_s']:,.0f} of left-padded batches in plain "
         f"Hugging Face ({packed['speedup']:.1f} x) and {careful['targets_per_s']:,.0f} where those compute the last position's "
         f"logits only ({packed['targets_per_s'] / careful['targets_per_s']:.1f} x)."
     )
-    return "\n".join(lines)
 
 
 def training_rows() -> list[dict[str, Any]]:
@@ -102,10 +93,8 @@ def training_rows() -> list[dict[str, Any]]:
 def train_cpu() -> str:
     """Training speed over k of every model in its last CPU run, beside what counting predicts."""
     last = training_rows()
-    lines = [
-        "| model | k | targets/s | times k = 1 | by rows | by FLOPs | by equation 3 | attention's share | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = "| model | k | targets/s | times k = 1 | by rows | by FLOPs | by equation 3 | attention's share | peak MiB |"
+    lines = []
     for row in last:
         equation = "" if row["equation_3"] is None else f"{row['equation_3']:.1f}"
         lines.append(
@@ -114,9 +103,8 @@ def train_cpu() -> str:
         )
     made = last[-1]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in last))
-    return "\n".join(
-        [*lines, "", f"({made['machine']}, {made['data']}, mode {made['mode']}, commit {commits}.)"]
-    )
+    about = f"({made['machine']}, {made['data']}, mode {made['mode']}, commit {commits}.)"
+    return f"{markdown_table(head, lines)}\n\n{about}"
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -193,11 +181,12 @@ def record_run(run: Path, name: str, command: str) -> None:
 def main() -> int:
     """Rewrite or check README.md."""
     parser = make_parser(__doc__)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--record-run", type=Path, help="run folder of `dti train`")
-    parser.add_argument("--name", default=QUICKSTART.stem, help="of the recorded run")
-    parser.add_argument("--command", default="make quickstart", help="that made the recorded run")
-    parser.add_argument("--record-gpu", type=Path, help="file of rows of the GPU suite")
+    add = parser.add_argument
+    add("--check", action="store_true")
+    add("--record-run", type=Path, help="run folder of `dti train`")
+    add("--name", default=QUICKSTART.stem, help="of the recorded run")
+    add("--command", default="make quickstart", help="that made the recorded run")
+    add("--record-gpu", type=Path, help="file of rows of the GPU suite")
     options = parser.parse_args()
     if options.record_gpu is not None:
         try:
