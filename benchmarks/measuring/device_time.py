@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from benchmarks.measuring.rehearsal import DEVICE, REHEARSING
+from benchmarks.measuring.rehearsal import DEVICE
+from benchmarks.recording import REHEARSING
 
 Name = TypeVar("Name")
 # Cycles of the first pause, about a millisecond, and of the longest: what is not queued by then waits for the device itself.
