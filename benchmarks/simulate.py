@@ -29,9 +29,9 @@ from benchmarks.shapes import SHAPES, Shape, heads_of, shape
 from benchmarks.synthetic import random_model
 from dti_model.config import LoraSettings
 from dti_model.data import PreparedData
-from dti_model.model.lora import add_lora
+from dti_model.model import add_lora
 from dti_model.prompts import Prompts
-from dti_model.training.flops import StepCost
+from dti_model.training import StepCost
 
 Ints = npt.NDArray[np.int64]
 

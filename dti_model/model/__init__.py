@@ -7,6 +7,7 @@ from dti_model.model.click_model import ClickModel
 from dti_model.model.export import LibraryOnlyError, export_run
 from dti_model.model.fetch import fetch_model
 from dti_model.model.fingerprints import OtherOriginError, Provenance
+from dti_model.model.lora import add_lora
 from dti_model.model.past import LayerKeys, Past, concatenated
 from dti_model.model.run import Run, llama_config, tokenizer_of
 from dti_model.model.run_folder import (
@@ -39,6 +40,7 @@ __all__ = [
     "Run",
     "RunExistsError",
     "Stream",
+    "add_lora",
     "apply_dti",
     "check_model_is_ours",
     "concatenated",
