@@ -94,7 +94,10 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_optimizer(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """As `whole_weights`: the optimizer's tensors, and learning rate and the other numbers of every parameter group."""
+    """As `whole_weights`: the optimizer's tensors, and learning rate and the other numbers of every parameter group.
+
+    Call it after `whole_weights`, which reshards the groups that FSDP left whole.
+    """
     whole: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
     tensors = {
         f"{key}/{name}": value.contiguous()
