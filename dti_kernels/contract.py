@@ -1,6 +1,6 @@
-"""What the operators take: tensors of which kind, shape, dtype and device, and what is said of all others. Reads no values.
+"""Checks of the operators' inputs: kind, shape, dtype and device of every tensor, and the error of all others. Reads no values.
 
-Stated once: `windowed_attn` and the reference ask it for their callers, and the registered operators, which anybody may call, again.
+`windowed_attn` and the reference check their callers' arguments here; the registered operators, which anybody may call, check again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dti_kernels.inputs import Inputs
 from dti_kernels.layout import StreamLayout, check_arrays
 from dti_kernels.reset import HiddenStateReset
 
-# Inputs whose callers know them by another name.
+# Inputs that callers know by another name.
 PUBLIC_NAMES = {"k_initial": "reset.k_initial", "v_initial": "reset.v_initial", "slopes": "alibi_slopes"}
 _AUTOCAST_FROM = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -29,7 +29,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_tensors(named: Mapping[str, object]) -> None:
-    """Raise TypeError unless all are tensors of one memory, with strides: the operators are registered for no others."""
+    """Raise TypeError unless all are dense tensors with strides: the operators are registered for no others."""
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
@@ -45,15 +45,15 @@ def checked_inputs(
     scale: float | None,
     autocast: bool = False,
 ) -> Inputs:
-    """The operators' inputs.
+    """The operators' inputs from the arguments of `windowed_attn`.
 
     Args:
-        tensors: `q`, `k`, `v`, `k_sum` and `alibi_slopes` of `windowed_attn`; the last two may be None or missing.
-        layout: of `windowed_attn`, as `reset` and `scale`.
-        autocast: whether an enabled autocast casts the inputs, as it does the factors of a product: float64 and slopes stay as they are.
+        tensors: `q`, `k`, `v`, `k_sum` and `alibi_slopes`; the last two may be None or missing.
+        layout: as there, like `reset` and `scale`.
+        autocast: whether an enabled autocast casts the inputs; float64 and slopes stay as they are.
 
     Raises:
-        TypeError, ValueError: as `windowed_attn` says. No values are read.
+        TypeError, ValueError: as `windowed_attn`.
     """
     if not isinstance(layout, StreamLayout):
         raise TypeError(f"layout must be a StreamLayout, got {type(layout).__name__}")
@@ -137,7 +137,7 @@ def check_inputs(x: Inputs) -> None:
 
 
 def check_saved(x: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Raise TypeError or ValueError unless what the backward gets besides its forward's inputs fits the queries."""
+    """Raise TypeError or ValueError unless the backward's other arguments fit the queries."""
     shape, dtype, device = x.q.shape, x.q.dtype, x.q.device
     for name, tensor, expected, kind in (
         ("grad_out", grad_out, shape, dtype),
@@ -149,7 +149,7 @@ def check_saved(x: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> None:
 
 
 def check_memory(x: Inputs) -> None:
-    """Raise ValueError where the storage of a CPU tensor was freed or made smaller, which nobody else would notice before it is read."""
+    """Raise ValueError where the storage of a CPU tensor was freed or made smaller: nothing else notices before it is read."""
     for name, tensor in x._asdict().items():
         if isinstance(tensor, Tensor):
             check_storage(PUBLIC_NAMES.get(name, name), tensor)

@@ -235,7 +235,7 @@ def check_arrays(rows: Tensor, keys: Tensor) -> None:
 def check_spans(rows: Tensor, keys: Tensor) -> None:
     """Raise ValueError, with the first wrong row or key, unless what rows see and who sees a key lies inside the batch.
 
-    What every implementation builds on, who would otherwise read elsewhere. `is_layout` in native/segments.h asks the same of rows.
+    Implementations rely on it: they would read memory elsewhere. `is_layout` in cpu/native/segments.h checks rows likewise.
     """
     num_rows, num_context = rows.shape[1], keys.shape[1]
     first, prefix, start, stop, reset_id = rows[: RESET_ID + 1].cpu().numpy()
@@ -284,12 +284,11 @@ def _spans(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
     item_seg = prompt_of + 1 + 2 * np.arange(num_inter)
     seg_len = np.empty(num_prompts + 2 * num_inter, np.int64)
     seg_len[prefix_seg], seg_len[item_seg], seg_len[item_seg + 1] = counts.prefix, counts.item, counts.label
-    seg_begin = np.concatenate([[0], np.cumsum(seg_len)])
+    seg_begin = np.append(0, np.cumsum(seg_len))
     num_context = int(seg_begin[-1])
     prompt_first = seg_begin[prefix_seg]  # (P,)
-    prompt_stop = np.append(prompt_first[1:], num_context)
 
-    # What the rows of an interaction see: the window's first interaction and, apart from it, the prefix.
+    # The rows of an interaction see their window and, where it lies apart, the prefix.
     oldest = np.arange(num_inter) - np.minimum(t, reach)
     touches = t <= reach  # the window reaches the first interaction: prefix and span are one range
     first = prompt_first[prompt_of]
@@ -299,20 +298,16 @@ def _spans(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
     # The inverse: an interaction's tokens are seen up to the end of interaction i + n of the same prompt.
     newest = np.minimum(np.arange(num_inter) + reach, inter_end[prompt_of] - 1)
     is_target = t >= (counts.interactions - counts.targets)[prompt_of]
-    targets_before = np.concatenate(
-        [[0], np.cumsum(is_target)]
-    )  # (I + 1,) [SUM] rows of earlier interactions
-    inter_stop = seg_begin[item_seg + 1] + counts.label
+    targets_before = np.append(0, np.cumsum(is_target))  # (I + 1,) [SUM] rows of earlier interactions
+    seen_to = (seg_begin[item_seg + 1] + counts.label)[newest]
 
-    def per_token(prefix: np.ndarray, item: np.ndarray, label: np.ndarray) -> np.ndarray:
+    def per_token(prefix: np.ndarray | int, item: np.ndarray | int, label: np.ndarray | int) -> np.ndarray:
         value = np.empty(len(seg_len), np.int32)
         value[prefix_seg], value[item_seg], value[item_seg + 1] = prefix, item, label
         return np.repeat(value, seg_len)
 
-    tokens = np.arange(num_context, dtype=np.int32)
-    target = np.flatnonzero(is_target)
+    tokens, target = np.arange(num_context, dtype=np.int32), np.flatnonzero(is_target)
     sum_stop = seg_begin[item_seg + 1][target]
-    ones_p, zeros_p = np.ones(num_prompts, np.int32), np.zeros(num_prompts, np.int32)
     first_of_token = per_token(prompt_first, first, first)
     rows = np.empty((NUM_ROW_FIELDS, num_context + len(target)), np.int32)
     for field, context, sums in (
@@ -320,20 +315,18 @@ def _spans(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
         (PREFIX_STOP, per_token(prompt_first, prefix_stop, prefix_stop), prefix_stop[target]),
         (START, per_token(prompt_first, start, start), start[target]),
         (STOP, tokens + 1, sum_stop),
-        (RESET_ID, per_token(PREFIX_RESET_ID * ones_p, t, t), t[target]),
+        (RESET_ID, per_token(PREFIX_RESET_ID, t, t), t[target]),
         (POSITION, tokens - first_of_token, sum_stop - first[target]),
-        (INTERACTION, per_token(PREFIX_INTERACTION * ones_p, t, t), t[target]),
+        (INTERACTION, per_token(PREFIX_INTERACTION, t, t), t[target]),
     ):
         rows[field, :num_context], rows[field, num_context:] = context, sums
-    keys = np.stack(
-        [
-            per_token(prompt_stop, inter_stop[newest], inter_stop[newest]),
-            per_token(targets_before[inter_first], targets_before[:-1], targets_before[1:]),
-            per_token(targets_before[inter_end], targets_before[newest + 1], targets_before[newest + 1]),
-            per_token(zeros_p, np.ones(num_inter), np.zeros(num_inter)),
-        ]
-    )
-    return rows, keys
+    keys = [
+        per_token(np.append(prompt_first[1:], num_context), seen_to, seen_to),
+        per_token(targets_before[inter_first], targets_before[:-1], targets_before[1:]),
+        per_token(targets_before[inter_end], targets_before[newest + 1], targets_before[newest + 1]),
+        per_token(0, 1, 0),
+    ]
+    return rows, np.stack(keys)
 
 
 def _mean_span(rows: np.ndarray, keys: np.ndarray) -> int:

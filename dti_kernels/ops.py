@@ -1,11 +1,11 @@
-"""Operator schemas, shapes without data, and which implementation runs on which device.
+"""Operator schemas, shapes without data, and the implementation of each device.
 
-`dti::windowed_attn_fwd` and `dti::windowed_attn_bwd` take tensors and numbers only, so that they trace, compile and
-checkpoint like any other operator. Anybody may call them, so they check what they get: kinds, shapes and devices always, and on a CPU also
-that rows see what lies inside the batch. On a GPU that would be a wait per call: there it is `StreamLayout` that checks arrays which it has
-not made. CUDA and ROCm tensors run the Triton kernels, CPU tensors the compiled `cpu_native.py`, or
-`cpu.py` where there is no compiler. With TRITON_INTERPRET=1 in the environment CPU tensors run the Triton kernels too, in Triton's
-interpreter. Triton is imported when a kernel is launched, never before.
+`dti::windowed_attn_fwd` and `dti::windowed_attn_bwd` take the fields of `Inputs`: tensors and numbers only, so that they trace, compile
+and checkpoint like any other operator. Anybody may call them, so they check their arguments: kinds, shapes and devices always, spans on
+CPUs only. On a GPU a check of spans would wait for the device in every call; `StreamLayout` checks arrays that it has not made.
+
+CUDA and ROCm tensors run the Triton kernels of `gpu/`, CPU tensors the implementations of `cpu/`. With TRITON_INTERPRET=1 in the
+environment CPU tensors run the Triton kernels too, in Triton's interpreter. Triton is imported at the first launch, not before.
 """
 
 from __future__ import annotations
@@ -46,10 +46,9 @@ def _triton() -> tuple[Callable[[Inputs], tuple[Tensor, Tensor]], Callable[..., 
 
 
 def _give_triton_a_home() -> None:
-    """Where nobody knows the user's home, Triton would keep compiled kernels beneath the current folder, and run what lies there."""
-    if not {"TRITON_HOME", "TRITON_CACHE_DIR"} & os.environ.keys() and not os.path.isabs(
-        os.path.expanduser("~/")
-    ):
+    """Without a home, Triton would keep compiled kernels beneath the current folder, and run those that it finds there."""
+    chosen = {"TRITON_HOME", "TRITON_CACHE_DIR"} & os.environ.keys()
+    if not chosen and not os.path.isabs(os.path.expanduser("~/")):
         os.environ["TRITON_HOME"] = in_private_folder(str)
 
 

@@ -21,18 +21,12 @@ from dti_kernels.inputs import Gradients, Inputs
 from dti_kernels.layout import check_spans
 
 _INTEGERS = (
-    "num_rows",
-    "num_context",
-    "num_skipped",
-    "num_heads",
-    "num_groups",
-    "head_dim",
-    "num_ratios",
-    "num_threads",
+    *("num_rows", "num_context", "num_skipped", "num_heads", "num_groups", "head_dim"),
+    *("num_ratios", "num_threads"),
 )
 _INPUTS = Inputs._fields[: Inputs._fields.index("rows") + 1]
 _POINTERS = (*_INPUTS, "out", "lse", "grad_out", *Gradients._fields, "key_gradients", "parallel")
-# What attention.cpp returns for rows that are of no layout, and for numbers that are not finite.
+# `Status` of attention.cpp: the rows are of no layout, a number is not finite.
 _NO_LAYOUT, _NOT_FINITE = 2, 3
 
 
@@ -67,7 +61,7 @@ def _check(library: ctypes.CDLL) -> None:
 def _openmp_parallel() -> int | None:
     """Address of GOMP_parallel in the OpenMP runtime that PyTorch runs on: its threads, and no second pool that fights for cores.
 
-    Other packages (scikit-learn) bring copies of their own: the one beside PyTorch comes first.
+    Other packages (scikit-learn) bring copies of their own: the copy beside PyTorch comes first.
     """
     mapped = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
     loaded = {Path(path) for path in mapped if path.startswith("/") and "omp" in Path(path).name}
@@ -86,7 +80,7 @@ def _in_memory(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
-def _arguments(x: Inputs) -> tuple[_Arguments, dict[str, Tensor]]:
+def _arguments(x: Inputs, is_cleared: bool = False) -> tuple[_Arguments, dict[str, Tensor]]:
     """The inputs as the library wants them, and the tensors that must outlive the call."""
     dtype = accumulation_dtype(x.q.dtype)
     given = {name: getattr(x, name) for name in _INPUTS}
@@ -106,6 +100,7 @@ def _arguments(x: Inputs) -> tuple[_Arguments, dict[str, Tensor]]:
         num_threads=torch.get_num_threads(),
         scale=x.scale,
         parallel=_openmp_parallel(),
+        is_cleared=is_cleared,
         **{name: tensor.data_ptr() for name, tensor in kept.items()},
     )
     return arguments, kept
@@ -120,7 +115,7 @@ def _call(name: str, arguments: _Arguments, dtype: torch.dtype) -> int:
 
 
 def _refuse(status: int, x: Inputs) -> NoReturn:
-    """Raise what a status that is not 0 stands for."""
+    """Raise the error of a status that is not 0."""
     if status == _NOT_FINITE:
         raise NotFinite
     if status == _NO_LAYOUT:
@@ -130,9 +125,8 @@ def _refuse(status: int, x: Inputs) -> NoReturn:
 
 
 def forward(x: Inputs, is_cleared: bool = False) -> tuple[Tensor, Tensor]:
-    """As `blocks.forward`, which see for what is raised."""
-    arguments, kept = _arguments(x)
-    arguments.is_cleared = is_cleared
+    """`out` and the log-sum-exp, with the arguments and errors of `blocks.forward`."""
+    arguments, kept = _arguments(x, is_cleared)
     out = torch.empty_like(kept["q"])
     lse = out.new_empty(x.q.shape[1], x.q.shape[0])
     arguments.out, arguments.lse = out.data_ptr(), lse.data_ptr()
@@ -144,9 +138,8 @@ def forward(x: Inputs, is_cleared: bool = False) -> tuple[Tensor, Tensor]:
 def backward(
     x: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, slopes_grad: bool, is_cleared: bool = False
 ) -> Gradients:
-    """As `blocks.backward`, which see for what is raised."""
-    arguments, kept = _arguments(x)
-    arguments.is_cleared = is_cleared
+    """The gradients, with the arguments and errors of `blocks.backward`."""
+    arguments, kept = _arguments(x, is_cleared)
     dtype = kept["q"].dtype
     for name, saved in (("grad_out", grad_out), ("out", out), ("lse", lse)):
         kept[name] = _in_memory(name, saved, dtype)
@@ -156,9 +149,9 @@ def backward(
         if like is None:
             grads.append(x.q.new_empty(0))
             continue
-        # The gradient of slopes is added to, the others are written.
-        zeros = torch.zeros(like.shape, dtype=torch.float64) if name == "dslopes" else None
-        grads.append(torch.empty(like.shape, dtype=dtype) if zeros is None else zeros)
+        # The C++ adds to the gradient of slopes, and writes the others.
+        make, kind = (torch.zeros, torch.float64) if name == "dslopes" else (torch.empty, dtype)
+        grads.append(make(like.shape, dtype=kind))
         setattr(arguments, name, grads[-1].data_ptr())
     num_gradients = _call("num_gradients", arguments, dtype)
     if num_gradients < 0:

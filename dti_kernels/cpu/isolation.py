@@ -1,14 +1,14 @@
 """Numbers that are not finite, on CPUs: they reach the rows that may see them and no other.
 
-Blocks of rows meet blocks of keys, and a key that a row does not see gets the probability 0; but 0 x inf is NaN. Where an
-implementation meets a number that is not finite, it computes again with zeros in its place, which leaves every other row bitwise as it
-would be, and then
+Blocks of rows meet blocks of keys, and a key that a row does not see gets the probability 0; but 0 x inf is NaN. An implementation
+that meets a number which is not finite raises, and computes again with zeros in its place. All other rows are then bitwise what they
+would be, and
 
     out, lse of a row are NaN     where its query, its own key or value, or a key or value that it sees is not finite
     dq of such a row is NaN, and so are the gradients of the keys and values that it sees
 
-A number that no block meets beside rows which do not see it is left to IEEE arithmetic, and so are slopes, ratios and the scale.
-O(T) beside the second run.
+IEEE arithmetic decides elsewhere: for a number that meets only rows which see it, and for slopes, ratios and the scale.
+Cost: O(T) beside the second run.
 """
 
 from __future__ import annotations
