@@ -1,21 +1,20 @@
 """The one tolerance rule: how far an implementation of `windowed_attn` may be from the float64 reference, element by element.
 
-Every element is a sum. Rounding follows the magnitudes of its terms, not the small number that may be left of them. So each element of the
-output and of every gradient has a budget of its own, worked out from the exact inputs by first-order error analysis (Higham, Accuracy and
-Stability of Numerical Algorithms, chapter 3):
+Every element is a sum. Rounding follows the magnitudes of its terms, however much of them cancels. So each element of the output and of
+every gradient has a budget of its own, from the exact inputs by first-order error analysis (Higham, Accuracy and Stability of Numerical
+Algorithms, chapter 3):
 
     arithmetic   unit roundoffs of the accumulation (float32; float64 for float64), carried through scores, softmax and gradients;
-                 a sum of n terms, in any order, is off by some sqrt(n) of them; probabilities below the smallest normal number are noise
+                 a sum of n terms, in any order, is off by about sqrt(n) of them; probabilities below the smallest normal number are noise
     storage      half a unit in the last place of the element itself, once, in the dtype that it is stored in
-    spread       16 bits only: the standard deviation of what comes of rounding the stored output, which the gradients' `delta` is made
-                 of, and, where products are taken in 16 bits (GPUs), of rounding probabilities and score gradients before them
+    spread       16 bits only: a standard deviation. The gradients' `delta` is made of the stored output, which was rounded; GPUs round
+                 probabilities and score gradients before they multiply them
 
     |error| <= arithmetic + storage + DEVIATIONS spread       for every element
     root mean square of error / its expected size             for every tensor in 16 bits, of n rows and heads:
         <= 1 + DEVIATIONS / sqrt(2 n)                         an error that is everywhere and large nowhere
 
-No part of it comes from a run in low precision, so no processor's luck decides. tests/kernels/test_mutants.py shows what it lets through
-and what it does not.
+No part of it comes from a run in low precision. tests/kernels/test_mutants.py shows which errors it finds and which pass.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from dti_kernels.contract import DTYPES, check_tensors, checked_inputs
 from dti_kernels.counts import shown
+from dti_kernels.inputs import Inputs
 from dti_kernels.layout import StreamLayout
 from dti_kernels.reference import alibi_distance, reset_ratio
 from dti_kernels.reset import HiddenStateReset
@@ -39,11 +39,11 @@ EXPONENTIAL = 8  # unit roundoffs of an exponential: libraries are within 2, GPU
 
 @dataclass
 class Budget:
-    """What rounding may put into one tensor, in its shape and float64.
+    """The error that rounding may cause in one tensor, in its shape and float64.
 
     Attributes:
         arithmetic: the largest error of the accumulation.
-        variance: of what 16 bits bring inside; 0 in 32 and 64 bits.
+        variance: of the error that 16 bits add; 0 in 32 and 64 bits.
     """
 
     arithmetic: Tensor
@@ -62,11 +62,11 @@ def error_budgets(
     """Budgets of the output and of every gradient of `windowed_attn`.
 
     Args:
-        inputs: `q (T or S, H, D)`, `k`, `v (T, G, D)` and what there is of `k_sum`, `alibi_slopes`, `k_initial` and `v_initial`, with
-            the numbers that the implementation got.
+        inputs: `q (T or S, H, D)`, `k`, `v (T, G, D)` and any of `k_sum`, `alibi_slopes`, `k_initial` and `v_initial`, with the numbers
+            that the implementation got.
         grad_out: `(T or S, H, D)`.
         layout: which rows exist and what each sees.
-        dtype: that the implementation got them in.
+        dtype: of the implementation's inputs.
         reset: its settings; the initial states are those of `inputs`.
         scale: of the dot products; default `D ** -0.5`.
         rounds_factors: in 16 bits, probabilities and score gradients are rounded before they are multiplied: so on GPUs, not on CPUs.
@@ -75,28 +75,25 @@ def error_budgets(
         By name: `out`, and `d` before the name of each input.
 
     Raises:
-        TypeError, ValueError: as `windowed_attn` of these inputs, or one of them is missing or unknown, `grad_out` has not q's shape, or
-            `dtype` is none that the operator takes.
+        TypeError, ValueError: as `windowed_attn`; an input is missing or unknown, `grad_out` has not q's shape, or the operator does not
+            take `dtype`.
 
     Cost: O(H x T x C) time, O(T x C) memory.
     """
     _check_dtype(dtype)
-    check_tensors({**inputs, "grad_out": grad_out})
-    x = {name: value.detach().double() for name, value in inputs.items()}
-    _check_inputs(x, grad_out, layout, reset, scale)
+    x = _exact_inputs(inputs, grad_out, layout, reset, scale)
     budgets = {
-        name: Budget(torch.zeros_like(like), torch.zeros_like(like))
-        for name, like in [("out", x["q"]), *((f"d{name}", value) for name, value in x.items())]
+        name: Budget(*torch.zeros(2, *like.shape, dtype=torch.float64, device=like.device))
+        for name, like in [("out", x.q), *((f"d{name}", value) for name, value in inputs.items())]
     }
-    scale = x["q"].shape[-1] ** -0.5 if scale is None else scale
     accumulation = torch.finfo(torch.promote_types(dtype, torch.float32))
     unit, half_precision = accumulation.eps / 2, dtype.itemsize == 2
     underflow = 4 * accumulation.smallest_normal / unit
     smallest = torch.finfo(dtype).smallest_normal if rounds_factors else None
-    for head in range(x["q"].shape[1]):
+    for head in range(x.q.shape[1]):
         for of_sums in (False, True):
-            if of_sums or x["q"].shape[0] == layout.num_rows:
-                rows = _Rows.of(x, grad_out.detach().double(), layout, reset, scale, head, of_sums)
+            if of_sums or not x.num_skipped:
+                rows = _Rows.of(x, grad_out.detach().double(), layout, reset, head, of_sums)
                 p, p_error = rows.probabilities(underflow)
                 _add_output(rows, p, p_error, smallest, budgets)
                 _add_gradients(rows, p, p_error, smallest, budgets)
@@ -111,25 +108,29 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise TypeError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {shown(dtype)}")
 
 
-def _check_inputs(
-    x: dict[str, Tensor],
+def _exact_inputs(
+    inputs: Mapping[str, Tensor],
     grad_out: Tensor,
     layout: StreamLayout,
     reset: HiddenStateReset | None,
     scale: float | None,
-) -> None:
+) -> Inputs:
+    """The operator's inputs in float64."""
+    check_tensors({**inputs, "grad_out": grad_out})
     states = () if reset is None else ("k_initial", "v_initial")
-    missing = [name for name in ("q", "k", "v", *states) if name not in x]
-    unknown = [name for name in x if name not in ("q", "k", "v", "k_sum", "alibi_slopes", *states)]
+    missing = [name for name in ("q", "k", "v", *states) if name not in inputs]
+    unknown = [name for name in inputs if name not in ("q", "k", "v", "k_sum", "alibi_slopes", *states)]
     if missing or unknown:
         raise ValueError(
             f"inputs must hold q, k, v and, with a reset, k_initial and v_initial: {missing} missing, {unknown} unknown"
         )
+    exact = {name: value.detach().double() for name, value in inputs.items()}
     if isinstance(reset, HiddenStateReset):
-        reset = replace(reset, k_initial=x["k_initial"], v_initial=x["v_initial"])
-    checked_inputs({name: value for name, value in x.items() if name not in states}, layout, reset, scale)
-    if grad_out.shape != x["q"].shape:
-        raise ValueError(f"grad_out must have q's shape {tuple(x['q'].shape)}, got {tuple(grad_out.shape)}")
+        reset = replace(reset, k_initial=exact.pop("k_initial"), v_initial=exact.pop("v_initial"))
+    x = checked_inputs(exact, layout, reset, scale)
+    if grad_out.shape != x.q.shape:
+        raise ValueError(f"grad_out must have q's shape {tuple(x.q.shape)}, got {tuple(grad_out.shape)}")
+    return x
 
 
 def shares(
@@ -138,7 +139,7 @@ def shares(
     budgets: Mapping[str, Budget],
     dtype: torch.dtype,
 ) -> dict[str, float]:
-    """By tensor, the share of its budget that an implementation uses: above 1 it is not within it.
+    """By tensor, the share of its budget that an implementation uses; above 1 it fails.
 
     Args:
         actual: its output and gradients, of inputs in `dtype`.
@@ -150,7 +151,7 @@ def shares(
         The larger of the worst element's share and, in 16 bits, that of the root mean square; infinite where a number is not finite.
 
     Raises:
-        TypeError: one is no tensor of floating point, or `dtype` none that the operator takes.
+        TypeError: one is no tensor of floating point, or the operator does not take `dtype`.
         ValueError: names or shapes differ, or a budget is missing.
     """
     _check_dtype(dtype)
@@ -229,55 +230,49 @@ class _Rows:
 
     @staticmethod
     def of(
-        x: Mapping[str, Tensor],
+        x: Inputs,
         grad_out: Tensor,
         layout: StreamLayout,
         reset: HiddenStateReset | None,
-        scale: float,
         head: int,
         of_sums: bool,
     ) -> _Rows:
-        num_context, per_key = layout.num_context, x["q"].shape[1] // x["k"].shape[1]
+        num_context, per_key = layout.num_context, x.q.shape[1] // x.k.shape[1]
         own = slice(num_context, layout.num_rows) if of_sums else slice(0, num_context)
-        skipped = layout.num_rows - x["q"].shape[0]
-        queries = slice(own.start - skipped, own.stop - skipped)
-        keys, context, group = (
-            "k_sum" if of_sums and "k_sum" in x else "k",
-            slice(num_context),
-            head // per_key,
-        )
+        queries = slice(own.start - x.num_skipped, own.stop - x.num_skipped)
+        context, group = slice(num_context), head // per_key
+        keys, name = (x.k_sum, "dk_sum") if of_sums and x.k_sum is not None else (x.k, "dk")
         visible = layout.dense_visibility()[own]
         visible = torch.cat([visible, visible.new_full((len(visible), 1), of_sums)], 1)
         distance = torch.zeros_like(visible, dtype=torch.float64)
-        weight = torch.ones_like(distance[:, :-1])
         if of_sums:
             distance[:, :-1] = alibi_distance(layout)
-        streams = [_Stream(f"d{keys}", "dv", x[keys][context, group], x["v"][context, group], weight)]
-        if of_sums and reset is not None:
+        weight, initial = torch.ones_like(distance[:, :-1]), []
+        if of_sums and reset is not None and x.k_initial is not None and x.v_initial is not None:
             ratio = reset_ratio(layout, reset, torch.float64)
-            k_initial, v_initial = x["k_initial"][:, group], x["v_initial"][:, group]
-            streams = [_Stream(f"d{keys}", "dv", streams[0].k, streams[0].v, 1 - ratio)]
-            streams.append(_Stream("dk_initial", "dv_initial", k_initial, v_initial, ratio))
+            tensors = x.k_initial[:, group], x.v_initial[:, group]
+            weight, initial = 1 - ratio, [_Stream("dk_initial", "dv_initial", *tensors, ratio)]
+        streams = [_Stream(name, "dv", keys[context, group], x.v[context, group], weight), *initial]
         return _Rows(
             head=head,
             group=group,
             queries=queries,
             own=own,
-            q=x["q"][queries, head],
+            q=x.q[queries, head],
             d_out=grad_out[queries, head],
-            k_own=x[keys][own, group],
-            v_own=x["v"][own, group],
+            k_own=keys[own, group],
+            v_own=x.v[own, group],
             streams=streams,
             visible=visible,
             distance=distance,
-            slope=x["alibi_slopes"][head] if of_sums and "alibi_slopes" in x else None,
-            scale=scale,
+            slope=x.slopes[head] if of_sums and x.slopes is not None else None,
+            scale=x.scale,
             heads_per_key=per_key,
         )
 
     @property
     def penalty(self) -> Tensor | float:
-        """What ALiBi takes off the scores."""
+        """Subtracted from the scores by ALiBi."""
         return 0.0 if self.slope is None else self.slope * self.distance
 
     def keys(self, a: Tensor, change: Callable[[Tensor], Tensor] = torch.positive) -> Tensor:
@@ -293,7 +288,7 @@ class _Rows:
         return torch.cat([blended, (a * own).sum(-1, keepdim=True)], 1)
 
     def read_keys(self, p: Tensor, change: Callable[[Tensor], Tensor] = torch.positive) -> Tensor:
-        """`(M, D)`: sum of `p (M, C + 1)` times what each row reads; weights, `p` and keys changed by a function."""
+        """`(M, D)`: sum of `p (M, C + 1)` times the keys that each row reads; weights, `p` and keys changed by a function."""
         return self._read(p, [stream.k for stream in self.streams], self.k_own, change)
 
     def read_values(self, p: Tensor, change: Callable[[Tensor], Tensor] = torch.positive) -> Tensor:
@@ -322,12 +317,13 @@ class _Rows:
 
 
 def _roundings(count: Any) -> Any:
-    """How many roundings, of the size of all terms together, a sum of so many terms is off by."""
+    """The error of a sum of `count` terms, in roundings of the size of all terms together."""
     return 2 * count**0.5 + 4
 
 
 def _rounded(x: Tensor, smallest: float | None) -> Tensor:
-    """Squared size of what a rounding of `x` goes by: below the smallest normal number, that. None: it is not rounded."""
+    """Squared magnitude that the rounding of `x` is relative to, at least the smallest normal number; 0 where `smallest` is None: `x` is
+    not rounded."""
     if smallest is None:
         return torch.zeros_like(x)
     return x.square() + smallest**2 * (x != 0)
@@ -364,7 +360,7 @@ def _add_gradients(
     dq = budgets["dq"]
     dq.arithmetic[at] += scale * rows.read_keys(ds_error + of_keys * ds.abs(), torch.abs)
     dq.variance[at] += scale**2 * (rows.read_keys(ds, rounded) + delta_variance * rows.read_keys(p).square())
-    # Of keys and values: the rows' error, what is rounded to 16 bits, what its rounding comes on top of, the other factor, its scale.
+    # Of keys and values: the rows' error, the factor that is rounded to 16 bits, variance besides, the other factor, its scale.
     to_keys = ds_error + of_rows * ds.abs(), ds, p.square() * delta_variance, rows.q, scale
     to_values = p_error + of_rows * p, p, torch.zeros_like(p), rows.d_out, 1.0
     for stream in rows.streams:
