@@ -1,4 +1,4 @@
-"""ALiBi slopes of [SUM] rows (semantics.md, section 4)."""
+"""ALiBi slopes of [SUM] rows."""
 
 from __future__ import annotations
 

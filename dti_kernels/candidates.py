@@ -1,4 +1,4 @@
-"""The layout of scoring: many candidate items of one history in one pass (semantics.md, section 8).
+"""The layout of scoring: many candidate items of one history in one pass.
 
 A prompt is `prefix, history, candidate, candidate, ...`. The prefix and the whole history are visible to everybody (they are the
 prefix of the mask), a candidate sees them and itself (window 0), and its positions start where the history ends, as if it were

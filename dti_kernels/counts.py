@@ -1,4 +1,4 @@
-"""Token counts as a caller gives them: integers and nothing that could be taken for one, each and all of them small enough to add up."""
+"""Checks of numbers and token counts: only integers are taken for integers, and no sum of counts overflows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def integer(name: str, value: Any, least: int, below: int = 2**63) -> int:
     """`value` as an int.
 
     Raises:
-        TypeError: it is none; nor is a bool.
+        TypeError: it is no integer; a bool is none.
         ValueError: it is not in [least, below).
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -32,14 +32,14 @@ def integer(name: str, value: Any, least: int, below: int = 2**63) -> int:
 
 
 def real(name: str, value: float) -> float:
-    """`value` as a float, infinite where an int is too large for one, or TypeError where it is no number."""
+    """`value` as a float, infinite if an int is too large for one. Raises TypeError if it is no number; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
     return math.inf if isinstance(value, int) and abs(value) >= 2**1023 else float(value)
 
 
 def shown(value: Any) -> str:
-    """A wrong argument in a message: itself where that is short, else its type."""
+    """A wrong argument as messages show it: the value if it is short, else its type."""
     if value is None or isinstance(value, (bool, int, float, complex, str, np.generic)):
         try:
             text = repr(value)
@@ -51,12 +51,12 @@ def shown(value: Any) -> str:
 
 
 def counts_of(name: str, values: Any) -> np.ndarray:
-    """A sequence of integers as `(n,)` int64. An array of floats is none, unless it is empty."""
+    """A sequence of integers as `(n,)` int64. An array of floats is refused unless it is empty."""
     return _int64(_sequence(name, values), lambda place: f"{name}[{place}]")
 
 
 def nested_counts_of(name: str, values: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A sequence of sequences of integers: all of them, one after the other, and `(P,)` how many there are in each."""
+    """A sequence of sequences of integers: all of them, one after the other, and `(P,)` the length of each."""
     parts = _sequence(name, values, "sequences of integers")
     kinds = set(map(type, parts))
     if not kinds <= {list, tuple}:
@@ -75,7 +75,7 @@ def _indices(sizes: np.ndarray, place: int) -> str:
 
 
 def _sequence(name: str, values: Any, of: str = "integers") -> Any:
-    """Anything of a length and an order as it is; an array of integers as int64."""
+    """Any sequence unchanged, an array of integers as int64. Raises TypeError for everything else."""
     if type(values) is list or type(values) is tuple:
         return values
     if isinstance(values, np.ndarray) and of == "integers":
@@ -95,7 +95,7 @@ def _sequence(name: str, values: Any, of: str = "integers") -> Any:
 
 
 def _int64(values: Any, named: Callable[[int], str]) -> np.ndarray:
-    """The numbers of a sequence, every one of them an integer: NumPy would make one of 3.7, of True and of "3"."""
+    """The integers of a sequence. Every number is checked: NumPy would make an integer of 3.7, of True and of "3"."""
     if isinstance(values, np.ndarray):
         return values
     kinds = set(map(type, values))
@@ -113,7 +113,7 @@ def _int64(values: Any, named: Callable[[int], str]) -> np.ndarray:
 
 def check_counts(name: str, values: np.ndarray, sizes: np.ndarray | None, least: int) -> None:
     """Raise ValueError, with the place, unless all are in [least, MAX_ROWS). `sizes`: of the parts of a nested sequence."""
-    # As unsigned numbers, what is below `least` lies above everything.
+    # As unsigned numbers, counts below `least` lie above all others.
     outside = (values - least if least else values).view(np.uint64) >= MAX_ROWS - least
     if outside.any():
         bad = np.flatnonzero(outside)

@@ -7,7 +7,7 @@ target (`S` rows), `T = C + S`. Every row sees at most two ranges of context key
 
 and a [SUM] row also sees itself. `start` and `stop` never decrease along the context rows nor along the [SUM] rows, so
 the mask is a few integers per row and the keys of a tile follow from its first and last row: O(T) memory, no block mask.
-The inverse is one contiguous range of context rows and one of [SUM] rows per key. (semantics.md, sections 2 to 4.)
+The inverse is one contiguous range of context rows and one of [SUM] rows per key.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class StreamLayout:
         return StreamLayout(rows, keys, self.window, self.reset_window, self.mean_span, checked=True)
 
     def dense_visibility(self) -> Tensor:
-        """`(T, C)` bool, True where a row sees a context key, from first principles (semantics.md, section 3).
+        """`(T, C)` bool, True where a row sees a context key, from first principles.
 
         The specification that the span arrays are tested against; O(T x C) memory, for tests and pictures only. It reads
         prompts, interactions and text kinds, never `start` and `stop`.

@@ -1,7 +1,7 @@
-"""Folders for compiled code, which every later process runs: with an absolute name, of this user, that nobody else may write to, no link.
+"""Folders for compiled code. Later processes run it, so a folder must be absolute, no link, this user's, and writable by nobody else.
 
-`$XDG_CACHE_HOME/dti_kernels`, `~/.cache/dti_kernels`, `$TMPDIR/dti_kernels-UID` (TMPDIR is /tmp where it is not set); DTI_CACHE_DIR
-names the only one instead. Nothing beneath the current folder is looked at unasked: what somebody downloaded or unpacked may lie there.
+They are `$XDG_CACHE_HOME/dti_kernels`, `~/.cache/dti_kernels` and `$TMPDIR/dti_kernels-UID` (/tmp without TMPDIR), or DTI_CACHE_DIR alone
+if it is set. No folder beneath the current one is used unasked: it may hold files that somebody downloaded or unpacked.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def in_private_folder(use: Callable[[Path], Result]) -> Result:
     """Use the first folder that will do.
 
     Args:
-        use: takes a folder, made where it was missing; raises OSError where it will not do.
+        use: takes a folder, which exists; raises OSError if it will not do.
 
     Returns:
-        What `use` does.
+        The result of `use`.
 
     Raises:
         OSError: no folder will do; the message names each with its reason, and the way out, in one line.
@@ -43,7 +43,7 @@ def in_private_folder(use: Callable[[Path], Result]) -> Result:
 
 
 def check_owner(status: os.stat_result) -> None:
-    """Raises OSError for what is another user's, or what others may write to."""
+    """Raise OSError for a file or folder that is another user's, or that others may write to."""
     if status.st_uid != os.geteuid():
         raise OSError("it belongs to another user")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -60,7 +60,7 @@ def _folders() -> list[Path]:
 
 
 def _home() -> Path:
-    """As HOME says, else the system; `~` where nobody knows."""
+    """HOME, else the system's entry for this user; `~` if there is neither."""
     with suppress(KeyError):
         return Path(os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir)
     return Path("~")
@@ -70,7 +70,7 @@ def _make_private(folder: Path) -> None:
     if not folder.is_absolute():
         raise OSError("no absolute path")
     home = _home()
-    # As `sudo` may leave it: what root made there would be in its owner's way.
+    # `sudo` may keep another user's HOME: files that root makes there would be in that user's way.
     if folder == home / ".cache" / "dti_kernels" and home.stat().st_uid != os.geteuid():
         raise OSError(f"{home} belongs to another user")
     for place in (*reversed(folder.parents), folder):

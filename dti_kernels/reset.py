@@ -1,4 +1,4 @@
-"""The hidden-state reset: what [SUM] rows read of far context, blended back to initial states (semantics.md, section 5)."""
+"""The hidden-state reset: [SUM] rows read far context blended back to its initial states."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from dti_kernels.counts import real, shown
 
-# Entries of a table that is not worth cutting.
+# Shorter tables are not cut off.
 _SHORT_TABLE = 4096
-# More settings than a process has, short of a search that lasts for days: 32 MB at most.
+# Cached tables: 32 MB at most, and more settings than a process has, unless it searches for days.
 _MAX_TABLES = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class HiddenStateReset:
-    """How far [SUM] rows move what they read of a context token back toward that token's initial state.
+    """How far [SUM] rows blend a context token's key and value back to the token's initial state.
 
         d = t - t(j)                                 distance in interactions; own item text (d = 0) and the prefix: alpha_own
         a(d) = alpha_min + (alpha_max - alpha_min) * sigmoid((d - n / 2) * steepness)
@@ -34,11 +34,11 @@ class HiddenStateReset:
         alpha_min: ratio far inside the window's recent end, in [0, 1].
         alpha_max: ratio at its far end, in [alpha_min, 1].
         steepness: of the sigmoid, per interaction, > 0.
-        alpha_own: ratio for the target's own item text and the prefix, in [0, 1]. 0 unless the leak must be exactly zero: own
-            item text has seen the window, whose states have seen what lies before it, from the third layer on.
+        alpha_own: ratio for the target's own item text and the prefix, in [0, 1]. 0 unless the leak must be exactly zero: from the
+            third layer on, own item text has seen states of the window that have seen tokens before the window.
 
     Raises:
-        TypeError: a ratio or the steepness is no number; nor is a bool, or a tensor, whose gradient would be lost.
+        TypeError: a ratio or the steepness is no number; bools and tensors are none (a tensor's gradient would be lost).
         ValueError: a ratio outside [0, 1], `alpha_max < alpha_min`, or a steepness that is not positive.
     """
 
@@ -67,10 +67,10 @@ class HiddenStateReset:
     ) -> Tensor:
         """`a(d)` for d = 0 .. n, at least two: a table, so that no kernel evaluates a sigmoid.
 
-        `farthest`: no distance is larger, so a table longer than that is cut off behind it; a window of 10^9 would be one of 8 GB.
+        `farthest`: the largest distance there is; a long table is cut off behind it. A window of 10^9 would have a table of 8 GB.
 
-        The table is kept for good and shared by equal settings: do not write to it. A GPU gets it once, not with every call of every
-        layer, so that calls wait for no copy and can be captured in a CUDA graph.
+        The table is cached for good and shared by equal settings: do not write to it. A GPU gets one copy per process, so that calls wait
+        for no copy and can be captured in a CUDA graph.
         """
         length = max(window, 1) + 1
         if farthest is not None and length > _SHORT_TABLE:

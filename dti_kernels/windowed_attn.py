@@ -1,4 +1,4 @@
-"""`windowed_attn`: the operator's contract, its checks and its gradient.
+"""`windowed_attn`: the operator's contract and its gradient.
 
     context row:  s_j = scale q . k_j                                  over the visible context keys j of the row
     [SUM] row:    s_j = scale q . k~_j - slope_h dist(row, j)          and itself at distance 0
@@ -40,7 +40,7 @@ def windowed_attn(
 
     Args:
         q: `(T, H, D)` queries, context rows first, then [SUM] rows; float16, bfloat16, float32 or float64 (GPU: not float64).
-            Or the [SUM] rows only, `(S, H, D)`: what a last decoder layer needs, at the cost of those rows only.
+            Or the [SUM] rows only, `(S, H, D)`: a last decoder layer needs no others, and they alone cost time.
         k: `(T, G, D)` keys, H a multiple of G; query head h reads key head h * G // H.
         v: `(T, G, D)` values.
         layout: which rows exist and what each sees.
@@ -49,8 +49,8 @@ def windowed_attn(
         reset: blends what [SUM] rows read of far context back to initial states; None: no reset.
         scale: of the dot products; default `D ** -0.5`.
 
-    A number that is not finite makes the rows that may see it NaN, or what IEEE arithmetic makes of it, and changes no other: their results
-    stay bitwise on CPUs, within rounding on GPUs. So do gradients, of rows and of the keys that only such rows see.
+    A number that is not finite reaches the rows that may see it, which become NaN or the result of IEEE arithmetic, and no other: the
+    others stay bitwise equal on CPUs, and within rounding on GPUs. Gradients change only for such rows and for the keys that they see.
 
     Under autocast, inputs are cast to its dtype as for any other attention.
 
@@ -62,8 +62,8 @@ def windowed_attn(
         ValueError: a shape or device does not fit the layout, there are no heads or head_dim is 0, or scale is negative or not
             finite; the message gives what it must be and what it was. Values of tensors are not read: slopes may be any numbers.
 
-    Cost: O(T x (window + tile) x H x D) time, O(T) memory. Deterministic: two runs are bitwise equal, on a CPU with any number
-    of threads (in PyTorch's implementation, which computes where there is no compiler: with as many).
+    Cost: O(T x (window + tile) x H x D) time, O(T) memory. Deterministic: two runs are bitwise equal. The number of CPU threads does not
+    matter, except in the PyTorch implementation, which serves where there is no compiler.
     """
     tensors = {"q": q, "k": k, "v": v, "k_sum": k_sum, "alibi_slopes": alibi_slopes}
     out: Tensor = _WindowedAttn.apply(*checked_inputs(tensors, layout, reset, scale, autocast=True))
@@ -84,21 +84,18 @@ class _WindowedAttn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, out, lse = (
-            ctx.saved_tensors
-        )  # read once: activation checkpointing refuses a second unpacking
+        # Read once: activation checkpointing refuses a second unpacking.
+        *tensors, out, lse = ctx.saved_tensors
         x = Inputs(*tensors, *ctx.numbers)
-        # On CPUs the slopes' gradient costs a second path: it is left out where nobody asks.
+        # The gradient of slopes costs time on CPUs, so it is computed on request only.
         slopes_grad = ctx.needs_input_grad[Inputs._fields.index("slopes")]
         grads = _WindowedAttnGrad.apply(*x, grad_out, out, lse, slopes_grad)
         by_name = dict(zip(Gradients._fields, grads))
-        return tuple(
-            by_name.get(f"d{name}") if of is not None else None for name, of in zip(Inputs._fields, x)
-        )
+        return tuple(None if of is None else by_name.get(f"d{name}") for name, of in zip(Inputs._fields, x))
 
 
 class _WindowedAttnGrad(torch.autograd.Function):
-    """The backward operator; differentiating it again is refused with the way out."""
+    """The backward operator. Differentiating it again raises and names the way out."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:

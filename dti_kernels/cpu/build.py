@@ -1,8 +1,8 @@
 """Compiles `native/attention.cpp` and keeps it in a folder of this user's own (`private_folders.py`).
 
-It is C++ without dependencies (no PyTorch headers, so one build serves every PyTorch), compiled once per machine, in about six
-seconds, for the machine's own vector instructions. CXX names the compiler. What is kept is loaded only from a regular file of this
-user whose name ends with the sha256 of what it holds: another one is built again.
+The C++ has no dependencies (no PyTorch headers, so one build serves every PyTorch). It is compiled once per machine, in about six
+seconds, for the machine's own vector instructions. CXX names the compiler. A kept library is loaded only if it is a regular file of
+this user whose name ends with the sha256 of its content; any other is built again.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from dti_kernels.private_folders import check_owner, in_private_folder
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
 _VERSION_TIMEOUT_S, _TIMEOUT_S = 30, 300
-_OUTPUT_BYTES = 2**20  # what is read of a compiler that prints without end
-_PROBE_BYTES = 2**21  # several times what is kept
+_OUTPUT_BYTES = 2**20  # kept of a compiler's output, which may have no end
+_PROBE_BYTES = 2**21  # several times the size of the library
 _ANOTHER = "install one (g++ or clang++), or name one in CXX"
 
 
@@ -45,7 +45,7 @@ def library(check: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL:
     """The library, built where no folder has it.
 
     Args:
-        check: raises AttributeError for a library that is another one.
+        check: raises AttributeError for a library of another interface.
 
     Raises:
         BuildError: it cannot be compiled, or no folder will do.
@@ -60,11 +60,11 @@ def library(check: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL:
 
 
 class _Build:
-    """What is compiled by what for this machine.
+    """The sources, a compiler and its options, for this machine.
 
     Attributes:
         command: the compiler and its options, without the files.
-        name: what the library's name begins with; of another source, compiler or processor it is another one.
+        name: the library's file name begins with it; every source, compiler and processor has its own.
     """
 
     def __init__(self, compiler: tuple[str, ...]) -> None:
@@ -78,7 +78,7 @@ class _Build:
         self._content = b""
 
     def content(self, scratch: Path) -> bytes:
-        """The compiled library; compiled once, whatever becomes of it. Everything that the compiler writes goes into `scratch`."""
+        """The library's bytes, compiled by the first call only. The compiler writes into `scratch` and nowhere else."""
         if not self._content:
             made = scratch / "made.so"
             command = [*self.command, "-o", str(made), str(SOURCES / "attention.cpp")]
@@ -103,7 +103,7 @@ def _shown(command: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What `native` means here: a home folder may be shared by different machines."""
+    """The processor that `native` stands for: machines with different processors may share a home folder."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     wanted = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
@@ -119,10 +119,10 @@ def _is_whole_library(content: bytes) -> bool:
 
 
 def _output(command: list[str], seconds: float, **environment: str) -> str:
-    """What a compiler prints.
+    """A compiler's output.
 
     Raises:
-        BuildError: it cannot be run, fails, or takes too long; it and what it started are ended then.
+        BuildError: it cannot be run, fails, or takes too long. It is then killed with all processes that it started.
     """
     try:
         process = subprocess.Popen(
@@ -174,7 +174,7 @@ def _failure(status: int, output: str) -> str:
 
 
 def _library_in(folder: Path, build: _Build, check: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL:
-    """The library that a folder keeps, put there first where it has none that can be loaded.
+    """The library of a folder, built into it first if it holds none that loads.
 
     Raises:
         OSError: the folder cannot keep or run it.
@@ -206,16 +206,13 @@ def _load(path: Path, check: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(str(path))
         check(loaded)
-    except (
-        AttributeError,
-        UnicodeDecodeError,
-    ) as error:  # the second: a reason that names a path of other bytes
+    except (AttributeError, UnicodeDecodeError) as error:  # ctypes decodes a reason that may name any path
         raise OSError(f"{path.name} cannot be loaded ({error})") from error
     return loaded
 
 
 def _keep(folder: Path, build: _Build) -> Path:
-    """Put the library into a folder; several processes may at once."""
+    """Put the library into a folder, which several processes may do at once."""
     with _scratch_folder(folder) as scratch:
         _probe(scratch / "probe")
         content = build.content(scratch)
@@ -227,7 +224,7 @@ def _keep(folder: Path, build: _Build) -> Path:
 
 
 def _probe(path: Path) -> None:
-    """Raises OSError where files cannot be kept, or not be run (noexec), before the time of compiling is spent."""
+    """Raise OSError where files cannot be kept or not be run (noexec), before time is spent on compiling."""
     _write(path, bytes(_PROBE_BYTES))
     with path.open("rb") as file:
         try:
@@ -240,7 +237,7 @@ def _probe(path: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """A new file for this user alone, on the disk: a name may outlive a power cut that its content does not."""
+    """A new file for this user alone, synced: after a power cut a file may have its name without its content."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(descriptor, "wb") as file:
         file.write(content)
@@ -258,7 +255,7 @@ def _flush(folder: Path) -> None:
 
 @contextmanager
 def _scratch_folder(parent: Path) -> Iterator[Path]:
-    """A folder to build in. Its lock ends with this process, so the next one removes what a killed one has left."""
+    """A folder to build in. Its lock ends with this process, so that the next build removes the folder of a killed one."""
     for leftover in parent.glob("building-*"):
         _remove_unlocked(leftover)
     scratch = Path(tempfile.mkdtemp(dir=parent, prefix="building-"))
