@@ -22,6 +22,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
+from dti_model.config.bounds import as_yaml
 from dti_model.config.strict_yaml import parse_settings, read_text
 from dti_model.files import whole_file
 
@@ -71,7 +72,7 @@ def read_config(path: Path, kind: type[Settings], sealed: bool = False) -> Setti
         raw = parse_settings(text, path)
         if seal is None and not raw.keys() >= _OLD_SETTINGS:
             raise ValueError(f"{path} does not hold the settings of a run")
-        return _built(kind, raw, path, "")
+        return _built(kind, raw, "")
     except (ValueError, TypeError) as error:
         message = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise ConfigFileError(
@@ -95,18 +96,18 @@ def is_run_config(path: Path) -> bool:
         return False
 
 
-def _built(kind: type[Settings], raw: Mapping[str, Any], path: Path, group: str) -> Settings:
+def _built(kind: type[Settings], raw: Mapping[str, Any], group: str) -> Settings:
     hints = get_type_hints(kind)
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(raw.keys() - names)
     if unknown:
-        raise ValueError(f"{path}: {group}{unknown[0]} is no setting")
+        raise ValueError(f"{group}{unknown[0]} is no setting")
     values: dict[str, Any] = {}
     for name, value in raw.items():
         if is_dataclass(hints[name]):
             if not isinstance(value, dict):
-                raise ValueError(f"{path}: {group}{name} must be a mapping of settings, got {value!r}")
-            value = _built(hints[name], value, path, f"{group}{name}.")
+                raise ValueError(f"{group}{name} must be a mapping of settings, got {as_yaml(value)}")
+            value = _built(hints[name], value, f"{group}{name}.")
         elif isinstance(value, list):
             value = tuple(value)
         elif hints[name] is Path and isinstance(value, str):

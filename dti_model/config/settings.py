@@ -138,17 +138,15 @@ class ModelConfig:
         self._check_sides()
         if self.heads % self.kv_heads or self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(
-                f"width must be an even multiple of heads and heads a multiple of kv_heads, got width {self.width}, "
-                f"heads {self.heads}, kv_heads {self.kv_heads}"
+                "model.width must be an even multiple of model.heads, and model.heads a multiple of model.kv_heads, "
+                f"got {self.width}, {self.heads} and {self.kv_heads}"
             )
 
     def _check_sides(self) -> None:
         """Settings of the one kind of model are errors with the other: none is ignored."""
-        changed = {
-            f.name for f in fields(self) if getattr(self, f.name) != getattr(ModelConfig, f.name, None)
-        }
-        if self.lora == LoraSettings():
-            changed.discard("lora")
+        # `lora` is no attribute of the class: its default is made for each object.
+        defaults = {f.name: getattr(ModelConfig, f.name, LoraSettings()) for f in fields(self)}
+        changed = {name for name, default in defaults.items() if getattr(self, name) != default}
         sizes = changed & {"layers", "width", "heads", "kv_heads", "mlp_width"}
         if self.pretrained is not None and sizes:
             raise ValueError(
@@ -260,10 +258,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.model.pretrained is None:  # what a pretrained model has is known when it is there
+        if self.model.pretrained is None:  # the layers of a pretrained model are known when it is loaded
             check_reset_layers(self.dti, self.model.layers)
         if self.compare_steps and self.optim.fsdp:
-            raise ValueError("compare_steps measures one whole model: set it to 0 with optim.fsdp")
+            raise ValueError(
+                f"compare_steps must be 0 with optim.fsdp, got {self.compare_steps}: it measures one whole model"
+            )
         if self.dti.train_slopes and self.model.uses_lora:
             raise ValueError(
                 "dti.train_slopes needs model.finetune full: adapters hold no slopes. Choose fixed ones with dti.slope_scale"
@@ -275,7 +275,7 @@ class TrainConfig:
         return self.k or None
 
     def located(self) -> TrainConfig:
-        """The same with absolute paths, and the id of a hub's model with `hub:`: what means the same in every working directory."""
+        """The same with absolute paths, and `hub:` before the id of a hub's model: independent of the working directory."""
         pretrained = self.model.pretrained
         model = replace(self.model, pretrained=pretrained and located(pretrained))
         return replace(self, data=_absolute(self.data), out=_absolute(self.out), model=model)

@@ -207,7 +207,7 @@ def test_a_run_that_cannot_start_leaves_nothing_in_the_way(config: TrainConfig) 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ModelConfig(heads=3), "width must be an even multiple of heads"),
+        (lambda: ModelConfig(heads=3), "model.width must be an even multiple of model.heads"),
         (lambda: ModelConfig(dropout=1.0), "dropout must be in"),
         (lambda: OptimConfig(epochs=0), "epochs must be >= 1"),
         (lambda: OptimConfig(learning_rate=-1.0), "learning_rate must be > 0"),
