@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from dti_model.config import CONFIG_FILE, is_run_config
+from dti_model.config.file import CONFIG_FILE, is_run_config
 
 # Names that commands write into their folders.
 _OF_A_RUN = re.compile(
