@@ -39,7 +39,7 @@ def run_main(module: ModuleType, arguments: list[str], monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("module", "num_rows", "takes_data"),
-    [(bench_attention, 12, False), (bench_train, 3, True), (bench_score, 9, True), (leak_meter, 12, False)],
+    [(bench_attention, 16, False), (bench_train, 3, True), (bench_score, 9, True), (leak_meter, 12, False)],
     ids=lambda x: x.__name__ if isinstance(x, ModuleType) else "",
 )
 def test_smoke(
