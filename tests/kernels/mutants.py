@@ -26,6 +26,7 @@ from tests.numerics import golden_and_budgets
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {
     "segments": "cpu/native/segments.h",
+    "tiles": "cpu/native/tiles.h",
     "worker": "cpu/native/worker.h",
     "blocks": "cpu/blocks.py",
     "tile": "gpu/tile.py",
@@ -85,7 +86,7 @@ MUTANTS = [
     Mutant(
         "prefix a token nearer",
         "native",
-        "worker",
+        "tiles",
         "span.size() + row.prefix().size();",
         "span.size() + row.prefix().size() - 1;",
     ),

@@ -1,4 +1,4 @@
-// Attention over streaming prompts on CPUs, forward and backward: what cpu.py computes, in registers and caches.
+// Attention over streaming prompts on CPUs, forward and backward: the mathematics of blocks.py, in registers and caches.
 //
 //     context row:  s_j = scale q . k_j;   [SUM] row:  s_j = scale q . k~_j - slope dist(j), and itself;   out = softmax(s) v~
 //
@@ -8,7 +8,7 @@
 // some row sees are computed. Gradients of keys go to memory of their segment's own and are summed segment after segment: results do
 // not depend on the number of threads.
 //
-// Time O(T (window + block)), memory O(T) beside a tile of scores per thread. Built by cpu_build.py, called by cpu_native.py.
+// Time O(T (window + block)), memory O(T) beside a tile of scores per thread. Built by build.py, called by compiled.py.
 #include <atomic>
 #include <exception>
 #include <thread>
@@ -58,7 +58,7 @@ template <class Make> bool run_tasks(const Arguments& x, Index count, const Make
     return !tasks.failed;
 }
 
-// What a pass returns. NOT_FINITE: numbers that are not finite reach rows which do not see them, and what was written is void.
+// The result of a pass. NOT_FINITE: numbers that are not finite reach rows which do not see them, and the outputs are void.
 enum Status { DONE, NO_MEMORY, NO_LAYOUT, NOT_FINITE };
 
 template <class F> Status run_segments(const Arguments& x, const std::vector<Segment>& segments, bool backward, double* slopes) {
@@ -97,9 +97,8 @@ void sum_gradients(const Arguments& x, const std::vector<Segment>& segments, Ran
 // A status that is not DONE as a negative number.
 template <class F> int64_t num_gradients(const Arguments& x) try {
     if (!is_layout(x)) return -NO_LAYOUT;
-    int64_t count = 0;
-    for (const Segment& segment : segments_of<F>(x)) count += segment.num_gradients;
-    return count;
+    const std::vector<Segment> segments = segments_of<F>(x);
+    return segments.empty() ? 0 : segments.back().gradients + segments.back().num_gradients;
 } catch (const std::exception&) {
     return -NO_MEMORY;
 }

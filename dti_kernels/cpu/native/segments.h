@@ -5,7 +5,7 @@
 
 #include "vectors.h"
 
-// Mirrored by `_Arguments` in cpu_native.py. Null pointers are inputs that are off and gradients that nobody asks for.
+// Mirrored by `_Arguments` in compiled.py. Null pointers are inputs that are off and gradients that nobody asks for.
 struct Arguments {
     int64_t num_rows, num_context, num_skipped, num_heads, num_groups, head_dim, num_ratios, num_threads;
     double scale;
@@ -63,6 +63,7 @@ struct Segment {
     Index gradients, num_gradients;  // of its keys: where their numbers begin, and how many there are
 
     Index local(Index key) const { return key < span.first ? key - prefix.first : span_first + key - span.first; }
+    Index global(Index key) const { return key < span_first ? prefix.first + key : span.first + key - span_first; }
     Range local(Range keys) const {
         if (keys.empty()) return {0, 0};
         const Index begin = local(keys.first);
@@ -113,8 +114,7 @@ template <class F> std::vector<Segment> segments_of(const Arguments& x) {
     std::vector<Segment> segments;
     Index gradients = 0;
     auto add = [&](Index first, Index stop, bool sums) {
-        Segment s{};
-        s.first = first, s.stop = stop, s.sums = sums;
+        Segment s{first, stop, sums};
         s.prefix = Row{x, first}.prefix();
         s.span = {Row{x, first}.span().first, Row{x, stop - 1}.span().stop};
         s.span_first = round_up(s.prefix.size(), NR<F>);

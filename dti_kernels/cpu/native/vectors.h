@@ -116,15 +116,11 @@ inline void accumulate_block(const F* p, Index ldp, const F* b, Index ldb, Index
         }
 }
 
-template <class Body> inline void with_rows(int count, Body body) {
-    switch (count) {
-        case 1: body(std::integral_constant<int, 1>{}); break;
-        case 2: body(std::integral_constant<int, 2>{}); break;
-        case 3: body(std::integral_constant<int, 3>{}); break;
-        case 4: body(std::integral_constant<int, 4>{}); break;
-        case 5: body(std::integral_constant<int, 5>{}); break;
-        default: body(std::integral_constant<int, 6>{}); break;
-    }
+// Calls `body` with the number of rows, 1 to MR, as a constant.
+template <int M = MR, class Body> inline void with_rows(int count, Body body) {
+    if constexpr (M > 1)
+        if (count < M) return with_rows<M - 1>(count, body);
+    body(std::integral_constant<int, M>{});
 }
 
 // The same over all of a row's `depth` numbers.

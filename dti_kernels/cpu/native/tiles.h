@@ -1,0 +1,249 @@
+// One thread's copy of a segment's keys, and tiles of its rows: which columns each row sees, and loops over them.
+#pragma once
+#include <atomic>
+#include <cstring>
+
+#include "segments.h"
+
+namespace dti {
+
+#ifndef DTI_TILE_ROWS  // tests try other sizes
+#define DTI_TILE_ROWS 48
+#endif
+constexpr int TILE_ROWS = DTI_TILE_ROWS;  // times query heads of the group, of a tile
+constexpr int CHUNK = 64;  // keys that a tile meets at a time: rows of values and their gradients stay in the L1 cache
+
+template <class F> class Tiles {
+  protected:
+    static_assert(CHUNK % NR<F> == 0, "chunks are whole panels");
+
+    // Keys and values of a segment: panels (keys / NR x depth x NR), those of values for the backward; rows (keys x depth) of values in the
+    // forward, of keys in the backward.
+    struct Stream {
+        std::vector<F> key_panels, value_panels, rows;
+        F *d_keys, *d_values;
+    };
+    // Up to MR rows of a tile, and the columns that any of them sees: as a prefix, and as a span.
+    struct Block {
+        Index first;
+        int count;
+        Range columns[2];
+    };
+
+    const Arguments& x;
+    const bool backward;
+    std::atomic<bool>& not_finite;
+    const Index per_group, depth;
+    const Segment* s = nullptr;
+    Index g = 0;  // key head
+    bool two_streams = false;
+    Stream current, initial;
+    V<F> zeros = {};  // sums of 0 times what is packed: NaN where that is not finite
+
+    // A tile: rows (i, head of the group), i from `tile_first`. Its columns are whole panels: those of a prefix, then those of the span.
+    Index tile_first = 0, num_tokens = 0, num_rows = 0, num_columns = 0, prefix_columns = 0;
+    Index prefix_key = 0, span_key = 0;  // local keys of column 0 and of column `prefix_columns`
+    std::vector<Range> seen;  // two per row of the layout, in columns
+    std::vector<Block> blocks;
+    std::vector<F> q;
+
+    Tiles(const Arguments& arguments, bool with_gradients, std::atomic<bool>& not_finite)
+        : x(arguments), backward(with_gradients), not_finite(not_finite), per_group(arguments.num_heads / arguments.num_groups),
+          depth(padded_depth<F>(arguments)) {}
+
+    static F* sized(std::vector<F>& memory, Index size) {
+        if (Index(memory.size()) < size) memory.resize(size);
+        return memory.data();
+    }
+    const F* row_of(const void* tensor, Index row) const {
+        return static_cast<const F*>(tensor) + (row * x.num_groups + g) * x.head_dim;
+    }
+    Index query_at(Index row, Index r) const { return ((row - x.num_skipped) * x.num_heads + g * per_group + r) * x.head_dim; }
+    const F* query_row(const void* tensor, Index row, Index r) const { return static_cast<const F*>(tensor) + query_at(row, r); }
+    // Keys that [SUM] rows read of themselves.
+    const void* own_keys() const { return x.k_sum ? x.k_sum : x.k; }
+
+    void pack(const Segment& segment, Index key_head) {
+        s = &segment;
+        g = key_head;
+        two_streams = s->sums && x.k_initial;
+        zeros = V<F>{};
+        pack_stream(current, s->sums ? own_keys() : x.k, x.v);
+        if (two_streams) pack_stream(initial, x.k_initial, x.v_initial);
+        if (sum_of<F>(zeros) != 0) not_finite = true;
+        if (!backward) return;
+        const Index size = s->num_keys * depth, all_sizes = 2 * num_streams(x, s->sums) * size;
+        F* gradients = static_cast<F*>(x.key_gradients) + s->gradients + g * all_sizes;
+        std::memset(gradients, 0, all_sizes * sizeof(F));
+        for (Stream* stream : {&current, &initial}) {  // without a second stream nobody reads its pointers
+            stream->d_keys = gradients;
+            stream->d_values = gradients + size;
+            gradients += 2 * size;
+        }
+    }
+
+    void pack_stream(Stream& stream, const void* keys, const void* values) {
+        pack_keys<true>(stream.key_panels, keys);
+        if (backward) pack_keys<true>(stream.value_panels, values);
+        pack_keys<false>(stream.rows, backward ? keys : values);
+    }
+
+    // The row of a local key in a tensor, null where padding has no key. Prefetches the row 12 keys ahead: rows of one head are strided,
+    // which defeats the hardware prefetcher.
+    const F* key_row(const void* tensor, Index key) const {
+        const Index of = s->global(key);
+        if (of >= (key >= s->span_first ? s->span.stop : s->prefix.stop)) return nullptr;
+        const F* row = row_of(tensor, of);
+        for (Index d = 0; d < x.head_dim; d += 64 / Index(sizeof(F)))
+            __builtin_prefetch(row + 12 * x.num_groups * x.head_dim + d);
+        return row;
+    }
+
+    void copy_padded(F* to, const F* row) const {
+        const Index filled = row ? x.head_dim : 0;
+        if (row) std::memcpy(to, row, filled * sizeof(F));
+        std::fill(to + filled, to + depth, F(0));
+    }
+
+    template <bool IN_PANELS> void pack_keys(std::vector<F>& memory, const void* tensor) {
+        F* to = sized(memory, s->num_keys * depth);
+        V<F> sums = {};  // of its own: a member would be written at every step
+        for (Index key = 0; key < s->num_keys; key++) {
+            const F* row = key_row(tensor, key);
+            const Index filled = row ? x.head_dim : 0;
+            Index d = 0;
+            for (; d + LANES<F> <= filled; d += LANES<F>) sums += load(row + d) * F(0);
+            for (; d < filled; d++) sums[0] += row[d] * F(0);
+            F* panel = to + key / NR<F> * NR<F> * depth + key % NR<F>;
+            if (!IN_PANELS) copy_padded(to + key * depth, row);
+            else for (d = 0; d < depth; d++) panel[d * NR<F>] = d < filled ? row[d] : F(0);
+        }
+        zeros += sums;
+    }
+
+    // Begins the tile of rows from `first` on; returns where it stops. Few [SUM] rows where they lie far apart: a tile has a column for
+    // every key between them.
+    Index begin_tile(Index first) {
+        const Index most = min(s->stop - first, max<Index>(1, TILE_ROWS / per_group));
+        const Range own = Row{x, first}.span();
+        tile_first = first;
+        num_tokens = 1;
+        while (num_tokens < most && Row{x, first + num_tokens}.span().stop - own.first <= 2 * own.size() + 512) num_tokens++;
+        num_rows = num_tokens * per_group;
+        seen.resize(2 * num_tokens);
+        Range keys[2];
+        for (Index i = 0; i < num_tokens; i++) {
+            const Row row{x, first + i};
+            seen[2 * i] = s->local(row.prefix());
+            seen[2 * i + 1] = s->local(row.span());
+            for (int part = 0; part < 2; part++) keys[part] = hull(keys[part], seen[2 * i + part]);
+        }
+        Range prefix = panels_of(keys[0], NR<F>), span = panels_of(keys[1], NR<F>);
+        if (!prefix.empty() && prefix.stop >= span.first) {
+            span = hull(prefix, span);
+            prefix = {0, 0};
+        }
+        prefix_columns = prefix.size() * NR<F>;
+        num_columns = prefix_columns + span.size() * NR<F>;
+        prefix_key = prefix.first * NR<F>;
+        span_key = span.first * NR<F>;
+        for (Range& range : seen) {
+            const Index shift = range.first >= span_key ? prefix_columns - span_key : -prefix_key;
+            range = range.empty() ? Range{0, 0} : Range{range.first + shift, range.stop + shift};
+        }
+        make_blocks();
+        F* to = sized(q, num_rows * depth);
+        for (Index t = 0; t < num_rows; t++)
+            copy_padded(to + t * depth, query_row(x.q, tile_first + t / per_group, t % per_group));
+        return first + num_tokens;
+    }
+
+    // Rows join a block while it computes at most twice what they would compute apart.
+    void make_blocks() {
+        blocks.clear();
+        Index apart = 0;
+        for (Index t = 0; t < num_rows; t++) {
+            const Range* own = &seen[t / per_group * 2];
+            const Index own_size = own[0].size() + own[1].size();
+            if (!blocks.empty() && blocks.back().count < MR) {
+                Block& block = blocks.back();
+                const Range prefix = hull(block.columns[0], own[0]), span = hull(block.columns[1], own[1]);
+                if ((prefix.size() + span.size()) * (block.count + 1) <= 2 * (apart + own_size)) {
+                    block = {block.first, block.count + 1, {prefix, span}};
+                    apart += own_size;
+                    continue;
+                }
+            }
+            blocks.push_back({t, 1, {own[0], own[1]}});
+            apart = own_size;
+        }
+        for (Block& block : blocks) {
+            Range& prefix = block.columns[0];
+            const Range a = panels_of(prefix, NR<F>), b = panels_of(block.columns[1], NR<F>);
+            if (a.stop <= b.first || b.stop <= a.first) continue;  // no panel twice
+            block.columns[1] = hull(prefix, block.columns[1]);
+            prefix = {0, 0};
+        }
+    }
+
+    Index key_of_column(Index column) const {
+        return column < prefix_columns ? prefix_key + column : span_key + column - prefix_columns;
+    }
+
+    // Chunks of columns whose keys lie side by side.
+    template <class Body> void for_chunks(Body body) const {
+        for (const Range part : {Range{0, prefix_columns}, Range{prefix_columns, num_columns}})
+            for (Index column = part.first; column < part.stop; column += CHUNK)
+                body(Range{column, min<Index>(column + CHUNK, part.stop)});
+    }
+
+    static bool sees(const Block& block, Index panel_column) {
+        for (const Range& range : block.columns)
+            if (range.first < panel_column + NR<F> && panel_column < range.stop) return true;
+        return false;
+    }
+
+    // The whole panels of a block's columns in a chunk, counted from the chunk's first column.
+    template <class Body> void for_panels(const Block& block, Range chunk, Body body) const {
+        for (const Range& range : block.columns) {
+            const Range panels = panels_of(range, NR<F>);
+            const Range columns = common({panels.first * NR<F>, panels.stop * NR<F>}, chunk);
+            if (!columns.empty()) body(Range{columns.first - chunk.first, columns.stop - chunk.first});
+        }
+    }
+
+    // Rows of the tile, and the columns of the chunk that their block computes, likewise counted.
+    template <class Body> void for_rows(Range chunk, Body body) const {
+        for (const Block& block : blocks)
+            for_panels(block, chunk, [&](Range columns) {
+                for (Index t = block.first; t < block.first + block.count; t++) body(t, columns);
+            });
+    }
+
+    // Rows of neighbouring blocks that see a panel: nearly always one range of them.
+    template <class Body> void for_rows_that_see(Index panel_column, Body body) const {
+        Range rows;
+        for (const Block& block : blocks) {
+            if (sees(block, panel_column)) {
+                rows = hull(rows, {block.first, block.first + block.count});
+            } else if (!rows.empty()) {
+                body(rows);
+                rows = {};
+            }
+        }
+        if (!rows.empty()) body(rows);
+    }
+
+    // A row's keys by distance from it, where it is a [SUM]: `body(columns, tokens back to the first of them)`, one token less per column. A
+    // prefix outside the span sits right before it.
+    template <class Body> void for_distances(Index i, Body body) const {
+        const Row row{x, tile_first + i};
+        const Range span = row.span();
+        for (int part = 0; part < 2; part++) {
+            const Index first = part ? span.size() : span.size() + row.prefix().size();
+            if (!seen[2 * i + part].empty()) body(seen[2 * i + part], first);
+        }
+    }
+};
+
+}  // namespace dti
