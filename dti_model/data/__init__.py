@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dti_model.data.arrow_file import write_table
-from dti_model.data.errors import MAX_MESSAGE_CHARS, DataError
+from dti_model.data.errors import DataError, OneLineError
 from dti_model.data.folder import STATS_FILE, write_stats
 from dti_model.data.sources import SOURCES, loaded, named_source
 from dti_model.data.split import CONTEXT, SPLIT_CODES, TEST, TRAIN, VAL
@@ -23,7 +23,6 @@ __all__ = [
     "FINISHED",
     "LABEL_TEXTS",
     "MAX_CHARS",
-    "MAX_MESSAGE_CHARS",
     "SOURCES",
     "SPLIT_CODES",
     "STATS_FILE",
@@ -35,6 +34,7 @@ __all__ = [
     "AmazonFiles",
     "CustomFiles",
     "DataError",
+    "OneLineError",
     "PreparedData",
     "Template",
     "TextEncoder",

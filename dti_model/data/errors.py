@@ -1,4 +1,4 @@
-"""The one error type that a user of the data layer sees."""
+"""Errors of the data layer, whose messages are one line."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from pathlib import Path
 
 from dti_model.shown import one_line
 
-MAX_MESSAGE_CHARS = 2000
+MAX_CHARS = 2000  # of a message
 
 
-class DataError(ValueError):
-    """Data is wrong, or not where it should be; the message, one line, names file, line and the way out."""
+class OneLineError(ValueError):
+    """An error whose message is made one printable line: names of files and columns, and values, may stand in it as they are."""
 
     def __init__(self, message: str) -> None:
-        """File names, column names and values may stand in the message as they are."""
-        super().__init__(one_line(message, MAX_MESSAGE_CHARS))
+        super().__init__(one_line(message, MAX_CHARS))
+
+
+class DataError(OneLineError):
+    """Data is wrong, or not where it should be; the message names file, line and the way out."""
 
 
 def at_line(path: Path, line: int, problem: str) -> DataError:

@@ -19,15 +19,15 @@ import numpy as np
 from dti_model.data import (
     FINISHED,
     MAX_CHARS,
-    MAX_MESSAGE_CHARS,
     TEMPLATE,
     DataError,
+    OneLineError,
     Template,
     TextEncoder,
     template_text,
 )
 from dti_model.prompts import IntArray, PromptBuilder
-from dti_model.shown import one_line, shown
+from dti_model.shown import shown
 
 # A text is cut to so many characters a token before it is encoded: some tokenizers need minutes for a megabyte.
 CHARS_PER_TOKEN = 32
@@ -35,12 +35,8 @@ CHARS_PER_TOKEN = 32
 Item = str | int | Mapping[str, Any]
 
 
-class ItemError(ValueError):
-    """An item, a label or a user cannot be read; the message, one line, says why and names the way out."""
-
-    def __init__(self, message: str) -> None:
-        """A file name may stand in the message as it is."""
-        super().__init__(one_line(message, MAX_MESSAGE_CHARS))
+class ItemError(OneLineError):
+    """An item, a label or a user cannot be read; the message says why and names the way out."""
 
 
 def user_text(user: Any) -> str:

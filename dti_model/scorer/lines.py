@@ -122,13 +122,11 @@ class InputFile:
     def _num_rows(self) -> int:
         with self._readable_parquet():
             file = pq.ParquetFile(self._file)
-            num_rows: int = file.metadata.num_rows
-            twice = _repeated_column(file.schema_arrow)
-        if twice is not None:
-            raise ValueError(
-                f"{one_line(self.path)} has two columns {one_line(twice)}: which one counts is not known, so keep one"
-            )
-        return num_rows
+            if (twice := _repeated_column(file.schema_arrow)) is not None:
+                raise ValueError(
+                    f"{one_line(self.path)} has two columns {one_line(twice)}: which one counts is not known, so keep one"
+                )
+            return int(file.metadata.num_rows)
 
     def _rows(self) -> Iterator[dict[str, Any] | ItemError]:
         with self._readable_parquet():
