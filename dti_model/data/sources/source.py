@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,17 +42,15 @@ class Facts:
 
 
 class Source(Protocol):
-    """Files that `prepare` can read.
-
-    Attributes:
-        ratings: the lowest and the highest, between which `prepare`'s threshold lies; None: the source has a threshold of its own.
-    """
-
-    ratings: ClassVar[tuple[float, float] | None]
+    """Files that `prepare` can read."""
 
     @property
     def name(self) -> str:
         """The name of the source in stats.json."""
+
+    @property
+    def ratings(self) -> tuple[float, float] | None:
+        """The lowest and the highest, between which `prepare`'s threshold lies; None: the source has a threshold of its own."""
 
     def load(self) -> RawData:
         """Read the files."""
