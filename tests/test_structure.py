@@ -33,9 +33,10 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"__main__"},
     ),
     "benchmarks": (
+        {"recording", "cards", "shapes"},
         {"measuring", "synthetic"},
         {"attention"},
-        {"quality", "report", "gpu"},
+        {"quality", "report", "scoring", "gpu"},
         {
             *("bench_attention", "bench_quality", "bench_score", "bench_train", "bench_train_gpu"),
             *("compile_report", "gpu_suite", "leak_meter", "simulate", "tune_tiles"),
@@ -69,11 +70,24 @@ def imported(source: str) -> Iterator[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "imports are absolute"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if name in MODULES else str(node.module) for name in names]
+            names = [_source(str(node.module), alias.name) for alias in node.names]
         else:
             continue
         yield from (name for name in names if name.split(".")[0] in (*PACKAGES, "tests"))
+
+
+def _source(package: str, name: str) -> str:
+    """The module that `from package import name` reads: a submodule, unless the face binds a name like it."""
+    submodule = f"{package}.{name}"
+    return submodule if submodule in MODULES and name not in names_of_face(package) else package
+
+
+@cache
+def names_of_face(folder: str) -> frozenset[str]:
+    """Names that a folder's `__init__` imports."""
+    body = ast.parse(MODULES[folder].read_text()).body if folder in FOLDERS else []
+    imports = (node for node in body if isinstance(node, ast.ImportFrom))
+    return frozenset(alias.asname or alias.name for node in imports for alias in node.names)
 
 
 def room_of(module: str) -> str:
