@@ -68,9 +68,8 @@ def sum_dq_kernel(
     num_tiles = ranges[4] + tl.cdiv(ranges[3] - ranges[2], BLOCK_N)
     k_sum_ptr += tl.cast(group, tl.int64) * stride_ksh
     v_ptr += tl.cast(group, tl.int64) * stride_vh
-    k_self = load_tile(k_sum_ptr, offsets(row, 0, stride_kst, 0), valid, HEAD_DIM, BLOCK_D, True).to(
-        tl.float32
-    )
+    offs_self = offsets(row, 0, stride_kst, 0)
+    k_self = load_tile(k_sum_ptr, offs_self, valid, HEAD_DIM, BLOCK_D, True).to(tl.float32)
     v_self = load_tile(v_ptr, offsets(row, 0, stride_vt, 0), valid, HEAD_DIM, BLOCK_D, True).to(tl.float32)
     p_self = exponential(tl.sum(q.to(tl.float32) * k_self, 1) * scale - lse, True)
     ds_self = p_self * (tl.sum(do.to(tl.float32) * v_self, 1) - delta)
@@ -143,12 +142,10 @@ def sum_dkv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if ratios_ptr is not None:
-        k_initial = load_tile(
-            k_initial_ptr, offsets(key, group, stride_k0t, stride_k0h), inside, HEAD_DIM, BLOCK_D, True
-        )
-        v_initial = load_tile(
-            v_initial_ptr, offsets(key, group, stride_v0t, stride_v0h), inside, HEAD_DIM, BLOCK_D, True
-        )
+        offs_k0 = offsets(key, group, stride_k0t, stride_k0h)
+        k_initial = load_tile(k_initial_ptr, offs_k0, inside, HEAD_DIM, BLOCK_D, True)
+        offs_v0 = offsets(key, group, stride_v0t, stride_v0h)
+        v_initial = load_tile(v_initial_ptr, offs_v0, inside, HEAD_DIM, BLOCK_D, True)
         key_reset_id = load_field(rows_ptr, RESET_ID, num_rows, key, inside)
         dk_initial = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv_initial = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -164,14 +161,12 @@ def sum_dkv_kernel(
         first = num_context + first_sum + tile * (BLOCK_M // PACK)
         row, lane = tile_rows(first, num_rows, PACK, BLOCK_M)
         valid = row < num_rows
-        skipped = num_rows - num_queries
-        base_q = offsets(first - skipped, group * GROUP + head_0, stride_qt, stride_qh)
-        base_do = offsets(first - skipped, group * GROUP + head_0, stride_dot, stride_doh)
+        query, query_0 = row - (num_rows - num_queries), first - (num_rows - num_queries)
+        base_q = offsets(query_0, group * GROUP + head_0, stride_qt, stride_qh)
+        base_do = offsets(query_0, group * GROUP + head_0, stride_dot, stride_doh)
         q = load_tile(q_ptr + base_q, offs_q, valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
         do = load_tile(do_ptr + base_do, offs_do, valid, HEAD_DIM, BLOCK_D, True)
-        offs_tile = packed_offsets(
-            row - skipped, group, head_0 + lane, first - skipped, num_queries, GROUP, PACK
-        )
+        offs_tile = packed_offsets(query, group, head_0 + lane, query_0, num_queries, GROUP, PACK)
         lse = tl.load(lse_tile_ptr + offs_tile, mask=valid, other=0.0)
         delta = tl.load(delta_ptr + offs_tile, mask=valid, other=0.0)
         s = inner(k, q)  # [N, M]

@@ -101,9 +101,8 @@ def ctx_fwd_kernel(
             s_next = inner(q, k)
             m_i, l_i, acc = accumulate(s, v, m_i, l_i, acc, exponent_scale, NATURAL, False)
             s = s_next
-        v = load_keys(
-            v_ptr, full_first + (num_full - 1) * BLOCK_N, stride_vt, any_full, HEAD_DIM, BLOCK_D, True
-        )
+        last_full = full_first + (num_full - 1) * BLOCK_N
+        v = load_keys(v_ptr, last_full, stride_vt, any_full, HEAD_DIM, BLOCK_D, True)
         s = tl.where(num_full > 0, s * exponent_scale, float("-inf"))
         m_i, l_i, acc = accumulate(s, v, m_i, l_i, acc, exponent_scale, NATURAL, True)
     else:
@@ -194,12 +193,10 @@ def sum_fwd_kernel(
 def forward_launches(batch: Batch, out: Tensor, lse: Tensor) -> list[Launch]:
     """The launches that fill `out` and `lse`; both must be contiguous."""
     num_queries, num_heads, _ = out.shape
-    arguments: Arguments = {
-        **{"out_ptr": out, "lse_ptr": lse, **strides(o=out)},
-        "row_marks_ptr": batch.empty(num_heads, num_queries, dtype=torch.int8),
-        # `isolated_rows_kernel` computes the output where there is no gradient of it.
-        **{"written_ptr": out, "do_ptr": None, "delta_ptr": None, **strides(do=None)},
-    }
+    arguments: Arguments = {"out_ptr": out, "lse_ptr": lse, **strides(o=out)}
+    arguments["row_marks_ptr"] = batch.empty(num_heads, num_queries, dtype=torch.int8)
+    # Without `do` rows are isolated in the output, with it in dq.
+    arguments |= {"written_ptr": out, "do_ptr": None, "delta_ptr": None, **strides(do=None)}
     launches = []
     if batch.has_context_queries:
         launches.append(batch.over_rows(ctx_fwd_kernel, batch.num_context, arguments))
