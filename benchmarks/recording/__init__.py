@@ -10,7 +10,7 @@ from benchmarks.recording.command import (
     parse_measuring,
     refuse_record,
 )
-from benchmarks.recording.provenance import REHEARSING, ROOT, commit_of, provenance
+from benchmarks.recording.origin import REHEARSING, ROOT, commit_of, provenance
 from benchmarks.recording.rows import (
     RESULTS,
     SCRATCH,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recording.provenance import ROOT, provenance
+from benchmarks.recording.origin import ROOT, provenance
 from dti_model.files import whole_file
 
 Rows = list[dict[str, Any]]
