@@ -22,18 +22,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from benchmarks.attention import STREAMING
 from benchmarks.measuring import DEVICE, REHEARSING
 from benchmarks.recording import RowFiles, make_parser, parse_measuring, read_rows
+from benchmarks.synthetic import made_up_data, made_up_model
 from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
 from dti_model.evaluation import click_metrics, eval_targets, item_user_auc, score_targets
-from dti_model.launch import let_settings_rule
 from dti_model.model import Run
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.training import RunLog, StreamTrainer
+from dti_model.training import RunLog, StreamTrainer, training_arguments
 
 INSTRUCTION = "Films that one user rated, and whether the user liked each of them:\n"
 # Targets of a prompt in validation and test; and how many test targets get a prompt of their own, whose rows are some ten times as many.
@@ -158,30 +159,9 @@ def trainer_of(run: Run, limit: TimeLimit, watch: Watch, folder: str) -> TimedTr
     prompts = Prompts.streaming(run.data, run.data.targets("train"), config.window, config.targets_per_prompt)
     dataset = PackedPrompts(run.builder, prompts, optim.token_budget, config.seed)
     validation = eval_targets(run.data, "val", config)
-    let_settings_rule(optim.bf16)
-    arguments = TrainingArguments(
-        output_dir=folder,
-        num_train_epochs=optim.epochs,
-        max_steps=optim.max_steps or -1,
-        per_device_train_batch_size=1,
-        learning_rate=optim.learning_rate,
-        weight_decay=optim.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=optim.clip,
-        bf16=optim.bf16,
-        eval_strategy="epoch",
-        eval_on_start=True,
-        save_strategy="no",
-        logging_steps=config.logging_steps,
-        logging_first_step=True,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        seed=config.seed,
-        data_seed=config.seed,
-        use_cpu=DEVICE == "cpu",
-    )
+    arguments = training_arguments(replace(config, out=Path(folder)))
+    arguments.save_strategy, arguments.load_best_model_at_end = SaveStrategy.NO, False
+    arguments.eval_on_start = True
     trainer = TimedTrainer(
         limit=limit,
         model=run.model,
@@ -223,18 +203,16 @@ def finetune(config: TrainConfig, limit: TimeLimit, files: RowFiles) -> None:
         trainer = trainer_of(run, limit, watch, folder)
         dataset = trainer.train_dataset
         assert isinstance(dataset, PackedPrompts)
-        note(
-            part="start",
-            seconds=round(limit.seconds - limit.left_s(), 1),
-            data=run.data.stats["source"]["name"],
-            parameters=sum(p.numel() for p in run.model.parameters()),
-            train_targets=int(dataset.prompts.num_targets.sum()),
-            epoch_rows=int(dataset.num_rows.sum()),
-            epoch_steps=len(dataset),
-            epochs=config.optim.epochs,
-            learning_rate=config.optim.learning_rate,
-            token_budget=config.optim.token_budget,
-        )
+        optim, seconds = config.optim, round(limit.seconds - limit.left_s(), 1)
+        facts = {"seconds": seconds, "data": run.data.stats["source"]["name"]}
+        facts |= {
+            "parameters": run.model.num_parameters(),
+            "epochs": optim.epochs,
+            "epoch_steps": len(dataset),
+        }
+        facts |= {"train_targets": int(dataset.prompts.num_targets.sum())}
+        facts |= {"epoch_rows": int(dataset.num_rows.sum()), "learning_rate": optim.learning_rate}
+        note(part="start", token_budget=optim.token_budget, **facts)
         torch.cuda.reset_peak_memory_stats()
         start = time.monotonic()
         trainer.train()
@@ -279,9 +257,6 @@ def main() -> None:
         parser.error("--data and --weights are needed")
     with tempfile.TemporaryDirectory() as folder:
         if not (options.data and options.weights):
-            # Preparing data needs packages that a machine with a GPU may lack.
-            from benchmarks.synthetic import made_up_data, made_up_model
-
             options.data = options.data or made_up_data(Path(folder))
             options.weights = options.weights or made_up_model(Path(folder) / "model", Path(options.data))
         config = settings(options, options.epochs or epochs_by_speed(options.rows.paths[0]))

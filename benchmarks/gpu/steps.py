@@ -86,136 +86,77 @@ def _rows(*arguments: str) -> tuple[str, ...]:
 
 # Its limit is that of the first `import torch` on a bare machine with a slow disk.
 _DEVICE = Step(
-    "device", "benchmarks.gpu.device", _rows(), 120, "versions, card, clocks, C compiler; is the carried cache good", least=5, always=True, stops=True
+    "device", "benchmarks.gpu.device", _rows(), 120, "versions, card, clocks, C compiler; is the carried cache good",
+    least=5, always=True, stops=True,
 )  # fmt: skip
 
 
 def _precompile(name: str, *sets: str) -> Step:
     return Step(
-        name,
-        "benchmarks.gpu.precompile",
-        _rows("--set", *sets, "--jobs", "{jobs}"),
-        110,
+        name, "benchmarks.gpu.precompile", _rows("--set", *sets, "--jobs", "{jobs}"), 110,
         "all kernels compiled in parallel, into Triton's cache",
-        rehearsed=_rows("--set", "smoke", "--jobs", "{jobs}"),
-        gives_rows=False,
-        always=True,
-        jobs=15,
-    )
+        rehearsed=_rows("--set", "smoke", "--jobs", "{jobs}"), gives_rows=False, always=True, jobs=15,
+    )  # fmt: skip
 
 
 SLOT_A = (
     _DEVICE,
     _precompile("precompile", "smoke", "tests", "tune", "bench", "train", "score"),
     Step(
-        "smoke",
-        "benchmarks.gpu.smoke",
-        _rows(),
-        50,
-        "does it work at all: three cases, output and gradients, error / budget",
-        stops=True,
+        "smoke", "benchmarks.gpu.smoke", _rows(), 50,
+        "does it work at all: three cases, output and gradients, error / budget", stops=True,
     ),
     Step(
-        "gpu-tests",
-        "benchmarks.gpu.tests",
-        _rows("--select", "not inductor", "--jobs", "{jobs}"),
-        100,
+        "gpu-tests", "benchmarks.gpu.tests", _rows("--select", "not inductor", "--jobs", "{jobs}"), 100,
         "parity, equal runs, leaks, unwritten memory, offsets beyond 2**31",
-        rehearsed=_rows("--select", "(one_token and bfloat16) or never_read", "--jobs", "1"),
-        interpreted=True,
-        jobs=10,
+        rehearsed=_rows("--select", "(one_token and bfloat16) or never_read", "--jobs", "1"), interpreted=True, jobs=10,
     ),
     Step(
-        "tiles",
-        "benchmarks.tune_tiles",
-        _rows("--slot", "--seconds", "{seconds}", "--winners", "{tiles}"),
-        50,
-        "the fastest tile of each kernel, for all steps after this",
-        spare=25,
-        least=35,
-        old_table=True,
-        interpreted=True,
+        "tiles", "benchmarks.tune_tiles", _rows("--slot", "--seconds", "{seconds}", "--winners", "{tiles}"), 50,
+        "the fastest tile of each kernel, for all steps after this", spare=25, least=35, old_table=True, interpreted=True,
     ),
     Step(
-        "attention",
-        "benchmarks.bench_attention",
-        _rows("--device", "cuda", "--seconds", "{seconds}"),
-        140,
-        "attention alone, beside all others",
-        spare=30,
-        least=45,
-        resumed=("--resume",),
+        "attention", "benchmarks.bench_attention", _rows("--device", "cuda", "--seconds", "{seconds}"), 140,
+        "attention alone, beside all others", spare=30, least=45, resumed=("--resume",),
     ),
     Step(
-        "attention-old-table",
-        "benchmarks.bench_attention",
-        _rows("--device", "cuda", "--seconds", "{seconds}", "--only", "ours"),
-        35,
-        "the same with the table's tiles: were the predictions right",
-        spare=20,
-        least=25,
-        old_table=True,
+        "attention-old-table", "benchmarks.bench_attention",
+        _rows("--device", "cuda", "--seconds", "{seconds}", "--only", "ours"), 35,
+        "the same with the table's tiles: were the predictions right", spare=20, least=25, old_table=True,
     ),
     Step(
-        "training",
-        "benchmarks.bench_train_gpu",
-        _rows("--seconds", "{seconds}", "--profile", "{kept}/training-step.json.gz"),
-        80,
-        "targets a second, streaming against sliding windows; one profiled step",
-        spare=35,
-        least=50,
+        "training", "benchmarks.bench_train_gpu",
+        _rows("--seconds", "{seconds}", "--profile", "{kept}/training-step.json.gz"), 80,
+        "targets a second, streaming against sliding windows; one profiled step", spare=35, least=50,
     ),
     Step(
-        "host",
-        "benchmarks.gpu.host",
-        _rows("--seconds", "{seconds}"),
-        45,
-        "host microseconds a call",
-        spare=15,
+        "host", "benchmarks.gpu.host", _rows("--seconds", "{seconds}"), 45, "host microseconds a call", spare=15, least=20,
+    ),
+    Step(
+        "score", "benchmarks.bench_score", _rows("--part", "candidates", "--device", "cuda", "--shape", "smollm"), 55,
+        "milliseconds for 1, 100 and 500 candidates", least=20,
+    ),
+    Step(
+        "ncu", "benchmarks.gpu.ncu", _rows("--kept", "{kept}"), 60, "why the context kernels are as fast as they are",
         least=20,
     ),
     Step(
-        "score",
-        "benchmarks.bench_score",
-        _rows("--part", "candidates", "--device", "cuda", "--shape", "smollm"),
-        55,
-        "milliseconds for 1, 100 and 500 candidates",
-        least=20,
+        "inductor", "benchmarks.gpu.tests", _rows("--select", "inductor", "--jobs", "1"), 75,
+        "torch.compile, where time is left", least=30,
     ),
-    Step(
-        "ncu",
-        "benchmarks.gpu.ncu",
-        _rows("--kept", "{kept}"),
-        60,
-        "why the context kernels are as fast as they are",
-        least=20,
-    ),
-    Step(
-        "inductor",
-        "benchmarks.gpu.tests",
-        _rows("--select", "inductor", "--jobs", "1"),
-        75,
-        "torch.compile, where time is left",
-        least=30,
-    ),
-)
+)  # fmt: skip
 
 
 def slot_b(k: str) -> tuple[Step, ...]:
     """Slot B at `k` targets per prompt; the name of its step says which, so that two of them share a folder."""
+    given = ("--data", "{data}", "--weights", "{weights}", "--k", "{k}", "--epochs", "{epochs}")
     return (
         _DEVICE,
         _precompile("precompile-training", "train", "score"),
         Step(
-            f"finetune-k{k}",
-            "benchmarks.gpu.finetune",
-            _rows(
-                "--data", "{data}", "--weights", "{weights}", "--k", "{k}", "--epochs", "{epochs}", "--seconds", "{seconds}"
-            ),
-            290,
+            f"finetune-k{k}", "benchmarks.gpu.finetune", _rows(*given, "--seconds", "{seconds}"), 290,
             "a language model fine-tuned on clicks: validation before and after, and the test of the best",
-            spare=60,
-            least=100,
+            spare=60, least=100,
         ),
     )  # fmt: skip
 

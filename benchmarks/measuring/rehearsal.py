@@ -50,6 +50,7 @@ def _zero(*_: Any, **__: Any) -> int:
 
 _STAND_INS: dict[str, Any] = {
     "Event": _Event,
+    "is_available": lambda: False,  # training takes the CPU
     "synchronize": _nothing,
     "empty_cache": _nothing,
     "reset_peak_memory_stats": _nothing,
