@@ -38,6 +38,7 @@ from benchmarks.quality import (
 from benchmarks.recording import (
     RESULTS,
     SCRATCH,
+    Rows,
     add_record,
     make_parser,
     provenance,
@@ -77,7 +78,7 @@ class Bench:
         """The run folder of a cell."""
         return self.out / "runs" / cell.name
 
-    def run(self, name: str, plan: Plan) -> list[dict[str, Any]]:
+    def run(self, name: str, plan: Plan) -> Rows:
         """Train and score what is missing; rows of the plan's runs and comparisons."""
         plan = self._finished(plan) if self.finished_only else plan
         cells = sorted((cell.seed, i, cell) for i, arm in enumerate(plan.arms) for cell in arm.cells)
@@ -120,21 +121,14 @@ class Bench:
     def _row(self, name: str, arm: Arm, cell: Cell, plan: Plan) -> dict[str, Any]:
         result = json.loads((self.folder_of(cell) / CELL_FILE).read_text())
         settings = asdict(cell)
-        row: dict[str, Any] = {
-            "benchmark": "quality",
-            "plan": name,
-            "size": self.size_name,
-            "arm": arm.name,
-            "data": self.data_name,
-            "run": cell.name,
-            **{
-                key: settings[key]
-                for key in ("k", "seed", "targets_per_step", "mixed", "epochs", "learning_rate")
-            },
-            "mode": cell.dti.mode,
-            "reset": f"{cell.dti.alpha_min:g} .. {cell.dti.alpha_max:g}" if cell.dti.reset else None,
-            "model": f"{cell.model.layers} x {cell.model.width}",
+        row: dict[str, Any] = {"benchmark": "quality", "plan": name, "size": self.size_name, "arm": arm.name}
+        row |= {"data": self.data_name, "run": cell.name}
+        row |= {
+            key: settings[key]
+            for key in ("k", "seed", "targets_per_step", "mixed", "epochs", "learning_rate")
         }
+        row |= {"mode": cell.dti.mode, "model": f"{cell.model.layers} x {cell.model.width}"}
+        row["reset"] = f"{cell.dti.alpha_min:g} .. {cell.dti.alpha_max:g}" if cell.dti.reset else None
         row |= {key: result[key] for key in ("train_targets", "rows_per_target", "steps")}
         for split in result["scores"]:
             if split == "test" and not plan.test:
@@ -142,7 +136,7 @@ class Bench:
             row |= {f"{split}_{metric}": result["scores"][split][metric] for metric in METRICS}
         return row
 
-    def _differences(self, name: str, plan: Plan, split: str, base: Arm) -> list[dict[str, Any]]:
+    def _differences(self, name: str, plan: Plan, split: str, base: Arm) -> Rows:
         data = PreparedData.open(self.data_of(base.cell))
         targets = data.targets(split)
         labels, users = np.asarray(data.label[targets], np.int64), data.users_of(targets)
@@ -153,22 +147,15 @@ class Bench:
                 continue
             a = [scores_of(self.folder_of(cell), split) for cell in arm.cells]
             found = auc_difference(labels, users, a, b)
-            rows.append(
-                {
-                    "benchmark": "quality-difference",
-                    "plan": name,
-                    "size": self.size_name,
-                    "arm": arm.name,
-                    "against": base.name,
-                    "split": split,
-                    "seeds": [len(a), len(b)],
-                    "targets": len(labels),
-                    "users": len(np.unique(users)),
-                    "auc_difference": round(found.value, 5),
-                    "low": round(found.low, 5),
-                    "high": round(found.high, 5),
-                }
-            )
+            row: dict[str, Any] = {"benchmark": "quality-difference", "plan": name, "size": self.size_name}
+            row |= {"arm": arm.name, "against": base.name, "split": split, "seeds": [len(a), len(b)]}
+            row |= {"targets": len(labels), "users": len(np.unique(users))}
+            row |= {
+                "auc_difference": round(found.value, 5),
+                "low": round(found.low, 5),
+                "high": round(found.high, 5),
+            }
+            rows.append(row)
         return rows
 
 
@@ -179,11 +166,11 @@ def _switched(dti: DTIConfig) -> DTIConfig:
     return replace(dti, mode="dti", alpha_max=0.5)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Rows) -> str:
     """Arms with mean metrics over seeds, and their differences."""
     compared = [row for row in rows if row["benchmark"] == "quality-difference"]
     differences = {row["arm"]: row for row in compared if row["against"] == compared[0]["against"]}
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, Rows] = {}
     for row in rows:
         if row["benchmark"] == "quality":
             runs.setdefault(row["arm"], []).append(row)

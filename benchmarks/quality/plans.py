@@ -37,15 +37,13 @@ class Size:
     pretrained_layers: int = 0  # of the pretrained model, where there is one
 
 
+def _scratch(train_targets: int, targets_per_step: int, learning_rate: float, model: ModelConfig) -> Cell:
+    return Cell(1, 0, train_targets, targets_per_step, model=model, epochs=1, learning_rate=learning_rate)
+
+
 SIZES = {
     "smoke": Size(
-        Cell(
-            k=1,
-            train_targets=60,
-            targets_per_step=16,
-            epochs=1,
-            model=ModelConfig(layers=2, width=16, heads=2, kv_heads=1, mlp_width=24, dropout=0.0),
-        ),
+        _scratch(60, 16, 2e-3, ModelConfig(2, 16, heads=2, kv_heads=1, mlp_width=24, dropout=0.0)),
         seeds=2,
         seeds_of_curves=1,
         ks=(2,),
@@ -53,14 +51,7 @@ SIZES = {
         whole_epochs=1,
     ),
     "small": Size(
-        Cell(
-            k=1,
-            train_targets=36_000,
-            targets_per_step=64,
-            epochs=1,
-            learning_rate=1e-3,
-            model=ModelConfig(layers=2, width=64, heads=4, kv_heads=2, mlp_width=172, dropout=0.0),
-        ),
+        _scratch(36_000, 64, 1e-3, ModelConfig(2, 64, heads=4, kv_heads=2, mlp_width=172, dropout=0.0)),
         seeds=3,
         seeds_of_curves=3,
         seeds_of_sweep=2,
@@ -132,18 +123,9 @@ def _k(k: int) -> str:
 
 
 def _curves(size: Size, modes: dict[str, str], ks: tuple[int, ...]) -> list[Arm]:
-    largest = max(size.ks)
-    return [
-        _arm(
-            f"{name}, {_k(k)}",
-            size,
-            size.seeds if k == largest else size.seeds_of_curves,
-            DTIConfig(mode),
-            k=k,
-        )
-        for k in ks
-        for name, mode in modes.items()
-    ]
+    seeds = dict.fromkeys(ks, size.seeds_of_curves) | {max(size.ks): size.seeds}
+    both = [(k, name, DTIConfig(mode)) for k in ks for name, mode in modes.items()]
+    return [_arm(f"{name}, {_k(k)}", size, seeds[k], dti, k=k) for k, name, dti in both]
 
 
 def _sliding(size: Size) -> list[Arm]:
@@ -182,6 +164,7 @@ SWEEP = {
     "0.5": DTIConfig(alpha_min=0.5, alpha_max=0.5),
     "1": DTIConfig(alpha_min=1.0, alpha_max=1.0),
 }
+FULL_RESET = DTIConfig(alpha_min=1.0, alpha_max=1.0, alpha_own=1.0)
 SWEEP_ONCE = {
     "0 .. 0.5, steepness 0.25": DTIConfig(alpha_max=0.5, steepness=0.25),
     "0 .. 0.5, steepness 4": DTIConfig(alpha_max=0.5, steepness=4.0),
@@ -206,18 +189,13 @@ def depth(size: Size) -> Plan:
     if model.pretrained is None:
         model = replace(model, layers=2 * model.layers)
     base = replace(size.base, train_targets=size.whole_targets, epochs=size.whole_epochs, model=model)
-    size, k, every_layer = (
-        replace(size, base=base),
-        max(size.ks),
-        tuple(range(size.pretrained_layers or model.layers)),
-    )
+    every_layer = tuple(range(size.pretrained_layers or model.layers))
+    size, k = replace(size, base=base), max(size.ks)
     resets = {
         "no reset": DTIConfig(alpha_max=0.0),
         "0 .. 0.5, last layer": DTIConfig(alpha_max=0.5),
         "0 .. 0.5, every layer": DTIConfig(alpha_max=0.5, reset_layers=every_layer),
-        "full reset, every layer": DTIConfig(
-            alpha_min=1.0, alpha_max=1.0, alpha_own=1.0, reset_layers=every_layer
-        ),
+        "full reset, every layer": replace(FULL_RESET, reset_layers=every_layer),
     }
     arms = [_arm(name, size, size.seeds_of_curves, dti=dti, k=k) for name, dti in resets.items()]
     return Plan("Which layers of a deeper model reset?", arms, "no reset", score_other=True)
@@ -227,27 +205,18 @@ def whole(size: Size) -> Plan:
     """Whole histories beside k = 50, cause by cause."""
     k, seeds = max(size.ks), size.seeds_of_curves
     size = replace(size, base=replace(size.base, train_targets=size.whole_targets, epochs=size.whole_epochs))
-    few = size.base.targets_per_step
+    few, rate = size.base.targets_per_step, size.base.learning_rate
     many = 10 * few
-    full = DTIConfig(alpha_min=1.0, alpha_max=1.0, alpha_own=1.0)
+    large_steps = {"k": k, "targets_per_step": many}
     arms = [
         _arm(f"{_k(k)}, {few} targets a step", size, size.seeds_of_sweep, k=k),
         _arm("whole histories", size, seeds, k=0),
-        _arm(f"{_k(k)}, {many} targets a step", size, seeds, k=k, targets_per_step=many),
-        _arm(
-            f"{_k(k)}, {many} targets a step, few users a batch",
-            size,
-            seeds,
-            k=k,
-            targets_per_step=many,
-            mixed=False,
-        ),
+        _arm(f"{_k(k)}, {many} targets a step", size, seeds, **large_steps),
+        _arm(f"{_k(k)}, {many} targets a step, few users a batch", size, seeds, mixed=False, **large_steps),
         _arm(f"{_k(2 * k)}, smallest step", size, size.seeds_of_sweep, k=2 * k),
         _arm(f"{_k(4 * k)}, smallest step", size, size.seeds_of_sweep, k=4 * k),
-        _arm("whole histories, full reset", size, seeds, k=0, dti=full),
-        _arm(
-            "whole histories, learning rate x 2", size, seeds, k=0, learning_rate=2 * size.base.learning_rate
-        ),
+        _arm("whole histories, full reset", size, seeds, k=0, dti=FULL_RESET),
+        _arm("whole histories, learning rate x 2", size, seeds, k=0, learning_rate=2 * rate),
     ]
     return Plan("Why are whole histories worse at equal epochs?", arms, arms[0].name, score_other=True)
 
@@ -270,14 +239,5 @@ def long(size: Size) -> Plan:
     return Plan("Does streaming cost accuracy where models have learnt?", arms, SW_ALIBI, score_other=True)
 
 
-PLANS: dict[str, Callable[[Size], Plan]] = {
-    "table1": table1,
-    "table3": table3,
-    "figure2": table1,
-    "figure3": figure3,
-    "sweep": sweep,
-    "depth": depth,
-    "whole": whole,
-    "users": users,
-    "long": long,
-}
+_MAKERS = (table1, table3, figure3, sweep, depth, whole, users, long)
+PLANS: dict[str, Callable[[Size], Plan]] = {make.__name__: make for make in _MAKERS} | {"figure2": table1}

@@ -22,15 +22,7 @@ import torch
 from transformers import set_seed
 
 from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
-from dti_model.data import (
-    COLUMNS,
-    CONTEXT,
-    SPLIT_CODES,
-    STATS_FILE,
-    PreparedData,
-    write_stats,
-    write_table,
-)
+from dti_model.data import COLUMNS, CONTEXT, SPLIT_CODES, STATS_FILE, PreparedData, write_stats, write_table
 from dti_model.evaluation import click_metrics, score_targets
 from dti_model.files import whole_folder, write_json
 from dti_model.model import MODEL_FOLDER, Run, apply_dti, model_from
