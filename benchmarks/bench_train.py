@@ -36,22 +36,15 @@ def measure(config: TrainConfig, ks: list[int | None], num_steps: int) -> list[d
     window = config.window
     rows = []
     for k, value in measured.items():
-        row: dict[str, Any] = {
-            "benchmark": "train",
-            "data": run.data.stats["source"]["name"],
-            "model": f"{config.model.layers} x {config.model.width}",
-            "parameters": sum(p.numel() for p in run.model.parameters()),
-            "mode": config.dti.mode,
-            "k": "all" if k is None else k,
-            "targets_per_s": round(value.targets_per_s, 1),
-            "tokens_per_s": round(value.rows_per_s),
-            "rows_per_target": round(value.rows_per_target, 2),
-            "peak_mib": profiles[k][1] if value.peak_mib is None else value.peak_mib,
-            "attention_share": profiles[k][0],
-            "mflops_per_target": round(flops[k] / 1e6, 2),
-            "equation_3": None if k is None else round(k * window / (window + k), 2),
-            "steps": num_steps,
-        }
+        row: dict[str, Any] = {"benchmark": "train", "data": run.data.stats["source"]["name"]}
+        row["model"] = f"{config.model.layers} x {config.model.width}"
+        row["parameters"] = sum(p.numel() for p in run.model.parameters())
+        row |= {"mode": config.dti.mode, "k": "all" if k is None else k, "steps": num_steps}
+        row |= {"targets_per_s": round(value.targets_per_s, 1), "tokens_per_s": round(value.rows_per_s)}
+        row["rows_per_target"] = round(value.rows_per_target, 2)
+        row["peak_mib"] = profiles[k][1] if value.peak_mib is None else value.peak_mib
+        row |= {"attention_share": profiles[k][0], "mflops_per_target": round(flops[k] / 1e6, 2)}
+        row["equation_3"] = None if k is None else round(k * window / (window + k), 2)
         if base is not None:
             row["speedup"] = round(value.targets_per_s / base.targets_per_s, 2)
             row["rows_ratio"] = round(base.rows_per_target / value.rows_per_target, 2)

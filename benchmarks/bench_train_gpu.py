@@ -121,20 +121,13 @@ class Bench:
         timing = percentiles_ms(np.asarray(self.times[kind]))
         seconds, flops = timing["p50_ms"] / 1e3, self.flops(kind)
         peak = peak_flops(torch.device(DEVICE), bf16=True) if self.on_gpu else None
-        return {
-            "benchmark": "training",
-            "model": self.name,
-            "kind": kind,
-            "tokens": len(ids),
-            "targets": layout.num_sum,
-            "steps": len(self.times[kind]),
-            **timing,
-            "targets_per_s": round(layout.num_sum / seconds, 1),
-            "tokens_per_s": round(len(ids) / seconds),
-            "gflop_per_target": round(flops / layout.num_sum / 1e9, 6),
-            "mfu": None if peak is None else round(flops / seconds / peak, 4),
-            "peak_mib": round(self.peak_mib[kind]),
-        }
+        row = {"benchmark": "training", "model": self.name, "kind": kind, "tokens": len(ids)}
+        row |= {"targets": layout.num_sum, "steps": len(self.times[kind]), **timing}
+        row["targets_per_s"] = round(layout.num_sum / seconds, 1)
+        row["tokens_per_s"] = round(len(ids) / seconds)
+        row["gflop_per_target"] = round(flops / layout.num_sum / 1e9, 6)
+        mfu = None if peak is None else round(flops / seconds / peak, 4)
+        return {**row, "mfu": mfu, "peak_mib": round(self.peak_mib[kind])}
 
 
 def profile(step: Callable[[], Any], path: Path) -> dict[str, Any]:

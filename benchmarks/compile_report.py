@@ -29,13 +29,8 @@ from dti_kernels.gpu import KERNELS, TABLE, Tile, forced
 
 RECORDED = RESULTS / "compile.jsonl"
 # Bytes of shared memory that one program may have (CUDA programming guide, ISA manual of CDNA3).
-SHARED_MEMORY = {
-    "sm_80": 163 << 10,
-    "sm_86": 99 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "gfx942": 64 << 10,
-}
+_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+SHARED_MEMORY = {arch: kib << 10 for arch, kib in _KIB.items()}
 # The workload whose useful fractions are quoted: Llama-3.1-8B heads, k = 50, n = 20, 35 +- 8 tokens per interaction.
 QUOTED = Workload("llama8b_k50_16k", 16384, 50, num_heads=32, num_groups=8, head_dim=128)
 
@@ -108,10 +103,8 @@ def compile_row(row: TableRow) -> Compiled:
     shared, assembly = built.kernel.metadata.shared, built.kernel.asm
     if row.arch.startswith("gfx"):
         text = assembly["amdgcn"]
-        registers, spilled = (
-            _number(r"\.vgpr_count:\s+(\d+)", text),
-            _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
-        )
+        registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+        spilled = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
         return Compiled(registers, spilled, shared, text, b"", "")
     cubin = assembly["cubin"]
     usage = _cuobjdump("--dump-resource-usage", cubin)
@@ -190,25 +183,17 @@ def inner_loops(cubin: bytes) -> list[Counter[str]]:
     return counts
 
 
+KEYS = ("arch", "kernel", "head_dim", "bits", "short_span", "group")
+
+
 def compiled_numbers(row: TableRow, result: Compiled) -> dict[str, Any]:
     """What is recorded of a compiled row; `loops` are the instructions of every inner loop that multiplies matrices (NVIDIA)."""
     tile = row.tile
-    return {
-        "arch": row.arch,
-        "kernel": row.kernel,
-        "head_dim": row.head_dim,
-        "bits": row.bits,
-        "short_span": row.short_span,
-        "group": row.group,
-        "tile": [tile.block_m, tile.block_n, tile.warps, tile.stages, tile.pack, tile.ahead],
-        "registers": result.registers,
-        "spilled_bytes": result.spilled_bytes,
-        "shared_bytes": result.shared_bytes,
-        "loops": [sum(count.values()) for count in inner_loops(result.cubin)] if result.cubin else None,
-    }
-
-
-KEYS = ("arch", "kernel", "head_dim", "bits", "short_span", "group")
+    numbers: dict[str, Any] = {key: getattr(row, key) for key in KEYS}
+    numbers["tile"] = [tile.block_m, tile.block_n, tile.warps, tile.stages, tile.pack, tile.ahead]
+    numbers |= {key: getattr(result, key) for key in ("registers", "spilled_bytes", "shared_bytes")}
+    loops = [sum(count.values()) for count in inner_loops(result.cubin)] if result.cubin else None
+    return {**numbers, "loops": loops}
 
 
 def _is_of(row: dict[str, Any], triton_version: str) -> bool:

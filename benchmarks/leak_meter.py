@@ -128,26 +128,16 @@ def _validation_examples(run: Run, num_targets: int) -> Iterator[Example]:
         prompt = Prompts(np.array([start]), np.array([row]), np.array([row + 1]))
         batch = builder.batch(prompt)
         prefix = len(builder.format.prefix)
-        before = int(
-            builder.num_rows(Prompts(np.array([start]), np.array([row - window]), np.array([row - window])))[
-                0
-            ]
-        )
+        end = np.array([row - window])
+        before = int(builder.num_rows(Prompts(np.array([start]), end, end))[0])
         position = torch.arange(batch.layout.num_context)
         # num_rows counts no label after a prompt's last interaction; here that label is read.
         yield batch.input_ids, batch.layout, (position >= prefix) & (position < before + 1)
 
 
 def _row(weights: str, num_layers: int, reset: str, found: list[float]) -> dict[str, Any]:
-    return {
-        "benchmark": "leak",
-        "weights": weights,
-        "layers": num_layers,
-        "reset": reset,
-        "prompts": len(found),
-        "leak": float(np.mean(found)),
-        "largest": max(found),
-    }
+    row = {"benchmark": "leak", "weights": weights, "layers": num_layers, "reset": reset}
+    return {**row, "prompts": len(found), "leak": float(np.mean(found)), "largest": max(found)}
 
 
 def main() -> None:

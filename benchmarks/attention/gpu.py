@@ -295,14 +295,8 @@ def linear_memory(short: Workload, long: Workload) -> dict[str, Any]:
         del x, call
         torch.cuda.empty_cache()
     ratio = round(peaks[1] / peaks[0], 2) if peaks[0] else None
-    return {
-        "workload": f"{short.name}, {long.name}",
-        "check": "memory",
-        "provider": OURS,
-        "peak_mib": peaks,
-        "memory_ratio": ratio,
-        "rows_ratio": round(rows[1] / rows[0], 2),
-    }
+    row = {"workload": f"{short.name}, {long.name}", "check": "memory", "provider": OURS}
+    return {**row, "peak_mib": peaks, "memory_ratio": ratio, "rows_ratio": round(rows[1] / rows[0], 2)}
 
 
 def run_on_gpu(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import REHEARSING
-from benchmarks.recording import ROOT, commit_of, make_parser, parse_measuring
+from benchmarks.recording import ROOT, commit_of, make_parser, parse_measuring, version_of
 from dti_kernels.gpu import architecture
 
 STAMP = "made-with.json"
@@ -57,13 +56,8 @@ _STATES: tuple[tuple[str, ...], ...] = (
 
 def versions() -> dict[str, str | None]:
     """Of everything that a number depends on; None where a package is missing."""
-    found: dict[str, str | None] = {"cuda": torch.version.cuda, "hip": torch.version.hip}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    installed = {package: version_of(package) for package in _PACKAGES}
+    return {"cuda": torch.version.cuda, "hip": torch.version.hip, **installed}
 
 
 def card() -> dict[str, Any]:

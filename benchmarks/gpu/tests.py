@@ -36,37 +36,26 @@ class TestRows:
         """A row for the test itself, and for a set-up or an end that fails or skips it."""
         if report.when != "call" and report.passed:
             return
-        row: dict[str, Any] = {
-            "benchmark": "gpu_tests",
-            "test": report.nodeid.split("::", 1)[-1],
-            "outcome": report.outcome,
-            "seconds": round(report.duration, 2),
-        }
-        row |= dict(report.user_properties)
+        row: dict[str, Any] = {"test": report.nodeid.split("::", 1)[-1], "outcome": report.outcome}
+        row |= {"seconds": round(report.duration, 2), **dict(report.user_properties)}
         if report.failed:
             row["failed"] = message_of(report)
         elif report.skipped:
-            row["reason"] = str(
-                report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
-            )
-        self.outcomes[report.outcome] += 1
+            why = report.longrepr
+            row["reason"] = str(why[-1] if isinstance(why, tuple) else why)
         for name, share in row.get("shares", {}).items():
             self.largest[name] = max(self.largest.get(name, 0.0), share)
-        self.files.append([row])
-        print(f"\n{line_of(row)}", end=" ", flush=True)
+        self._note(row)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A row for a file that cannot be collected."""
         if report.failed:
-            self.outcomes["failed"] += 1
-            row = {
-                "benchmark": "gpu_tests",
-                "test": report.nodeid,
-                "outcome": "failed",
-                "failed": message_of(report),
-            }
-            self.files.append([row])
-            print(f"\n{line_of(row)}", end=" ", flush=True)
+            self._note({"test": report.nodeid, "outcome": "failed", "failed": message_of(report)})
+
+    def _note(self, row: dict[str, Any]) -> None:
+        self.outcomes[row["outcome"]] += 1
+        self.files.append([{"benchmark": "gpu_tests", **row}])
+        print(f"\n{line_of(row)}", end=" ", flush=True)
 
 
 def message_of(report: pytest.TestReport | pytest.CollectReport) -> str:
@@ -75,13 +64,15 @@ def message_of(report: pytest.TestReport | pytest.CollectReport) -> str:
     return str(crash.message if crash is not None else report.longreprtext)[:600]
 
 
+def _shares(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+
+
 def line_of(row: dict[str, Any]) -> str:
     """One test in one line."""
     line = f"{row['outcome'].upper()} {row['test']}, {row.get('seconds', 0.0)} s"
     if "shares" in row:
-        line += ": error / budget " + ", ".join(
-            f"{name} {share:.2f}" for name, share in row["shares"].items()
-        )
+        line += f": error / budget {_shares(row['shares'])}"
     for name in ("failed", "reason"):
         if name in row:
             line += f": {(row[name].splitlines() or [''])[0]}"
@@ -98,17 +89,13 @@ def main() -> None:
     plugin = TestRows(options.rows)
     arguments = ["-m", "gpu", TESTS, "-k", options.select, "--durations=10", "--tb=short"]
     if REHEARSING:
-        arguments += [
-            "-W",
-            "ignore::RuntimeWarning",
-        ]  # the interpreter's NumPy warns of overflows in masked lanes
+        arguments += ["-W", "ignore::RuntimeWarning"]  # the interpreter's NumPy: overflows in masked lanes
     if options.jobs > 1 and importlib.util.find_spec("xdist") is not None:
         arguments += ["-n", str(options.jobs)]
     with tempfile.TemporaryDirectory() as folder:  # pytest would keep its own
         code = int(pytest.main([*arguments, "--basetemp", f"{folder}/pytest"], plugins=[plugin]))
-    print("\nlargest error / budget by tensor:")
     print(
-        ", ".join(f"{name} {share:.2f}" for name, share in sorted(plugin.largest.items())) or "none recorded"
+        f"\nlargest error / budget by tensor:\n{_shares(dict(sorted(plugin.largest.items()))) or 'none recorded'}"
     )
     counts = {outcome: plugin.outcomes[outcome] for outcome in ("passed", "failed", "skipped")}
     options.rows.append([{"benchmark": "gpu_tests", "test": "all", "outcome": "counts", **counts}])

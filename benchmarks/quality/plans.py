@@ -207,7 +207,7 @@ def whole(size: Size) -> Plan:
     size = replace(size, base=replace(size.base, train_targets=size.whole_targets, epochs=size.whole_epochs))
     few, rate = size.base.targets_per_step, size.base.learning_rate
     many = 10 * few
-    large_steps = {"k": k, "targets_per_step": many}
+    large_steps: dict[str, Any] = {"k": k, "targets_per_step": many}
     arms = [
         _arm(f"{_k(k)}, {few} targets a step", size, size.seeds_of_sweep, k=k),
         _arm("whole histories", size, seeds, k=0),
@@ -239,5 +239,5 @@ def long(size: Size) -> Plan:
     return Plan("Does streaming cost accuracy where models have learnt?", arms, SW_ALIBI, score_other=True)
 
 
-_MAKERS = (table1, table3, figure3, sweep, depth, whole, users, long)
-PLANS: dict[str, Callable[[Size], Plan]] = {make.__name__: make for make in _MAKERS} | {"figure2": table1}
+_MAKERS: tuple[Callable[[Size], Plan], ...] = (table1, table3, figure3, sweep, depth, whole, users, long)
+PLANS = {make.__name__: make for make in _MAKERS} | {"figure2": table1}

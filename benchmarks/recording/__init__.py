@@ -10,7 +10,7 @@ from benchmarks.recording.command import (
     parse_measuring,
     refuse_record,
 )
-from benchmarks.recording.origin import REHEARSING, ROOT, commit_of, provenance
+from benchmarks.recording.origin import REHEARSING, ROOT, commit_of, provenance, version_of
 from benchmarks.recording.rows import (
     RESULTS,
     SCRATCH,
@@ -47,4 +47,5 @@ __all__ = [
     "refuse_record",
     "replace_rows",
     "row_lines",
+    "version_of",
 ]

@@ -113,17 +113,10 @@ def measure_evaluation(run: Run, device: str, repeats: int, user_step: int) -> R
             raise AssertionError(f"packed scores and those of {name} differ")
     times = interleaved_ms(providers, repeats, warmup=0, device=device)
     base = float(np.median(times["padded Hugging Face"]))
-    return [
-        {
-            "benchmark": "score",
-            "part": "evaluation",
-            "data": run.data.stats["source"]["name"],
-            "targets": len(rows),
-            "provider": name,
-            "p50_ms": round(float(np.median(ms)), 1),
-            "targets_per_s": round(1e3 * len(rows) / float(np.median(ms)), 1),
-            "speedup": round(base / float(np.median(ms)), 2),
-            "repeats": repeats,
-        }
-        for name, ms in times.items()
-    ]
+    facts = {"benchmark": "score", "part": "evaluation", "data": run.data.stats["source"]["name"]}
+    facts |= {"targets": len(rows), "repeats": repeats}
+    found = []
+    for name, p50 in ((name, float(np.median(ms))) for name, ms in times.items()):
+        row = {**facts, "provider": name, "p50_ms": round(p50, 1), "speedup": round(base / p50, 2)}
+        found.append({**row, "targets_per_s": round(1e3 * len(rows) / p50, 1)})
+    return found
