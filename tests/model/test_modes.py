@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from dti_model.cli import main
-from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.data import prepare
 from dti_model.model.export import export_run
 from dti_model.scorer import Scorer
 from dti_model.training import train
 from tests.data.movielens_files import some_ratings, write_1m
 from tests.scorer.scoring_jobs import requests, score, write_jsonl
+from tests.training.small_runs import small_run
 
 
 @pytest.fixture
@@ -41,17 +41,7 @@ def test_everything_written_has_the_mode_of_the_umask(tmp_path: Path, umask: int
     place = tmp_path / "all"
     data, run = place / "data", place / "run"
     prepare("ml-1m", data, write_1m(tmp_path / "raw", some_ratings(num_users=8)), subset=True, vocab_size=300)
-    config = TrainConfig(
-        data=data,
-        out=run,
-        k=3,
-        window=3,
-        progress=False,
-        report_to=("tensorboard",),
-        model=ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mlp_width=24),
-        optim=OptimConfig(epochs=1, token_budget=600),
-    )
-    train(config)
+    train(small_run(data, run, report_to=("tensorboard",)))
     write_jsonl(place / "in.jsonl", requests(3))
     score(Scorer.from_run(run, device="cpu"), place / "in.jsonl", place / "out.jsonl")
     score(Scorer.from_run(run, device="cpu"), place / "in.jsonl", place / "out.parquet")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -28,10 +27,10 @@ from dti_model.model.fingerprints import OtherOriginError, base_model_fingerprin
 from dti_model.model.pretrained import load_tokenizer
 from dti_model.model.run import Run
 from dti_model.training import search, train
-from dti_model.training.trainer import StreamTrainer
 from tests.conftest import ROOT
 from tests.data.movielens_files import some_ratings, write_1m
 from tests.model.pretrained_files import FAMILIES, pretrained_folder
+from tests.training.small_runs import small_run, train_until
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +45,8 @@ def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(small_folder: Path, tmp_path: Path) -> TrainConfig:
     """Over data of its own."""
     shutil.copytree(small_folder, tmp_path / "data")
-    return TrainConfig(
-        data=tmp_path / "data",
-        out=tmp_path / "runs" / "run",
-        k=3,
-        window=3,
-        progress=False,
-        report_to=(),
-        model=ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mlp_width=24),
-        optim=OptimConfig(epochs=2, token_budget=300, save_steps=2, patience=0),
-    )
+    optim = OptimConfig(epochs=2, token_budget=300, save_steps=2, patience=0)
+    return small_run(tmp_path / "data", tmp_path / "runs" / "run", optim=optim)
 
 
 @pytest.fixture
@@ -70,30 +61,11 @@ def replace_folder(folder: Path, by: Path) -> None:
     shutil.copytree(by, folder)
 
 
-class Interrupted(Exception):
-    """Stands for a killed process."""
-
-
-def interrupt(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train until after the first checkpoint."""
-    training_step = StreamTrainer.training_step
-
-    def interrupted(self: StreamTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == 3:
-            raise Interrupted
-        return training_step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StreamTrainer, "training_step", interrupted)
-        with pytest.raises(Interrupted):
-            train(config)
-
-
 def test_other_data_between_kill_and_resume(
     config: TrainConfig, other_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Nobody noticed: the run went on with targets that it had trained on in its test set."""
-    interrupt(config, monkeypatch)
+    train_until(3, config)
     shutil.copytree(config.data, tmp_path / "kept")
     replace_folder(config.data, other_data)
     with pytest.raises(
@@ -184,7 +156,7 @@ def change_configuration(base: Path) -> None:
 def test_another_base_model_between_kill_and_resume(
     lora: TrainConfig, change: Any, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt(lora, monkeypatch)
+    train_until(3, lora)
     base = Path(str(lora.model.pretrained))
     shutil.copytree(base, base.with_name("kept"))
     change(base)
@@ -267,7 +239,7 @@ def test_a_moved_run_goes_on(config: TrainConfig, tmp_path: Path, monkeypatch: p
     config = relative(dataclasses.replace(config, data=tmp_path / "old" / "data"), tmp_path / "old")
     monkeypatch.chdir(tmp_path / "old")
     whole = train(dataclasses.replace(config, out=Path("runs/whole")))
-    interrupt(config, monkeypatch)
+    train_until(3, config)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old").rename(tmp_path / "new")
     monkeypatch.chdir(tmp_path / "new")
@@ -284,7 +256,7 @@ def test_a_folder_of_version_0_1_0(
     assert TrainConfig.load(config.out).located() == config
     assert evaluate_run(config.out, None, "test", progress=False)["test"] == result["test"]
     other = dataclasses.replace(config, out=tmp_path / "runs" / "other")
-    interrupt(other, monkeypatch)
+    train_until(3, other)
     age(other, tmp_path)
     with pytest.raises(RunExistsError, match="with other settings"):
         train(dataclasses.replace(other, data=shutil.copytree(config.data, tmp_path / "data2")))

@@ -8,9 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,30 +16,20 @@ import polars as pl
 import pytest
 
 from dti_model.cli import main
-from dti_model.config import ModelConfig, OptimConfig, TrainConfig, why_owned
-from dti_model.files import LockedError, locked, write_checksums
+from dti_model.config import OptimConfig, TrainConfig, why_owned
+from dti_model.files import write_checksums
 from dti_model.model import run as run_module
 from dti_model.model.export import export_run
 from dti_model.model.run_folder import LOCK_FILE, RunExistsError
 from dti_model.training import search, train
 from dti_model.training.checkpoint import CheckpointError
 from dti_model.training.trainer import StreamTrainer
-from tests.conftest import ROOT
-from tests.files.test_damage import unsealed
+from tests.training.small_runs import Interrupted, small_run, train_until
 
 
 @pytest.fixture
 def config(small_folder: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        data=small_folder,
-        out=tmp_path / "run",
-        k=3,
-        window=3,
-        progress=False,
-        report_to=(),
-        model=ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mlp_width=24),
-        optim=OptimConfig(epochs=1, token_budget=600),
-    )
+    return small_run(small_folder, tmp_path / "run")
 
 
 def content(folder: Path) -> dict[str, tuple[str, int]]:
@@ -119,34 +106,12 @@ def test_folders_of_others_among_the_checkpoints_stay(config: TrainConfig) -> No
         assert (config.out / "checkpoints" / name / "file").read_text() == "x"
 
 
-class Interrupted(Exception):
-    """Stands for a killed process."""
-
-
 @pytest.fixture(scope="module")
 def interrupted(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A run that was killed after its second step, at which it had been saved for the second time."""
-    config = TrainConfig(
-        data=small_folder,
-        out=tmp_path_factory.mktemp("interrupted") / "run",
-        k=3,
-        window=3,
-        progress=False,
-        report_to=(),
-        model=ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mlp_width=24),
-        optim=OptimConfig(epochs=1, token_budget=600, save_steps=1),
-    )
-    training_step = StreamTrainer.training_step
-
-    def killed(self: StreamTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 2:
-            raise Interrupted
-        return training_step(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StreamTrainer, "training_step", killed)
-        with pytest.raises(Interrupted):
-            train(config)
+    optim = OptimConfig(epochs=1, token_budget=600, save_steps=1)
+    config = small_run(small_folder, tmp_path_factory.mktemp("interrupted") / "run", optim=optim)
+    train_until(2, config)
     assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["checkpoint-2"]
     return config
 
@@ -311,72 +276,6 @@ def test_a_run_that_fails_at_its_start_leaves_no_folder(config: TrainConfig, tmp
     assert not (tmp_path / "a").exists()
 
 
-def in_another_process(config: TrainConfig, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "dti_model.cli", "train", f"--data={config.data}", f"--out={config.out}"]
-    command += ["--k=3", "--window=3", "--progress=false", "--report-to=[]", "--model.layers=1", *more]
-    command += ["--model.width=16", "--model.heads=2", "--model.kv-heads=1", "--model.mlp-width=24"]
-    command += ["--optim.token-budget=600", "--logging-steps=1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-
-
-def test_one_process_at_a_time(config: TrainConfig) -> None:
-    """Two trainings of different settings both ended well: config.yaml was of one, model and metrics of the other."""
-    first = in_another_process(config, "--optim.epochs=2000", "--optim.patience=0")
-    try:
-        assert first.stdout is not None
-        assert first.stdout.readline().startswith("step ")
-        before = (config.out / "config.yaml").read_bytes()
-        for other in (config, dataclasses.replace(config, k=2)):
-            with pytest.raises(LockedError, match=rf"is being written by dti train \(process {first.pid} on"):
-                train(other)
-        second = in_another_process(config, "--optim.epochs=1")
-        _, error = second.communicate(timeout=60)
-        assert second.returncode == 2
-        assert len(error.strip().splitlines()) == 1
-        assert f"process {first.pid}" in error
-        assert (config.out / "config.yaml").read_bytes() == before
-    finally:
-        first.kill()
-        first.communicate()
-    shutil.rmtree(config.out / "checkpoints")
-    train(config)  # the lock of a killed process is free
-    assert TrainConfig.load(config.out) == config
-
-
-def test_searches_take_turns_and_know_their_folder(config: TrainConfig) -> None:
-    with locked(config.out / LOCK_FILE, "dti search"), pytest.raises(LockedError, match="by dti search"):
-        search(config, {"k": [3]}, [0])
-    search(config, {"k": [3]}, [0])
-    search(config, {"k": [3, 4]}, [0])
-    assert {path.name for path in config.out.iterdir()} == {
-        "k=3", "k=4", "search.csv", "search.json", "search-folder.json"
-    }  # fmt: skip
-    # As version 0.1.0 left it.
-    (config.out / "search-folder.json").unlink()
-    search(config, {"k": [3]}, [0])
-
-
-def test_a_finished_cell_that_was_damaged_is_not_read(config: TrainConfig) -> None:
-    search(config, {"k": [3]}, [0])
-    path = config.out / "k=3" / "seed-0" / "metrics.json"
-    metrics = json.loads(path.read_text())
-    metrics["val"]["auc"] = 0.9999
-    path.write_text(json.dumps(metrics, indent=2) + "\n")
-    with pytest.raises(ValueError, match=r"metrics\.json .*Delete .*seed-0 and give the same command again"):
-        search(config, {"k": [3]}, [0])
-    (path.parent / "checksums.json").unlink()
-    with pytest.raises(ValueError, match=r"checksums\.json is missing. Delete .*seed-0"):
-        search(config, {"k": [3]}, [0])
-    (path.parent / "model" / "provenance.json").unlink()
-    unsealed(path.parent)  # as version 0.1.0 left it
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"metrics\.json is damaged .*Delete .*seed-0"):
-        search(config, {"k": [3]}, [0])
-
-
 def test_evaluate_replaces_nothing_but_its_own_file(
     config: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -397,19 +296,3 @@ def test_evaluate_replaces_nothing_but_its_own_file(
         assert main([*command, f"--json={config.out.parent / 'out.json'}"]) == 0
     result = json.loads((config.out.parent / "out.json").read_text())
     assert result["val"] == json.loads((config.out / "metrics.json").read_text())["val"]
-
-
-def test_a_run_says_that_it_goes_on(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    first = in_another_process(config, "--optim.epochs=3", "--optim.save-steps=2")
-    checkpoints = config.out / "checkpoints"
-    deadline = time.monotonic() + 60
-    while not list(checkpoints.glob("checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    first.kill()
-    first.communicate()
-    step = max(int(path.name.split("-")[1]) for path in checkpoints.glob("checkpoint-*"))
-    again = dataclasses.replace(
-        config, logging_steps=1, optim=dataclasses.replace(config.optim, epochs=3, save_steps=2)
-    )
-    steps = train(again)["training"]["optimizer_steps"]
-    assert f"goes on from step {step} of {steps}" in capsys.readouterr().out

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from dti_model import files
-from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.config import OptimConfig, TrainConfig
 from dti_model.files import whole as whole_files
 from dti_model.model import CHECKPOINTS_FOLDER, METRICS_FILE
 from dti_model.training import checkpoint, train
@@ -37,6 +37,7 @@ from dti_model.training.checkpoint import (
 from dti_model.training.resumable import TERMINATED_STATUS, Terminated
 from dti_model.training.trainer import StreamTrainer
 from tests.conftest import ROOT
+from tests.training.small_runs import small_model, small_run
 
 pytestmark = pytest.mark.slow
 # A server imports once; every process that is killed starts from it.
@@ -47,18 +48,11 @@ PROCESSES.set_forkserver_preload(["dti_model.training.driver"])
 @pytest.fixture(scope="module")
 def config(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Dropout, accumulation and checkpoints inside epochs; early stopping ends it before the last epoch."""
-    return TrainConfig(
-        data=small_folder,
-        out=tmp_path_factory.mktemp("interrupt") / "whole",
-        k=3,
-        window=3,
-        progress=False,
-        report_to=(),
-        model=ModelConfig(layers=2, width=16, heads=2, kv_heads=1, mlp_width=24),
-        optim=OptimConfig(
-            epochs=9, learning_rate=0.02, token_budget=300, patience=2, accumulation=2, save_steps=2
-        ),
+    optim = OptimConfig(
+        epochs=9, learning_rate=0.02, token_budget=300, patience=2, accumulation=2, save_steps=2
     )
+    out = tmp_path_factory.mktemp("interrupt") / "whole"
+    return small_run(small_folder, out, model=small_model(layers=2), optim=optim)
 
 
 def outcome(config: TrainConfig) -> dict[str, Any]:

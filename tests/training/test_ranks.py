@@ -29,6 +29,7 @@ from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.training import train
 from tests.conftest import ROOT
 from tests.model.pretrained_files import pretrained_folder
+from tests.training.small_runs import small_model, small_run
 from tests.training.two_ranks import STOP_AT
 
 STEPS = 20
@@ -56,23 +57,15 @@ def config(
     request: pytest.FixtureRequest, small_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> TrainConfig:
     """One process; without dropout, which draws other numbers on every rank."""
-    model = ModelConfig(layers=2, width=16, heads=2, kv_heads=1, mlp_width=24, dropout=0.0)
+    model = small_model(layers=2, dropout=0.0)
     if request.param == "lora":
         base = pretrained_folder(
             tmp_path_factory.mktemp("base"), "llama2"
         )  # FSDP2 with LoRA needs untied embeddings
         model = ModelConfig(pretrained=str(base), lora=LoraSettings(rank=4, alpha=8, dropout=0.0))
-    return TrainConfig(
-        data=small_folder,
-        out=tmp_path_factory.mktemp("ranks") / "one",
-        k=3,
-        window=3,
-        progress=False,
-        logging_steps=1,
-        report_to=(),
-        model=model,
-        optim=OptimConfig(epochs=5, token_budget=250, patience=0, accumulation=2),
-    )
+    optim = OptimConfig(epochs=5, token_budget=250, patience=0, accumulation=2)
+    out = tmp_path_factory.mktemp("ranks") / "one"
+    return small_run(small_folder, out, logging_steps=1, model=model, optim=optim)
 
 
 @pytest.fixture(scope="module")

@@ -14,28 +14,21 @@ import pytest
 from transformers import AutoTokenizer
 
 from dti_model.cli import main
-from dti_model.config import ModelConfig, OptimConfig, TrainConfig
+from dti_model.config import ModelConfig, TrainConfig
 from dti_model.model import RunExistsError
 from dti_model.model.fingerprints import OtherOriginError
 from dti_model.training import grid_search as searching
 from dti_model.training.grid_search import cell_config, cell_name, search
+from tests.files.test_damage import unsealed
 from tests.model.pretrained_files import pretrained_folder
+from tests.training.small_runs import small_run
 
 GRID = {"optim.learning_rate": [0.001, 0.03], "dti.alpha_max": [0.5]}
 
 
 @pytest.fixture
 def base(small_folder: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        data=small_folder,
-        out=tmp_path / "search",
-        k=3,
-        window=3,
-        progress=False,
-        report_to=(),
-        model=ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mlp_width=24),
-        optim=OptimConfig(epochs=1, token_budget=600),
-    )
+    return small_run(small_folder, tmp_path / "search")
 
 
 def test_goes_on_and_chooses_on_validation(base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,3 +243,21 @@ def test_a_search_goes_on_over_a_damaged_marker(base: TrainConfig, monkeypatch: 
     monkeypatch.setattr(searching, "train", lambda _: pytest.fail("trained"))
     assert search(base, {"k": [3]}, [0]) == table
     assert json.loads((base.out / "search-folder.json").read_text()) == searching.MARKER
+
+
+def test_a_finished_cell_that_was_damaged_is_not_read(base: TrainConfig) -> None:
+    search(base, {"k": [3]}, [0])
+    path = base.out / "k=3" / "seed-0" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["val"]["auc"] = 0.9999
+    path.write_text(json.dumps(metrics, indent=2) + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.json .*Delete .*seed-0 and give the same command again"):
+        search(base, {"k": [3]}, [0])
+    (path.parent / "checksums.json").unlink()
+    with pytest.raises(ValueError, match=r"checksums\.json is missing. Delete .*seed-0"):
+        search(base, {"k": [3]}, [0])
+    (path.parent / "model" / "provenance.json").unlink()
+    unsealed(path.parent)  # as version 0.1.0 left it
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"metrics\.json is damaged .*Delete .*seed-0"):
+        search(base, {"k": [3]}, [0])

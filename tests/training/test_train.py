@@ -22,18 +22,14 @@ from dti_model.training.setup import _checkpointing_option
 from dti_model.training.trainer import NonFiniteLossError, StreamTrainer
 from tests.data.movielens_files import some_ratings, write_1m
 from tests.model.pretrained_files import pretrained_folder
+from tests.training.small_runs import small_model, small_run, train_until
 
 
 @pytest.fixture
 def config(small_folder: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        data=small_folder,
-        out=tmp_path / "run",
-        k=3,
-        window=3,
-        progress=False,
-        model=ModelConfig(layers=2, width=16, heads=2, kv_heads=1, mlp_width=24),
-        optim=OptimConfig(epochs=3, token_budget=300, patience=0),
+    optim = OptimConfig(epochs=3, token_budget=300, patience=0)
+    return small_run(
+        small_folder, tmp_path / "run", report_to=("tensorboard",), model=small_model(layers=2), optim=optim
     )
 
 
@@ -72,13 +68,9 @@ def test_every_target_weighs_one(config: TrainConfig) -> None:
     torch.testing.assert_close(total, torch.cat(single).mean())
 
 
-class Interrupted(Exception):
-    """Stands for a killed process."""
-
-
 @pytest.mark.parametrize(("kind", "step"), [("scratch", 3), ("scratch", 8), ("lora", 8)])
 def test_an_interrupted_run_ends_like_an_unbroken_one(
-    config: TrainConfig, kind: str, step: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    config: TrainConfig, kind: str, step: int, tmp_path: Path
 ) -> None:
     """Bit for bit: metrics and every prediction; killed before and after the first checkpoint, with an early-stopping counter."""
     if kind == "lora":
@@ -87,17 +79,7 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(
         config = dataclasses.replace(config, model=pretrained, optim=optim)
     whole = train(config)
     broken = dataclasses.replace(config, out=config.out.with_name("broken"))
-    training_step = StreamTrainer.training_step
-
-    def interrupted(self: StreamTrainer, *args, **kwargs) -> torch.Tensor:
-        if self.state.global_step == step:
-            raise Interrupted
-        return training_step(self, *args, **kwargs)
-
-    monkeypatch.setattr(StreamTrainer, "training_step", interrupted)
-    with pytest.raises(Interrupted):
-        train(broken)
-    monkeypatch.setattr(StreamTrainer, "training_step", training_step)
+    train_until(step, broken)
     assert train(broken) == whole
     for name in ("predictions-val.parquet", "predictions-test.parquet"):
         assert pl.read_parquet(broken.out / name).equals(pl.read_parquet(config.out / name))
