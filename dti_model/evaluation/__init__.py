@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dti_model.evaluation.baselines import baseline_metrics, item_user_auc
 from dti_model.evaluation.metrics import click_metrics
-from dti_model.evaluation.plots import plot_mask, plot_report
+from dti_model.evaluation.plots import REPORT_MARK, plot_mask, plot_report
 from dti_model.evaluation.report import metrics_table, sentence_about_baselines
 from dti_model.evaluation.scoring import score_targets
 from dti_model.evaluation.splits import (
+    PREDICTION_COLUMNS,
     eval_targets,
     evaluate_run,
     score_split,
@@ -16,6 +17,8 @@ from dti_model.evaluation.splits import (
 )
 
 __all__ = [
+    "PREDICTION_COLUMNS",
+    "REPORT_MARK",
     "baseline_metrics",
     "click_metrics",
     "eval_targets",

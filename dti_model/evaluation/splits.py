@@ -20,6 +20,8 @@ from dti_model.evaluation.scoring import score_targets
 from dti_model.files import whole_file, without_nan
 from dti_model.model import Run
 
+PREDICTION_COLUMNS = ["user", "item", "timestamp", "label", "probability"]
+
 
 def eval_targets(data: PreparedData, split: str, config: TrainConfig) -> npt.NDArray[np.int64]:
     """The rows of a split that a run is measured on, in the order of `data.targets`: all, or `max_eval_targets` drawn by the seed."""
@@ -54,15 +56,9 @@ def write_predictions(run: Run, path: Path, split: str, probabilities: npt.NDArr
     data, rows = run.data, eval_targets(run.data, split, run.config)
     users = np.asarray(data.user_ids, object)[data.users_of(rows)]
     items = np.asarray(data.item_ids, object)[data.item[rows]]
-    table = pa.table(
-        {
-            "user": pa.array(users, pa.large_string()),
-            "item": pa.array(items, pa.large_string()),
-            "timestamp": data.timestamp[rows],
-            "label": data.label[rows],
-            "probability": probabilities,
-        }
-    )
+    names = [pa.array(each, pa.large_string()) for each in (users, items)]
+    columns = [*names, data.timestamp[rows], data.label[rows], probabilities]
+    table = pa.table(dict(zip(PREDICTION_COLUMNS, columns, strict=True)))
     with whole_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 

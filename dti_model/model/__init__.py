@@ -11,26 +11,14 @@ from dti_model.model.lora import add_lora
 from dti_model.model.past import LayerKeys, Past, concatenated
 from dti_model.model.run import Run, llama_config, tokenizer_of
 from dti_model.model.run_folder import (
-    CHECKPOINTS_FOLDER,
-    LOCK_FILE,
-    METRICS_FILE,
     MODEL_FOLDER,
-    PREDICTION_COLUMNS,
-    REPORT_FILE,
-    REPORT_MARK,
     RunExistsError,
     check_model_is_ours,
 )
 from dti_model.model.safe_loading import fast_tokenizer_from, model_from
 
 __all__ = [
-    "CHECKPOINTS_FOLDER",
-    "LOCK_FILE",
-    "METRICS_FILE",
     "MODEL_FOLDER",
-    "PREDICTION_COLUMNS",
-    "REPORT_FILE",
-    "REPORT_MARK",
     "ClickModel",
     "LayerKeys",
     "LibraryOnlyError",

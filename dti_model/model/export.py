@@ -10,6 +10,7 @@ checksums.json                                of every other file; `Scorer.from_
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dti_model.config import TrainConfig, check_new_folder
-from dti_model.data import DataError, PreparedData, TextEncoder
+from dti_model.data import DataError, PreparedData
 from dti_model.files import CHECKSUMS_FILE, locked_beside, whole_folder, write_checksums
 from dti_model.model.fingerprints import PROVENANCE_FILE
 from dti_model.model.lora import merge
@@ -25,7 +26,6 @@ from dti_model.model.model_card import (
     CARD_FILE,
     DESCRIPTION_FILE,
     Description,
-    plain_differences,
     without_token_window,
     write_card,
 )
@@ -114,16 +114,13 @@ def _describe(
 ) -> Description:
     """What the run says, with the item texts' template from the run or, where an older version trained it, from its data."""
     prompt = PromptFormat.of(tokenizer, config.window, config.max_item_tokens, config.model.instruction)
-    differences = plain_differences(config.dti, config.window, model_config)
     item_text, fingerprint = None, None
     if (source / DESCRIPTION_FILE).is_file():
         told = Description.read(source)
         item_text, fingerprint = told.item_text, told.data
     else:
-        try:
+        with suppress(DataError):  # without data, items are given as finished texts
             data = PreparedData.open(config.data)
             item_text, fingerprint = data.text_rule, data.fingerprint
-        except DataError:
-            pass  # items are then given as finished texts
-    spelled = TextEncoder(tokenizer).spelled
-    return Description(config.dti, prompt, item_text, fingerprint, differences, spelled=spelled)
+    description = Description.of(config.dti, prompt, tokenizer, model_config, item_text, fingerprint)
+    return replace(description, token_window=None)  # the export has none

@@ -16,7 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from dti_model.config import DTIConfig, ModelConfig, locate
+from dti_model.data import TextEncoder
 from dti_model.files import DamagedFileError, read_file, write_json
 from dti_model.prompts import PromptFormat
 
@@ -54,6 +57,20 @@ class Description:
     differences: tuple[str, ...]
     token_window: int | None = None
     spelled: Mapping[int, list[int]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        dti: DTIConfig,
+        prompt: PromptFormat,
+        tokenizer: PreTrainedTokenizerBase,
+        model_config: Any,
+        item_text: Mapping[str, Any] | None,
+        data: str | None,
+    ) -> Description:
+        """Of a model with this configuration of transformers."""
+        differences = plain_differences(dti, prompt.window, model_config)
+        spelled = TextEncoder(tokenizer).spelled
+        return Description(dti, prompt, item_text, data, differences, token_window(model_config), spelled)
 
     @property
     def plain_transformers(self) -> bool:
@@ -174,27 +191,13 @@ def write_card(
 
 def _head(settings: ModelConfig, of_run: bool) -> str:
     base = None if settings.pretrained is None else locate(settings.pretrained)
-    is_adapter = of_run and settings.uses_lora
-    lines = [
-        f"library_name: {'peft' if is_adapter else 'transformers'}",
-        "tags:",
-        "- click-prediction",
-        "- dti",
-    ]
-    if base is not None and base.on_hub:
-        lines.append(f"base_model: {base.name}")  # metadata knows no folders
+    library = "peft" if of_run and settings.uses_lora else "transformers"
+    # Metadata knows no folders.
+    base_model = f"base_model: {base.name}\n" if base is not None and base.on_hub else ""
     kind = "trained from scratch" if base is None else f"fine-tuned from `{base.name}`"
-    return "\n".join(
-        (
-            "---",
-            *lines,
-            "---",
-            "",
-            "# Click model",
-            "",
-            f"A click model on streaming prompts (DTI), {kind}.",
-            "",
-        )
+    return (
+        f"---\nlibrary_name: {library}\ntags:\n- click-prediction\n- dti\n{base_model}---\n\n"
+        f"# Click model\n\nA click model on streaming prompts (DTI), {kind}.\n"
     )
 
 

@@ -12,13 +12,18 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import AddedToken
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dti_model.config import ModelConfig, PretrainedModelError, Reference, locate
 from dti_model.data import SUM
-from dti_model.model.safe_loading import config_from, gguf_model_from, model_from, model_of, tokenizer_from
+from dti_model.model.safe_loading import (
+    config_from,
+    gguf_model_from,
+    model_from,
+    naming_errors,
+    tokenizer_from,
+)
 
 __all__ = ["PretrainedModelError", "load_causal_lm", "load_plain", "load_tokenizer"]
 
@@ -45,17 +50,11 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     """
     place = _found(reference)
     options = {} if place.gguf_file is None else {"gguf_file": place.gguf_file}
-    try:
+    with naming_errors(f"the tokenizer of {reference} cannot be loaded"):
         tokenizer: PreTrainedTokenizerBase = _from_cache_first(
             place, lambda source: tokenizer_from(source, **options)
         )
         has_sum = tokenizer.is_fast and len(tokenizer.encode(SUM, add_special_tokens=False)) == 1
-    except (PretrainedModelError, MemoryError):
-        raise
-    except Exception as error:  # what a configuration of impossible values meets is anything
-        raise PretrainedModelError(
-            f"the tokenizer of {reference} cannot be loaded: {_first_line(error)}"
-        ) from error
     if not tokenizer.is_fast:
         raise PretrainedModelError(
             f"{reference} has no fast tokenizer (tokenizer.json), which is needed here"
@@ -114,7 +113,7 @@ def _found(reference: str) -> Reference:
             info = HfApi().model_info(place.source, timeout=HUB_TIMEOUT_S)
         except Exception as error:  # its own errors, and those of the HTTP library beneath
             raise PretrainedModelError(
-                f"{reference} is not in the hub's cache on this machine, and the hub does not give it: {_first_line(error)}"
+                f"{reference} is not in the hub's cache on this machine, and the hub does not give it: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
             ) from error
         names = [file.rfilename for file in info.siblings or []]
         if names and not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
@@ -141,13 +140,17 @@ def _from_cache_first(place: Reference, load: Callable[[str], Any]) -> Any:
 
 def _from_reference(reference: str, dtype: torch.dtype, more: dict[str, Any]) -> PreTrainedModel:
     place = _found(reference)
-    try:
+    with naming_errors(
+        f"{reference} cannot be loaded as a folder, a GGUF file or a model of the Hugging Face hub"
+    ):
         if place.gguf_file is not None:
             if more:
                 raise PretrainedModelError(
                     "model.quantize works on folders and hub ids, not on a GGUF file, whose weights are unpacked"
                 )
-            return _from_gguf(reference, place.source, place.gguf_file, dtype)
+            unpacked = gguf_model_from(place.source, place.gguf_file, dtype)
+            _check_type(reference, unpacked.config.model_type)
+            return unpacked
         # The architecture first: the configuration is a few KiB, the weights may be many GiB.
         config = _from_cache_first(place, config_from)
         _check_type(reference, config.model_type)
@@ -157,30 +160,9 @@ def _from_reference(reference: str, dtype: torch.dtype, more: dict[str, Any]) ->
                 "it is damaged"
             )
         model: PreTrainedModel = _from_cache_first(
-            place,
-            lambda source: model_from(source, dtype=dtype, **more),
+            place, lambda source: model_from(source, dtype=dtype, **more)
         )
-    except (PretrainedModelError, MemoryError):
-        raise
-    except Exception as error:  # what a configuration of impossible values meets is anything
-        raise PretrainedModelError(
-            f"{reference} cannot be loaded as a folder, a GGUF file or a model of the Hugging Face hub: {_first_line(error)}"
-        ) from error
-    return model
-
-
-def _from_gguf(reference: str, folder: str, file: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Weights unpacked to `dtype`, without the marks of a quantised model, which could be neither trained nor saved."""
-    unpack: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):  # newer versions can keep the blocks packed
-        unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    packed = gguf_model_from(folder, file, dtype=dtype, **unpack)
-    _check_type(reference, packed.config.model_type)
-    config = type(packed.config)(**packed.config.to_dict())
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model: PreTrainedModel = model_of(type(packed), config, packed.state_dict(), dtype=dtype)
-    return model
+        return model
 
 
 def _check_type(reference: str, model_type: str) -> None:
@@ -228,7 +210,3 @@ def _use_liger(model: PreTrainedModel) -> None:
 
     off = dict.fromkeys(("rope", "cross_entropy", "fused_linear_cross_entropy"), False)
     _apply_liger_kernel_to_instance(model=model, rms_norm=True, swiglu=True, **off)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

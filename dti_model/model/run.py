@@ -29,13 +29,13 @@ from transformers import (
 )
 
 from dti_model.config import ModelConfig, TrainConfig, locate
-from dti_model.data import PreparedData, TextEncoder
+from dti_model.data import PreparedData
 from dti_model.devices import device_named
 from dti_model.files import whole_folder, write_checksums
 from dti_model.model.attention import apply_dti
 from dti_model.model.fingerprints import OtherOriginError, Provenance
 from dti_model.model.lora import add_lora, save_adapter
-from dti_model.model.model_card import CARD_FILE, Description, plain_differences, token_window, write_card
+from dti_model.model.model_card import CARD_FILE, Description, write_card
 from dti_model.model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.model.run_folder import MODEL_FOLDER, check_model_is_ours
 from dti_model.model.safe_loading import adapter_from, fast_tokenizer_from
@@ -154,23 +154,19 @@ class Run:
                 self.model.save_pretrained(temporary, state_dict=weights)
             self.tokenizer.save_pretrained(temporary)
             self.provenance.save(temporary)
-            description = self._describe(temporary)
+            description = Description.of(
+                self.config.dti,
+                self.builder.format,
+                self.tokenizer,
+                self.model.config,
+                self.data.text_rule,
+                self.data.fingerprint,
+            )
+            description.write(temporary)
             # The card is for people, who may edit it: it comes after the checksums, and in the place of peft's.
             (temporary / CARD_FILE).unlink(missing_ok=True)
             write_checksums(temporary)
             write_card(temporary, description, self.config.model, of_run=self.model.config)
-
-    def _describe(self, folder: Path) -> Description:
-        """dti.json: plain transformers load the folder, and may give other probabilities."""
-        prompt, config = self.builder.format, self.model.config
-        differences = plain_differences(self.config.dti, prompt.window, config)
-        item_text, fingerprint = self.data.text_rule, self.data.fingerprint
-        spelled = TextEncoder(self.tokenizer).spelled
-        description = Description(
-            self.config.dti, prompt, item_text, fingerprint, differences, token_window(config), spelled
-        )
-        description.write(folder)
-        return description
 
 
 def tokenizer_of(pretrained: str | None, data: PreparedData) -> PreTrainedTokenizerBase:

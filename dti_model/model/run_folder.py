@@ -1,4 +1,4 @@
-"""A run folder's names, and what may be in the folder of its model."""
+"""The model's folder in a run folder, and what may be in it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from dti_model.files import CHECKSUMS_FILE, is_passing, read_checksums
 from dti_model.model.fingerprints import PROVENANCE_FILE
 from dti_model.model.model_card import CARD_FILE
 
-CHECKPOINTS_FOLDER, METRICS_FILE, LOCK_FILE = "checkpoints", "metrics.json", ".lock"
-REPORT_FILE = "report.png"
-REPORT_MARK = {"Software": "dti train"}  # a text in the PNG
-PREDICTION_COLUMNS = ["user", "item", "timestamp", "label", "probability"]
 MODEL_FOLDER = "model"
 # Of a model without checksums, which version 0.1.0 wrote.
 _MODEL_FILES = re.compile(

@@ -10,9 +10,13 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -85,19 +89,26 @@ def model_from(source: str | Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def gguf_model_from(folder: str, file: str, **options: Any) -> PreTrainedModel:
-    """A model of a GGUF file."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, trust_remote_code=False, use_safetensors=True, **options
+def gguf_model_from(folder: str, file: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of a GGUF file, unpacked to `dtype`, without the marks of a quantised model, which can be neither trained nor saved."""
+    unpack: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # newer versions can keep the blocks packed
+        unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    packed = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, trust_remote_code=False, use_safetensors=True, dtype=dtype, **unpack
+    )
+    config = type(packed.config)(**packed.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model: PreTrainedModel = type(packed).from_pretrained(
+        None,
+        config=config,
+        state_dict=packed.state_dict(),
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=dtype,
     )
     return model
-
-
-def model_of(model_class: type[PreTrainedModel], config: Any, weights: dict[str, Any], **options: Any) -> Any:
-    """A model of weights that are in memory."""
-    return model_class.from_pretrained(
-        None, config=config, state_dict=weights, use_safetensors=True, trust_remote_code=False, **options
-    )
 
 
 def tokenizer_from(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
@@ -123,32 +134,37 @@ def adapter_from(model: PreTrainedModel, folder: Path) -> PeftModel:
     Raises:
         PretrainedModelError: it is no LoRA adapter of safetensors, or damaged.
     """
+    with naming_errors(f"the adapter {folder} cannot be loaded"), warnings.catch_warnings():
+        # The model without its updates would be used.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        config = _object_of(folder / _ADAPTER_CONFIG)
+        if config.get("peft_type") != "LORA" or config.get("megatron_config") is not None:
+            raise PretrainedModelError(
+                f"{folder / _ADAPTER_CONFIG} is no LoRA adapter that `dti train` wrote"
+            )
+        if not (folder / _ADAPTER).is_file():
+            pickled = folder / "adapter_model.bin"
+            raise PretrainedModelError(
+                f"{pickled} is not loaded: {_CONVERT}"
+                if pickled.exists()
+                else f"{folder / _ADAPTER} is missing"
+            )
+        adapted: PeftModel = PeftModel.from_pretrained(
+            model, str(folder), trust_remote_code=False, use_safetensors=True, local_files_only=True
+        )
+        return adapted
+
+
+@contextmanager
+def naming_errors(what: str) -> Iterator[None]:
+    """Errors of the libraries as `PretrainedModelError`s that begin with `what`: impossible values in a file raise any kind."""
     try:
-        with warnings.catch_warnings():
-            # The model without its updates would be used.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return _adapter_from(model, folder)
+        yield
     except (PretrainedModelError, MemoryError):
         raise
-    except Exception as error:  # what a configuration of impossible values meets is anything
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise PretrainedModelError(f"the adapter {folder} cannot be loaded: {reason:.500}") from error
-
-
-def _adapter_from(model: PreTrainedModel, folder: Path) -> PeftModel:
-    config = _object_of(folder / _ADAPTER_CONFIG)
-    if config.get("peft_type") != "LORA" or config.get("megatron_config") is not None:
-        raise PretrainedModelError(f"{folder / _ADAPTER_CONFIG} is no LoRA adapter that `dti train` wrote")
-    if not (folder / _ADAPTER).is_file():
-        pickled = folder / "adapter_model.bin"
-        reason = (
-            f"{pickled} is not loaded: {_CONVERT}" if pickled.exists() else f"{folder / _ADAPTER} is missing"
-        )
-        raise PretrainedModelError(reason)
-    adapted: PeftModel = PeftModel.from_pretrained(
-        model, str(folder), trust_remote_code=False, use_safetensors=True, local_files_only=True
-    )
-    return adapted
+        raise PretrainedModelError(f"{what}: {reason:.500}") from error
 
 
 def check_folder(folder: Path) -> None:

@@ -68,13 +68,7 @@ def _way_out(folder: Path) -> str:
 
 
 def with_base(config: TrainConfig, folder: Path, base: str | None, made_of: Provenance | None) -> TrainConfig:
-    """The settings of a run, with the pretrained model where it is now.
-
-    Args:
-        config: of the run folder.
-        folder: the run folder.
-        base: where the pretrained model of a LoRA run is; None: where it was, or moved together with the run folder.
-        made_of: the run's fingerprints.
+    """The settings of a run, with the pretrained model of a LoRA run where it is now: at `base`, where it was, or moved along.
 
     Raises:
         PretrainedModelError: there is no such model.

@@ -37,8 +37,6 @@ from dti_model.error_lines import did_you_mean
 from dti_model.files import DamagedFileError, check_checksums, locked, read_file, whole_file, write_json
 from dti_model.launch import let_settings_rule
 from dti_model.model import (
-    LOCK_FILE,
-    METRICS_FILE,
     OtherOriginError,
     Provenance,
     RunExistsError,
@@ -46,7 +44,7 @@ from dti_model.model import (
 )
 from dti_model.ranks import first_rank_does, join_ranks, rank
 from dti_model.training.driver import train
-from dti_model.training.start import check_is_no_broken_link, check_is_ours
+from dti_model.training.start import LOCK_FILE, METRICS_FILE, check_is_no_broken_link, check_is_ours
 
 MARKER_FILE, TABLE_FILE, CSV_FILE = "search-folder.json", "search.json", "search.csv"
 MARKER = {"made by": "dti search"}

@@ -23,11 +23,11 @@ from dti_model.evaluation import (
     write_predictions,
 )
 from dti_model.files import CHECKSUMS_FILE, sha256_of, whole_file, without_nan, write_sealed
-from dti_model.model import METRICS_FILE, REPORT_FILE, Run
+from dti_model.model import Run
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import first_rank_does, world_size
 from dti_model.training.compare import measure_training
-from dti_model.training.start import check_results_are_ours
+from dti_model.training.start import METRICS_FILE, REPORT_FILE, check_results_are_ours
 from dti_model.training.trainer import StreamTrainer
 
 

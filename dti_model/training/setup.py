@@ -13,11 +13,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dti_model.config import TrainConfig
 from dti_model.evaluation import eval_targets, item_user_auc, score_split, split_metrics
 from dti_model.launch import let_settings_rule
-from dti_model.model import CHECKPOINTS_FOLDER, Run
+from dti_model.model import Run
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import world_size
 from dti_model.training.curves import curves
 from dti_model.training.resumable import SaveInTime
+from dti_model.training.start import CHECKPOINTS_FOLDER
 from dti_model.training.trainer import RunLog, StreamTrainer
 
 

@@ -2,7 +2,7 @@
 
 A folder is a run's if its `config.yaml` is one of ours. Any other folder that is not empty is somebody's: it is refused, and nothing in it
 is touched. A training holds the lock `.lock` from before the first look at the checkpoints to the end, so that two runs never share a
-folder; the kernel releases it when a process is killed.
+folder; the kernel releases it when a process is killed. Every check raises `RunExistsError`, which names what is in the way.
 """
 
 from __future__ import annotations
@@ -16,20 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dti_model.config import CONFIG_FILE, TrainConfig, is_run_config, why_owned
+from dti_model.evaluation import PREDICTION_COLUMNS, REPORT_MARK
 from dti_model.files import CHECKSUMS_FILE, locked, opened, read_checksums
-from dti_model.model import (
-    CHECKPOINTS_FOLDER,
-    LOCK_FILE,
-    METRICS_FILE,
-    MODEL_FOLDER,
-    PREDICTION_COLUMNS,
-    REPORT_FILE,
-    REPORT_MARK,
-    OtherOriginError,
-    Provenance,
-    RunExistsError,
-    check_model_is_ours,
-)
+from dti_model.model import MODEL_FOLDER, OtherOriginError, Provenance, RunExistsError, check_model_is_ours
 from dti_model.ranks import first_rank_does
 from dti_model.training.checkpoint import (
     RUN_FILE,
@@ -42,16 +31,14 @@ from dti_model.training.checkpoint import (
     read_document,
 )
 
+CHECKPOINTS_FOLDER, LOCK_FILE = "checkpoints", ".lock"
+METRICS_FILE, REPORT_FILE = "metrics.json", "report.png"
 # Written into the folder by a run; through a link, it would write somewhere else.
 _WRITTEN = (CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, CHECKSUMS_FILE, REPORT_FILE)
 
 
 def check_is_ours(folder: Path) -> None:
-    """Refuse a folder that something other than a run is in; reads only.
-
-    Raises:
-        RunExistsError: naming what is there.
-    """
+    """Refuse a folder that something other than a run is in; reads only."""
     check_is_no_broken_link(folder)
     if not folder.exists():
         return
@@ -71,39 +58,15 @@ def check_is_ours(folder: Path) -> None:
 
 
 def check_is_no_broken_link(folder: Path) -> None:
-    """Refuse a symbolic link to nothing, or to itself.
-
-    Raises:
-        RunExistsError: it is one.
-    """
+    """Refuse a symbolic link to nothing, or to itself."""
     if folder.is_symlink() and not folder.exists():
         raise RunExistsError(
             f"{folder} is a symbolic link to {os.readlink(folder)}, where no folder is: make that folder, or choose another --out"
         )
 
 
-def check_nothing_foreign_goes(folder: Path) -> None:
-    """Refuse to train where the run would put its files in the place of somebody's, or remove them with old checkpoints.
-
-    Raises:
-        RunExistsError: naming what is there.
-    """
-    check_results_are_ours(folder)
-    for path in checkpoints_in(folder / CHECKPOINTS_FOLDER).values():
-        foreign = foreign_in(path)
-        if foreign is not None:
-            raise RunExistsError(
-                f"{foreign} is no file of a run's checkpoint, and would go with it: move it elsewhere, or choose another --out"
-            )
-    check_model_is_ours(folder / MODEL_FOLDER)
-
-
 def check_results_are_ours(folder: Path) -> None:
-    """Refuse files that are somebody's where a run writes its results, or links to them.
-
-    Raises:
-        RunExistsError: naming what is there.
-    """
+    """Refuse files that are somebody's where a run writes its results, or links to them."""
     predictions = [folder / f"predictions-{split}.parquet" for split in ("test", "val")]
     for path in (*(folder / name for name in _WRITTEN), *predictions):
         if path.is_symlink():
@@ -182,7 +145,15 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         return None
     if (config.out / METRICS_FILE).exists():
         raise RunExistsError(f"{config.out} holds a finished run: choose another --out, or delete it")
-    check_nothing_foreign_goes(config.out)
+    # The run would put its files in the place of somebody's, or remove them with old checkpoints.
+    check_results_are_ours(config.out)
+    for path in checkpoints_in(config.out / CHECKPOINTS_FOLDER).values():
+        foreign = foreign_in(path)
+        if foreign is not None:
+            raise RunExistsError(
+                f"{foreign} is no file of a run's checkpoint, and would go with it: move it elsewhere, or choose another --out"
+            )
+    check_model_is_ours(config.out / MODEL_FOLDER)
     checkpoint = last_checkpoint(config.out / CHECKPOINTS_FOLDER)
     if checkpoint is None:
         _check_same_as_model(config)

@@ -18,11 +18,12 @@ import pytest
 from dti_model.cli import main
 from dti_model.config import OptimConfig, TrainConfig, why_owned
 from dti_model.files import write_checksums
+from dti_model.model import RunExistsError
 from dti_model.model import run as run_module
 from dti_model.model.export import export_run
-from dti_model.model.run_folder import LOCK_FILE, RunExistsError
 from dti_model.training import search, train
 from dti_model.training.checkpoint import CheckpointError
+from dti_model.training.start import LOCK_FILE
 from dti_model.training.trainer import StreamTrainer
 from tests.training.small_runs import Interrupted, small_run, train_until
 

@@ -24,7 +24,6 @@ import torch
 from dti_model import files
 from dti_model.config import OptimConfig, TrainConfig
 from dti_model.files import whole as whole_files
-from dti_model.model import CHECKPOINTS_FOLDER, METRICS_FILE
 from dti_model.training import checkpoint, train
 from dti_model.training import driver as training
 from dti_model.training.checkpoint import (
@@ -35,6 +34,7 @@ from dti_model.training.checkpoint import (
     last_checkpoint,
 )
 from dti_model.training.resumable import TERMINATED_STATUS, Terminated
+from dti_model.training.start import CHECKPOINTS_FOLDER, METRICS_FILE
 from dti_model.training.trainer import StreamTrainer
 from tests.conftest import ROOT
 from tests.training.small_runs import small_model, small_run

@@ -14,8 +14,8 @@ import pytest
 
 from dti_model.config import TrainConfig
 from dti_model.files import LockedError, locked
-from dti_model.model import LOCK_FILE
 from dti_model.training import search, train
+from dti_model.training.start import LOCK_FILE
 from tests.conftest import ROOT
 from tests.training.small_runs import small_run
 

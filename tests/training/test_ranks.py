@@ -24,9 +24,9 @@ from dti_model.devices import device_of_rank
 from dti_model.evaluation import evaluate_run
 from dti_model.files import locked
 from dti_model.model.run import Run
-from dti_model.model.run_folder import LOCK_FILE
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.training import train
+from dti_model.training.start import LOCK_FILE
 from tests.conftest import ROOT
 from tests.model.pretrained_files import pretrained_folder
 from tests.training.small_runs import small_model, small_run

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
 from dti_model.data import DataError, PreparedData, prepare
 from dti_model.evaluation import evaluate_run, score_split
-from dti_model.model import METRICS_FILE, Run, RunExistsError
+from dti_model.model import Run, RunExistsError
 from dti_model.model.attention import token_logits
 from dti_model.prompts import Prompts
 from dti_model.training import train, trainer_of, training_arguments
 from dti_model.training.setup import _checkpointing_option
+from dti_model.training.start import METRICS_FILE
 from dti_model.training.trainer import NonFiniteLossError, StreamTrainer
 from tests.data.movielens_files import some_ratings, write_1m
 from tests.model.pretrained_files import pretrained_folder
