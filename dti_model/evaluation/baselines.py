@@ -1,4 +1,4 @@
-"""Lines that every run is compared with: what is known without reading a text.
+"""Baselines that every run is compared with. They use no text.
 
 Labels of training targets make the item means; a user's mean runs over all *earlier* interactions of that
 user, whatever split they fall in, which is what the model sees too. Labels of validation and test targets
@@ -11,9 +11,9 @@ among the training targets, p and n the clicks and interactions of the user befo
     item_user_residual   i_a + sum of the user's earlier (label - i_a) / (n + b), i_a as i with a instead of 20;
                          a of {1, 2, 5, 10, 20} and b of {5, 10, 20} by validation log loss
 
-The first three, with the constants above, are the published lines of this project. The fourth knows that a
-user who liked what everybody likes has told less than one who liked what nobody does; its AUC is the highest
-on ML-100K (both splits) and on half of ML-1M, so it is the one to beat.
+The first three, with the constants above, are this project's published baselines. The fourth weighs a click
+by its surprise: a user who liked what everybody likes has told less than one who liked what nobody does. Its
+AUC is the highest on ML-100K (both splits) and on half of ML-1M.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dti_model.data import DataError, PreparedData
 from dti_model.evaluation.metrics import click_metrics
 
 ITEM_PRIOR, USER_PRIOR = 20.0, 5.0
-# Ends where the published line was found. ML-100K per user would take C = 1: AUC .7933, log loss .5513 for .7884, .5581.
+# Ends where the published baseline was found. ML-100K per user would take C = 1: AUC .7933, log loss .5513 for .7884, .5581.
 RIDGE_GRID = (0.03, 0.1, 0.3)
 RESIDUAL_GRID = tuple(product((1.0, 2.0, 5.0, 10.0, 20.0), (5.0, 10.0, 20.0)))
 # A sum of means can leave (0, 1); a probability of 0 or 1 would cost an infinite log loss.
@@ -41,34 +41,34 @@ Floats = npt.NDArray[np.float64]
 
 
 def baseline_scores(data: PreparedData, split: str) -> dict[str, Floats]:
-    """Click probabilities of every line (see the module docstring).
+    """Click probabilities of every baseline (see the module docstring).
 
     Args:
         data: prepared data.
         split: "val" or "test". ("train" gives fitted values: the item means then know the labels they score.)
 
     Returns:
-        From the name of the line to (S,) float64, aligned with `data.targets(split)`.
+        From the name of the baseline to (S,) float64, aligned with `data.targets(split)`.
 
     Raises:
         DataError: no such split, or the training targets have only one class.
     """
     rows = data.targets(split)
-    lines = _Lines(data)
+    scores = _Baselines(data)
     return {
-        "item_mean": lines.item_mean(ITEM_PRIOR)[rows],
-        "item_user_mean": lines.item_user_mean()[rows],
-        "logistic_regression": lines.logistic_regression(rows),
-        "item_user_residual": lines.item_user_residual()[rows],
+        "item_mean": scores.item_mean(ITEM_PRIOR)[rows],
+        "item_user_mean": scores.item_user_mean()[rows],
+        "logistic_regression": scores.logistic_regression(rows),
+        "item_user_residual": scores.item_user_residual()[rows],
     }
 
 
 def baseline_metrics(data: PreparedData, split: str, rows: Rows | None = None) -> dict[str, dict[str, float]]:
-    """`click_metrics` of every line on one split, or on some of its targets.
+    """`click_metrics` of every baseline on one split, or on some of its targets.
 
     Args:
         data: prepared data.
-        split: as for `baseline_scores`; lines are chosen on all of validation whatever the rows.
+        split: as for `baseline_scores`; baselines are fitted to all of validation, whatever the rows.
         rows: targets of the split to measure on; None: all.
 
     Raises:
@@ -81,17 +81,17 @@ def baseline_metrics(data: PreparedData, split: str, rows: Rows | None = None) -
 
 
 def item_user_auc(data: PreparedData, rows: Rows) -> float:
-    """AUC of the item_user_mean line alone, which takes no fit, on some targets.
+    """AUC of item_user_mean alone, which takes no fit, on some targets.
 
     Raises:
         DataError: as `baseline_metrics`.
     """
-    line = _Lines(data).item_user_mean()[rows]
-    return click_metrics(data.label[rows], line, data.users_of(rows))["auc"]
+    scores = _Baselines(data).item_user_mean()[rows]
+    return click_metrics(data.label[rows], scores, data.users_of(rows))["auc"]
 
 
-class _Lines:
-    """The lines over all I interaction rows of a data set; arrays are (I,) unless said otherwise."""
+class _Baselines:
+    """The baselines over all I interaction rows of a data set; arrays are (I,) unless said otherwise."""
 
     def __init__(self, data: PreparedData) -> None:
         self.data = data
@@ -123,7 +123,7 @@ class _Lines:
         return np.asarray(1 / (1 + np.exp(_logit(np.array(self.base_rate)) - sum_of_logits)))
 
     def item_user_residual(self) -> Floats:
-        def line(item_prior: float, user_prior: float) -> Floats:
+        def scores(item_prior: float, user_prior: float) -> Floats:
             item = self.item_mean(item_prior)
             # Two sums, not a sum of differences: sums of labels are exact, so no label reaches another user's
             # score, not even through rounding.
@@ -131,10 +131,10 @@ class _Lines:
             shrunk = surplus / (self.num_earlier + user_prior)
             return np.clip(item + shrunk, SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
 
-        lines = [line(*priors) for priors in RESIDUAL_GRID]
+        found = [scores(*priors) for priors in RESIDUAL_GRID]
         if self.val.size == 0:
-            return lines[RESIDUAL_GRID.index((5.0, 10.0))]  # nothing to choose by: the middle of the grid
-        return min(lines, key=lambda p: log_loss(self.label[self.val], p[self.val], labels=[0, 1]))
+            return found[RESIDUAL_GRID.index((5.0, 10.0))]  # nothing to choose by: the middle of the grid
+        return min(found, key=lambda p: log_loss(self.label[self.val], p[self.val], labels=[0, 1]))
 
     def logistic_regression(self, rows: Rows) -> Floats:
         """(S,) probabilities of the targets `rows`."""

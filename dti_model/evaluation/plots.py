@@ -22,14 +22,14 @@ def plot_report(
     probabilities: npt.NDArray[np.float64],
     baselines: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> None:
-    """Training loss, validation AUC beside the lines without text, and calibration on test, as one PNG.
+    """Training loss, validation AUC beside the baselines, and calibration on test, as one PNG.
 
     Args:
         path: the PNG.
         log_history: Trainer's log entries, with `epoch` and `loss` or `eval_auc`.
         labels: `(S,)` test labels, 0 or 1.
         probabilities: `(S,)` test scores.
-        baselines: metrics by split and line.
+        baselines: metrics by split and baseline.
     """
     from matplotlib.figure import Figure  # a second to import, which only plots need
 

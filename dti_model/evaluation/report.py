@@ -13,7 +13,7 @@ VERDICTS = {"auc": ("AUC", True), "log_loss": ("log loss", False), "gauc": ("GAU
 
 
 def metrics_table(result: Mapping[str, Any]) -> str:
-    """One block per split of `metrics.json`: the lines without text, then the model, then facts of the split."""
+    """One block per split of `metrics.json`: the baselines, then the model, then facts of the split."""
     blocks = []
     for split in ("val", "test", "train"):
         if split not in result:
@@ -59,26 +59,26 @@ def training_lines(facts: Mapping[str, Any]) -> str:
 def sentence_about_baselines(
     model: Mapping[str, float | None], baselines: Mapping[str, Mapping[str, float | None]]
 ) -> str:
-    """Whether the model has learnt more than lines that read no text: each metric beside the line that is best in it.
+    """Whether the model has learnt more than the baselines: each metric beside the baseline that is best in it.
 
-    Its AUC may be above every line while its log loss or its GAUC is not: what a user is shown first depends on GAUC alone.
+    Its AUC may be above every baseline while its log loss or its GAUC is not: the order in which a user sees items depends on GAUC alone.
 
     Args:
         model: metrics of `click_metrics`; None or NaN where one does not exist.
-        baselines: the same by line.
+        baselines: the same by baseline.
 
     Returns:
-        One line, and a second one with a WARNING where AUC is not above every line.
+        One line, and a second one with a WARNING where AUC is not above every baseline.
     """
     parts = [_beside(name, model, baselines) for name in VERDICTS]
-    sentence = f"beside the best line without text: {'; '.join(parts)}"
+    sentence = f"beside the best baseline without text: {'; '.join(parts)}"
     best = _best("auc", baselines)
     auc, bar = _figure(model, "auc"), None if best is None else _figure(baselines[best], "auc")
     if auc is None or bar is None or auc > bar:
         return sentence
     assert best is not None
     return (
-        f"{sentence}\nWARNING: AUC {auc:.4f} is not above the best line without text ({_words(best)}, {bar:.4f}): "
+        f"{sentence}\nWARNING: AUC {auc:.4f} is not above the best baseline without text ({_words(best)}, {bar:.4f}): "
         "the model has not learnt the task yet. Train longer, or check the data with `dti prepare`'s report"
     )
 
@@ -100,7 +100,7 @@ def _beside(name: str, model: Mapping[str, Any], baselines: Mapping[str, Mapping
 
 
 def _best(name: str, baselines: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The line that is best in a metric."""
+    """The baseline that is best in a metric."""
     sign = 1 if VERDICTS[name][1] else -1
     found = {line: _figure(metrics, name) for line, metrics in baselines.items()}
     there = {line: sign * value for line, value in found.items() if value is not None}

@@ -44,7 +44,13 @@ from dti_model.model import (
 )
 from dti_model.ranks import first_rank_does, join_ranks, rank
 from dti_model.training.driver import train
-from dti_model.training.start import LOCK_FILE, METRICS_FILE, check_is_no_broken_link, check_is_ours
+from dti_model.training.start import (
+    LOCK_FILE,
+    METRICS_FILE,
+    check_is_no_broken_link,
+    check_is_ours,
+    check_same_settings,
+)
 
 MARKER_FILE, TABLE_FILE, CSV_FILE = "search-folder.json", "search.json", "search.csv"
 MARKER = {"made by": "dti search"}
@@ -114,10 +120,8 @@ def _train_cells(
         metrics = []
         for run in of_cell:
             if rank() == 0:
-                print(
-                    f"search: cell {index + 1} of {len(cells)}, {cell_name(cell)}, seed {run.seed}",
-                    flush=True,
-                )
+                place = f"cell {index + 1} of {len(cells)}, {cell_name(cell)}, seed {run.seed}"
+                print(f"search: {place}", flush=True)
             metrics.append(finished.get(run.out) or train(run)["val"])
         rows.append({**cell, "seeds": len(seeds), **_summary(metrics)})
         rows.sort(key=lambda row: -row["val_auc_mean"])
@@ -127,11 +131,7 @@ def _train_cells(
 
 
 def check_search_folder(folder: Path) -> None:
-    """Refuse a folder that something other than a search is in; reads only.
-
-    Raises:
-        RunExistsError: naming what is there.
-    """
+    """Refuse a folder that something other than a search is in; reads only."""
     check_is_no_broken_link(folder)
     owned = why_owned(folder)
     if owned is not None:
@@ -157,7 +157,7 @@ def check_search_folder(folder: Path) -> None:
 
 
 def _check_written(folder: Path) -> None:
-    """Through a link, a search would write somewhere else."""
+    """Refuse links, through which a search would write somewhere else, and what is no file."""
     for path in (folder / name for name in (MARKER_FILE, TABLE_FILE, CSV_FILE)):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             kind = "a symbolic link" if path.is_symlink() else "no regular file"
@@ -291,11 +291,7 @@ def _finished(config: TrainConfig) -> tuple[dict[str, float], Provenance | None]
         made_of = None if kept is None else Provenance.from_dict(kept)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"{path} is damaged ({error}). {way_out}") from error
-    difference = TrainConfig.load(config.out).first_difference(config, places=made_of is None)
-    if difference is not None:
-        raise RunExistsError(
-            f"{config.out} holds a run with other settings ({difference}; see {CONFIG_FILE} there): choose another --out"
-        )
+    check_same_settings(config, places=made_of is None)
     return metrics, made_of
 
 

@@ -151,14 +151,6 @@ class ResumableTrainer(Trainer):
             with using(file):
                 set_random_state(read_document(file)["random"][rank()])
 
-    def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        progress: tuple[int, int] = super()._init_training_state(*args)
-        # Read from the checkpoint, where early stopping may have said so; Trainer forgets it and trains on.
-        self._stopped_early = self.control.should_training_stop
-        if self.state.best_global_step:  # also where the run folder has been moved
-            self.state.best_model_checkpoint = str(self._folder(self.state.best_global_step))
-        return progress
-
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # Trainer names every argument
         if self._stopped_early:
             self.control.should_training_stop = True
@@ -179,6 +171,13 @@ class SaveInTime(TrainerCallback):
 
     def __init__(self, trainer: ResumableTrainer, save_steps: int) -> None:
         self.trainer, self.save_steps = trainer, save_steps
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # Early stopping may have ended the run of the checkpoint. Trainer forgets it and would train on.
+        kept = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        self.trainer._stopped_early = kept.get("should_training_stop", False)
+        if state.best_global_step:  # also where the run folder has been moved
+            state.best_model_checkpoint = str(self.trainer._folder(state.best_global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step = state.global_step

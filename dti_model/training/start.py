@@ -158,10 +158,10 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     if checkpoint is None:
         _check_same_as_model(config)
         return None
-    _check_same_settings(config, places=False)
+    check_same_settings(config, places=False)
     check_checkpoint(checkpoint)
     # Fingerprints, if any were kept, say more about data and model than their paths do.
-    _check_same_settings(config, places=provenance_of(checkpoint) is None)
+    check_same_settings(config, places=provenance_of(checkpoint) is None)
     _check_checkpoint_settings(config, checkpoint)
     best = read_document(checkpoint / TRAINER_FILE).get("best_global_step")
     best_folder = checkpoint.with_name(f"checkpoint-{best}") if best else checkpoint
@@ -185,7 +185,8 @@ def _check_may_go(config: TrainConfig, checkpoint: Path) -> None:
     _check_checkpoint_settings(config, checkpoint)
 
 
-def _check_same_settings(config: TrainConfig, places: bool) -> None:
+def check_same_settings(config: TrainConfig, places: bool) -> None:
+    """Refuse a folder of a run with other settings; `places`: compare where data and pretrained model are, too."""
     difference = TrainConfig.load(config.out).first_difference(config, places)
     if difference is not None:
         raise RunExistsError(
@@ -210,7 +211,7 @@ def _check_same_as_model(config: TrainConfig) -> None:
         return
     made_of = Provenance.load(model, f"Delete {model}, or choose another --out")
     if made_of is None:
-        _check_same_settings(config, places=True)
+        check_same_settings(config, places=True)
     elif not made_of.has_settings_of(config):
         raise RunExistsError(f"{model} was trained with other settings: choose another --out, or delete it")
 

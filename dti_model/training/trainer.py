@@ -145,9 +145,9 @@ class StreamTrainer(ResumableTrainer):
 class RunLog(TrainerCallback):
     """One line per `logging_steps` and per validation, and a progress bar where one is wanted."""
 
-    def __init__(self, progress: bool, line_auc: float | None = None) -> None:
-        """`line_auc`: validation AUC of the item + user line, which a model that has learnt the task is above."""
-        self.progress, self.line_auc = progress, line_auc
+    def __init__(self, progress: bool, baseline_auc: float | None = None) -> None:
+        """`baseline_auc`: validation AUC of the item + user baseline, which a model that has learnt the task exceeds."""
+        self.progress, self.baseline_auc = progress, baseline_auc
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -173,7 +173,7 @@ class RunLog(TrainerCallback):
             tqdm.write(step_line(state.global_step, state.max_steps, logs))
         if "eval_auc" in logs:
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-            tqdm.write(validation_line(state.epoch, losses, logs, self.line_auc))
+            tqdm.write(validation_line(state.epoch, losses, logs, self.baseline_auc))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
@@ -190,13 +190,13 @@ def step_line(step: int, num_steps: int, logs: Mapping[str, float]) -> str:
 
 
 def validation_line(
-    epoch: float, losses: Sequence[float], logs: Mapping[str, float], line_auc: float | None
+    epoch: float, losses: Sequence[float], logs: Mapping[str, float], baseline_auc: float | None
 ) -> str:
-    """Validation beside the item + user line."""
+    """Validation beside the item + user baseline."""
     auc = logs["eval_auc"]
     loss = f"loss {losses[-1]:.4f}, " if losses else ""
-    beside = "" if line_auc is None else f" (item + user line {line_auc:.4f})"
+    beside = "" if baseline_auc is None else f" (item + user baseline {baseline_auc:.4f})"
     line = f"epoch {epoch:g}: {loss}validation AUC {auc:.4f}{beside}, log loss {logs['eval_log_loss']:.4f}, GAUC {logs['eval_gauc']:.4f}"
-    if line_auc is not None and auc <= line_auc:
-        line += f"\nWARNING: validation AUC {auc:.4f} is not above the item + user line {line_auc:.4f}, which reads no text"
+    if baseline_auc is not None and auc <= baseline_auc:
+        line += f"\nWARNING: validation AUC {auc:.4f} is not above the item + user baseline {baseline_auc:.4f}, which reads no text"
     return line

@@ -22,7 +22,7 @@ MODEL = {"auc": 0.7670, "log_loss": 0.5697, "gauc": 0.6911, "f1": 0.7452, "mean_
 def test_every_metric_is_judged() -> None:
     """A run was above every line by its AUC, and its GAUC was below four of them without a word."""
     assert sentence_about_baselines(MODEL, LINES) == (
-        "beside the best line without text: AUC 0.7670 above item user residual's 0.7567 (better); "
+        "beside the best baseline without text: AUC 0.7670 above item user residual's 0.7567 (better); "
         "log loss 0.5697 below logistic regression's 0.5780 (better); "
         "GAUC 0.6911 below item user residual's 0.7071 (worse)"
     )
@@ -36,7 +36,7 @@ def test_an_auc_that_is_not_above_is_a_warning(auc: float) -> None:
     )
     assert f"AUC {auc:.4f}{' ' if auc == 0.7 else ''}{place}" in said
     assert "log loss 0.6000 above logistic regression's 0.5780 (worse)" in said
-    assert warning.startswith(f"WARNING: AUC {auc:.4f} is not above the best line without text")
+    assert warning.startswith(f"WARNING: AUC {auc:.4f} is not above the best baseline without text")
 
 
 def test_a_metric_that_does_not_exist() -> None:
@@ -78,11 +78,11 @@ def test_metrics_are_json(small_folder: Path, tmp_path: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "run" / "metrics.json").read_text(), parse_constant=no_constants)
     assert None in (result["val"]["gauc"], result["test"]["gauc"])
-    assert "beside the best line without text: AUC " in printed
+    assert "beside the best baseline without text: AUC " in printed
     for split in ("val", "test"):
         evaluate = ["evaluate", f"--run={tmp_path / 'run'}", f"--split={split}", "--progress=false"]
         assert main([*evaluate, f"--json={tmp_path / 'out.json'}"]) == 0
-        assert "beside the best line without text: AUC " in capsys.readouterr().out
+        assert "beside the best baseline without text: AUC " in capsys.readouterr().out
         again = json.loads((tmp_path / "out.json").read_text(), parse_constant=no_constants)
         assert again[split] == result[split]
 

@@ -12,7 +12,6 @@ from dti_model.training.resumable import ResumableTrainer
 
 # The parameters that our methods were written against, the same from transformers 5.17 to 5.24.
 OVERRIDDEN = {
-    "_init_training_state": "self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial",
     "_load_best_model": "self",
     "_load_from_checkpoint": "self, resume_from_checkpoint, model=None",
     "_load_optimizer_and_scheduler": "self, checkpoint",
