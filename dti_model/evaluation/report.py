@@ -8,7 +8,7 @@ from typing import Any
 
 COLUMNS = ("auc", "log_loss", "gauc", "f1", "mean_prediction")
 HEADINGS = ("AUC", "log loss", "GAUC", "F1", "mean p")
-# What a run is judged by: heading, and whether more is better.
+# A run is judged by these: heading, and whether more is better.
 VERDICTS = {"auc": ("AUC", True), "log_loss": ("log loss", False), "gauc": ("GAUC", True)}
 
 

@@ -45,7 +45,7 @@ SUPPORTED_LAYERS: tuple[type[nn.Module], ...] = (
 
 @dataclass(eq=False)
 class Stream:
-    """What travels to every layer of one forward pass beside the hidden states.
+    """Arguments of one forward pass that reach every layer beside the hidden states.
 
     Attributes:
         layout: rows and spans of the batch.

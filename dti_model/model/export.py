@@ -112,7 +112,7 @@ def _exported(run: Path, out: Path, library_only: bool, base_model: str | None) 
 def _describe(
     config: TrainConfig, source: Path, tokenizer: PreTrainedTokenizerBase, model_config: Any
 ) -> Description:
-    """What the run says, with the item texts' template from the run or, where an older version trained it, from its data."""
+    """The run's description. The template of item texts is the run's; version 0.1.0 kept it with the data only."""
     prompt = PromptFormat.of(tokenizer, config.window, config.max_item_tokens, config.model.instruction)
     item_text, fingerprint = None, None
     if (source / DESCRIPTION_FILE).is_file():

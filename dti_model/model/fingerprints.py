@@ -1,8 +1,8 @@
-"""What a run was made of, as fingerprints: prepared data, tokenizer, pretrained model, settings.
+"""Fingerprints of what a run is made of: prepared data, tokenizer, pretrained model, settings.
 
-A run folder's model, its checkpoints and its metrics carry them. Data that was prepared again, with another split perhaps, would put
-targets that were trained on into the test set without a word; another tokenizer or base model would make the weights those of
-another function. Who reads a run compares.
+A run folder's model, its checkpoints and its metrics carry them, and whoever reads a run compares them. Data that was prepared again,
+perhaps with another split, would silently put trained targets into the test set. With another tokenizer or base model the weights would
+compute another function.
 
     data        `PreparedData.fingerprint`: the files that `dti prepare` wrote
     tokenizer   everything that decides the ids of a text, and the ids of its special tokens
@@ -28,7 +28,7 @@ from dti_model.model.safe_loading import may_hold_weights
 PROVENANCE_FILE = "provenance.json"
 _BLOCKS, _BLOCK_BYTES = 64, 4096
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
-# What a copy of a model may differ in.
+# A copy of a model may differ in these.
 _PASSING = ("transformers_version", "_name_or_path")
 # Of the settings, what decides neither weights nor metrics; of `optim`, save_steps.
 _WITHOUT_A_SAY = ("data", "out", "progress", "logging_steps", "report_to", "compare_steps")
@@ -112,7 +112,7 @@ def settings_fingerprint(config: TrainConfig) -> str:
 
 
 def _unlike(value: dict[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs from the defaults; 1 and 1.0 are one number."""
+    """The settings that differ from the defaults; 1 and 1.0 are one number."""
     result: dict[str, Any] = {}
     for name, item in value.items():
         if isinstance(item, dict):

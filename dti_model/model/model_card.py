@@ -1,8 +1,8 @@
-"""What a model folder says about itself: dti.json for programs, README.md for people.
+"""The description of a model folder: dti.json for programs, README.md for people.
 
-Every folder with a model of ours loads into plain transformers without an error. Whether transformers then compute its probabilities
-depends on the settings: a [SUM] row with the position fix has ALiBi in the place of a position, one with the reset reads other keys,
-and neither is in transformers. Without both, the model is a plain causal LM of this prompt:
+Every model folder loads into plain transformers without an error. Transformers compute its probabilities if the settings allow it: they
+have neither the position fix (ALiBi in the place of a position) nor the reset (other keys). Without both, the model is a plain causal LM
+of this prompt:
 
     prefix, item text, label, item text, label, ..., item text of the target, [SUM]          at most `window` interactions before it
     p = softmax(logits of the last position over the tokens of the two labels)[positive]
@@ -36,7 +36,7 @@ _PLAIN_PROMPT = {
 
 @dataclass(frozen=True)
 class Description:
-    """What dti.json holds.
+    """The content of dti.json.
 
     Attributes:
         dti: what [SUM] rows get.

@@ -1,4 +1,4 @@
-"""What an earlier pass leaves for later ones: keys and values of context rows, so that only new rows run through the model.
+"""The cache of an earlier pass: keys and values of context rows, so that only new rows run through the model.
 
 Keys are kept before rotation: one copy serves [SUM] rows, which read them as they are, and context rows, which rotate them.
 """
@@ -16,7 +16,7 @@ from dti_kernels import StreamLayout
 
 
 class LayerKeys(NamedTuple):
-    """What one layer reads of rows, before rotation: `(rows, G, D)` each; the initial ones where the layer resets."""
+    """Keys and values of one layer before rotation, `(rows, G, D)` each; the initial ones if the layer resets."""
 
     k: Tensor
     v: Tensor

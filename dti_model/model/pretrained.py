@@ -1,8 +1,8 @@
 """Pretrained causal LMs as click models: where they come from, their tokenizer with [SUM], the precision of their weights.
 
-A reference is a folder, a GGUF file, or an id on the Hugging Face hub (`references.py`). Its tokenizer gets `[SUM]` as a new token at the end unless
-it has one. Where the embedding has no row for it, one is added: the mean of all rows, so that every load gives the same one. Where
-the model's vocabulary was padded, a padding row is there already and is taken as it is.
+A reference is a folder, a GGUF file, or an id on the Hugging Face hub (`config/references.py`). Its tokenizer gets `[SUM]` as a new token
+at the end unless it has one. An embedding without a row for it gets the mean of all rows, so that every load gives the same one. A padded
+vocabulary has a padding row already, which is taken as it is.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def load_plain(reference: str, dtype: torch.dtype = torch.float32) -> PreTrained
 
 
 def _found(reference: str) -> Reference:
-    """Where a model is; of one that may have to be downloaded, asked for once and with a timeout where the cache lacks it."""
+    """The place of a model. The hub is asked once, with a timeout, for a model that may be downloaded and is not in the cache."""
     place = locate(reference)
     if place.may_download and not place.is_cached:
         from huggingface_hub import HfApi

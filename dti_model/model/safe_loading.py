@@ -1,5 +1,5 @@
-"""Loads what others made: configurations, weights, adapters, tokenizers. No code in them is run, nothing is unpickled, nothing is asked
-of a network that nobody named.
+"""Loads the work of others: configurations, weights, adapters, tokenizers. No code in it is run, nothing is unpickled, and only a network
+that the user named is asked.
 
 Every call of `from_pretrained` in the project is here, which a test holds it to. Weights come from safetensors alone: a pickle is a
 program. Of a folder that brings code of its own (`auto_map`) transformers would silently compute something else, so it is refused.
@@ -33,7 +33,7 @@ from dti_model.files import read_file
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER_CONFIG, _ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)")
-# What a training leaves beside the weights of a model.
+# Left by a training beside the weights of a model.
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 _CONVERT = (
     'it is a pickle, a program that reading runs. Make safetensors of it once, python -c "from transformers import '
@@ -80,7 +80,7 @@ def model_from(source: str | Path, **options: Any) -> PreTrainedModel:
     )
     model: PreTrainedModel = result[0]
     report = result[1]
-    # What is missing would be random numbers.
+    # Missing weights would be random numbers.
     missing = sorted(report["missing_keys"])
     if missing:
         raise PretrainedModelError(

@@ -100,7 +100,7 @@ def with_base(config: TrainConfig, folder: Path, base: str | None, made_of: Prov
 
 
 def data_of(config: TrainConfig, folder: Path) -> Path:
-    """Where the data of a run is now.
+    """The place of a run's data now.
 
     Raises:
         FileNotFoundError: neither where it was, nor moved together with the run folder.

@@ -22,7 +22,7 @@ def curves(report_to: tuple[str, ...], folder: Path) -> list[TrainerCallback]:
     """Trainer's own callbacks; TensorBoard's files go into `folder`."""
     callbacks: list[TrainerCallback] = []
     if "tensorboard" in report_to:
-        # Where Trainer's callback looks when it is made.
+        # Read by Trainer's callback when it is made.
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
         callbacks.append(Curves(folder))
     if "wandb" in report_to:

@@ -95,7 +95,7 @@ class Speed(TrainerCallback):
         self._began = time.perf_counter()
 
     def add(self, targets: float, tokens: float, flops: float) -> None:
-        """What the step trains, over all devices."""
+        """Count a step, over all devices."""
         self.targets += targets
         self.tokens += tokens
         self.flops += flops

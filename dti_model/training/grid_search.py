@@ -55,7 +55,7 @@ from dti_model.training.start import (
 MARKER_FILE, TABLE_FILE, CSV_FILE = "search-folder.json", "search.json", "search.csv"
 MARKER = {"made by": "dti search"}
 METRICS = ("auc", "log_loss", "gauc")
-# What a search sets itself.
+# Set by the search itself.
 RESERVED = ("data", "out", "seed", "score_test")
 
 
@@ -170,7 +170,7 @@ def _is_table(path: Path) -> bool:
 
 
 def _json(path: Path) -> Any:
-    """What a file holds; None: no JSON, or there is none."""
+    """The content of a file; None: no JSON, or there is none."""
     try:
         return json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind besides its model: metrics, predictions, a plot, and their checksums."""
+"""The results of a finished run besides its model: metrics, predictions, a plot, and their checksums."""
 
 from __future__ import annotations
 

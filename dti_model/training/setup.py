@@ -104,6 +104,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 
 
 def _checkpointing_option(known: Collection[str]) -> str:
-    """What `TrainingArguments` of this transformers calls it: renamed after 5.17, and the old name goes with version 6."""
+    """The option's name in this transformers: renamed after 5.17, and the old name goes with version 6."""
     new = "activation_checkpointing"
     return new if new in known else "gradient_checkpointing"
