@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dti_model.model.attention import Stream, apply_dti, model_inputs, position_ids, token_logits
+from dti_model.model.attention import apply_dti, model_inputs, token_logits
 from dti_model.model.click_model import ClickModel
-from dti_model.model.export import LibraryOnlyError, export_run
+from dti_model.model.export import export_run
 from dti_model.model.fetch import fetch_model
 from dti_model.model.fingerprints import OtherOriginError, Provenance
 from dti_model.model.lora import add_lora
@@ -21,13 +21,11 @@ __all__ = [
     "MODEL_FOLDER",
     "ClickModel",
     "LayerKeys",
-    "LibraryOnlyError",
     "OtherOriginError",
     "Past",
     "Provenance",
     "Run",
     "RunExistsError",
-    "Stream",
     "add_lora",
     "apply_dti",
     "check_model_is_ours",
@@ -38,7 +36,6 @@ __all__ = [
     "llama_config",
     "model_from",
     "model_inputs",
-    "position_ids",
     "token_logits",
     "tokenizer_of",
 ]

@@ -33,21 +33,22 @@ ROPE = {
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+
+
 def llama(rope: dict | None = None, layers: int = 3, **kwargs) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        rope_parameters=rope,
-        initializer_range=0.3,
-        **kwargs,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {**SIZES, "num_hidden_layers": layers}
+    return LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope, **kwargs)).eval()
 
 
 class Float64Rotary(torch.nn.Module):
@@ -80,17 +81,7 @@ OTHER_FAMILIES = {
 def test_other_families_without_targets_are_the_untouched_model(family: str) -> None:
     config_class, more = OTHER_FAMILIES[family]
     torch.manual_seed(0)
-    config = config_class(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        **more,
-    )
+    config = config_class(**SIZES, **more)
     check_untouched(AutoModelForCausalLM.from_config(config).eval(), "dti")
 
 
