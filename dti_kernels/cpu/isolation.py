@@ -23,11 +23,10 @@ from dti_kernels.inputs import Gradients, Inputs
 from dti_kernels.layout import PREFIX_STOP, PROMPT_FIRST, ROW_STOP, START, STOP, SUM_START, SUM_STOP
 
 NAN = float("nan")
-_STREAMS = ("k", "v", "k_sum", "k_initial", "v_initial")
 
 
 class NotFinite(Exception):
-    """An implementation met a number that is not finite, or a row's delta that overflows: what it computed is void."""
+    """An implementation met a number that is not finite, or a row's delta that overflows. Its results are void."""
 
 
 def check_finite(*tensors: Tensor | None) -> None:
@@ -43,7 +42,7 @@ def forward(compute: Callable[..., tuple[Tensor, Tensor]], x: Inputs) -> tuple[T
         return compute(x)
     except NotFinite:
         pass
-    bad = {name: _bad_rows(getattr(x, name)) for name in _STREAMS if getattr(x, name) is not None}
+    bad = _bad_streams(x)
     out, lse = compute(x._replace(**_cleared(x, bad)), is_cleared=True)
     num_context, k_sum = x.num_context, bad.get("k_sum", bad["k"])
     of_sums = k_sum[:num_context] | bad["v"][:num_context]
@@ -72,11 +71,9 @@ def backward(
         pass
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     # Far from where another order of its sum could overflow.
-    unclear = (
-        ~(delta.abs() < torch.finfo(lse.dtype).max / 1024) | ~lse.isfinite().T | _bad_rows(x.q)
-    )  # (T or S, H)
-    bad = {name: _bad_rows(getattr(x, name)) for name in _STREAMS if getattr(x, name) is not None}
-    cleared = x._replace(**_cleared(x, {**bad, "q": unclear}))
+    overflows = ~(delta.abs() < torch.finfo(lse.dtype).max / 1024)
+    unclear = overflows | ~lse.isfinite().T | _bad_rows(x.q)  # (T or S, H)
+    cleared = x._replace(**_cleared(x, _bad_streams(x) | {"q": unclear}))
     of_rows = (z.masked_fill(unclear[..., None], 0.0) for z in (grad_out, out))
     grads = compute(cleared, *of_rows, lse.masked_fill(unclear.T, 0.0), slopes_grad, is_cleared=True)
     dq, dk, dv, dk_sum, dk_initial, dv_initial, dslopes = (grad.clone() for grad in grads)
@@ -100,6 +97,12 @@ def backward(
     if dslopes.numel():
         dslopes[unclear[num_context - num_skipped :].any(0)] = NAN
     return Gradients(dq, dk, dv, dk_sum, dk_initial, dv_initial, dslopes)
+
+
+def _bad_streams(x: Inputs) -> dict[str, Tensor]:
+    """By stream that there is, its bad rows."""
+    streams = ("k", "v", "k_sum", "k_initial", "v_initial")
+    return {name: _bad_rows(getattr(x, name)) for name in streams if getattr(x, name) is not None}
 
 
 def _bad_rows(x: Tensor) -> Tensor:

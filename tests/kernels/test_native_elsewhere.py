@@ -5,6 +5,7 @@ On the host itself the same program runs always, so that the driver stays right.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import shutil
@@ -21,11 +22,11 @@ from dti_kernels import testing
 from dti_kernels.contract import checked_inputs
 from dti_kernels.cpu import build as cpu_build
 from dti_kernels.cpu import compiled as cpu_native
+from dti_kernels.inputs import Gradients
 from tests.cases import CASES, Case
 from tests.numerics import golden_and_budgets
 
 DRIVER = Path(__file__).with_name("native_driver.cpp")
-INPUTS = ("q", "k", "v", "k_sum", "k_initial", "v_initial")
 
 
 def tools(target: str) -> tuple[list[str], list[str]]:
@@ -57,48 +58,35 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def run(program: list[str], case: Case, dtype: torch.dtype, folder: Path) -> dict[str, Tensor]:
     """Output and gradients of a case, as `Inputs.run` gives them."""
     x = case.inputs(dtype)
-    reset, q = x.reset_settings, x.leaves["q"]
-    ratios = None if reset is None else reset.ratios(x.layout.reset_window, dtype, q.device)
-    tensors = [None if leaf is None else leaf.detach() for leaf in map(x.leaves.get, INPUTS)]
-    slopes = x.leaves.get("alibi_slopes")
-    leaves = {name: leaf.detach() for name, leaf in x.leaves.items()}
-    arguments, _ = cpu_native._arguments(checked_inputs(leaves, x.layout, reset, None))
+    x = dataclasses.replace(x, leaves={name: leaf.detach() for name, leaf in x.leaves.items()})
+    inputs = checked_inputs(x.leaves, x.layout, x.reset_settings, None)
+    arguments, kept = cpu_native._arguments(inputs)
     head = bytes(arguments)[: 8 * len(cpu_native._INTEGERS) + 8]
-    gradients = [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
-    dslopes = (
-        torch.zeros(q.shape[1], dtype=torch.float64) if slopes is not None and slopes.requires_grad else None
-    )
-    pointers = [
-        *tensors,
-        ratios,
-        None if slopes is None else slopes.detach().to(dtype),
-        x.layout.rows.to(torch.int32),
-        torch.empty_like(tensors[0]),
-        torch.empty(q.shape[1], q.shape[0], dtype=dtype),
-        x.grad_out,
-        *gradients,
-        dslopes,
+    slopes_grad = case.alibi and not case.fixed_slopes
+    tensors = {name: kept.get(name) for name in cpu_native._INPUTS}
+    tensors["out"] = torch.empty_like(inputs.q)
+    tensors["lse"] = torch.empty(*inputs.q.shape[1::-1], dtype=dtype)
+    tensors["grad_out"] = x.grad_out
+    for name, of in zip(Gradients._fields, inputs.differentiable(slopes_grad)):
+        kind = torch.float64 if name == "dslopes" else dtype
+        tensors[name] = None if of is None else torch.zeros(of.shape, dtype=kind)
+    written = [
+        b"" if tensor is None else tensor.contiguous().numpy().tobytes() for tensor in tensors.values()
     ]
-    written = [b"" if tensor is None else tensor.contiguous().numpy().tobytes() for tensor in pointers]
     with (folder / "in").open("wb") as file:
         file.write(head + struct.pack("<q", dtype == torch.float64))
         for content in written:
             file.write(struct.pack("<q", len(content)) + content)
     subprocess.run([*program, str(folder / "in"), str(folder / "out")], check=True)
-    read, memory = [], (folder / "out").read_bytes()
-    for tensor, content in zip(pointers, written):
+    read, memory = {}, (folder / "out").read_bytes()
+    for (name, tensor), content in zip(tensors.items(), written):
         part, memory = memory[: len(content)], memory[len(content) :]
-        read.append(
-            None
-            if tensor is None
-            else torch.from_numpy(np.frombuffer(part, tensor.numpy().dtype).copy()).view(tensor.shape)
-        )
+        if tensor is not None and name in ("out", *Gradients._fields):
+            read[name] = torch.from_numpy(np.frombuffer(part, tensor.numpy().dtype).copy()).view(tensor.shape)
     assert not memory
-    results = {"out": read[9]}
-    results |= {f"d{name}": grad for name, grad in zip(INPUTS, read[12:18]) if grad is not None}
-    if dslopes is not None:
-        results["dalibi_slopes"] = read[18].to(slopes.dtype)
-    return results
+    if slopes_grad:
+        read["dalibi_slopes"] = read.pop("dslopes").to(x.leaves["alibi_slopes"].dtype)
+    return read
 
 
 @pytest.mark.usefixtures("native")
