@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,13 +19,9 @@ def check_parity(
     case: Case, dtype: torch.dtype, implementation: Callable[..., Tensor], device: torch.device | str = "cpu"
 ) -> None:
     """`implementation` in `dtype` on `device` against the float64 reference: output and every gradient of `case`."""
-    check_shares(parity_shares(case, dtype, implementation, device), dtype)
-
-
-def check_shares(shares: Mapping[str, float], dtype: torch.dtype) -> None:
-    """Raise AssertionError, with the shares of all tensors, unless each is at most 1."""
-    listed = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
-    assert all(share <= 1 for share in shares.values()), f"{dtype}: error / budget {listed}"
+    actual = case.inputs(dtype, device).run(implementation)
+    budgets = golden_and_budgets(case, dtype, rounds_factors(dtype, device), device)
+    testing.assert_within_budget(actual, *budgets, dtype)
 
 
 def parity_shares(

@@ -1,7 +1,7 @@
-"""Which CPU implementation computes: the compiled one, or PyTorch's where there is no compiler.
+"""Which CPU implementation computes: the compiled one, or the PyTorch fallback where there is no compiler.
 
-The first time that PyTorch's stands in, a warning says why. DTI_CPU in the environment decides instead: `torch` chooses PyTorch's,
-`native` makes a failed build an error.
+The first use of the fallback warns and says why. DTI_CPU=torch in the environment chooses it, DTI_CPU=native makes a failed build an
+error.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def _is_compiled() -> bool:
     if choice == "torch":
         return False
     library, error = compiled.library()
-    if library is None and choice == "native":
-        raise RuntimeError(f"DTI_CPU=native, but it was not built: {error}")
     if library is None:
+        if choice == "native":
+            raise RuntimeError(f"DTI_CPU=native, but it was not built: {error}")
         _warn(error)
     return library is not None
 

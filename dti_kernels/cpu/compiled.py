@@ -1,8 +1,4 @@
-"""Calls `native/attention.cpp`, the compiled CPU implementation of the operators, which `build.py` compiles and keeps.
-
-Where it cannot be had, `cpu.py` computes the same in PyTorch, and a warning says why, once. Environment: `DTI_CPU=torch` chooses the
-PyTorch implementation, `DTI_CPU=native` makes a failed build an error.
-"""
+"""The compiled CPU implementation: calls `native/attention.cpp`, which `build.py` compiles and keeps."""
 
 from __future__ import annotations
 

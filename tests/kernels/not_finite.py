@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dti_kernels import testing
 from tests.cases import Case, Inputs
-from tests.numerics import check_shares, golden_and_budgets, rounds_factors
+from tests.numerics import golden_and_budgets, rounds_factors
 
 STREAMS = ("q", "k", "v", "k_sum", "k_initial", "v_initial", "grad_out")
 # The last is finite, and its products are not.
@@ -77,8 +77,5 @@ def check_isolation(
             assert torch.equal(tensor[~touched], before[name][~touched]), name
         tensor[touched] = golden[name][touched].to(dtype)
     if not bitwise:
-        names = list(actual)
-        check_shares(
-            testing.shares(actual, {n: golden[n] for n in names}, {n: budgets[n] for n in names}, dtype),
-            dtype,
-        )
+        golden, budgets = ({name: of[name] for name in actual} for of in (golden, budgets))
+        testing.assert_within_budget(actual, golden, budgets, dtype)

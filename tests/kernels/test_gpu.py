@@ -17,7 +17,7 @@ from benchmarks.measuring.rehearsal import DEVICE
 from dti_kernels import StreamLayout, windowed_attn
 from tests.cases import CASES, Case, named
 from tests.kernels.not_finite import STREAMS, check_isolation
-from tests.numerics import check_shares, parity_shares
+from tests.numerics import parity_shares
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,7 +76,7 @@ def parity(record_property: Callable[[str, Any], None]) -> Callable[[Case, torch
         shares = parity_shares(case, dtype, windowed_attn, DEVICE)
         print(case.name, dtype, "error / budget", shares)
         record_property("shares", {name: round(share, 3) for name, share in shares.items()})
-        check_shares(shares, dtype)
+        assert all(share <= 1 for share in shares.values())
 
     return check
 
