@@ -83,7 +83,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of trained weights on rank 0's CPU, empty elsewhere. Every rank has to get here.
 
-    By hand: torch's `get_model_state_dict` names tied weights twice, and walks to entries of quantised layers that are no attributes.
+    Not by torch's `get_model_state_dict`: it returns tied weights twice, and looks every entry up as an attribute, which those of
+    quantised layers need not be.
     """
     whole = {}
     for name, parameter in trained_parameters(model).items():
