@@ -54,11 +54,6 @@ class Cell:
         """Digest of the settings."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
-    @property
-    def kind(self) -> str:
-        """The settings a reader compares: method and k."""
-        return f"{self.dti.mode} k={self.k or 'all'}"
-
 
 def restrict_targets(
     source: Path, out: Path, train_targets: int, val_share: float, test_share: float, seed: int = 0
