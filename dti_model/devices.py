@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dti_model.error_lines import reason_of
 from dti_model.launch import num_processes
 from dti_model.ranks import join_ranks
 
@@ -22,9 +23,8 @@ def device_named(name: str | None) -> str:
     try:
         torch.empty(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"device {name!r} cannot be used ({reason:.200}): name another, such as cpu, or leave it out"
+            f"device {name!r} cannot be used ({reason_of(error):.200}): name another, such as cpu, or leave it out"
         ) from error
     return name
 

@@ -25,6 +25,14 @@ def joined(text: str) -> str:
     return f"{plain[:300]} ... ({len(plain) - 500:,} characters) ... {plain[-200:]}"
 
 
+def reason_of(error: BaseException) -> str:
+    """An error's first line, and the next one if that ends in a colon: validation errors of transformers say there what is wrong."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
+    return " ".join([first, *more[: first.endswith(":")]])
+
+
 def line_of(error: BaseException) -> str:
     """The line about an error of the user's, or of the machine's."""
     text = str(error)

@@ -79,16 +79,17 @@ def command_of(words: Sequence[str]) -> tuple[Parser, Callable[[Namespace], None
     """The parser of the command that the first words name, the function that runs it, and the other words."""
     top = argparse.ArgumentParser(
         "dti",
-        description="Train and evaluate click models on streaming prompts (DTI). `dti COMMAND --help` lists the options of a command.",
+        description="Train and evaluate click models on streaming prompts (DTI).\n"
+        "`dti COMMAND --help` lists the options of a command.",
     )
     top.add_argument("--version", action="version", version=f"dti {_version()}\n", help="print the version")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    name, *rest = [choose(top, COMMANDS, "COMMAND", next(iter(words), None)), *words[1:]]
+    name, rest = choose(top, COMMANDS, "COMMAND", words)
     module = import_module(f"dti_model.cli.{name.replace('-', '_')}")
     if name == "prepare":
         sources = argparse.ArgumentParser("dti prepare", description=module.DESCRIPTION)
         titles = {source: entry.title for source, entry in module.SOURCES.items()}
-        source, *rest = [choose(sources, titles, "SOURCE", next(iter(rest), None)), *rest[1:]]
+        source, rest = choose(sources, titles, "SOURCE", rest)
         parser, run_command = module.make_parser(source), partial(module.run, source)
         name = f"{name} {source}"
     else:

@@ -65,9 +65,8 @@ class _Help(DefaultHelpFormatter):
     """Help without the types of Python: metavars say what an option takes."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return (
-            text if "\n" in text else super()._fill_text(text, width, indent)
-        )  # a file format keeps its lines
+        is_format = "\n" in text  # of a file: its lines stay
+        return text if is_format else super()._fill_text(text, width, indent)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
@@ -99,16 +98,15 @@ class Parser(ArgumentParser):
         for name in list(known):
             known[_dashed(name)] = known.pop(name)
         for action in self._actions:
-            action.option_strings = [_dashed(name) for name in action.option_strings]
-            if action.nargs != 0:
-                kind = getattr(action, "_typehint", action.type)
-                action.metavar = action.metavar or _METAVARS.get(kind)
+            action.option_strings = [_dashed(name) for name in action.option_strings if name[-1] != "+"]
+            kind = getattr(action, "_typehint", action.type)
+            action.metavar = action.metavar or _METAVARS.get(kind)
             if action.metavar == "CONFIG":  # a group of settings
                 action.metavar, action.help = "FILE", "YAML file with these settings"
+            elif "--print-config" in action.option_strings:
+                action.help = "print the settings as YAML and exit"
             elif isinstance(action.metavar, str) and action.metavar.startswith("{"):
                 action.metavar = action.metavar.strip("{}").replace(",", "|")
-            if "--print-config" in action.option_strings:
-                action.help = "print the settings as YAML and exit"
             if action.required:
                 needed += [*action.option_strings[:1], str(action.metavar or action.dest)]
         self.usage = " ".join([prog, *needed, "[options]"])
@@ -127,11 +125,11 @@ class Parser(ArgumentParser):
         parsed = super().parse_args(words, **kwargs)
         empty = {name for name, value in options_of(words) if not value}
         for action in self._actions:
-            if isinstance(parsed.get(action.dest), Path) and empty & set(action.option_strings):
-                self.error(f"{action.option_strings[0]} is empty: name a file or a folder")
-        for name, value in list(parsed.items()):
-            if isinstance(value, Path):
-                parsed[name] = Path(os.path.expanduser(value))
+            path = parsed.get(action.dest)
+            if isinstance(path, Path):
+                if empty & set(action.option_strings):
+                    self.error(f"{action.option_strings[0]} is empty: name a file or a folder")
+                parsed[action.dest] = Path(os.path.expanduser(path))
         _check_groups(parsed)
         return parsed
 
@@ -191,30 +189,28 @@ class Parser(ArgumentParser):
         return [*(name for x in actions for name in x.option_strings), *(x.dest for x in actions)]
 
 
-def choose(parser: argparse.ArgumentParser, names: Mapping[str, str], metavar: str, first: str | None) -> str:
-    """The first word, which must be one of some names, each with a line of help; or an option of `parser` that exits.
-
-    Raises:
-        SystemExit: with status 0 after the help or the version, with status 2 after a line that says what is wrong.
-    """
+def choose(
+    parser: argparse.ArgumentParser, names: Mapping[str, str], metavar: str, words: Sequence[str]
+) -> tuple[str, Sequence[str]]:
+    """The first word, which is one of some names, each with a line of help, and the other words. Exits with status 0 after help or
+    version, with status 2 after a line that says what is wrong."""
     parser.usage = f"{parser.prog} {metavar} [options]"
-    parsers = parser.add_subparsers(title=f"{metavar.lower()}s", metavar=metavar)
-    for name, text in names.items():
-        parsers.add_parser(name, help=text)
-    if first is None:
-        refuse(parser.prog, f"one of {', '.join(names)} must be given")
+    listed = "".join(f"\n  {name:16}{text}" for name, text in names.items())
+    parser.epilog, parser.formatter_class = (
+        f"{metavar.lower()}s:{listed}",
+        argparse.RawDescriptionHelpFormatter,
+    )
+    first, known = next(iter(words), ""), parser._option_string_actions
     if first in names:
-        return first
-    known = parser._option_string_actions
-    if not first.startswith("-"):
-        refuse(
-            parser.prog,
-            f"{metavar} must be one of {', '.join(names)}, got {first}{did_you_mean(first, names)}",
-        )
-    if first not in known:
+        return first, words[1:]
+    if first in known:
+        parser.parse_args([first])
+    if not words:
+        refuse(parser.prog, f"one of {', '.join(names)} must be given")
+    if first.startswith("-"):
         refuse(parser.prog, f"unrecognized arguments: {first}{did_you_mean(first, known)}")
-    parser.parse_args([first])
-    raise AssertionError(f"{first} exits")
+    must = f"{metavar} must be one of {', '.join(names)}"
+    refuse(parser.prog, f"{must}, got {first}{did_you_mean(first, names)}")
 
 
 def refuse(prog: str, text: str) -> NoReturn:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jsonargparse import Namespace
 
 from dti_model.cli.command_line import Parser
-
-if TYPE_CHECKING:
-    from dti_model.config import TrainConfig
+from dti_model.config import TrainConfig
 
 _SHARED: dict[str, dict[str, Any]] = {
     "--config": {
         "action": "config",
         "metavar": "FILE",
-        "help": "YAML file with any of these settings; options after it win",
+        "help": "YAML file of settings; options after it win",
     },
     "--out": {"type": Path, "required": True, "help": "folder to make"},
     "--run": {"type": Path, "required": True, "help": "run folder made by `dti train`"},
@@ -46,14 +44,10 @@ def add_shared(parser: Parser, *names: str) -> None:
 
 def add_settings(parser: Parser, *without: str) -> None:
     """Add `--config` and an option for each setting of a run but some."""
-    from dti_model.config import TrainConfig
-
     add_shared(parser, "--config")
     parser.add_class_arguments(TrainConfig, fail_untyped=True, skip=set(without))
 
 
 def settings_of(options: Namespace, *others: str) -> TrainConfig:
     """The settings of a run among options; `others`: options that are none."""
-    from dti_model.config import TrainConfig
-
     return TrainConfig(**{name: x for name, x in vars(options).items() if name not in ("config", *others)})

@@ -12,7 +12,7 @@ from dti_model.data import SOURCES
 from dti_model.shown import one_line
 
 DESCRIPTION = (
-    "Turn a raw data set into a prepared folder: checked, split, tokenised, memory-mapped. "
+    "Turn a raw data set into a prepared folder: checked, split, tokenised, memory-mapped.\n"
     "`dti prepare SOURCE --help` lists the options of a source."
 )
 
@@ -21,12 +21,8 @@ def make_parser(name: str) -> Parser:
     """The options that apply to a source."""
     source = SOURCES[name]
     parser = Parser(description=f"Prepare {source.title}.")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        help="prepared folder to make; an older one there is replaced, anything else is an error",
-    )
+    text = "prepared folder to make; an older one there is replaced, anything else is an error"
+    parser.add_argument("--out", type=Path, required=True, help=text)
     if source.raw_dir is not None:
         parser.add_argument("--raw-dir", type=Path, required=not source.is_published, help=source.raw_dir)
     if name == "amazon":
@@ -39,24 +35,13 @@ def make_parser(name: str) -> Parser:
         text = f"a rating above it is a click; default: {source.threshold:g}"
         parser.add_argument("--threshold", type=number, help=text)
     if source.is_published:
-        parser.add_argument(
-            "--subset",
-            action="store_true",
-            help="accept a part of the data set: report its counts instead of checking them",
-        )
+        text = "accept a part of the data set: report its counts instead of checking them"
+        parser.add_argument("--subset", action="store_true", help=text)
     else:
-        parser.add_argument(
-            "--max-rejected",
-            type=number,
-            default=0.01,
-            help="largest share of a file's rows that may be unusable; they are listed in OUT/rejected.csv",
-        )
-        parser.add_argument(
-            "--max-chars",
-            type=int,
-            default=200,
-            help="longest value in an item text; longer ones are cut at a word",
-        )
+        text = "largest share of a file's rows that may be unusable; they are listed in OUT/rejected.csv"
+        parser.add_argument("--max-rejected", type=number, default=0.01, help=text)
+        text = "longest value in an item text; longer ones are cut at a word"
+        parser.add_argument("--max-chars", type=int, default=200, help=text)
     _add_protocol(parser, source.min_item_count)
     return parser
 
@@ -86,24 +71,14 @@ def _add_custom(parser: Parser) -> None:
 
 
 def _add_protocol(parser: Parser, min_item_count: int) -> None:
-    parser.add_argument(
-        "--split",
-        type=Literal["global", "user"],
-        default="global",
-        help="8:1:1 over global time, or within each user",
-    )
-    parser.add_argument(
-        "--min-context", type=int, default=5, help="earlier interactions that a target must have"
-    )
-    parser.add_argument(
-        "--min-item-count", type=int, default=min_item_count, help="drop items with fewer interactions"
-    )
-    parser.add_argument(
-        "--vocab-size",
-        type=int,
-        default=4096,
-        help="largest vocabulary of the tokenizer trained on the item texts",
-    )
+    text = "8:1:1 over global time, or within each user"
+    parser.add_argument("--split", type=Literal["global", "user"], default="global", help=text)
+    for name, default, text in (
+        ("--min-context", 5, "earlier interactions that a target must have"),
+        ("--min-item-count", min_item_count, "drop items with fewer interactions"),
+        ("--vocab-size", 4096, "largest vocabulary of the tokenizer trained on the item texts"),
+    ):
+        parser.add_argument(name, type=int, default=default, help=text)
 
 
 def run(name: str, options: Namespace) -> None:

@@ -22,7 +22,7 @@ def make_parser() -> Parser:
         required=True,
         sub_configs=True,
         metavar="FILE",
-        help="YAML file, or text such as '{optim.learning_rate: [0.001, 0.002], dti.alpha_max: [0, 0.5]}'",
+        help="YAML file, or text such as '{optim.learning-rate: [0.001, 0.002], dti.alpha-max: [0, 0.5]}'",
     )
     parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="seeds of every cell")
     add_settings(parser, "seed", "score_test")

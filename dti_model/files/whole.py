@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dti_model.error_lines import reason_of
 from dti_model.files.locks import is_still
 from dti_model.files.renames import exchanged, rename_file_to_nothing, rename_folder_to_nothing
 
@@ -255,9 +256,8 @@ def _named_errors(path: Path) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno in _FULL
         if not full and not _FULL_WORDS.search(str(error)):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WriteError(
-            f"{path} cannot be written ({reason}). Nothing half written is left: make room and give the same command again"
+            f"{path} cannot be written ({reason_of(error)}). Nothing half written is left: make room and give the same command again"
         ) from error
 
 

