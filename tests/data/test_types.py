@@ -223,13 +223,13 @@ def test_a_category_file_gives_what_a_text_file_gives(tmp_path: Path) -> None:
 # -- settings beyond all bounds -------------------------------------------------------------------------------------------
 
 ABSURD = [
-    ("--vocab-size", "1" + "0" * 23, "vocab_size must be at least 260 .* and at most 1,048,576, but is 1"),
-    ("--vocab-size", "1000000000", "vocab_size must be at least 260 .* and at most 1,048,576"),
-    ("--vocab-size", "-1", "vocab_size must be at least 260 .*, but is -1"),
-    ("--min-context", "1" + "0" * 23, "min_context must be at least 0 and at most 2,147,483,647, but is 1"),
-    ("--min-context", "-1", "min_context must be at least 0 and at most"),
-    ("--min-item-count", "1" + "0" * 23, "min_item_count must be at least 1 and at most 2,147,483,647"),
-    ("--min-item-count", "0", "min_item_count must be at least 1 and at most"),
+    ("--vocab-size", "1" + "0" * 23, "--vocab-size must be at least 260 .* and at most 1,048,576, but is 1"),
+    ("--vocab-size", "1000000000", "--vocab-size must be at least 260 .* and at most 1,048,576"),
+    ("--vocab-size", "-1", "--vocab-size must be at least 260 .*, but is -1"),
+    ("--min-context", "1" + "0" * 23, "--min-context must be at least 0 and at most 2,147,483,647, but is 1"),
+    ("--min-context", "-1", "--min-context must be at least 0 and at most"),
+    ("--min-item-count", "1" + "0" * 23, "--min-item-count must be at least 1 and at most 2,147,483,647"),
+    ("--min-item-count", "0", "--min-item-count must be at least 1 and at most"),
     ("--threshold", "nan", "threshold must be at least 1 and below 5, .*, but is nan"),
     ("--threshold", "inf", "threshold must be at least 1 and below 5, .*, but is inf"),
     ("--threshold", "-inf", "threshold must be at least 1 and below 5"),
