@@ -35,10 +35,8 @@ class _Block:
 
     def __init__(self, x: Inputs, first: int, stop: int) -> None:
         self.num_groups, per_group = x.k.shape[1], x.q.shape[1] // x.k.shape[1]
-        self.of_sums, self.queries = (
-            first >= x.num_context,
-            slice(first - x.num_skipped, stop - x.num_skipped),
-        )
+        self.of_sums = first >= x.num_context
+        self.queries = slice(first - x.num_skipped, stop - x.num_skipped)
         prompt, prefix_end, span, *_ = x.rows[:, first].tolist()
         context_keys = [slice(prompt, prefix_end), slice(span, int(x.rows[STOP, stop - 1]))]
         own_keys = [slice(first, stop)] if self.of_sums else []
