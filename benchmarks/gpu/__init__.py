@@ -17,25 +17,3 @@ from benchmarks.gpu.results import (
     write_summary,
 )
 from benchmarks.gpu.steps import SLOTS, Places, Step, steps_of
-
-__all__ = [
-    "SLOTS",
-    "Places",
-    "Step",
-    "how_it_ended",
-    "log",
-    "mend_rows",
-    "note_origin",
-    "num_rows",
-    "origin_of",
-    "pack",
-    "read_summary",
-    "remove_packed",
-    "run_child",
-    "same_origin",
-    "set_aside_tiles",
-    "steps_of",
-    "table",
-    "unpack",
-    "write_summary",
-]

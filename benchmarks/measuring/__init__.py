@@ -14,24 +14,3 @@ from benchmarks.measuring.stand_in import (
 )
 from benchmarks.measuring.timing import interleaved_ms, median_and_p99, percentiles_ms, slowest_ms
 from benchmarks.recording import REHEARSING
-
-__all__ = [
-    "DEVICE",
-    "REHEARSING",
-    "DeviceLost",
-    "Key",
-    "Timing",
-    "card_state",
-    "check_device",
-    "compile_launch",
-    "device_times",
-    "distinct_launches",
-    "driver_of",
-    "interleaved_ms",
-    "median_and_p99",
-    "percentiles_ms",
-    "recorded_launches",
-    "slowest_ms",
-    "warm_up",
-    "why_not_compiled",
-]

@@ -4,18 +4,3 @@ from benchmarks.quality.full import commands
 from benchmarks.quality.plans import PLANS, SIZES, Arm, Plan
 from benchmarks.quality.runs import CELL_FILE, Cell, restrict_targets, run_cell, score_cell, scores_of
 from benchmarks.quality.stats import auc_difference
-
-__all__ = [
-    "CELL_FILE",
-    "PLANS",
-    "SIZES",
-    "Arm",
-    "Cell",
-    "Plan",
-    "auc_difference",
-    "commands",
-    "restrict_targets",
-    "run_cell",
-    "score_cell",
-    "scores_of",
-]

@@ -2,5 +2,3 @@
 
 from benchmarks.scoring.data import REPEATS, SMOKE_REPEATS, measure_candidates, measure_evaluation, new_run
 from benchmarks.scoring.shape import measure_shape
-
-__all__ = ["REPEATS", "SMOKE_REPEATS", "measure_candidates", "measure_evaluation", "measure_shape", "new_run"]

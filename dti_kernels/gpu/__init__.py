@@ -19,25 +19,6 @@ if TYPE_CHECKING:
     from dti_kernels.gpu.forward import forward_launches, run_forward
     from dti_kernels.gpu.launch import Batch, Launch, interpreting
 
-__all__ = [
-    "KERNELS",
-    "TABLE",
-    "Batch",
-    "Buffers",
-    "Launch",
-    "Tile",
-    "architecture",
-    "backward_launches",
-    "choose_tile",
-    "forced",
-    "forced_tile",
-    "forward_launches",
-    "interpreting",
-    "run_backward",
-    "run_forward",
-    "table_tile",
-]
-
 _WITH_TRITON = {
     **dict.fromkeys(("Batch", "Launch", "interpreting"), "launch"),
     **dict.fromkeys(("Buffers", "backward_launches", "run_backward"), "backward"),

@@ -1,5 +1,3 @@
 """The command line, `dti`."""
 
 from dti_model.cli.command import main, run
-
-__all__ = ["main", "run"]

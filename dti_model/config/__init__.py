@@ -18,32 +18,3 @@ from dti_model.config.settings import (
     check_reset_layers,
 )
 from dti_model.config.strict_yaml import StrictYAMLError, check_yaml, read_settings, with_underscores
-
-__all__ = [
-    "CONFIG_FILE",
-    "GROUPS",
-    "HUB",
-    "MODES",
-    "RULES",
-    "ConfigFileError",
-    "DTIConfig",
-    "LoraSettings",
-    "ModelConfig",
-    "OptimConfig",
-    "PretrainedModelError",
-    "Reference",
-    "StrictYAMLError",
-    "TrainConfig",
-    "as_yaml",
-    "check_new_folder",
-    "check_reset_layers",
-    "check_yaml",
-    "is_run_config",
-    "is_sealed",
-    "locate",
-    "must_be",
-    "read_settings",
-    "why_irreplaceable",
-    "why_owned",
-    "with_underscores",
-]

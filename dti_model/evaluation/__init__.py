@@ -15,21 +15,3 @@ from dti_model.evaluation.splits import (
     split_metrics,
     write_predictions,
 )
-
-__all__ = [
-    "PREDICTION_COLUMNS",
-    "REPORT_MARK",
-    "baseline_metrics",
-    "click_metrics",
-    "eval_targets",
-    "evaluate_run",
-    "item_user_auc",
-    "metrics_table",
-    "plot_mask",
-    "plot_report",
-    "score_split",
-    "score_targets",
-    "sentence_about_baselines",
-    "split_metrics",
-    "write_predictions",
-]

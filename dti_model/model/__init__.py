@@ -16,26 +16,3 @@ from dti_model.model.run_folder import (
     check_model_is_ours,
 )
 from dti_model.model.safe_loading import fast_tokenizer_from, model_from
-
-__all__ = [
-    "MODEL_FOLDER",
-    "ClickModel",
-    "LayerKeys",
-    "OtherOriginError",
-    "Past",
-    "Provenance",
-    "Run",
-    "RunExistsError",
-    "add_lora",
-    "apply_dti",
-    "check_model_is_ours",
-    "concatenated",
-    "export_run",
-    "fast_tokenizer_from",
-    "fetch_model",
-    "llama_config",
-    "model_from",
-    "model_inputs",
-    "token_logits",
-    "tokenizer_of",
-]

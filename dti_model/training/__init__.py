@@ -8,18 +8,3 @@ from dti_model.training.flops import PEAK_TFLOPS, StepCost, peak_flops
 from dti_model.training.grid_search import search
 from dti_model.training.setup import trainer_of, training_arguments
 from dti_model.training.trainer import RunLog, StreamTrainer
-
-__all__ = [
-    "PEAK_TFLOPS",
-    "RunLog",
-    "StepCost",
-    "StreamTrainer",
-    "measure_training",
-    "packed_epoch",
-    "peak_flops",
-    "search",
-    "timed_step",
-    "train",
-    "trainer_of",
-    "training_arguments",
-]

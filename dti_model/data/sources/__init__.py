@@ -12,17 +12,6 @@ if TYPE_CHECKING:
     from dti_model.data.sources.custom import CustomFiles
     from dti_model.data.sources.source import RawData, Source
 
-__all__ = [
-    "SOURCES",
-    "AmazonFiles",
-    "CustomFiles",
-    "RawData",
-    "Source",
-    "loaded",
-    "named_source",
-    "source_in_folder",
-]
-
 # These need polars and msgspec, the table does not.
 _READERS = {"AmazonFiles": "amazon", "CustomFiles": "custom", "RawData": "source", "Source": "source"}
 
