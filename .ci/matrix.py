@@ -24,7 +24,7 @@ NATIVE_TESTS = (
     "tests/kernels/test_cpu_native.py",
     "tests/kernels/test_cpu_parity.py",
     "-k",
-    "test_parity and not torch] and not variants and not random",
+    "test_parity and native and not variants and not random",
 )
 PYTORCH_TESTS = ("tests/kernels/test_cpu_parity.py", "-k", "not native")
 INTERPRETER_TESTS = (
