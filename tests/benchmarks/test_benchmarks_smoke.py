@@ -17,8 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_quality, bench_score, bench_train, leak_meter, simulate
-from benchmarks import bench_train_gpu as bench_training
+from benchmarks import (
+    bench_attention,
+    bench_quality,
+    bench_score,
+    bench_train,
+    bench_train_gpu,
+    leak_meter,
+    simulate,
+)
 from benchmarks.measuring import median_and_p99, slowest_ms
 from benchmarks.recording import command, commit_of
 from benchmarks.scoring import shape as score_shape
@@ -68,14 +75,14 @@ def test_smoke(
 FULL = {
     bench_attention: ["--lengths", "128", "256", "--repeats", "1"],
     bench_train: ["--layers", "1", "--width", "16", "--heads", "2", "--k", "1", "--steps", "1", "--data"],
-    bench_training: ["--model", "tiny", "--device", "cpu", "--tokens", "512", "--steps", "1"],
+    bench_train_gpu: ["--model", "tiny", "--device", "cpu", "--tokens", "512", "--steps", "1"],
     bench_score: ["--layers", "1", "--width", "16", "--repeats", "1", "--user-step", "40", "--part", "evaluation", "--data"],
     leak_meter: ["--layers", "1", "--prompts", "1"],
 }  # fmt: skip
 NAMES = {
     bench_attention: "attention-cpu",
     bench_train: "train-cpu",
-    bench_training: "training-cpu",
+    bench_train_gpu: "training-cpu",
     bench_score: "score-cpu",
     leak_meter: "leak",
 }

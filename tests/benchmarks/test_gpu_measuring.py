@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_train_gpu as bench_training
-from benchmarks import tune_tiles
+from benchmarks import bench_train_gpu, tune_tiles
 from benchmarks.attention import flex_tuned
 from benchmarks.attention.workloads import AttentionInputs, Workload
 from benchmarks.measuring import clocks, device_time
@@ -210,11 +209,11 @@ def test_a_model_that_fails_leaves_the_other_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--device", "cpu", "--tokens", "1024", "--steps", "1", "--out", str(tmp_path / "rows.jsonl")]
-    monkeypatch.setattr("sys.argv", ["bench_training", "--model", "smollm", "tiny", *arguments])
-    monkeypatch.setitem(bench_training.MODELS, "smollm", {"hidden_size": -1})
-    monkeypatch.setattr(bench_training, "check_device", lambda error: None)
+    monkeypatch.setattr("sys.argv", ["bench_train_gpu", "--model", "smollm", "tiny", *arguments])
+    monkeypatch.setitem(bench_train_gpu.MODELS, "smollm", {"hidden_size": -1})
+    monkeypatch.setattr(bench_train_gpu, "check_device", lambda error: None)
     with pytest.raises(SystemExit):
-        bench_training.main()
+        bench_train_gpu.main()
     failed, streaming, sliding = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
     assert failed["model"] == "smollm"
     assert failed["failed"]

@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from dti_kernels import StreamLayout, windowed_attn
 from dti_kernels.contract import checked_inputs
 from dti_kernels.cpu import build as cpu_build
-from dti_kernels.cpu import choice
-from dti_kernels.cpu import compiled as cpu_native
+from dti_kernels.cpu import choice, compiled
 from tests.cases import CASES, Case, random_cases
 from tests.numerics import check_parity
 
@@ -38,11 +37,11 @@ def built_with(*flags: str) -> Iterator[None]:
     """The library built with other constants, unoptimised for the sake of time."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(cpu_build, "FLAGS", (*cpu_build.FLAGS, "-O1", *flags))
-        cpu_native.library.cache_clear()
+        compiled.library.cache_clear()
         try:
             yield
         finally:
-            cpu_native.library.cache_clear()
+            compiled.library.cache_clear()
 
 
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
@@ -87,7 +86,7 @@ def test_results_do_not_depend_on_threads() -> None:
     for num_threads, parallel in ((2, True), (5, True), (3, False)):
         with pytest.MonkeyPatch.context() as monkeypatch:
             if not parallel:
-                monkeypatch.setattr(cpu_native, "_openmp_parallel", lambda: None)
+                monkeypatch.setattr(compiled, "_openmp_parallel", lambda: None)
             monkeypatch.setattr(torch, "get_num_threads", lambda n=num_threads: n)
             results = LONG.inputs(torch.float32).run(windowed_attn)
         for name, value in expected.items():
@@ -98,8 +97,8 @@ def test_pytorchs_threads_are_found() -> None:
     """Where PyTorch is built with OpenMP, its thread pool is used: not that of scikit-learn, whose path sorts first."""
     import sklearn.metrics  # noqa: F401
 
-    cpu_native._openmp_parallel.cache_clear()
-    found = cpu_native._openmp_parallel()
+    compiled._openmp_parallel.cache_clear()
+    found = compiled._openmp_parallel()
     assert (found is not None) == torch.backends.openmp.is_available()
     runtimes = list((Path(torch.__file__).parent / "lib").glob("libgomp*"))
     if runtimes:
@@ -121,8 +120,8 @@ def test_memory_of_gradients_is_linear_in_rows() -> None:
     def size(num_interactions: int, head_dim: int) -> int:
         layout = StreamLayout.build([[4] * num_interactions], [[1] * num_interactions], [num_interactions], 5)
         q = torch.zeros(layout.num_rows, 2, head_dim)
-        arguments, _ = cpu_native._arguments(checked_inputs({"q": q, "k": q, "v": q}, layout, None, None))
-        return cpu_native._call("num_gradients", arguments, torch.float32)
+        arguments, _ = compiled._arguments(checked_inputs({"q": q, "k": q, "v": q}, layout, None, None))
+        return compiled._call("num_gradients", arguments, torch.float32)
 
     small, large = size(2000, 16), size(8000, 16)
     assert large <= 4.1 * small
@@ -138,7 +137,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     expected = case.call(windowed_attn)  # first: this may be what builds it
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("DTI_CACHE_DIR", str(tmp_path))
-    cpu_native.library.cache_clear()
+    compiled.library.cache_clear()
     choice._warn.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="DTI_CPU=native.*no-such-compiler"):
@@ -152,7 +151,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
             warnings.simplefilter("error")
             case.call(windowed_attn)
     finally:
-        cpu_native.library.cache_clear()
+        compiled.library.cache_clear()
         choice._warn.cache_clear()
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dti_kernels import windowed_attn
 from dti_kernels.contract import checked_inputs
-from dti_kernels.cpu import blocks as cpu
+from dti_kernels.cpu import blocks
 from tests.cases import CASES, Case, random_cases
 from tests.numerics import check_parity
 
@@ -37,8 +37,8 @@ def test_parity(case: Case, dtype: torch.dtype) -> None:
 def test_parity_at_other_block_sizes(
     case: Case, block_rows: int, more_keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "BLOCK_ROWS", block_rows)
-    monkeypatch.setattr(cpu, "MORE_KEYS", more_keys)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(blocks, "MORE_KEYS", more_keys)
     check_parity(case, torch.float64, windowed_attn)
 
 
@@ -46,8 +46,8 @@ def test_parity_at_other_block_sizes(
 @given(random_cases(), st.sampled_from([(3, 0), (16, 8), (96, 512)]))
 def test_parity_on_random_prompts(case: Case, sizes: tuple[int, int]) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(cpu, "BLOCK_ROWS", sizes[0])
-        monkeypatch.setattr(cpu, "MORE_KEYS", sizes[1])
+        monkeypatch.setattr(blocks, "BLOCK_ROWS", sizes[0])
+        monkeypatch.setattr(blocks, "MORE_KEYS", sizes[1])
         check_parity(case, torch.float64, windowed_attn)
 
 
@@ -85,9 +85,9 @@ def test_sums_far_apart_share_no_block() -> None:
     lengths = [[100] * 3] * 20
     layout = Case("far apart", lengths, [[1] * 3] * 20, [1] * 20, window=3).inputs(torch.float32).layout
     q = torch.zeros(layout.num_rows, 1, 1)
-    blocks = list(cpu._blocks(checked_inputs({"q": q, "k": q, "v": q}, layout, None, None)))
-    assert sum(block.of_sums for block in blocks) == 7  # three in each
-    assert max(block.hidden.shape[1] for block in blocks) <= 2 * 302 + cpu.MORE_KEYS + 3
+    found = list(blocks._blocks(checked_inputs({"q": q, "k": q, "v": q}, layout, None, None)))
+    assert sum(block.of_sums for block in found) == 7  # three in each
+    assert max(block.hidden.shape[1] for block in found) <= 2 * 302 + blocks.MORE_KEYS + 3
 
 
 @pytest.mark.usefixtures("implementation")
@@ -133,7 +133,7 @@ def test_memory_is_linear_in_rows() -> None:
     layout, names = inputs.layout, ("q", "k", "v", "k_sum")
     x = checked_inputs({name: inputs.leaves[name].detach() for name in names}, layout, None, 1.0)
     with Largest() as largest:
-        out, lse = cpu.forward(x)
-        cpu.backward(x, torch.ones_like(out), out, lse, slopes_grad=True)
-    scores = 2 * cpu.BLOCK_ROWS * (6 * 5 + 4 + cpu.MORE_KEYS + cpu.BLOCK_ROWS)
+        out, lse = blocks.forward(x)
+        blocks.backward(x, torch.ones_like(out), out, lse, slopes_grad=True)
+    scores = 2 * blocks.BLOCK_ROWS * (6 * 5 + 4 + blocks.MORE_KEYS + blocks.BLOCK_ROWS)
     assert largest.numel <= max(2 * layout.num_rows * 8, scores)

@@ -21,7 +21,7 @@ from torch import Tensor
 from dti_kernels import testing
 from dti_kernels.contract import checked_inputs
 from dti_kernels.cpu import build as cpu_build
-from dti_kernels.cpu import compiled as cpu_native
+from dti_kernels.cpu import compiled
 from dti_kernels.inputs import Gradients
 from tests.cases import CASES, Case
 from tests.numerics import golden_and_budgets
@@ -60,10 +60,10 @@ def run(program: list[str], case: Case, dtype: torch.dtype, folder: Path) -> dic
     x = case.inputs(dtype)
     x = dataclasses.replace(x, leaves={name: leaf.detach() for name, leaf in x.leaves.items()})
     inputs = checked_inputs(x.leaves, x.layout, x.reset_settings, None)
-    arguments, kept = cpu_native._arguments(inputs)
-    head = bytes(arguments)[: 8 * len(cpu_native._INTEGERS) + 8]
+    arguments, kept = compiled._arguments(inputs)
+    head = bytes(arguments)[: 8 * len(compiled._INTEGERS) + 8]
     slopes_grad = case.alibi and not case.fixed_slopes
-    tensors = {name: kept.get(name) for name in cpu_native._INPUTS}
+    tensors = {name: kept.get(name) for name in compiled._INPUTS}
     tensors["out"] = torch.empty_like(inputs.q)
     tensors["lse"] = torch.empty(*inputs.q.shape[1::-1], dtype=dtype)
     tensors["grad_out"] = x.grad_out
