@@ -4,7 +4,7 @@
     python -m benchmarks.gpu_suite --slot B --out DIR --data DATA --weights WEIGHTS     a language model fine-tuned: 280 s
     python -m benchmarks.gpu_suite --rehearse --out DIR                                 both without a GPU, at toy size
 
-`gpu_steps.py` lists the steps. Each runs in a process of its own under its own time-out. DIR then holds `rows.jsonl` (every number),
+`gpu/steps.py` lists the steps. Each runs in a process of its own under its own time-out. DIR then holds `rows.jsonl` (every number),
 `log.txt` (everything printed), `summary.json` (how each step ended), `tiles.json` (the winning tiles) and `kept.tar.xz` (profiles). All
 five are up to date after every step, so whatever ends the call, they can be carried away, and `--resume` goes on from them. It runs
 again what did not end well, and everything where card, sources or Triton are others than they were.

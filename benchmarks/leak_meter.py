@@ -7,7 +7,7 @@
 
 Exactly 0 with one layer, and with full reset in every layer. A context token of layer L has mixed in up to L windows, so from the
 second layer on a [SUM] reads what lies before its window; from the third on through its own item text too, which the reset
-leaves alone unless `alpha_own` is 1.                                                       (semantics.md, sections 5 and 9)
+leaves alone unless `alpha_own` is 1.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Prompts:
         """Prompts that give every target what a k = 1 prompt gives it, in fewer tokens.
 
         A user's first `window + 1` interactions lie in each other's windows: targets among them share one prompt, in which
-        nothing is seen that a prompt of their own would not show (semantics.md, property 3). Later targets get a prompt each.
+        nothing is seen that a prompt of their own would not show. Later targets get a prompt each.
         Arguments as in `streaming`.
         """
         rows = np.sort(np.asarray(rows, np.int64))

@@ -235,7 +235,7 @@ def trained(trainer: TimedTrainer, seconds: float) -> dict[str, Any]:
 
 
 def test(run: Run, note: Callable[..., None], rows: np.ndarray, k: int) -> None:
-    """Test targets with the weights that the model has, `k` of them a prompt, beside the line that reads no text."""
+    """Test targets with the weights that the model has, `k` of them a prompt, beside the baseline that reads no text."""
     line = item_user_auc(run.data, rows)
     note(part="test", test_k=k, item_user_auc=line, **scored(run, rows, k))
 
@@ -248,7 +248,7 @@ def main() -> None:
     add("--data", default="", help="folder made by `dti prepare`; a rehearsal can do without")
     add("--weights", default="", help="folder or GGUF file; a rehearsal can do without")
     add("--k", type=int, default=STREAMING_K, help="targets per prompt; 1: sliding windows")
-    add("--epochs", type=int, default=1, help="0: two where rows of bench_training say it is fast, else one")
+    add("--epochs", type=int, default=1, help="0: two where rows of bench_train_gpu say it is fast, else one")
     add("--seconds", type=float, default=200.0, help="training ends this long after the start")
     add("--tokens", type=int, default=16384, help="rows of a packed batch")
     add("--learning-rate", type=float, default=2e-4)

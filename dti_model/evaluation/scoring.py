@@ -1,6 +1,6 @@
 """Scoring: the probability of a click at every target, from packed prompts.
 
-    p = softmax(logit_yes, logit_no)[yes]                                                        (semantics.md, section 6)
+    p = softmax(logit_yes, logit_no)[yes]
 
 One sliding-window prompt (k = 1) per target unless asked otherwise, as the paper does; targets whose windows all reach the
 user's first interaction share a prompt, which gives them the same scores. The ranks of a run share the batches, and each ends with

@@ -9,7 +9,7 @@ and its logits are those of the [SUM] rows, `(1, S, V)`: the last layer computes
 
 Per layer:  q, k, v = projections of the normed rows;  context rows rotate q and k;
             [SUM] rows (with the position fix) take un-rotated q and k and ALiBi, and (with the reset) read keys and values blended
-            toward those of the token embeddings.                                                 (semantics.md, sections 4, 5 and 8)
+            toward those of the token embeddings.
 """
 
 from __future__ import annotations

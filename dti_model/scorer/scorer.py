@@ -4,7 +4,7 @@
     scorer.score([("50", 1), ("172", 0)], ["181", "1", {"title": "Brazil (1985)", "genres": ["Sci-Fi"]}])
     scorer = Scorer.from_export("models/clicks")             made by `dti export`; knows no ids unless it is given prepared data
 
-The history is computed once and every candidate sees the history and itself (semantics.md, section 8), so its score is that of a
+The history is computed once and every candidate sees the history and itself, so its score is that of a
 sliding-window prompt of its own. `encode` keeps the history for later calls; `append` adds what the user did next.
 """
 

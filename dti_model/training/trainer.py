@@ -2,7 +2,7 @@
 
     loss = sum over targets of cross-entropy(LM head at the [SUM], label token) / number of targets in the optimizer step
 
-so that every target weighs 1, whatever the batches, the accumulation and the devices.              (semantics.md, section 6)
+so that every target weighs 1, whatever the batches, the accumulation and the devices.
 """
 
 from __future__ import annotations
