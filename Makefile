@@ -48,8 +48,8 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet $(PINNED) --editable '.[test]'
 	touch $@
 
-# Where there is no NVIDIA GPU, PyTorch's index of CPU builds is asked for torch first: the ordinary index has the CUDA build, gigabytes
-# more. The ordinary index is the way on where that one cannot be reached, and where there is a GPU. A torch of this version that is
+# Without an NVIDIA GPU, PyTorch's index of CPU builds is asked for torch first: the ordinary index has the CUDA build, gigabytes
+# more. The ordinary index is the fallback where that one cannot be reached, and serves where there is a GPU. A torch of this version that is
 # in the environment already, such as a ROCm build, stays.
 define install_torch
 if nvidia-smi --list-gpus >/dev/null 2>&1; then \

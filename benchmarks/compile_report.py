@@ -1,4 +1,4 @@
-"""What the compilers make of every row of the tile table, without a GPU.
+"""Every row of the tile table as the compilers make it, without a GPU.
 
     python -m benchmarks.compile_report [--arch sm_90] [--head-dim 128] [--bits 16] [--loops] [--record]
 
@@ -49,13 +49,13 @@ class TableRow:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the row is compiled for."""
+        """The element type that the row is compiled for."""
         return torch.bfloat16 if self.bits == 16 else torch.float32
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiler made of a kernel."""
+    """A kernel as a compiler made it."""
 
     registers: int
     spilled_bytes: int
@@ -187,7 +187,7 @@ KEYS = ("arch", "kernel", "head_dim", "bits", "short_span", "group")
 
 
 def compiled_numbers(row: TableRow, result: Compiled) -> dict[str, Any]:
-    """What is recorded of a compiled row; `loops` are the instructions of every inner loop that multiplies matrices (NVIDIA)."""
+    """The recorded numbers of a compiled row; `loops` are the instructions of every inner loop that multiplies matrices (NVIDIA)."""
     tile = row.tile
     numbers: dict[str, Any] = {key: getattr(row, key) for key in KEYS}
     numbers["tile"] = [tile.block_m, tile.block_n, tile.warps, tile.stages, tile.pack, tile.ahead]

@@ -126,7 +126,7 @@ def _note(entry: dict[str, Any], before: dict[str, Any], summary: dict[str, Any]
     if entry["status"] == "done before":
         return
     if entry["status"] == "left out":
-        # What a former call did is not forgotten because there was no time to do it again.
+        # The results of a former call are not forgotten because there was no time to do it again.
         keep = before.get("status") in ("ok", "incomplete", "doubtful")
         summary["steps"][entry["step"]] = before if keep else entry
         return
@@ -260,7 +260,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def why_unusable(data: Path | None, weights: Path | None) -> str:
-    """What is wrong with what slot B reads, found before a GPU waits for it; empty: nothing. None: not given, for a rehearsal."""
+    """The fault in what slot B reads, found before a GPU waits for it; empty: nothing. None: not given, for a rehearsal."""
     if data is not None:
         from dti_model.data import DataError, PreparedData  # slot A needs no pyarrow
 

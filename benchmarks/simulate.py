@@ -134,7 +134,7 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and how."""
+    """The network that is trained, and how."""
 
     network: Network
     histories: Histories

@@ -9,7 +9,7 @@ always among them, and another one must be faster by more than 2 % to replace it
 a row that says why. `--slot` takes the workloads of the GPU suite, context kernels first. Read the result beside
 `benchmarks.compile_report`: a tile that spills may win here and lose on another shape.
 
-Where time is up before every candidate has been timed, the status is 75. Run again, it begins with the kernels that the file of winners
+The status is 75 where time is up before every candidate has been timed. Run again, it begins with the kernels that the file of winners
 lacks, and keeps what that file has of others.
 """
 
@@ -90,7 +90,7 @@ class Sweep:
 
     @property
     def table_tile(self) -> Tile:
-        """What the frozen table says."""
+        """The tile of the frozen table."""
         bits = 8 * self.x.q.element_size()
         return gpu.table_tile(self.arch, self.kernel, self.x.q.shape[2], bits, self.x.layout.mean_span)
 
@@ -156,7 +156,7 @@ class Sweep:
 
 
 def slot_workloads() -> list[Workload]:
-    """What the GPU suite tunes for; with a reset, so that the [SUM] kernels run all they have."""
+    """The workloads that the GPU suite tunes for; with a reset, so that the [SUM] kernels run all they have."""
     return [
         gpu_workload("llama8b_k50_16k", "llama8b", 16384, 50, reset=True),
         gpu_workload("smollm_k50_16k", "smollm", 16384, 50, reset=True),

@@ -146,7 +146,7 @@ class StreamLayout:
 
     @property
     def device(self) -> torch.device:
-        """Where the arrays live."""
+        """The device of the arrays."""
         return self.rows.device
 
     @property

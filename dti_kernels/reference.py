@@ -5,8 +5,8 @@
     out = softmax(s) @ v   (v~ for [SUM] rows where there is a reset)
 
 O(T x C) memory and time. Differentiable any number of times, in any dtype: float64 here is what every other path is held to.
-What a row does not see is not multiplied: where an input is not finite, rows are computed one after the other from the keys they see.
-Where only the gradient of the output is not finite, it reaches other rows' keys.
+A key that a row does not see is not multiplied: where an input is not finite, rows are computed one after the other from the keys they
+see. If only the gradient of the output is not finite, it reaches other rows' keys.
 """
 
 from __future__ import annotations

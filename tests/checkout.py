@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-# What git ignores, and what is not the project's: nothing of it is needed to run a command.
+# Folders that git ignores, or that are not the project's: nothing of it is needed to run a command.
 _LEFT_OUT = {"data", "runs", "models", "build", "dist"}
 _KEPT = {".ci", ".gitignore"}
 _SCRIPT = "#!{python}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n"

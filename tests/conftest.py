@@ -96,7 +96,7 @@ def requests_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def whole_scores(run_scorer: Scorer, requests_file: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What an unbroken job writes."""
+    """The output of an unbroken job."""
     from tests.scorer.scoring_jobs import score
 
     output = tmp_path_factory.mktemp("whole") / "out.jsonl"

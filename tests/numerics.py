@@ -44,7 +44,7 @@ def rounds_factors(dtype: torch.dtype, device: torch.device | str) -> bool:
 def golden_and_budgets(
     case: Case, dtype: torch.dtype, rounds_factors: bool, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, testing.Budget]]:
-    """What the float64 reference makes of a case's inputs in `dtype`, and how far an implementation may be from it.
+    """The float64 reference's results for a case's inputs in `dtype`, and how far an implementation may be from it.
 
     Both are computed on `device`: at real heads they take a CPU's thread many seconds, which a GPU's time-out does not have.
     """

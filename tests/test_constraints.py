@@ -1,4 +1,4 @@
-"""What is installed: the floors are those of pyproject.toml, the tested versions are within its bounds, `make` asks the right index."""
+"""Installed versions: the floors are those of pyproject.toml, the tested versions are within its bounds, `make` asks the right index."""
 
 from __future__ import annotations
 

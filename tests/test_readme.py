@@ -60,14 +60,14 @@ def test_paths_named_in_the_readme_exist() -> None:
 
 
 def test_the_sentence_about_the_quickstart_is_that_of_its_record() -> None:
-    """It once said that a model below the lines has not learnt the task and that every run says so, above a test GAUC below all of
+    """It once said that a model below the baselines has not learnt the task and that every run says so, above a test GAUC below all of
     them, of which the run said nothing."""
     metrics = json.loads(report.QUICKSTART.read_text())["metrics"]
-    model, lines = metrics["test"], metrics["baselines"]["test"].values()
+    model, baselines = metrics["test"], metrics["baselines"]["test"].values()
     assert "This one beats all four\nin test AUC and log loss." in TEXT
-    assert len(lines) == 4
-    assert all(model["auc"] > line["auc"] and model["log_loss"] < line["log_loss"] for line in lines)
+    assert len(baselines) == 4
+    assert all(model["auc"] > each["auc"] and model["log_loss"] < each["log_loss"] for each in baselines)
     said = re.search(r"Its test GAUC, (0\.\d{4}), is below all four", TEXT)
     assert said
     assert said[1] == f"{model['gauc']:.4f}"
-    assert all(model["gauc"] < line["gauc"] for line in lines)
+    assert all(model["gauc"] < each["gauc"] for each in baselines)

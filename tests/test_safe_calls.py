@@ -42,7 +42,7 @@ OF_PIP = {"--only-binary=:all:", "--require-hashes", "--no-deps", "-P"}
 
 
 def faults(file: str, source: str) -> Iterator[str]:
-    """What a source does that it should not, with the line."""
+    """Forbidden calls of a source, with the line."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             for fault in _faults_of_call(file, node):

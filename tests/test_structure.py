@@ -43,7 +43,7 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         },
     ),
 }
-# What a package imports of others. dti_model knows the operator by its face; benchmarks may ask its modules at the root.
+# Packages that each package imports. dti_model knows the operator by its face; benchmarks may ask its modules at the root.
 OTHERS = {"dti_kernels": set(), "dti_model": {"dti_kernels"}, "benchmarks": {"dti_kernels", "dti_model"}}
 # The operator's root is what it computes; its implementations know the root and never each other.
 IMPLEMENTATIONS = ("dti_kernels.cpu", "dti_kernels.gpu")

@@ -3,7 +3,7 @@
     python -m benchmarks.bench_attention --device cuda [--out FILE] [--seconds 110] [--resume] [--only ours]
 
 Times are of the device (`benchmarks/measuring/device_time.py`). Ours comes first, alone, over all workloads; then each baseline by turns with ours,
-in order of weight. Rows are saved after each provider. What no longer fits into the seconds given is recorded as left out, and the status
+in order of weight. Rows are saved after each provider. Work that no longer fits into the seconds given is recorded as left out, and the status
 is 75; `--resume` measures what a file of rows lacks. A provider that fails is a row that says why.
 """
 
@@ -77,7 +77,7 @@ def workloads() -> Iterator[Workload]:
 
 @dataclass(frozen=True)
 class _Calls:
-    """What one provider runs on one batch, settled: by mode, the call and the MiB it takes at its peak."""
+    """The calls of one provider on one batch, settled: by mode, the call and the MiB it takes at its peak."""
 
     name: str
     by_mode: dict[str, Callable[[], Any]]
@@ -244,7 +244,7 @@ class Session:
         self.save([{**row, **clocks} for row in rows])
 
     def _check_device(self, row: dict[str, Any], timings: dict[str, Timing]) -> None:
-        """Where a failure took the device with it, every function failed after it: one row says so."""
+        """A failure that took the device with it failed every function after it: one row says so."""
         failures = [timing.failed for timing in timings.values() if timing.failed is not None]
         if failures:
             try:
@@ -255,7 +255,7 @@ class Session:
 
 
 def peak_mib(call: Callable[[], Any]) -> float:
-    """What a call takes beyond what is there already, at its peak, in MiB."""
+    """Memory that a call takes beyond what is there already, at its peak, in MiB."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -332,7 +332,7 @@ def run_on_gpu(
 
 
 def _check(session: Session) -> None:
-    """What is claimed of ours besides its speed."""
+    """Claims about ours besides its speed."""
     by_name = {workload.name: workload for workload in workloads()}
     short, long = by_name["llama8b_k50_16k"], by_name["llama8b_k50_64k"]
     checks = {"equal runs": lambda: equal_runs(short), "memory": lambda: linear_memory(short, long)}

@@ -1,4 +1,4 @@
-"""What `windowed_attn` is compared with on GPUs. Each provider prepares what it may prepare once and returns a call.
+"""Baselines of `windowed_attn` on GPUs. Each provider prepares what it may prepare once and returns a call.
 
 None of them does all that ours does: no provider has ALiBi on some rows only, nor a second key stream for [SUM] rows. They run
 one key stream under the equal mask, or, where they cannot express it, a cheaper wrong mask as a lower bound on time.
@@ -38,7 +38,7 @@ class Unavailable(Exception):
 
 
 def by_mode(call: Call, x: AttentionInputs) -> dict[str, Callable[[], Any]]:
-    """What is timed of a call, for each of `MODES`; nothing runs before it is called, so that each mode fails by itself."""
+    """The timed function of a call for each of `MODES`; nothing runs before it is called, so that each mode fails by itself."""
     leaves = x.leaves()
     graph: list[Tensor] = []  # the output that backwards alone begin at
 

@@ -39,7 +39,7 @@ def about_tiles() -> dict[str, Any]:
 
 
 def measured(paths: Iterable[Path]) -> set[tuple[str, str]]:
-    """What files of rows have already of this card, commit and tile file: workload and provider, and `("check", name)`.
+    """Keys of the rows that files have already of this card, commit and tile file: workload and provider, and `("check", name)`.
 
     A failure of ours is measured again. One of a baseline is not: it would fail again, and may take the device with it.
     """
@@ -92,7 +92,7 @@ def flops_per_byte(x: AttentionInputs, mode: str) -> float:
 
 
 def speeds(name: str, x: AttentionInputs, mode: str, p50_ms: float) -> dict[str, Any]:
-    """What a time means, and the tiles of ours."""
+    """Throughput that a time means, and the tiles of ours."""
     row = {"useful_tflops": _tflops(_useful(x, mode), p50_ms), "flops_per_byte": flops_per_byte(x, mode)}
     if name != OURS:
         return row

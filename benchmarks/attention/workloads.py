@@ -131,7 +131,7 @@ class AttentionInputs:
         return named
 
     def leaves(self) -> list[Tensor]:
-        """What takes gradients."""
+        """The tensors that take gradients."""
         return [x for x in self.named().values() if x.requires_grad]
 
     def call(self, attention: Callable[..., Tensor]) -> Tensor:

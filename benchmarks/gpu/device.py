@@ -1,4 +1,4 @@
-"""What a GPU benchmark ran on: versions, card, clocks, and whether a cache of compiled kernels that was carried here will be used.
+"""The device of a GPU benchmark: versions, card, clocks, and whether a cache of compiled kernels that was carried here will be used.
 
     python -m benchmarks.gpu.device [--out ROWS.jsonl]
     python -m benchmarks.gpu.device --stamp          note in Triton's cache what it was made with
@@ -140,7 +140,7 @@ def _why_no_extension(error: Exception) -> str:
 
 
 def cxx_compiler() -> str | None:
-    """What inductor compiles its code for a CPU with; None: there is nothing, which kernels do without."""
+    """The compiler of inductor's code for a CPU; None: there is none, which kernels do without."""
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
@@ -160,7 +160,7 @@ def cache_folder() -> Path:
 
 
 def made_with() -> dict[str, str | None]:
-    """What must be equal for a cache to serve."""
+    """Facts that must be equal for a cache to serve."""
     return {"triton_files": triton_files(), "checkout": str(ROOT), "sources": sources()}
 
 

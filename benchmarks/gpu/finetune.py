@@ -49,7 +49,7 @@ WARMUP = 0.05
 
 @dataclass
 class TimeLimit:
-    """What ends a training: its steps, or the clock."""
+    """The end of a training: its steps, or the clock."""
 
     seconds: float
     start: float

@@ -1,10 +1,10 @@
-"""What a call of `windowed_attn` costs the host on a GPU: microseconds per call at a size that the device is done with at once.
+"""The host's time for a call of `windowed_attn` on a GPU: microseconds per call at a size that the device is done with at once.
 
     python -m benchmarks.gpu.host [--out ROWS.jsonl] [--record]
 
 It is the floor of scoring, where a request is a few hundred rows. Forward alone and with its backward, with and without the hidden-state
 reset, beside SDPA; eager, through `torch.compile`, and the forward as a captured CUDA graph, whose replay costs the host next to nothing.
-What cannot be compiled or captured is a row that says why; where time is up before all has been measured, the status is 75.
+A call that cannot be compiled or captured is a row that says why; where time is up before all has been measured, the status is 75.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def host_us(call: Callable[[], Any]) -> dict[str, float]:
         host.append(1e6 * (time.perf_counter() - start) / _CALLS)
         torch.cuda.synchronize()
         both.append(1e6 * (time.perf_counter() - start) / _CALLS)
-    # Where the device needs longer than the host, `p50_us_synchronized` is far above `p50_us`.
+    # `p50_us_synchronized` is far above `p50_us` where the device needs longer than the host.
     return {
         "p10_us": round(float(np.percentile(host, 10)), 1),
         "p50_us": round(float(np.percentile(host, 50)), 1),

@@ -50,7 +50,7 @@ def workloads() -> list[Workload]:
 
 
 def launch() -> None:
-    """What is profiled: one forward and backward of each workload, after one that is not."""
+    """The profiled calls: one forward and backward of each workload, after one that is not."""
     for workload in workloads():
         x = AttentionInputs.of(workload, DEVICE)
         for profiled in (False, True):

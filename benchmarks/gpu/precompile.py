@@ -62,7 +62,7 @@ def run_alone(x: AttentionInputs) -> None:
 
 
 def smoke() -> Iterator[Call]:
-    """What `benchmarks.gpu.smoke` runs: slopes take a gradient."""
+    """The calls of `benchmarks.gpu.smoke`: slopes take a gradient."""
     for heads in HEADS:
         for reset in (True, False):
             for span in MEAN_SPANS:
@@ -72,7 +72,7 @@ def smoke() -> Iterator[Call]:
 
 
 def bench() -> Iterator[Call]:
-    """What the attention benchmark and the host's times run."""
+    """The calls of the attention benchmark and the host's times."""
     for heads in HEADS:
         for span in MEAN_SPANS:
             for reset in (True, False):
@@ -119,7 +119,7 @@ CONFIGS = (DTIConfig(), DTIConfig(alpha_max=0.0), DTIConfig("dti-position"), DTI
 
 
 def train() -> Iterator[Call]:
-    """What training steps and scoring of streaming prompts run."""
+    """The calls of training steps and of scoring streaming prompts."""
     layout = Workload("train", 60, 3, 1, 1, 1, window=2, mean_tokens=5, std_tokens=1).layout()
     for heads in HEADS:
         for dti in CONFIGS:
@@ -128,7 +128,7 @@ def train() -> Iterator[Call]:
 
 
 def score() -> Iterator[Call]:
-    """What scoring candidates runs."""
+    """The calls of scoring candidates."""
     layout = candidate_layout([[3] * 4], [[1] * 4], [[3] * 5], window=4)
     for dti in CONFIGS:
         for span in MEAN_SPANS:
@@ -136,7 +136,7 @@ def score() -> Iterator[Call]:
 
 
 def tests() -> Iterator[Call]:
-    """What the tests for GPUs run."""
+    """The calls of the tests for GPUs."""
     yield from importlib.import_module(TESTS).calls()
 
 

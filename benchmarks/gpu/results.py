@@ -20,7 +20,7 @@ from dti_model.files import whole_file
 
 # One file is carried with at most 16 MiB; xz packs this many unpacked bytes in a few seconds.
 MOST_PACKED, MOST_UNPACKED = 15 << 20, 60 << 20
-# What a row of the step `device` says that a result came from, and what of it makes a former result another one.
+# Facts in a row of the step `device` that say where a result came from, and those that make a former result another one.
 _ORIGIN = ("commit", "sources", "torch", "triton", "triton_files", "machine")
 _COMPARED = ("sources", "triton", "triton_files", "machine")
 
@@ -93,7 +93,7 @@ def note_origin(summary: dict[str, Any], places: Places) -> None:
 
 
 def origin_of(entry: Mapping[str, Any], former: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a step of a former call ran on; `former` where its entry does not say."""
+    """The origin of a step of a former call; `former` where its entry does not say."""
     origin = entry.get("origin", former)
     return origin if isinstance(origin, dict) else {}
 

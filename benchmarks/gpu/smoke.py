@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.smoke [--out ROWS.jsonl]
 
 Each tensor is held to the dense reference in float64 by the one tolerance rule (`dti_kernels.testing`), and the share of its budget is
-printed. It takes seconds, so it comes first. Where a case raises, gives a number that is not finite or goes far beyond its budget, it
+printed. It takes seconds, so it comes first. A case that raises, gives a number that is not finite or goes far beyond its budget
 fails and nothing else needs to be measured. A little beyond is for a person to judge: the status is `DOUBTFUL`, and all else is measured.
 """
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu_suite` does on a GPU, step by step: the command of each, the seconds that it may take, and what it gives.
+"""The steps of `benchmarks.gpu_suite` on a GPU: the command of each, the seconds that it may take, and what it gives.
 
 Slot A is everything about the kernels, slot B a fine-tuned language model. A step is a module with a `main`, run in a process of its own.
 It appends its rows to the one file of rows, prints what a person wants to read, and ends with status 0, or with one of

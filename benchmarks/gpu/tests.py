@@ -59,7 +59,7 @@ class TestRows:
 
 
 def message_of(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """What went wrong: the exception, without the way there, which pytest prints."""
+    """The failure of a test: the exception, without the way there, which pytest prints."""
     crash = getattr(report.longrepr, "reprcrash", None)
     return str(crash.message if crash is not None else report.longreprtext)[:600]
 

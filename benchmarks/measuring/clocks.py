@@ -1,6 +1,6 @@
 """Clocks and power of the card while a benchmark runs: a row without them cannot be compared with another card's.
 
-NVIDIA's come from pynvml where it is installed and from nvidia-smi elsewhere, AMD's from amd-smi or rocm-smi. Where there is none of
+NVIDIA's come from pynvml where it is installed and from nvidia-smi elsewhere, AMD's from amd-smi or rocm-smi. Without any of
 them, every figure is None: no benchmark needs them.
 """
 
@@ -87,7 +87,7 @@ def _of_json(command: tuple[str, ...], sm: str, memory: str, watts: str) -> Valu
 
 
 def _output(command: tuple[str, ...]) -> str | None:
-    """What a tool prints; None where it is not installed or fails."""
+    """The output of a tool; None where it is not installed or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)

@@ -33,7 +33,7 @@ class DeviceLost(RuntimeError):
 
 @dataclass
 class Timing:
-    """What was measured of one function."""
+    """Measurements of one function."""
 
     ms: list[float] = field(default_factory=list)  # device time of each repeat, milliseconds
     # of each repeat, whether the host was ahead of the device

@@ -17,7 +17,7 @@ import torch
 from benchmarks.recording import REHEARSING
 
 DEVICE = "cpu" if REHEARSING else "cuda"
-# What the imaginary card says it is: tiles are those of its architecture.
+# The compute capability that the imaginary card claims: tiles are those of its architecture.
 CAPABILITY = (9, 0)
 
 

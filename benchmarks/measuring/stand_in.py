@@ -27,7 +27,7 @@ def target_of(arch: str) -> Any:
 
 
 class _Driver:
-    """What the just-in-time compiler asks of a driver before it launches."""
+    """The driver's part that the just-in-time compiler asks before it launches."""
 
     def __init__(self, arch: str) -> None:
         self._target = target_of(arch)
@@ -87,7 +87,7 @@ def recorded_launches(arch: str) -> Iterator[list[Any]]:
 
 
 def warm_up(launch: Any) -> Any:
-    """What the just-in-time compiler makes of a launch inside `driver_of`; raises what it would raise before launching."""
+    """The kernel that the just-in-time compiler makes of a launch inside `driver_of`; raises what it would raise before launching."""
     return launch.kernel.warmup(**launch.arguments, **launch.options, grid=launch.grid)
 
 
@@ -138,7 +138,7 @@ def distinct_launches(launches: Iterable[Any]) -> dict[Key, Any]:
     result: dict[Key, Any] = {}
     keys: list[str] = []
     with contextlib.ExitStack() as stack:
-        # What this process has compiled already is bound from its cache, which asks for no key.
+        # A kernel that this process has compiled already is bound from its cache, which asks for no key.
         for kernel in {id(launch.kernel): launch.kernel for launch in launches}.values():
             stack.enter_context(_nothing_compiled(kernel))
         stack.enter_context(_without_compiling(keys.append))

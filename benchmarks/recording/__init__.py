@@ -1,4 +1,4 @@
-"""What every benchmark command shares: its options and exit statuses, and rows with their provenance. PyTorch is loaded by the first row."""
+"""The shared part of all benchmark commands: options, exit statuses, and rows with their provenance. PyTorch is loaded by the first row."""
 
 from benchmarks.recording.command import (
     DOUBTFUL,

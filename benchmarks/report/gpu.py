@@ -1,4 +1,4 @@
-"""What the README says about GPUs, from rows of the GPU suite: `benchmarks/results/gpu-CARD.jsonl`, one file for each card.
+"""The README's part about GPUs, from rows of the GPU suite: `benchmarks/results/gpu-CARD.jsonl`, one file for each card.
 
     python -m benchmarks.report --record-gpu DIR/rows.jsonl      put a suite's rows there
     python -m benchmarks.report                                  make the README's part and the plots
@@ -22,7 +22,7 @@ from benchmarks.report.tables import markdown_table, scoring_lines
 from dti_model.files import whole_file
 
 NOTHING = "**Nothing has been timed on a GPU yet.**"
-# What the machine of a rehearsal's rows begins with; a row of a CPU counts its threads.
+# The machine of a rehearsal's rows begins with this; a row of a CPU counts its threads.
 _IMAGINARY, _CPU = "rehearsal", re.compile(r", \d+ threads$")
 _LEFT_OUT = "left out: "
 # Below this share of repeats with the host ahead, a time may have the host in it.
@@ -289,7 +289,7 @@ def host(rows: Rows) -> str:
             cells.append(f"{row['p50_us']:.0f}" if "p50_us" in row else _failed(row) if row else "")
         lines.append(f"| {provider}{', reset' if reset else ''} | {way} | {' | '.join(cells)} |")
     head = "| | way | forward us | forward and backward us |"
-    return markdown_table(head, lines, "What a call costs the host (P50, a tiny batch):")
+    return markdown_table(head, lines, "Host time of a call (P50, a tiny batch):")
 
 
 def _points(rows: Rows) -> Rows:

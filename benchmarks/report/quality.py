@@ -53,7 +53,7 @@ def difference_text(row: dict[str, Any]) -> str:
 
 
 def setting_text(plan: str) -> str:
-    """What was trained, on what, by which commit."""
+    """The trained model, its data, and the commit."""
     rows = quality_rows(plan)
     run = next(row for row in rows if row["benchmark"] == "quality")
     compared = next(row for row in rows if row["benchmark"] == "quality-difference")

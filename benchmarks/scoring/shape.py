@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_score --part candidates --shape smollm [--device cuda] [--out ROWS.jsonl]
 
-What `dti_model.scorer` does below its texts: a layout of the history and its candidates, one pass of the model, softmax over two labels.
+The part of `dti_model.scorer` below its texts: a layout of the history and its candidates, one pass of the model, softmax over two labels.
 A time is of a whole request, from ids on the host to probabilities on the host. The passes of all providers give equal probabilities in
 float32 before anything is timed; speed is measured in bfloat16 on a GPU.
 """

@@ -47,7 +47,7 @@ class Buffers(NamedTuple):
 
     @staticmethod
     def of(batch: Batch) -> Buffers:
-        """Where no kernel writes (there are no [SUM] rows, or no queries of context rows), zeros."""
+        """New buffers, of zeros where no kernel writes (no [SUM] rows, or no queries of context rows)."""
 
         def like(x: Tensor, written: bool) -> Tensor:
             return (torch.empty if written else torch.zeros)(x.shape, dtype=x.dtype, device=x.device)

@@ -90,7 +90,7 @@ def ctx_fwd_kernel(
     full_first = key_first + num_left * BLOCK_N
     if AHEAD:
         # The next tile is multiplied while this one's softmax runs. There is no branch around the loop: ptxas would wait for every matrix
-        # instruction by itself. Where no tile is full, the one behind the loop has masked loads and probabilities of zero.
+        # instruction by itself. If no tile is full, the one behind the loop has masked loads and probabilities of zero.
         any_full = offs_n < num_full * BLOCK_N
         k = load_keys(k_ptr, full_first, stride_kt, any_full, HEAD_DIM, BLOCK_D, True)  # [N, D]
         s = inner(q, k)  # [M, N]

@@ -2,7 +2,7 @@
 
 A tile multiplies what a row does not see by a probability of 0, and 0 x inf is NaN. Kernels therefore mark the rows that they computed
 and that are not finite. The kernels here compute those again, one row or key at a time, and load nothing but what that row sees, or the
-rows that see that key. Where all is finite they read one byte a row and end. Log-sum-exp and delta of a row depend on nothing that it does
+rows that see that key. If all is finite, they read one byte a row and end. Log-sum-exp and delta of a row depend on nothing that it does
 not see: where they are not finite, the row is rightly so and stays as it is.
 """
 

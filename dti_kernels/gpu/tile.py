@@ -168,7 +168,7 @@ def key_ranges(rows_ptr, num_rows, first, last, BLOCK_N: tl.constexpr):
     key_first = tl.load(field(rows_ptr, START, num_rows) + first)
     key_stop = tl.load(field(rows_ptr, STOP, num_rows) + last)
     all_first = tl.load(field(rows_ptr, START, num_rows) + last)
-    # Where the tile holds a second prompt, its last row's start lies beyond this: no tile is seen by all.
+    # If the tile holds a second prompt, its last row's start lies beyond this: no tile is seen by all.
     all_stop = tl.load(field(rows_ptr, STOP, num_rows) + first)
     num_prefix = tl.cdiv(prefix_stop - prefix_first, BLOCK_N)
     num_left = tl.cdiv(all_first - key_first, BLOCK_N)

@@ -173,7 +173,7 @@ def table_tile(arch: str, kernel: str, head_dim: int, bits: int, mean_span: int)
 
 @functools.cache
 def _tuned_tiles() -> dict[tuple[str, str, int, int, bool], Tile]:
-    """What the file in DTI_TILES has, read once: as `benchmarks.tune_tiles --winners` writes it, a JSON list of objects with arch, kernel,
+    """The rows of the file in DTI_TILES, read once: as `benchmarks.tune_tiles --winners` writes it, a JSON list of objects with arch, kernel,
     head_dim, bits, short_span and tile.
 
     Raises:

@@ -19,7 +19,7 @@ WRITTEN_BY = "dti evaluate"
 
 
 def make_parser() -> Parser:
-    """What is scored, and with which prompts."""
+    """The options: which targets are scored, with which prompts."""
     parser = Parser(
         description="Score the targets of a split with a trained run, one sliding-window prompt each unless --k says otherwise."
     )

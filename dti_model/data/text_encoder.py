@@ -3,7 +3,7 @@
     "[SUM] yes"  ->  Ġ [ S U M ] Ġ yes     by added tokens     [SUM] and yes: a target and a click that nobody saw
                  ->  [ S U M ] Ġyes        here                the letters and pieces of any other text
 
-Added tokens (control tokens among them) are not looked for. Where a vocabulary's own pieces make one, by a merge or as a whole word, it
+Added tokens (control tokens among them) are not looked for. If a vocabulary's own pieces make one, by a merge or as a whole word, it
 is spelled in single characters, and so are the label words. All other texts have the ids that the tokenizer gives them.
 """
 

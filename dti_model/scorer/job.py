@@ -130,7 +130,7 @@ class Job:
             if error.errno not in _FULL:
                 raise
             raise WriteError(
-                f"{one_line(self.partial)} cannot be written ({error.strerror}). What was scored before is kept: make room and give the same "
+                f"{one_line(self.partial)} cannot be written ({error.strerror}). Earlier scores are kept: make room and give the same "
                 "command again"
             ) from error
         self._num_lines, self._chain = num_lines, chain

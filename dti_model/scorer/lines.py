@@ -111,7 +111,7 @@ class InputFile:
             same = False
         if not same:
             raise InputChangedError(
-                f"{one_line(self.path)} changed while it was being scored. What was scored before is kept: give the same command again with "
+                f"{one_line(self.path)} changed while it was being scored. Earlier scores are kept: give the same command again with "
                 "the file as it was, or score the new one into another --output"
             )
 

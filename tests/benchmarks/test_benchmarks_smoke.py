@@ -1,6 +1,6 @@
 """Every benchmark's command runs at its smoke size, behind its parity gates, and its rows hold together. Times prove nothing here.
 
-What none of them may do: change a file of the project that nobody asked it to.
+None of them may change a file of the project that nobody asked it to.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def test_only_record_changes_results(
 def test_the_others_write_nothing_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`simulate` prints. What the GPU suite writes is in tests/benchmarks/test_gpu_suite.py."""
+    """`simulate` prints. The files of the GPU suite are tested in tests/benchmarks/test_gpu_suite.py."""
     monkeypatch.chdir(tmp_path)
     before = file_hashes(ROOT)
     run_main(simulate, [], monkeypatch)

@@ -1,4 +1,4 @@
-"""What of the GPU benchmarks can be checked without a GPU: the baselines' mask, the tuner's launches and its choice."""
+"""The part of the GPU benchmarks that can be checked without a GPU: the baselines' mask, the tuner's launches and its choice."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_candidates_of_the_tuner_are_each_once() -> None:
         for head_dim in (16, 64, 128, 256):
             tiles = candidates_of(kernel, head_dim)
             assert len(set(tiles)) == len(tiles) >= 3
-            # What a winner is written as makes the tile again.
+            # The written form of a winner makes the tile again.
             assert all(tiles_module._tuned_tile(numbers_of(tile)) == tile for tile in tiles)
     assert {tile.ahead for tile in candidates_of("ctx_fwd", 64)} == {True, False}
     assert not any(tile.ahead for tile in candidates_of("ctx_dkv", 64))
@@ -148,6 +148,6 @@ def test_a_tile_must_win_clearly(candidate_ms: float, wins: bool) -> None:
     assert about == {"arch": "sm_90", "kernel": "ctx_fwd", "head_dim": 64, "bits": 16, "short_span": True}
     assert sweep.winner([refused]) is None
     assert sweep.entry([{**refused, "won": False}]) is None
-    # Where the table's own tile does not run, whatever runs replaces it.
+    # If the table's own tile does not run, whatever runs replaces it.
     failed = {"tile": own["tile"], "in_table": True, "failed": "OutOfResources: shared memory"}
     assert sweep.winner([failed, other]) is other

@@ -107,7 +107,7 @@ def test_host_times_are_of_kernels_that_are_compiled_before() -> None:
 def test_compilations_leave_rows_and_logs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What they printed, and how they ended, was thrown away: a slow FlexAttention could not be told from a broken one."""
+    """Their output, and how they ended, was thrown away: a slow FlexAttention could not be told from a broken one."""
     program = tmp_path / "python"
     program.write_text(
         "#!/bin/sh\ncase $6 in default) exit 0;; mask) sleep 60;; *) echo before; echo RuntimeError: no >&2; exit 3;; esac\n"

@@ -187,7 +187,7 @@ def test_clocks_come_from_whatever_tool_there_is(
 
 
 def test_a_gpu_machine_needs_no_package_that_reads_raw_data(tmp_path: Path) -> None:
-    """Where the suite runs there may be neither network nor all dependencies; and triton is imported by a launch, never before."""
+    """The suite's machine may have neither a network nor all dependencies; and triton is imported by a launch, never before."""
     rows = tmp_path / "rows.jsonl"
     code = (
         "import sys\n"

@@ -210,7 +210,7 @@ def test_at_the_end_the_archive_is_the_only_copy(places: Places, monkeypatch: py
 def test_a_foreign_archive_is_neither_unpacked_nor_replaced(
     places: Places, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is outside `kept/`, or damaged, is put aside under a name of its own."""
+    """A file outside `kept/`, or a damaged one, is put aside under a name of its own."""
     file = places.out / "source"
     file.write_text("packed")
     for name in ("kept/report", "kept/../../outside", "summary.json"):

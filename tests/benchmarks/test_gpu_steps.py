@@ -51,7 +51,7 @@ def test_without_its_fixture(broken):
 def test_not_selected():
     raise AssertionError
 """
-# What ncu prints as CSV: a heading, units, one line a kernel.
+# The CSV that ncu prints: a heading, units, one line a kernel.
 RAW_PAGE = """==PROF== Connected
 "ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread","launch__uuid"
 "","","us","register/thread",""

@@ -15,7 +15,7 @@ EVERY_COMMAND = [
     *(("prepare", source) for source in SOURCES),
     *((command,) for command in COMMANDS if command != "prepare"),
 ]
-# What a line has besides the error's own words: the command, and where help is.
+# A line's most characters, with those besides the error's own words: the command, and where help is.
 MOST_OF_A_LINE = MOST_CHARACTERS + 200
 
 

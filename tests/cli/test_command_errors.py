@@ -45,7 +45,7 @@ def make_broken(folder: Path) -> dict[str, str]:
     }
 
 
-# What may be made under these names.
+# Outputs may be made under these names.
 MAY_BE_MADE = {"control characters", "empty file"}
 
 

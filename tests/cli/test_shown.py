@@ -1,4 +1,4 @@
-"""What others wrote, on terminals and in errors: escaped, bounded, on one line, in every command that reads files."""
+"""Texts that others wrote, on terminals and in errors: escaped, bounded, on one line, in every command that reads files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file may cost in memory has a bound, however it was made; beyond it, it is refused with what to do."""
+"""The memory that a file costs has a bound, however it was made; beyond it, it is refused with what to do."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_zones_as_databases_write_them(text: str, seconds: int) -> None:
 def test_rows_without_a_time_do_not_decide_what_times_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the first batch had none, times had to be integers in the whole file."""
+    """If the first batch had none, times had to be integers in the whole file."""
     monkeypatch.setattr(rows, "BATCH_BYTES", 60)
     log = "user,item,timestamp,liked\n" + "1,a,soon,1\n" * 10 + "1,a,2020-01-01,1\n1,a,2020-01-02,1\n" * 5
     found = small_log(tmp_path, log).load()

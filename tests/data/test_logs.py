@@ -348,7 +348,7 @@ def test_stats_say_where_every_row_went(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])
 def test_text_of_an_item_given_by_its_fields(tmp_path: Path, ending: str) -> None:
-    """What scoring makes of fields is what `prepare` made of the same item's row."""
+    """Scoring makes of fields what `prepare` made of the same item's row."""
     files = custom(tmp_path, ending)
     stats = prepare(files, tmp_path / "out")
     template, data = Template(stats["source"]["text"]), PreparedData.open(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What `prepare` may replace, and who may write: whatever else is in the way stays."""
+"""Folders that `prepare` may replace, and who may write: anything else in the way stays."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def run(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def add_adapter(folder: Path) -> None:
-    """What further training of an export, saved into the same folder, leaves; transformers put it on top of the model."""
+    """Files that further training of an export leaves in the same folder; transformers put it on top of the model."""
     model: Any = get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder),
         LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),

@@ -126,7 +126,7 @@ def test_flipped_bits_in_checkpoints(broken: TrainConfig, whole: dict[str, Any])
 def test_a_damaged_checkpoint_is_deleted_and_the_run_goes_on_from_the_one_before(
     broken: TrainConfig, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the message says, done; the command prints it in one line."""
+    """The message's advice, followed; the command prints it in one line."""
     copy = dataclasses.replace(broken, out=broken.out.with_name("repaired"))
     shutil.copytree(broken.out, copy.out)
     last = last_checkpoint(copy.out / "checkpoints")

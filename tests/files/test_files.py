@@ -128,7 +128,7 @@ def test_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
 
 
 def test_the_last_look_at_an_older_folder_can_keep_it(tmp_path: Path) -> None:
-    """What `check` raises leaves everything as it was; it runs when the new folder is complete."""
+    """An error that `check` raises leaves everything as it was; it runs when the new folder is complete."""
     folder, seen = tmp_path / "folder", []
     folder.mkdir()
 

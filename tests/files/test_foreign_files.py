@@ -175,7 +175,7 @@ def test_a_job_file_of_somebody_is_refused(
 def test_links_in_the_place_of_a_job_s_files_are_refused(
     run_scorer: Scorer, requests_file: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What they point to was overwritten."""
+    """Their targets were overwritten."""
     broken_off(run_scorer, requests_file, tmp_path / "out.jsonl", monkeypatch)
     (tmp_path / name).rename(tmp_path / "target")
     (tmp_path / name).symlink_to("target")

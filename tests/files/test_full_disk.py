@@ -78,7 +78,7 @@ def outcome(out: Path) -> dict[str, bytes]:
         for path in files
         if path.parent != out / "checkpoints"
     }
-    # Where the run folder is, and how fast the steps were.
+    # The place of the run folder, and how fast the steps were, differ.
     return {
         name: x
         for name, x in kept.items()
@@ -101,7 +101,7 @@ def whole(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return found
 
 
-# Where the limit begins to hold, and sizes around those of the files that are then written.
+# The moments at which the limit begins to hold, and sizes around those of the files that are then written.
 MOMENTS = {
     "_train_in": (0, 500, 3_000, 10_000, 25_000, 60_000),
     "_save_model": (0, 400, 10_000, 25_000),

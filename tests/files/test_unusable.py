@@ -128,7 +128,7 @@ def test_a_fingerprint_of_no_configuration(text: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
-    """What waits for ever fails."""
+    """A call that waits for ever fails."""
 
     def fail(*_: Any) -> None:
         pytest.fail("waits for somebody to write to a pipe")

@@ -1,4 +1,4 @@
-"""What the tests for GPUs compute, as calls on CPU tensors: kernels to be compiled before they run, and launches that CI proves."""
+"""Computations of the tests for GPUs, as calls on CPU tensors: kernels to be compiled before they run, and launches that CI proves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Run functions where Triton interprets its kernels on CPU tensors.
 
 TRITON_INTERPRET must be set before triton is first imported, so the functions run in a child process of their own; one child
-serves all tests of a pytest worker. What a test gets back, a result or an exception, is the function's own.
+serves all tests of a pytest worker. A test gets back the function's own result or exception.
 """
 
 from __future__ import annotations

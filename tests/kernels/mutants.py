@@ -259,7 +259,7 @@ def write_expected(path: Path, triton: bool) -> None:
 
 
 def shares_of(mutant: Mutant | None, implementation: str, folder: Path, expected: Path) -> Shares:
-    """What an implementation with a mutant planted makes of the cases.
+    """The cases, run by an implementation with a mutant planted.
 
     Args:
         mutant: which; None: the implementation as it is.

@@ -94,7 +94,7 @@ def test_results_do_not_depend_on_threads() -> None:
 
 
 def test_pytorchs_threads_are_found() -> None:
-    """Where PyTorch is built with OpenMP, its thread pool is used: not that of scikit-learn, whose path sorts first."""
+    """The thread pool of a PyTorch that is built with OpenMP is used: not that of scikit-learn, whose path sorts first."""
     import sklearn.metrics  # noqa: F401
 
     compiled._openmp_parallel.cache_clear()

@@ -172,7 +172,7 @@ def test_a_folder_that_cannot_be_written(machine: Machine) -> None:
 def test_triton_keeps_nothing_in_the_current_folder(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where HOME was unknown, it kept and ran compiled kernels beneath the current folder."""
+    """Without a known HOME, it kept and ran compiled kernels beneath the current folder."""
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.delenv("TRITON_HOME", raising=False)
     ops._give_triton_a_home()
@@ -227,7 +227,7 @@ WORKS = [
 
 @dataclass(frozen=True)
 class State:
-    """What a process may meet."""
+    """A machine that a process may meet."""
 
     values: dict[str, str | None]
     folders: list[str]

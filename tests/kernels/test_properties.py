@@ -158,7 +158,7 @@ def test_reset_ratios() -> None:
 
 
 def test_reset_ratios_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU got them with every call of every layer. What inference made must serve training, and tracing must not be kept."""
+    """A GPU got them with every call of every layer. Tables made in inference must serve training, and tracing must not be kept."""
     layout = named("full_reset").layout()
     monkeypatch.setattr(reset_module, "_tables", {})
 

@@ -42,7 +42,7 @@ IDS = [name for name, _, _ in WRONG]
 
 @pytest.fixture
 def nan_in_new_memory() -> Iterator[None]:
-    """What nobody has written is NaN."""
+    """Memory that nobody has written is NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

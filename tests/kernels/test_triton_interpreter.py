@@ -183,7 +183,7 @@ def unwritten_memory_is_nan() -> bool:
 
 
 def test_unwritten_memory_is_nan() -> None:
-    """What makes every other test here a test of unwritten buffers."""
+    """This makes every other test here a test of unwritten buffers."""
     assert interpret(unwritten_memory_is_nan)
 
 

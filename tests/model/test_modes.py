@@ -27,7 +27,7 @@ def umask() -> Iterator[int]:
 
 
 def wrong_modes(folder: Path, umask: int) -> dict[str, str]:
-    """What is below a folder with another mode than the umask's."""
+    """Paths below a folder with another mode than the umask's."""
     found = {path: path.stat().st_mode & 0o777 for path in sorted(folder.rglob("*"))}
     return {
         path.relative_to(folder).as_posix(): oct(mode)

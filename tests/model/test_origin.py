@@ -1,4 +1,4 @@
-"""What a run was made of: exchanged data, tokenizers and base models are noticed, and moved ones are found."""
+"""Origins of a run: exchanged data, tokenizers and base models are noticed, and moved ones are found."""
 
 from __future__ import annotations
 

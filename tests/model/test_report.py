@@ -1,4 +1,4 @@
-"""What a run says about itself: every metric beside the line that is best in it, and a dash where one does not exist."""
+"""The report of a run: every metric beside the baseline that is best in it, and a dash where one does not exist."""
 
 from __future__ import annotations
 

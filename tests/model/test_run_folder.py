@@ -1,4 +1,4 @@
-"""Whose a run folder is: what is somebody else's stays as it is, and one process writes at a time."""
+"""Owners of a run folder: somebody else's files stay as they are, and one process writes at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What others made is loaded without running any of it: pickles, code of a model's own, names that lead to a network, random damage."""
+"""Files that others made are loaded without running any of it: pickles, code of a model's own, names that lead to a network, random damage."""
 
 from __future__ import annotations
 

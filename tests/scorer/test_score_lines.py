@@ -46,7 +46,7 @@ def test_an_input_that_changes_meanwhile(
     meanwhile(monkeypatch, 2, lambda: CHANGES[change](requests_file))
     with pytest.raises(
         InputChangedError,
-        match=r"in.jsonl changed while it was being scored\. What was scored before is kept",
+        match=r"in.jsonl changed while it was being scored\. Earlier scores are kept",
     ):
         score(run_scorer, requests_file, output)
     assert not output.exists()

@@ -1,4 +1,4 @@
-"""What a process sets for itself before PyTorch is loaded."""
+"""Settings that a process gives itself before PyTorch is loaded."""
 
 from __future__ import annotations
 

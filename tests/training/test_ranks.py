@@ -143,7 +143,7 @@ def start_ranks(command: list[str], **environment: str) -> list[subprocess.Popen
 
 
 def ends_of(processes: list[subprocess.Popen[str]]) -> list[tuple[str, str, int]]:
-    """What each printed on stdout and stderr, and its status; none is left when one waits for ever."""
+    """Each one's stdout, stderr and status; none is left when one waits for ever."""
     try:
         return [(*process.communicate(timeout=240), process.returncode) for process in processes]
     finally:

@@ -193,7 +193,7 @@ def test_a_finished_cell_of_another_base_model_is_refused(
 def test_a_search_writes_through_no_link(
     base: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """What they pointed to was written over, also by a search that had begun before the link came."""
+    """Their targets were written over, also by a search that had begun before the link came."""
     mine = tmp_path / "mine"
     mine.write_text(
         '{"made by": "dti search"}' if name == "search-folder.json" else '{"cells": 1, "best": 1}'
