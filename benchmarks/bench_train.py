@@ -76,10 +76,10 @@ def profiled_step(run: Run, k: int | None) -> tuple[float, float]:
     return round(attention / whole, 3), round(peak / 2**20, 1)
 
 
-def flops_per_target(run: Run, k: int | None, num_batches: int = 8) -> float:
+def flops_per_target(run: Run, k: int | None) -> float:
     """Forward and backward, counted over the first batches of an epoch (`dti_model.training.flops`)."""
     cost, dataset = StepCost.of(run.model), packed_epoch(run, k)
-    batches = [dataset[i] for i in range(min(num_batches, len(dataset)))]
+    batches = [dataset[i] for i in range(min(8, len(dataset)))]
     return sum(cost.flops(batch.layout) for batch in batches) / sum(batch.layout.num_sum for batch in batches)
 
 

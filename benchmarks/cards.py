@@ -15,7 +15,6 @@ class Card:
     name: str  # part of the device's name, and key of `PEAK_TFLOPS`
     other_boards: str  # pattern of device names of this name that are slower boards
     memory_gb_s: float  # bandwidth of its memory
-    memory_gib: float  # size of its memory
     node_gb_s: float  # to a peer inside the node
     network_gb_s: float  # to a peer in another node
 
@@ -26,11 +25,11 @@ class Card:
 
 
 CARDS = (
-    Card("A100", "PCIE|40GB", 2039, 80, 300, 25),  # NVIDIA A100 80GB SXM data sheet; DGX A100: 200 Gb/s a GPU
-    Card("H100", "PCIe|NVL", 3350, 80, 450, 50),  # NVIDIA H100 SXM data sheet; DGX H100: 400 Gb/s a GPU
-    Card("H200", "NVL", 4800, 141, 450, 50),  # NVIDIA H200 SXM data sheet; DGX H200: 400 Gb/s a GPU
-    Card("B200", "GB200", 8000, 180, 900, 50),  # NVIDIA DGX B200 data sheet
-    Card("MI300X", "", 5300, 192, 448, 50),  # AMD Instinct MI300X data sheet
+    Card("A100", "PCIE|40GB", 2039, 300, 25),  # NVIDIA A100 80GB SXM data sheet; DGX A100: 200 Gb/s a GPU
+    Card("H100", "PCIe|NVL", 3350, 450, 50),  # NVIDIA H100 SXM data sheet; DGX H100: 400 Gb/s a GPU
+    Card("H200", "NVL", 4800, 450, 50),  # NVIDIA H200 SXM data sheet; DGX H200: 400 Gb/s a GPU
+    Card("B200", "GB200", 8000, 900, 50),  # NVIDIA DGX B200 data sheet
+    Card("MI300X", "", 5300, 448, 50),  # AMD Instinct MI300X data sheet
 )
 
 

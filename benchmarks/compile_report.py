@@ -28,9 +28,6 @@ from dti_kernels import HiddenStateReset, StreamLayout, windowed_attn
 from dti_kernels.gpu import KERNELS, TABLE, Tile, forced
 
 RECORDED = RESULTS / "compile.jsonl"
-# Bytes of shared memory that one program may have (CUDA programming guide, ISA manual of CDNA3).
-_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-SHARED_MEMORY = {arch: kib << 10 for arch, kib in _KIB.items()}
 # The workload whose useful fractions are quoted: Llama-3.1-8B heads, k = 50, n = 20, 35 +- 8 tokens per interaction.
 QUOTED = Workload("llama8b_k50_16k", 16384, 50, num_heads=32, num_groups=8, head_dim=128)
 
@@ -63,11 +60,6 @@ class Compiled:
     assembly: str  # PTX, or the AMD assembly
     cubin: bytes
     log: str  # of ptxas
-
-    @property
-    def uses_wgmma(self) -> bool:
-        """Whether Hopper's warp-group matrix instructions are used."""
-        return "wgmma.mma_async" in self.assembly
 
     @property
     def serialized(self) -> bool:

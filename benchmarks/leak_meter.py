@@ -81,10 +81,10 @@ def random_example(num_interactions: int, seed: int, window: int = WINDOW) -> Ex
     return ids, layout, outside
 
 
-def random_network(num_layers: int, config: DTIConfig, width: int = 64, seed: int = 0) -> PreTrainedModel:
+def random_network(num_layers: int, config: DTIConfig) -> PreTrainedModel:
     """A small Llama of random weights, large enough for attention to be far from uniform."""
-    settings = shape(num_layers, width, 4, 2, 2 * width, VOCAB) | {"initializer_range": width**-0.5}
-    return apply_dti(random_model(settings, seed=seed).double().eval(), config)
+    settings = shape(num_layers, 64, 4, 2, 128, VOCAB) | {"initializer_range": 0.125}
+    return apply_dti(random_model(settings, seed=0).double().eval(), config)
 
 
 def measure_random(layers: list[int], num_prompts: int) -> list[dict[str, Any]]:

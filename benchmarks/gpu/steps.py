@@ -45,7 +45,6 @@ class Step:
     spare: float = 0  # seconds for a start, an end, and what cannot be cut short
     rehearsed: tuple[str, ...] | None = None  # arguments of a rehearsal; None: the same
     resumed: tuple[str, ...] = ()  # more arguments where a former call's rows are there
-    gives_rows: bool = True  # whether it appends rows whenever it ends well
     stops: bool = False  # where it fails, nothing after it makes sense; a doubtful result stops nothing
     # run it again in a resumed call: what it leaves is not in the folder, but on the machine
     always: bool = False
@@ -95,7 +94,7 @@ def _precompile(name: str, *sets: str) -> Step:
     return Step(
         name, "benchmarks.gpu.precompile", _rows("--set", *sets, "--jobs", "{jobs}"), 110,
         "all kernels compiled in parallel, into Triton's cache",
-        rehearsed=_rows("--set", "smoke", "--jobs", "{jobs}"), gives_rows=False, always=True, jobs=15,
+        rehearsed=_rows("--set", "smoke", "--jobs", "{jobs}"), always=True, jobs=15,
     )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def _filled(made: str, match: re.Match[str]) -> str:
     return f"{match[1]}{made}\n{match[2]}"
 
 
-def draw_mask(path: Path = RESULTS / "mask.png") -> None:
+def draw_mask() -> None:
     """The README's picture: two prompts, a window of two interactions, a prefix of one token."""
     layout = StreamLayout.build(
         item_lengths=[[3, 2, 4, 2, 3], [2, 3, 2]],
@@ -147,7 +147,7 @@ def draw_mask(path: Path = RESULTS / "mask.png") -> None:
         window=2,
         prefix_lengths=[1, 1],
     )
-    plot_mask(layout, path)
+    plot_mask(layout, RESULTS / "mask.png")
 
 
 def draw_plots() -> None:

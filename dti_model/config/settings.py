@@ -280,7 +280,7 @@ class TrainConfig:
         model = replace(self.model, pretrained=pretrained and located(pretrained))
         return replace(self, data=_absolute(self.data), out=_absolute(self.out), model=model)
 
-    def first_difference(self, other: TrainConfig, places: bool = True) -> str | None:
+    def first_difference(self, other: TrainConfig, places: bool) -> str | None:
         """The first setting that keeps a run with these settings from going on with the other ones, in words; None: it can go on.
 
         Progress bars change nothing, nor where the run folder is now.

@@ -94,13 +94,13 @@ def load_causal_lm(
     return model
 
 
-def load_plain(reference: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """An untouched pretrained model with plain weights on the CPU, GGUF's unpacked.
+def load_plain(reference: str) -> PreTrainedModel:
+    """An untouched pretrained model with plain float32 weights on the CPU, GGUF's unpacked.
 
     Raises:
         PretrainedModelError: no such model, or another architecture.
     """
-    return _from_reference(reference, dtype, {})
+    return _from_reference(reference, torch.float32, {})
 
 
 def _found(reference: str) -> Reference:

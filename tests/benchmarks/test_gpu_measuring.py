@@ -205,9 +205,7 @@ def test_a_gpu_machine_needs_no_package_that_reads_raw_data(tmp_path: Path) -> N
     assert {row["machine"] for row in found} == {"rehearsal (no GPU)"}
 
 
-def test_a_model_that_fails_leaves_the_other_its_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_fails_leaves_the_other_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--device", "cpu", "--tokens", "1024", "--steps", "1", "--out", str(tmp_path / "rows.jsonl")]
     monkeypatch.setattr("sys.argv", ["bench_train_gpu", "--model", "smollm", "tiny", *arguments])
     monkeypatch.setitem(bench_train_gpu.MODELS, "smollm", {"hidden_size": -1})

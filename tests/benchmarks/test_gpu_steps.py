@@ -126,7 +126,7 @@ def test_nothing_tested_is_a_failure(tmp_path: Path) -> None:
     assert printed.splitlines()[-1] == "no test ran"
 
 
-def test_ncu_gives_a_report_and_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ncu_gives_a_report_and_rows(tmp_path: Path) -> None:
     ncu = fake_ncu(tmp_path)
     report = tmp_path / "kept" / "ctx.ncu-rep"
     assert ncu_gpu.profile(ncu, report) == "profiled --launch\n"

@@ -329,7 +329,7 @@ def test_rehearsal(slot: str, tmp_path: Path) -> None:
         assert {"date", "commit", "machine", "torch", "benchmark"} <= row.keys()
     assert list(entries) == [step.name for step in steps_of(slot)]
     for step in steps_of(slot):
-        if step.gives_rows and step.name not in reasons:
+        if step.module != "benchmarks.gpu.precompile" and step.name not in reasons:
             assert entries[step.name]["rows"] > 0, step.name
     assert sum(entry["rows"] for entry in entries.values()) == len(rows)
     assert not list(elsewhere.iterdir())

@@ -147,7 +147,7 @@ def test_a_time_with_the_host_in_it_is_marked(tmp_path: Path) -> None:
     assert "the host was not ahead" in text
 
 
-def test_ratios_are_of_the_same_turns(tmp_path: Path) -> None:
+def test_ratios_are_of_the_same_turns() -> None:
     """Ours is timed alone first: a time that nothing took turns with makes no ratio."""
     rows = attention_rows(H100, workload="w")
     alone = [{**row, "alone": True} for row in rows if row["provider"] == "windowed_attn"]
@@ -160,7 +160,7 @@ def test_ratios_are_of_the_same_turns(tmp_path: Path) -> None:
     assert "| flex | 0.900 (222) | 2.700 (74) | 3.600 (56) | 1.50 | 300 |" in whole
 
 
-def test_an_error_above_its_budget_is_said(tmp_path: Path) -> None:
+def test_an_error_above_its_budget_is_said() -> None:
     check = {"benchmark": "attention", "check": "parity", "provider": "windowed_attn", "table": "frozen"}
     rows = [made(H100, **check, workload=name, shares={"out": 0.4, "dq": 1.34}) for name in ("a", "b")]
     text = report_gpu.checks(rows)

@@ -66,4 +66,4 @@ def test_a_billion_interactions_fit_where_they_are_planned() -> None:
     for row in rows:
         assert row["hours_whole"] < row["hours_k50"] < row["hours_sw"] / 8
         if "lora" in row["model"] or row["gpus"] >= 8:
-            assert row["gib"] < GPUS["h100"].memory_gib
+            assert row["gib"] < 80

@@ -37,9 +37,7 @@ def test_what_is_in_the_way_of_cached_tokens_is_named(tmp_path: Path) -> None:
         data.token_ids(TOKENIZER)
 
 
-def test_a_damaged_token_cache_is_made_again_and_said(
-    out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_token_cache_is_made_again_and_said(out: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A flipped bit once put other tokens into every prompt. One line on the log; the ids are those of the tokenizer."""
     data = PreparedData.open(out)
     tokenizer = train_tokenizer(data.item_texts, 270)

@@ -255,7 +255,7 @@ def test_flipped_bits_in_the_model(config: TrainConfig, whole: dict[str, Any]) -
     assert found >= 10 * (len(names) - 1) - 3, "the card, README.md, is for people"
 
 
-def test_flipped_bits_in_config_yaml(config: TrainConfig, whole: dict[str, Any]) -> None:
+def test_flipped_bits_in_config_yaml(config: TrainConfig) -> None:
     """Another window, or a traceback of PyYAML's."""
     file = config.out / "config.yaml"
     found = 0

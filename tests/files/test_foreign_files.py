@@ -119,7 +119,7 @@ def test_a_failed_job_leaves_no_folder(run_scorer: Scorer, tmp_path: Path) -> No
     assert content_of(tmp_path) == {}
 
 
-def test_a_folder_that_takes_no_files_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_that_takes_no_files_is_an_error() -> None:
     """Not a loop without end: /proc has no folder missing, and says so of every file."""
     with pytest.raises(FileNotFoundError), locked(Path("/proc/.out.lock"), "x"):
         pytest.fail("locked")

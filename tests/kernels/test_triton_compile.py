@@ -17,7 +17,6 @@ from benchmarks.attention import useful_fraction
 from benchmarks.compile_report import (
     KEYS,
     QUOTED,
-    SHARED_MEMORY,
     TableRow,
     compile_row,
     compiled_numbers,
@@ -29,6 +28,8 @@ from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile, table_tile
 
 ROWS = [*table_rows(), *rows_of_groups()]
+# Shared memory that one program may have (CUDA programming guide, ISA manual of CDNA3).
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 MAX_SPILLED_BYTES = 64  # of a backward kernel; a forward spills nothing
 USEFUL = {"ctx": 0.8, "sum": 0.6}  # visible share of the visited tiles, at least
 # Of the instructions and registers that were recorded of this version of Triton. More is another kernel: record it, and say why.
@@ -48,11 +49,11 @@ def test_row_fits_and_does_not_spill(row: TableRow) -> None:
     served = [arch for arch in TABLE if arch == row.arch or (row.arch, arch) == ("sm_80", "sm_86")]
     for arch in served:
         if TABLE[arch] is TABLE[row.arch]:
-            assert result.shared_bytes <= SHARED_MEMORY[arch], arch
+            assert result.shared_bytes <= SHARED_KIB[arch] << 10, arch
     if row.head_dim <= 128:
         assert result.spilled_bytes <= (0 if row.kernel.endswith("fwd") else MAX_SPILLED_BYTES)
     if row.arch == "sm_90" and row.kernel.startswith("ctx") and row.bits == 16:
-        assert result.uses_wgmma
+        assert "wgmma.mma_async" in result.assembly  # Hopper's warp-group matrix instructions
         assert "ptxas" in result.log, "nothing to read the warnings from"
         assert not result.serialized
     numbers = compiled_numbers(row, result)

@@ -226,7 +226,7 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
         assert torch.equal(plain, checkpointed)
 
 
-def test_trained_slopes_get_a_gradient_and_are_saved(tmp_path) -> None:
+def test_trained_slopes_get_a_gradient_and_are_saved() -> None:
     model, config = llama(), DTIConfig("dti", train_slopes=True)
     apply_dti(model, config)
     layout = StreamLayout.build([[3, 2, 4, 2]], [[1] * 4], [2], window=2)

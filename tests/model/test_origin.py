@@ -61,9 +61,7 @@ def replace_folder(folder: Path, by: Path) -> None:
     shutil.copytree(by, folder)
 
 
-def test_other_data_between_kill_and_resume(
-    config: TrainConfig, other_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_other_data_between_kill_and_resume(config: TrainConfig, other_data: Path, tmp_path: Path) -> None:
     """Nobody noticed: the run went on with targets that it had trained on in its test set."""
     train_until(3, config)
     shutil.copytree(config.data, tmp_path / "kept")
@@ -153,9 +151,7 @@ def change_configuration(base: Path) -> None:
         (change_tokenizer, "the tokenizer"),
     ],
 )
-def test_another_base_model_between_kill_and_resume(
-    lora: TrainConfig, change: Any, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_base_model_between_kill_and_resume(lora: TrainConfig, change: Any, what: str) -> None:
     train_until(3, lora)
     base = Path(str(lora.model.pretrained))
     shutil.copytree(base, base.with_name("kept"))
