@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dti_model.config import ModelConfig, OptimConfig, TrainConfig
-from dti_model.config.file import ConfigFileError
+from dti_model.config import ConfigFileError, ModelConfig, OptimConfig, TrainConfig
 from dti_model.files import DamagedFileError, checksums, write_checksums, write_sealed
 from dti_model.model.export import export_run
 from dti_model.model.fingerprints import OtherOriginError, settings_fingerprint

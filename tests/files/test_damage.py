@@ -15,8 +15,7 @@ import torch
 import yaml
 
 from dti_model.cli import main
-from dti_model.config import ModelConfig, OptimConfig, TrainConfig
-from dti_model.config.file import ConfigFileError
+from dti_model.config import ConfigFileError, ModelConfig, OptimConfig, TrainConfig
 from dti_model.evaluation import score_split, split_metrics
 from dti_model.files import DamagedFileError, write_checksums, write_sealed
 from dti_model.model.export import export_run
