@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks.report.report import main
+from benchmarks.report import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -210,7 +210,3 @@ def main() -> int:
     with whole_file(README) as temporary:
         temporary.write_text(made)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dti_model.cli import main
-from dti_model.training import driver as training
+from dti_model.training import driver, results
 from dti_model.training.curves import Curves
 
 pytestmark = pytest.mark.slow
@@ -44,13 +44,14 @@ def run(arguments: list[str], log: Path, moment: str = "", limit: int = 0) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     if moment:
-        original = getattr(training, moment)
+        module = results if hasattr(results, moment) else driver
+        original = getattr(module, moment)
 
         def late(*args: Any, **kwargs: Any) -> Any:
             fill()
             return original(*args, **kwargs)
 
-        setattr(training, moment, late)
+        setattr(module, moment, late)
     status = main(arguments)
     sys.stdout.flush()
     os._exit(status)
@@ -105,7 +106,7 @@ def whole(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 MOMENTS = {
     "_train_in": (0, 500, 3_000, 10_000, 25_000, 60_000),
     "_save_model": (0, 400, 10_000, 25_000),
-    "write_results": (0, 2_000, 3_000, 20_000, 60_000),
+    "_write_results": (0, 2_000, 3_000, 20_000, 60_000),
 }
 
 
