@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from jsonargparse import Namespace
 
-from dti_model.cli.command_line import Parser, choose, name_options, with_dashes
+from dti_model.cli.command_line import Parser, check_characters, choose, name_options, with_dashes
 from dti_model.error_lines import line_of, line_of_bug
 from dti_model.launch import check_alone
 from dti_model.output import unbreakable_output
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = Namespace()
     with unbreakable_output():
         try:
+            check_characters(words)
             parser, run_command, rest = command_of(words)
             options = parser.parse_args(rest)
             if name in _OF_ONE_PROCESS:

@@ -118,7 +118,7 @@ class Parser(ArgumentParser):
             ValueError: from a check; the message names the option.
         """
         words = with_dashes(args)
-        _check_characters(words)
+        check_characters(words)
         _check_once(words)
         _check_files(words)
         self._check_numbers(words)
@@ -250,7 +250,7 @@ def name_options(text: str, words: Sequence[str]) -> str:
     return text
 
 
-def _check_characters(words: Sequence[str]) -> None:
+def check_characters(words: Sequence[str]) -> None:
     """No file that a command writes could hold them, nor could a message show them."""
     for before, word in zip(["", *words], words):
         name, equals, rest = word.partition("=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def plot_report(
     loss_axes.set_ylim(top=1.2 * np.quantile([loss for _, loss in losses], 0.9))
     loss_axes.set(xlabel="epoch", ylabel="cross-entropy at the [SUM]s (nats)", title="training loss")
     auc_axes.plot(*zip(*aucs), color=MODEL_COLOR, marker="o", label="model")
-    for (name, metrics), style in zip(baselines["val"].items(), ("-", "--", "-.", ":")):
+    for (name, metrics), style in zip(baselines["val"].items(), cycle(("-", "--", "-.", ":"))):
         auc_axes.axhline(
             metrics["auc"], color=LINE_COLOR, linewidth=1, linestyle=style, label=name.replace("_", " ")
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dti_model.data import SOURCES
 from tests.cli.commands import EVERY_COMMAND
 from tests.data.log_files import write_amazon
 from tests.data.movielens_files import some_ratings
@@ -28,7 +29,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def bases(small_folder: Path, run_folder: Path, tmp_path: Path) -> dict[tuple[str, ...], dict[str, str]]:
-    """Of every command, options that it takes: what is broken in the table is the only thing that is. A new command is added here."""
+    """Of every command, options that it takes: what is broken in the table is the only thing that is. A new command is added here, or a
+    source with options of its own."""
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     (inputs / "in.jsonl").write_text('{"user": "1", "candidates": ["1"]}\n')
@@ -39,12 +41,13 @@ def bases(small_folder: Path, run_folder: Path, tmp_path: Path) -> dict[tuple[st
         (inputs / file.name.replace("CDs_and_Vinyl", "Kindle_Store")).symlink_to(file)
     out = {"--out": str(tmp_path / "out")}
     train = {**out, "--data": str(small_folder)}
-    amazon = {**out, "--raw-dir": str(inputs)}
+    of_a_folder = {
+        ("prepare", name): {**out, "--raw-dir": str(inputs)}
+        for name, entry in SOURCES.items()
+        if entry.raw_dir
+    }
     found = {
-        ("prepare", "ml-100k"): {**out, "--raw-dir": str(inputs)},
-        ("prepare", "ml-1m"): {**out, "--raw-dir": str(inputs)},
-        ("prepare", "amazon-cds"): amazon,
-        ("prepare", "amazon-kindles"): amazon,
+        **of_a_folder,
         ("prepare", "amazon"): {
             **out,
             "--reviews": str(reviews),

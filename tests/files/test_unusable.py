@@ -89,7 +89,7 @@ def test_a_model_that_no_machine_holds(small_folder: Path, tmp_path: Path, capsy
     assert main([*command, "--model.width=1048576", "--model.mlp-width=16777216", "--model.layers=9999"]) == 2
     error = capsys.readouterr().err
     assert "parameters, " in error
-    assert "GiB of memory: choose a smaller model.width, model.mlp_width or model.layers" in error
+    assert "GiB of memory: choose a smaller --model.width, --model.mlp-width or --model.layers" in error
     assert len(error.splitlines()) == 1
     base = pretrained_folder(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())

@@ -8,14 +8,12 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from dti_kernels import StreamLayout
 from dti_model.config import MODES, DTIConfig
 from dti_model.model.attention import Stream, apply_dti, position_ids, token_logits
+from tests.model.pretrained_files import FAMILIES
 from tests.numerics import FLOAT64_RELATIVE
 
 ROPE = {
@@ -70,18 +68,11 @@ def logits(model, config: DTIConfig, layout: StreamLayout, context: torch.Tensor
     return token_logits(model, input_ids, layout, config)
 
 
-OTHER_FAMILIES = {
-    "mistral": (MistralConfig, {"sliding_window": None}),
-    "qwen2": (Qwen2Config, {}),
-    "qwen3": (Qwen3Config, {"head_dim": 8}),
-}
-
-
-@pytest.mark.parametrize("family", OTHER_FAMILIES)
-def test_other_families_without_targets_are_the_untouched_model(family: str) -> None:
-    config_class, more = OTHER_FAMILIES[family]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_without_targets_are_the_untouched_model(family: str) -> None:
+    config_class, more = FAMILIES[family]
     torch.manual_seed(0)
-    config = config_class(**SIZES, **more)
+    config = config_class(**{**SIZES, **more})
     check_untouched(AutoModelForCausalLM.from_config(config).eval(), "dti")
 
 

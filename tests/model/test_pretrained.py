@@ -22,7 +22,13 @@ from dti_model.evaluation import eval_targets, evaluate_run, score_split, score_
 from dti_model.model.attention import Stream, apply_dti, position_ids, token_logits
 from dti_model.model.export import export_run
 from dti_model.model.lora import add_lora
-from dti_model.model.pretrained import PretrainedModelError, load_causal_lm, load_plain, load_tokenizer
+from dti_model.model.pretrained import (
+    SUPPORTED_TYPES,
+    PretrainedModelError,
+    load_causal_lm,
+    load_plain,
+    load_tokenizer,
+)
 from dti_model.model.run import Run
 from dti_model.prompts import PromptFormat
 from dti_model.training import train
@@ -58,6 +64,10 @@ def sum_logits(model, layout: StreamLayout, context: torch.Tensor, dti: DTIConfi
 
 LAYOUT = StreamLayout.build([[3, 2, 4, 2]], [[1] * 4], [2], window=2)
 CONTEXT = torch.randint(8, 200, (LAYOUT.num_context,), generator=torch.Generator().manual_seed(0))
+
+
+def test_every_supported_type_is_among_the_families() -> None:
+    assert {config_class.model_type for config_class, _ in FAMILIES.values()} == set(SUPPORTED_TYPES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
