@@ -26,11 +26,11 @@ NEED_THEM = {
             "sources.custom",
             "index",
             "sources.item_frames",
-            "sources.lines",
+            "sources.delimited",
             "sources.movielens",
             "sources.rows",
             "sources.source",
-            "sources.tables",
+            "sources.csv_parquet",
         )
     ),
 }

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from jsonargparse import Namespace
 
-from dti_model.cli.command_line import Parser, check_characters, choose, name_options, with_dashes
+from dti_model.cli.parser import Parser, check_characters, choose, name_options, with_dashes
 from dti_model.error_lines import line_of, line_of_bug
 from dti_model.launch import check_alone
 from dti_model.output import unbreakable_output

@@ -10,8 +10,8 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
-from dti_model.cli.command_line import Parser
 from dti_model.cli.options import add_shared
+from dti_model.cli.parser import Parser
 from dti_model.config import RULES, as_yaml, must_be, why_owned
 from dti_model.files import DamagedFileError, locked_beside, read_sealed, temporary_folder, write_sealed
 

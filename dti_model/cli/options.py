@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from dti_model.cli.command_line import Parser
+from dti_model.cli.parser import Parser
 from dti_model.config import TrainConfig
 
 _SHARED: dict[str, dict[str, Any]] = {

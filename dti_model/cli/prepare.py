@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 
-from dti_model.cli.command_line import Parser, number
+from dti_model.cli.parser import Parser, number
 from dti_model.data import SOURCES
 from dti_model.shown import one_line
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
-from dti_model.cli.command_line import Parser
 from dti_model.cli.options import add_shared
+from dti_model.cli.parser import Parser
 from dti_model.shown import one_line
 
 _FORMAT = """Score candidates of users, a request per line (JSON lines, or Parquet with the same columns):

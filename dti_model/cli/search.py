@@ -6,8 +6,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from dti_model.cli.command_line import Parser
 from dti_model.cli.options import add_settings, settings_of
+from dti_model.cli.parser import Parser
 
 
 def make_parser() -> Parser:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dti_model.cli import main
 from dti_model.cli.command import COMMANDS, ERROR_STATUS, command_of
-from dti_model.cli.command_line import Parser
+from dti_model.cli.parser import Parser
 from dti_model.data import SOURCES
 from dti_model.error_lines import MOST_CHARACTERS
 

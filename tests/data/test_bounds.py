@@ -12,7 +12,7 @@ import pytest
 
 from dti_model import downloads
 from dti_model.data import CustomFiles, DataError, PreparedData
-from dti_model.data.sources import fetch, lines, rows
+from dti_model.data.sources import delimited, fetch, rows
 from dti_model.data.sources.movielens import load_1m
 from dti_model.files import checked as files
 from dti_model.scorer.items import ItemError
@@ -69,7 +69,7 @@ def test_a_line_and_a_row_have_a_longest_length(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DataError, match=r"log\.csv:5: a line of more than 1,000 bytes. Shorten it, or leave"):
         small_log(tmp_path, LOG + "x" * 2000).load()
     monkeypatch.undo()
-    monkeypatch.setattr("dti_model.data.sources.tables.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("dti_model.data.sources.csv_parquet.MAX_LINE_BYTES", 100)
     found = small_log(tmp_path, LOG, CATALOGUE + 'c,"' + "\n" * 200).load()
     assert found.rejected[1].first() == ["items.csv:4: a row of more than 100 characters"]
 
@@ -111,7 +111,7 @@ def test_files_read_as_a_whole_have_a_longest_length(
     monkeypatch.setattr(files, "_MOST_BYTES", 100)
     with pytest.raises(DataError, match=r"stats\.json: cannot be read \(.* has more than 100 bytes"):
         PreparedData.open(small_folder)
-    monkeypatch.setattr(lines, "MAX_BYTES", 100)
+    monkeypatch.setattr(delimited, "MAX_BYTES", 100)
     write_1m(tmp_path, RATINGS)
     with pytest.raises(
         DataError, match=r"ratings\.dat: more than 100 bytes, which no file of this data set has"

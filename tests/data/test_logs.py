@@ -13,8 +13,8 @@ import pytest
 
 from dti_model.data import AmazonFiles, CustomFiles, DataError, PreparedData, prepare
 from dti_model.data.sources import rows
+from dti_model.data.sources.csv_parquet import open_table
 from dti_model.data.sources.custom import parsed_times
-from dti_model.data.sources.tables import open_table
 from dti_model.data.texts import Template, clean_text, shorten, template_text
 from tests.data.log_files import (
     CUSTOM_COLUMNS,

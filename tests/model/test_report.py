@@ -6,9 +6,12 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from dti_model.cli import main
+from dti_model.evaluation import plot_report
 from dti_model.evaluation.report import metrics_table, sentence_about_baselines
 
 LINES = {
@@ -49,6 +52,16 @@ def test_a_metric_that_does_not_exist() -> None:
         table = metrics_table({"val": {**model, **facts}, "baselines": {"val": lines}})
         assert [line.split()[-3] for line in table.splitlines()[1:-1]] == ["-"] * 4
         assert "nan" not in table
+
+
+def test_every_baseline_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are four styles of lines: a fifth baseline was left out without a word."""
+    drawn = []
+    monkeypatch.setattr(Axes, "axhline", lambda *_, label, **__: drawn.append(label))
+    baselines = {"val": {f"baseline {i}": {"auc": 0.5 + i / 100} for i in range(6)}}
+    log = [{"epoch": 1.0, "loss": 0.7}, {"epoch": 1.0, "eval_auc": 0.6}]
+    plot_report(tmp_path / "report.png", log, np.array([0, 1] * 20), np.linspace(0.1, 0.9, 40), baselines)
+    assert drawn == [*baselines["val"]]
 
 
 def no_constants(name: str) -> None:

@@ -1,11 +1,11 @@
 """Data sets to read: one file each, beside what they share, and the table of their names.
 
-A new data set is one file here with a `Source` (source.py) and one row of `SOURCES` (table.py).
+A new data set is one file here with a `Source` (source.py) and one row of `SOURCES` (names.py).
 """
 
 from typing import TYPE_CHECKING, Any
 
-from dti_model.data.sources.table import SOURCES, loaded, named_source, source_in_folder
+from dti_model.data.sources.names import SOURCES, loaded, named_source, source_in_folder
 
 if TYPE_CHECKING:
     from dti_model.data.sources.amazon import AmazonFiles

@@ -15,10 +15,10 @@ from typing import ClassVar
 
 import polars as pl
 
+from dti_model.data.sources.csv_parquet import LINE, Table, open_table
 from dti_model.data.sources.item_frames import ItemTexts, as_text
 from dti_model.data.sources.rows import MAX_REJECTED, Interactions, check_limits
 from dti_model.data.sources.source import RawData
-from dti_model.data.sources.tables import LINE, Table, open_table
 from dti_model.data.texts import FINISHED, MAX_CHARS, Template
 
 INTEGERS, NUMBERS, DATES = "the file's", "millionths of the file's", "microseconds"

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from dti_model.data.errors import DataError
+from dti_model.data.sources.delimited import DelimitedFile
 from dti_model.data.sources.fetch import fetch
 from dti_model.data.sources.item_frames import ItemTexts
-from dti_model.data.sources.lines import DelimitedFile
 from dti_model.data.sources.rows import Interactions, Rejected
 from dti_model.data.sources.source import STARS, Facts, RawData
 from dti_model.data.texts import TEMPLATE, Template

@@ -1,6 +1,6 @@
 """Sources: files that `prepare` reads, and what reading them gives.
 
-A new data set is one file with a `Source` and one row of `table.py`; labels, order, split, storage and tokens are shared.
+A new data set is one file with a `Source` and one row of `names.py`; labels, order, split, storage and tokens are shared.
 
     interactions: user, item (Int32, numbers of `users` and `rated`), timestamp (Int64), rating (Float32)
     items:        item (String), text (String, "" where nothing is known), titled (Boolean)
