@@ -64,7 +64,7 @@ def line_of_bug(error: BaseException) -> str:
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """A question to put behind a message about an unknown name; empty: no name resembles it."""
     close = difflib.get_close_matches(word, sorted(names), 1)
-    return f": did you mean {close[0]}?" if close else ""
+    return f": did you mean {close[0]}?" if close and close[0] != word else ""
 
 
 def _is_ours(error: BaseException) -> bool:

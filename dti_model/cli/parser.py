@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -224,12 +225,14 @@ def _dashed(name: str) -> str:
 
 
 def with_dashes(words: Sequence[str]) -> list[str]:
-    """The words of a command line, options with dashes."""
-    return [
+    """The words of a command line, options with dashes; behind `--` there are none."""
+    end = words.index("--") if "--" in words else len(words)
+    dashed = [
         "".join([_dashed(name), *rest]) if name.startswith("--") and " " not in name else word
-        for word in words
+        for word in words[:end]
         for name, *rest in [word.partition("=")]
     ]
+    return [*dashed, *words[end:]]
 
 
 def options_of(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -240,13 +243,18 @@ def options_of(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name, rest if equals else following
 
 
+def _instead(option: str, _: re.Match[str]) -> str:
+    return option  # as it is: as a template, its backslashes would be groups
+
+
 def name_options(text: str, words: Sequence[str]) -> str:
     """A message that names settings by their keys, with the options that `words` give instead: of the keys of one word those that
     must be something."""
     for option, _ in options_of(words):
         key = option.removeprefix("--").replace("-", "_")
         after = r"(?![\w/-]|\.\w)" if "_" in key or "." in key else r"(?= must be )"
-        text = re.sub(rf"(?<![\w./-]){re.escape(key)}{after}", option, text)
+        if key:
+            text = re.sub(rf"(?<![\w./-]){re.escape(key)}{after}", partial(_instead, option), text)
     return text
 
 

@@ -1,7 +1,7 @@
 """Items as a caller names them, as token ids.
 
     "50" or 50                                  the item of this id in the prepared data
-    {"title": "Brazil (1985)", "genres": [...]} fields of an item that may be new, put into text as the data set's own items were
+    {"title": "Brazil (1985)", "genres": [...]} fields of an item that may be new, put into text by the data set's template
     {"text": "Brazil (1985); Sci-Fi"}           finished item text
 
 Texts are cut to the model's `max_item_tokens`, as in training, and before that to `CHARS_PER_TOKEN` characters for each.
@@ -143,7 +143,7 @@ class ItemTokens:
         return self._builder, index
 
     def _rendered(self, fields: Mapping[str, Any]) -> str:
-        """The item text of fields, as the data set's loader would make it."""
+        """The item text of fields, by the data set's template."""
         _check_texts(fields)
         if fields.keys() == {FINISHED}:
             return self._finished(fields[FINISHED])
