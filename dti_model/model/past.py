@@ -28,11 +28,6 @@ class LayerKeys(NamedTuple):
         initial = (None if x is None else x[rows] for x in self[2:])
         return LayerKeys(self.k[rows], self.v[rows], *initial)
 
-    def clone(self) -> LayerKeys:
-        """A copy that keeps nothing else alive."""
-        initial = (None if x is None else x.clone() for x in self[2:])
-        return LayerKeys(self.k.clone(), self.v.clone(), *initial)
-
     @property
     def num_bytes(self) -> int:
         """Bytes of all four."""
