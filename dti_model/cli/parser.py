@@ -113,18 +113,16 @@ class Parser(ArgumentParser):
         self.usage = " ".join([prog, *needed, "[options]"])
 
     def parse_args(self, args: Sequence[str], **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """As jsonargparse's, after checks of the words themselves.
+        """As jsonargparse's, after checks of the words themselves, which have dashes and whose characters are checked.
 
         Raises:
             ValueError: from a check; the message names the option.
         """
-        words = with_dashes(args)
-        check_characters(words)
-        _check_once(words)
-        _check_files(words)
-        self._check_numbers(words)
-        parsed = super().parse_args(words, **kwargs)
-        empty = {name for name, value in options_of(words) if not value}
+        _check_once(args)
+        _check_files(args)
+        self._check_numbers(args)
+        parsed = super().parse_args(args, **kwargs)
+        empty = {name for name, value in options_of(args) if not value}
         for action in self._actions:
             path = parsed.get(action.dest)
             if isinstance(path, Path):
