@@ -19,20 +19,12 @@ from dti_model.model.run import Run
 from dti_model.model.run_folder import RunExistsError
 from dti_model.training import train
 from dti_model.training.start import find_checkpoint
+from tests.training.small_runs import small_run
 
 
 @pytest.fixture(scope="module")
 def trained(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    config = TrainConfig(
-        data=small_folder,
-        out=tmp_path_factory.mktemp("runs") / "run",
-        k=3,
-        window=3,
-        progress=False,
-        report_to=(),
-        model=ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mlp_width=24),
-        optim=OptimConfig(epochs=1, token_budget=600),
-    )
+    config = small_run(small_folder, tmp_path_factory.mktemp("runs") / "run")
     train(config)
     return config
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from dti_model.cli import main
-from dti_model.config import ConfigFileError, ModelConfig, OptimConfig, TrainConfig
+from dti_model.config import ConfigFileError, OptimConfig, TrainConfig
 from dti_model.evaluation import score_split, split_metrics
 from dti_model.files import DamagedFileError, write_checksums, write_sealed
 from dti_model.model.export import export_run
@@ -24,23 +23,15 @@ from dti_model.model.run_folder import RunExistsError
 from dti_model.training import train
 from dti_model.training.checkpoint import CheckpointError, check_checkpoint, last_checkpoint
 from dti_model.training.start import find_checkpoint
-from dti_model.training.trainer import StreamTrainer
+from tests.training.small_runs import small_run, train_until
 
 FLIPS_PER_FILE = 25
 
 
 @pytest.fixture(scope="module")
 def config(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    return TrainConfig(
-        data=small_folder,
-        out=tmp_path_factory.mktemp("damage") / "whole",
-        k=3,
-        window=3,
-        progress=False,
-        report_to=(),
-        model=ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mlp_width=24),
-        optim=OptimConfig(epochs=3, token_budget=600, save_steps=1, patience=0, learning_rate=0.01),
-    )
+    optim = OptimConfig(epochs=3, token_budget=600, save_steps=1, patience=0, learning_rate=0.01)
+    return small_run(small_folder, tmp_path_factory.mktemp("damage") / "whole", optim=optim)
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +39,11 @@ def whole(config: TrainConfig) -> dict[str, Any]:
     return train(config)
 
 
-class Interrupted(Exception):
-    """Stands for a killed process."""
-
-
 @pytest.fixture(scope="module")
 def broken(config: TrainConfig, whole: dict[str, Any]) -> TrainConfig:
     """A run that was killed after a best checkpoint and a last one."""
     broken = dataclasses.replace(config, out=config.out.with_name("broken"))
-    training_step = StreamTrainer.training_step
-    steps = whole["training"]["optimizer_steps"]
-
-    def interrupted(self: StreamTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == steps - 1:
-            raise Interrupted
-        return training_step(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StreamTrainer, "training_step", interrupted)
-        with pytest.raises(Interrupted):
-            train(broken)
+    train_until(whole["training"]["optimizer_steps"] - 1, broken)
     assert len(list((broken.out / "checkpoints").glob("checkpoint-*"))) == 2
     return broken
 
