@@ -139,6 +139,7 @@ def _each(x: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     return x._replace(**changed)
 
 
+@torch.autocast("cpu", enabled=False)
 def forward(x: Inputs, is_cleared: bool = False) -> tuple[Tensor, Tensor]:
     """`out`, shape and dtype of q, and the natural log-sum-exp `(H, T or S)` in the accumulation dtype.
 
@@ -159,6 +160,7 @@ def forward(x: Inputs, is_cleared: bool = False) -> tuple[Tensor, Tensor]:
     return out.to(x.q.dtype), lse[..., 0].T.contiguous()
 
 
+@torch.autocast("cpu", enabled=False)
 def backward(
     x: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, slopes_grad: bool, is_cleared: bool = False
 ) -> Gradients:

@@ -11,7 +11,6 @@ import os
 import warnings
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from dti_kernels.contract import check_memory
@@ -22,14 +21,12 @@ from dti_kernels.layout import check_spans
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """`out`, shape and dtype of q, and the natural log-sum-exp `(H, T or S)` in the accumulation dtype."""
-    with torch.autocast("cpu", enabled=False):
-        return isolation.forward(_implementation(x).forward, x)
+    return isolation.forward(_implementation(x).forward, x)
 
 
 def backward(x: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, slopes_grad: bool) -> Gradients:
     """The gradients, from what the forward returned."""
-    with torch.autocast("cpu", enabled=False):
-        return isolation.backward(_implementation(x).backward, x, grad_out, out, lse, slopes_grad)
+    return isolation.backward(_implementation(x).backward, x, grad_out, out, lse, slopes_grad)
 
 
 def _implementation(x: Inputs) -> ModuleType:
