@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from benchmarks.measuring import PRECISIONS
 from benchmarks.quality import (
     CELL_FILE,
     PLANS,
@@ -70,8 +71,10 @@ class Bench:
 
     def data_of(self, cell: Cell) -> Path:
         """The prepared folder with the targets that a cell trains on and is scored on."""
-        folder = self.out / f"data-{cell.train_targets or 'all'}"
-        restrict_targets(self.source, folder, cell.train_targets, self.size.val_share, self.size.test_share)
+        folder, val_share = self.out / f"data-{cell.train_targets or 'all'}", self.size.val_share
+        if cell.val_share is not None:
+            folder, val_share = folder.with_name(f"{folder.name}-val-{cell.val_share:g}"), cell.val_share
+        restrict_targets(self.source, folder, cell.train_targets, val_share, self.size.test_share)
         return folder
 
     def folder_of(self, cell: Cell) -> Path:
@@ -86,6 +89,8 @@ class Bench:
             result = run_cell(cell, self.data_of(cell), self.folder_of(cell))
             if plan.score_other:
                 self._score_other(cell)
+            for precision in PRECISIONS if plan.paired else ():
+                score_cell(self.folder_of(cell), f"val-{precision}", "val", precision)
             print(
                 f"{name} {done}/{len(cells)}: {plan.arms[i].name}, seed {cell.seed}: "
                 f"validation AUC {result['scores']['val']['auc']:.4f}, {result['steps']} steps, {result['seconds']:.0f} s",
@@ -94,7 +99,7 @@ class Bench:
         split = "test" if plan.test else "val"
         if plan.test:
             for _, _, cell in cells:
-                score_cell(self.folder_of(cell), "test", "test")
+                score_cell(self.folder_of(cell), "test", "test", cell.computes_in)
         rows = [self._row(name, arm, cell, plan) for arm in plan.arms for cell in arm.cells]
         names = [name for name in (plan.against, plan.control) if name]
         bases = [arm for base in names for arm in plan.arms if arm.name == base]
@@ -114,9 +119,9 @@ class Bench:
     def _score_other(self, cell: Cell) -> None:
         """Validation scores from streaming prompts as in training, and with the reset switched on or off."""
         folder = self.folder_of(cell)
-        score_cell(folder, "val-streaming", "val", k=cell.k or None)
+        score_cell(folder, "val-streaming", "val", cell.computes_in, k=cell.k or None)
         if not cell.dti.train_slopes:
-            score_cell(folder, "val-switched", "val", dti=_switched(cell.dti))
+            score_cell(folder, "val-switched", "val", cell.computes_in, dti=_switched(cell.dti))
 
     def _row(self, name: str, arm: Arm, cell: Cell, plan: Plan) -> dict[str, Any]:
         result = json.loads((self.folder_of(cell) / CELL_FILE).read_text())
@@ -127,7 +132,8 @@ class Bench:
             key: settings[key]
             for key in ("k", "seed", "targets_per_step", "mixed", "epochs", "learning_rate")
         }
-        row |= {"mode": cell.dti.mode, "model": f"{cell.model.layers} x {cell.model.width}"}
+        row |= {"precision": cell.computes_in, "mode": cell.dti.mode}
+        row |= {"model": f"{cell.model.layers} x {cell.model.width}"}
         row["reset"] = f"{cell.dti.alpha_min:g} .. {cell.dti.alpha_max:g}" if cell.dti.reset else None
         row |= {key: result[key] for key in ("train_targets", "rows_per_target", "steps")}
         for split in result["scores"]:
@@ -146,9 +152,11 @@ class Bench:
             if arm is base:
                 continue
             a = [scores_of(self.folder_of(cell), split) for cell in arm.cells]
-            found = auc_difference(labels, users, a, b)
+            # Of pairs, a run whose other half is not finished does not count.
+            na, nb = 2 * [min(len(a), len(b))] if plan.paired else [len(a), len(b)]
+            found = auc_difference(labels, users, a[:na], b[:nb], paired=plan.paired)
             row: dict[str, Any] = {"benchmark": "quality-difference", "plan": name, "size": self.size_name}
-            row |= {"arm": arm.name, "against": base.name, "split": split, "seeds": [len(a), len(b)]}
+            row |= {"arm": arm.name, "against": base.name, "split": split, "seeds": [na, nb]}
             row |= {"targets": len(labels), "users": len(np.unique(users))}
             row |= {
                 "auc_difference": round(found.value, 5),

@@ -1,7 +1,8 @@
-"""Measuring: times of the host and of a GPU, clocks, the imaginary card of a rehearsal, and compiling without a GPU."""
+"""Measuring: times of the host and of a GPU, precisions, clocks, the imaginary card of a rehearsal, and compiling without a GPU."""
 
 from benchmarks.measuring.clocks import card_state
 from benchmarks.measuring.device_time import DeviceLost, Timing, check_device, device_times
+from benchmarks.measuring.precision import PRECISIONS, precision_of, precisions_here
 from benchmarks.measuring.rehearsal import DEVICE
 from benchmarks.measuring.stand_in import (
     Key,

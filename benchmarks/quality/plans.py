@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.measuring import PRECISIONS
 from benchmarks.quality.runs import Cell
 from dti_model.config import DTIConfig, ModelConfig
 
@@ -101,6 +102,8 @@ class Plan:
     test: bool = False  # score the test split: a final table
     # also score validation with streaming prompts of the training k, and with the reset switched
     score_other: bool = False
+    # arms differ in rounding alone, so equal seeds (weights, order of the batches) are pairs; also score validation in each precision
+    paired: bool = False
 
 
 def _arm(
@@ -239,5 +242,16 @@ def long(size: Size) -> Plan:
     return Plan("Does streaming cost accuracy where models have learnt?", arms, SW_ALIBI, score_other=True)
 
 
-_MAKERS: tuple[Callable[[Size], Plan], ...] = (table1, table3, figure3, sweep, depth, whole, users, long)
+def precision(size: Size) -> Plan:
+    """bfloat16 beside float32 with the settings of `long`, whose streaming arm is this one in float32, on every validation target."""
+    base = replace(size.base, train_targets=size.whole_targets, epochs=3 * size.base.epochs, val_share=1.0)
+    size, k = replace(size, base=base), max(size.ks)
+    arms = [_arm(f"{DTI}, {_k(k)}, {name}", size, k=k, precision=name) for name in PRECISIONS]
+    return Plan("Does bfloat16 cost accuracy?", arms, arms[0].name, paired=True)
+
+
+_MAKERS: tuple[Callable[[Size], Plan], ...] = (
+    *(table1, table3, figure3, sweep, depth, whole, users, long),
+    precision,
+)
 PLANS = {make.__name__: make for make in _MAKERS} | {"figure2": table1}

@@ -26,6 +26,7 @@ from dti_model.data import COLUMNS, CONTEXT, SPLIT_CODES, STATS_FILE, PreparedDa
 from dti_model.evaluation import click_metrics, score_targets
 from dti_model.files import whole_folder, write_json
 from dti_model.model import MODEL_FOLDER, Run, apply_dti, model_from
+from dti_model.precision import Resolved, computing
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.training import trainer_of, training_arguments
 
@@ -48,11 +49,20 @@ class Cell:
     epochs: int = 2  # passes over the training targets
     learning_rate: float = 2e-3  # peak
     weight_decay: float = 0.1  # on matrices
+    precision: Resolved | None = None  # fp32 or bf16; None: fp32, and bf16 at the paper's own size
+    # of the validation targets, at random: the best epoch is chosen on them; None: the size's
+    val_share: float | None = None
+
+    @property
+    def computes_in(self) -> Resolved:
+        """The precision of training and of the scores that the run is judged by."""
+        return self.precision or "fp32"
 
     @property
     def name(self) -> str:
-        """Digest of the settings."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        """Digest of the settings that are not None: a setting that is None came later, and finished runs keep their names."""
+        settings = {key: value for key, value in asdict(self).items() if value is not None}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def restrict_targets(
@@ -127,7 +137,11 @@ def train_config(cell: Cell, data: Path, out: Path) -> TrainConfig:
         dti=cell.dti,
         model=cell.model,
         optim=OptimConfig(
-            epochs=cell.epochs, learning_rate=cell.learning_rate, weight_decay=cell.weight_decay, patience=0
+            epochs=cell.epochs,
+            learning_rate=cell.learning_rate,
+            weight_decay=cell.weight_decay,
+            patience=0,
+            bf16=cell.computes_in == "bf16",
         ),
     )
     run = Run.start(config)
@@ -165,20 +179,28 @@ def run_cell(cell: Cell, data: Path, folder: Path) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "val_by_epoch": [round(e["eval_auc"], 5) for e in trainer.state.log_history if "eval_auc" in e],
-        "scores": {"val": _score(run, folder, "val", "val")},
+        "scores": {"val": _score(run, folder, "val", "val", cell.computes_in)},
     }
     write_json(path, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
 
-def score_cell(folder: Path, name: str, split: str, k: int | None = 1, dti: DTIConfig | None = None) -> None:
+def score_cell(
+    folder: Path,
+    name: str,
+    split: str,
+    precision: Resolved,
+    k: int | None = 1,
+    dti: DTIConfig | None = None,
+) -> None:
     """Score a split with a finished cell, unless that is done; scores and metrics go under `name`.
 
     Args:
         folder: of the cell.
         name: of the scores.
         split: which targets.
+        precision: to compute in, fp32 or bf16.
         k: targets per prompt; None: whole histories.
         dti: read with other fixes than those trained with.
     """
@@ -190,13 +212,16 @@ def score_cell(folder: Path, name: str, split: str, k: int | None = 1, dti: DTIC
         model = apply_dti(model_from(folder / MODEL_FOLDER), dti)
         torch.nn.Module.to(model, run.model.device)
         run = replace(run, model=model, config=replace(run.config, dti=dti))
-    result["scores"][name] = _score(run, folder, name, split, k)
+    result["scores"][name] = _score(run, folder, name, split, precision, k)
     write_json(folder / CELL_FILE, result)
 
 
-def _score(run: Run, folder: Path, name: str, split: str, k: int | None = 1) -> dict[str, float]:
+def _score(
+    run: Run, folder: Path, name: str, split: str, precision: Resolved, k: int | None = 1
+) -> dict[str, float]:
     rows = run.data.targets(split)
-    scores = score_targets(run.model, run.config.dti, run.builder, rows, SCORING_BUDGET, k)
+    with computing(precision, run.model.device):
+        scores = score_targets(run.model, run.config.dti, run.builder, rows, SCORING_BUDGET, k)
     np.save(folder / f"{name}.npy", scores)
     metrics = click_metrics(run.data.label[rows], scores, run.data.users_of(rows))
     return {key: round(value, 5) for key, value in metrics.items()}

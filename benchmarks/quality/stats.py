@@ -3,7 +3,8 @@
     difference = mean over seeds of AUC(a) - mean over seeds of AUC(b), on the same targets
 
 Resampled are users (targets of one user are not independent: their history is shared) and, for each model, its seeds. Both models
-see the same users in every resample, which is what makes the interval narrow.    Cost: resamples x targets x seeds.
+see the same users in every resample, which is what makes the interval narrow. Seeds are drawn for each model by itself, unless they
+are pairs: runs that begin with the same weights and see the same batches.    Cost: resamples x targets x seeds.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def auc_difference(
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    paired: bool = False,
 ) -> Difference:
     """Compare two models, each trained from several seeds, on the same targets.
 
@@ -67,25 +69,28 @@ def auc_difference(
         resamples: of the bootstrap.
         level: of the percentile interval.
         seed: of the resampling.
+        paired: the i-th scores of both models are a pair, and stay together in every resample.
 
     Raises:
-        ValueError: a model has no scores, or their shape is not that of the labels.
+        ValueError: a model has no scores, their shape is not that of the labels, or pairs lack a half.
     """
     for name, scores in (("a", a), ("b", b)):
         if not scores or any(x.shape != labels.shape for x in scores):
             raise ValueError(
                 f"{name} must hold at least one array of shape {labels.shape}, got {[x.shape for x in scores]}"
             )
+    if paired and len(a) != len(b):
+        raise ValueError(f"pairs must have two halves, got {len(a)} and {len(b)} arrays")
     rng = np.random.default_rng(seed)
     distinct, index = np.unique(users, return_inverse=True)
     draws = rng.multinomial(len(distinct), np.full(len(distinct), 1 / len(distinct)), size=resamples)
     once = np.ones((1, len(labels)))
+    drawn = [rng.integers(len(scores), size=(len(scores), resamples)) for scores in (a, b)]
     means, resampled = [], []
-    for scores in (a, b):
+    for scores, seeds in zip((a, b), (drawn[0], drawn[0] if paired else drawn[1])):
         means.append(float(np.mean([weighted_auc(labels, x, once)[0] for x in scores])))
         by_seed = np.stack([_chunked(labels, x, draws, index) for x in scores])
-        drawn = rng.integers(len(scores), size=(len(scores), resamples))
-        resampled.append(np.take_along_axis(by_seed, drawn, axis=0).mean(0))
+        resampled.append(np.take_along_axis(by_seed, seeds, axis=0).mean(0))
     differences = resampled[0] - resampled[1]
     tail = 50 * (1 - level)
     low, high = np.nanpercentile(differences, [tail, 100 - tail])

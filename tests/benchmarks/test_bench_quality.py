@@ -10,9 +10,11 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from benchmarks import bench_quality
+from benchmarks.quality import PLANS, SIZES, Cell, scores_of
 from benchmarks.quality import full as quality_full
 from benchmarks.quality.runs import UserBatches, restrict_targets
 from benchmarks.quality.stats import auc_difference, weighted_auc
+from benchmarks.recording import RESULTS, read_rows
 from dti_model.cli import main
 from dti_model.config import TrainConfig
 from dti_model.data import PreparedData, prepare
@@ -103,6 +105,36 @@ def test_a_killed_benchmark_goes_on_and_plans_share_runs(
     assert all(row["low"] <= row["auc_difference"] <= row["high"] for row in differences)
 
 
+def test_recorded_runs_keep_their_names() -> None:
+    """Settings that cells have got since are in no name: otherwise every finished run would be trained anew."""
+    for path in sorted(RESULTS.glob("quality-*.jsonl")):
+        rows = [row for row in read_rows(path) if row["benchmark"] == "quality"]
+        plan = PLANS[rows[0]["plan"]](SIZES[rows[0]["size"]])
+        names = {(arm.name, cell.seed): cell.name for arm in plan.arms for cell in arm.cells}
+        assert {(row["arm"], row["seed"]): row["run"] for row in rows}.items() <= names.items()
+    assert len({Cell(1).name, Cell(1, precision="bf16").name, Cell(1, val_share=1.0).name}) == 3
+
+
+def test_both_precisions_on_every_validation_target(folder: Path, tmp_path: Path) -> None:
+    """Each run is judged in its own precision, and scored in both."""
+    bench_quality.run(["precision"], "smoke", folder, tmp_path, record=False)
+    rows = read_rows(tmp_path / "quality-precision.jsonl")
+    *runs, difference = rows
+    assert [(row["precision"], row["seed"]) for row in runs] == [
+        (precision, seed) for precision in ("fp32", "bf16") for seed in (0, 1)
+    ]
+    assert difference["seeds"] == [2, 2]
+    assert difference["low"] <= difference["auc_difference"] <= difference["high"]
+    assert difference["targets"] == len(PreparedData.open(folder).targets("val"))
+    for row in runs:
+        of_run = tmp_path / "smoke" / "runs" / row["run"]
+        scores = {name: scores_of(of_run, name) for name in ("val", "val-fp32", "val-bf16")}
+        own, other = ("val-fp32", "val-bf16")[:: 1 if row["precision"] == "fp32" else -1]
+        np.testing.assert_array_equal(scores["val"], scores[own])
+        assert np.abs(scores["val"] - scores[other]).max() > 0
+        assert row["val_auc"] == row[f"{own}_auc"]
+
+
 def test_other_data_in_the_same_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     bench_quality.Bench("smoke", folder, tmp_path)
     other = tmp_path / "other"
@@ -133,12 +165,22 @@ def test_paired_differences_find_what_is_there() -> None:
     found = auc_difference(labels, users, [good], [noisy])
     assert found.value == pytest.approx(roc_auc_score(labels, good) - roc_auc_score(labels, noisy), abs=1e-12)
     assert 0 < found.low < found.value < found.high
+    # Runs with good and bad seeds: what a seed does to both halves of a pair is no difference between the models.
+    runs = [taste, taste + rng.normal(size=1200), taste + 3 * rng.normal(size=1200)]
+    pairs = auc_difference(labels, users, runs, runs, paired=True)
+    assert (pairs.value, pairs.low, pairs.high) == (0, 0, 0)
+    apart = auc_difference(labels, users, runs, runs)
+    assert apart.low < -0.05 < 0.05 < apart.high
+    with pytest.raises(ValueError, match="pairs must have two halves"):
+        auc_difference(labels, users, runs, runs[:2], paired=True)
     with pytest.raises(ValueError, match="b must hold at least one array"):
         auc_difference(labels, users, [good], [])
 
 
 def test_commands_of_the_full_size_are_distinct(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = quality_full.commands(["table1", "table3", "figure3", "sweep", "depth", "whole", "users"])
+    lines = quality_full.commands(
+        ["table1", "table3", "figure3", "sweep", "depth", "whole", "users", "precision"]
+    )
     training = [line for line in lines if " train " in line]
     outs = [line.split("--out ")[1].split()[0] for line in training]
     assert len(set(outs)) == len(outs)

@@ -1,0 +1,21 @@
+"""The precisions that CPUs are measured in (`dti_model.precision`), and the one that a row was measured in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dti_model.precision import Resolved, has_bfloat16
+
+# In the order in which tables show them: what is compared with comes first.
+PRECISIONS: tuple[Resolved, ...] = ("fp32", "bf16")
+
+
+def precisions_here() -> tuple[Resolved, ...]:
+    """Those of `PRECISIONS` that this processor has instructions for; emulated, bfloat16 is slow and says nothing."""
+    return PRECISIONS if has_bfloat16("cpu") else PRECISIONS[:1]
+
+
+def precision_of(row: Mapping[str, Any]) -> str:
+    """Of a row; those without one are older, and of float32."""
+    return str(row.get("precision", PRECISIONS[0]))
