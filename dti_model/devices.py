@@ -1,12 +1,16 @@
-"""The torch device that a user names."""
+"""The torch device that a user names, and the precision that it computes in."""
 
 from __future__ import annotations
+
+import sys
+from functools import cache
 
 import torch
 
 from dti_model.error_lines import reason_of
 from dti_model.launch import num_processes
-from dti_model.ranks import join_ranks
+from dti_model.precision import Precision, Resolved, notice, resolve
+from dti_model.ranks import gather_from_ranks, join_ranks, rank
 
 
 def device_named(name: str | None) -> str:
@@ -53,3 +57,41 @@ def device_of_rank(name: str | None) -> str:
             f"device {name!r} cannot be used: the {processes} processes have {joined.type}. Say that, or leave it out"
         )
     return str(joined)
+
+
+def precision_of_ranks(
+    precision: Precision, device: torch.device | str, option: str, began: Resolved | None = None
+) -> Resolved:
+    """What this process and all others compute in. Rank 0 says on stderr what `auto` means. Every rank has to get here.
+
+    Args:
+        precision: as the user gave it.
+        device: of this process.
+        option: that sets it, such as "--optim.precision".
+        began: what a run began in, which `auto` then keeps.
+
+    Raises:
+        ValueError: `auto` means one thing on some of the machines and another on others; on every rank.
+    """
+    resolved = resolve(precision, device) if began is None or precision != "auto" else began
+    answers = gather_from_ranks(resolved)
+    if len(set(answers)) > 1:
+        having, lacking = ([i for i, x in enumerate(answers) if x == each] for each in ("bf16", "fp32"))
+        raise ValueError(
+            f"{option} auto is bfloat16 on {_ranks(having)} and float32 on {_ranks(lacking)}, whose hardware does not multiply bfloat16: "
+            f"say {option} fp32, or bf16, which is slow there"
+        )
+    line = notice(precision, device, option, began)
+    if line is not None and rank() == 0:
+        say_once(line)
+    return resolved
+
+
+def _ranks(numbers: list[int]) -> str:
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a line on stderr, once in a process: a search trains many models."""
+    print(line, file=sys.stderr, flush=True)

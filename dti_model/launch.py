@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from dti_model.precision import Resolved
+
 # Another way to train, which these runs do not know.
 _REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -73,11 +75,12 @@ def _count(name: str, least: int) -> int | None:
     return int(text)
 
 
-def let_settings_rule(bf16: bool) -> None:
-    """Take out of this process's environment what contradicts the settings; call it before TrainingArguments are made.
+def let_settings_rule(precision: Resolved | None = None) -> None:
+    """Take out of this process's environment what contradicts the settings; call it before processes are joined or TrainingArguments
+    are made.
 
     Args:
-        bf16: of the settings.
+        precision: that the settings mean; None: not known yet.
 
     Raises:
         ValueError: the environment asks for DeepSpeed, Megatron-LM or the like, or as `num_processes`.
@@ -92,4 +95,4 @@ def let_settings_rule(bf16: bool) -> None:
     for name in list(os.environ):
         if name.startswith(_ANSWERS) or name in _ANSWER:
             del os.environ[name]
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if precision == "bf16" else "no"

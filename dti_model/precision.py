@@ -23,6 +23,9 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 # Of training and of scoring.
 DEFAULT: Precision = "fp32"
 
+# In words, and as PyTorch's types.
+WORDS: dict[Resolved, str] = {"bf16": "bfloat16", "fp32": "float32"}
+
 _CPU_INFO = Path("/proc/cpuinfo")
 # Flags of processors, and the names that people know; the faster first. Arm's kernels call theirs `bf16`.
 _INSTRUCTIONS = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16", "bf16": "Arm's BF16"}
@@ -79,18 +82,25 @@ def computing(resolved: Resolved, device: torch.device | str) -> AbstractContext
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def notice(precision: Precision, device: torch.device | str, option: str) -> str | None:
-    """What `auto` has chosen and how one chooses otherwise, in one line; None: the choice was the user's own.
+def notice(
+    precision: Precision, device: torch.device | str, option: str, began: Resolved | None = None
+) -> str | None:
+    """What `auto` means and how one chooses otherwise, in one line; None: the choice was the user's own.
 
     Args:
         precision: as the user gave it.
         device: of the model.
         option: that sets it, such as "--optim.precision".
+        began: of a run that goes on, in this precision.
     """
     if precision != "auto":
         return None
-    name = _name_of(device)
-    if resolve("auto", device) == "bf16":
+    name, here = _name_of(device), resolve("auto", device)
+    if began == "bf16" and here == "fp32":
+        return f"goes on in bfloat16, as the run began, and slowly: {name}"
+    if began == "fp32" and here == "bf16":
+        return f"goes on in float32, as the run began; a new one here computes in bfloat16 ({name})"
+    if here == "bf16":
         return f"computes in bfloat16 ({name}); {option} fp32 for float32"
     return f"computes in float32: {name}"
 

@@ -137,7 +137,7 @@ def settings(options: argparse.Namespace, epochs: int) -> TrainConfig:
             learning_rate=options.learning_rate,
             weight_decay=0.01,
             token_budget=4096 if REHEARSING else options.tokens,
-            bf16=DEVICE == "cuda",
+            precision="bf16" if DEVICE == "cuda" else "fp32",
         ),
     )
 

@@ -50,7 +50,10 @@ def _train(data: str, cell: Cell) -> str:
     flags |= {f"dti.{key}": value for key, value in asdict(cell.dti).items() if value != usual[key]}
     flags |= {"model.pretrained": cell.model.pretrained, "model.instruction": cell.model.instruction}
     flags |= {"model.lora.rank": cell.model.lora.rank, "optim.epochs": cell.epochs, "optim.patience": 2}
-    flags |= {"optim.learning_rate": cell.learning_rate, "optim.bf16": cell.precision != "fp32"}
+    flags |= {
+        "optim.learning_rate": cell.learning_rate,
+        "optim.precision": "fp32" if cell.precision == "fp32" else "bf16",
+    }
     flags |= {"optim.activation_checkpointing": True, "optim.token_budget": budget}
     flags["optim.accumulation"] = accumulation
     shown = " ".join(f"--{name.replace('_', '-')} {_shown(value)}" for name, value in flags.items())

@@ -141,7 +141,7 @@ def train_config(cell: Cell, data: Path, out: Path) -> TrainConfig:
             learning_rate=cell.learning_rate,
             weight_decay=cell.weight_decay,
             patience=0,
-            bf16=cell.computes_in == "bf16",
+            precision=cell.computes_in,
         ),
     )
     run = Run.start(config)

@@ -17,11 +17,16 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_lo
 
 from dti_model.config import (
     GROUPS,
+    NEWER,
+    OLDER,
     RULES,
     StrictYAMLError,
     as_yaml,
+    both_given,
     check_yaml,
     must_be,
+    newer_spelling,
+    newer_value,
     read_settings,
     with_underscores,
 )
@@ -57,9 +62,18 @@ _METAVARS: Mapping[Any, str] = {
 def _load(text: str) -> Any:
     check_yaml(text)
     try:
-        return with_underscores(get_loader("yaml")(text))
+        return _newer(with_underscores(get_loader("yaml")(text)))
     except (ValueError, yaml.YAMLError) as error:
         raise StrictYAMLError(" ".join(str(error).split())) from error
+
+
+def _newer(value: Any) -> Any:
+    """Settings of a file, or of a group, in their newer spelling; anything else as it is."""
+    if not isinstance(value, dict) or not value:
+        return value
+    group = OLDER[: OLDER.index(".") + 1]
+    is_group = {group + str(name) for name in value} <= {OLDER, *RULES}
+    return newer_spelling(value, group if is_group else "")
 
 
 class _Help(DefaultHelpFormatter):
@@ -119,6 +133,8 @@ class Parser(ArgumentParser):
             ValueError: from a check; the message names the option.
         """
         _check_once(args)
+        if f"--{NEWER}" in self._option_string_actions:
+            args = with_newer_option(args)
         _check_files(args)
         self._check_numbers(args)
         parsed = super().parse_args(args, **kwargs)
@@ -231,6 +247,25 @@ def with_dashes(words: Sequence[str]) -> list[str]:
         for name, *rest in [word.partition("=")]
     ]
     return [*dashed, *words[end:]]
+
+
+def with_newer_option(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with `--optim.precision` in the place of its older spelling.
+
+    Raises:
+        ValueError: both are there, or the older one has a value that it never had.
+    """
+    older, newer = f"--{OLDER}", f"--{NEWER}"
+    names = [name for name, _ in options_of(words)]
+    if older not in names:
+        return list(words)
+    if newer in names:
+        raise ValueError(both_given(older, newer))
+    result, left = [], iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        result += [newer, newer_value(value if equals else next(left, ""))] if name == older else [word]
+    return result
 
 
 def options_of(words: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dti_model.error_lines import did_you_mean
+from dti_model.precision import PRECISIONS
 from dti_model.shown import shown
 
 # Of counts that nothing else bounds: they, and twice as many, still fit an int32, which layouts and kernels count in.
@@ -159,7 +160,7 @@ RULES: Mapping[str, Rule] = {
     "optim.token_budget": integer(1),
     "optim.accumulation": integer(1, 10**6),
     "optim.patience": integer(0),
-    "optim.bf16": _truth,
+    "optim.precision": choice(*PRECISIONS),
     "optim.activation_checkpointing": _truth,
     "optim.fsdp": _truth,
     "optim.save_steps": integer(0),

@@ -23,6 +23,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from dti_model.config.bounds import as_yaml
+from dti_model.config.older import newer_spelling
 from dti_model.config.strict_yaml import parse_settings, read_text
 from dti_model.files import whole_file
 
@@ -69,7 +70,7 @@ def read_config(path: Path, kind: type[Settings], sealed: bool = False) -> Setti
             raise ValueError(f"{path} is cut short or was written anew: its last line is not its seal")
         if seal is not None and _sha256(text[: seal.start()]) != seal[1]:
             raise ValueError(f"{path} was changed after the run had written it")
-        raw = parse_settings(text, path)
+        raw = newer_spelling(parse_settings(text, path))
         if seal is None and not raw.keys() >= _OLD_SETTINGS:
             raise ValueError(f"{path} does not hold the settings of a run")
         return _built(kind, raw, "")

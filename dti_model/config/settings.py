@@ -13,6 +13,7 @@ from typing import Any, Literal
 from dti_model.config.bounds import PROJECTIONS, as_yaml, check_settings
 from dti_model.config.file import CONFIG_FILE, read_config, write_config
 from dti_model.config.references import located
+from dti_model.precision import DEFAULT, Precision
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class ModelConfig:
         finetune: what is trained of a pretrained model: low-rank updates and the [SUM] row (lora), or everything (full).
         lora: the low-rank updates.
         dtype: of a pretrained model's weights. Full fine-tuning in bfloat16 rounds its own updates; rather keep
-            float32 and compute in bfloat16 with optim.bf16. LoRA trains float32 either way, except the [SUM] row.
+            float32 and compute in bfloat16 with optim.precision. LoRA trains float32 either way, except the [SUM] row.
         quantize: keep a pretrained model's projections in 8 or 4 bits (bitsandbytes), with lora only; 0: no.
         liger: use Liger's kernels for the norms and MLPs of a pretrained model (liger-kernel, on a GPU).
         instruction: text before the first interaction of every prompt of a pretrained model.
@@ -191,7 +192,8 @@ class OptimConfig:
         token_budget: rows of one packed batch, context tokens and [SUM]s.
         accumulation: packed batches per optimizer step.
         patience: stop after this many validations without a better AUC; 0: never.
-        bf16: compute in bfloat16 under autocast.
+        precision: of products: bfloat16 (bf16), float32 (fp32), or bfloat16 where the processor or GPU multiplies it itself, else
+            float32 (auto). Weights and optimizer are not touched by it.
         activation_checkpointing: recompute activations in the backward to save memory.
         fsdp: on several devices, shard weights, gradients and moments over them (FSDP2); otherwise every device has all (DDP).
         save_steps: also write a checkpoint every this many optimizer steps; 0: only after every epoch.
@@ -207,7 +209,7 @@ class OptimConfig:
     token_budget: int = 8192
     accumulation: int = 1
     patience: int = 2
-    bf16: bool = False
+    precision: Precision = DEFAULT
     activation_checkpointing: bool = False
     fsdp: bool = False
     save_steps: int = 0

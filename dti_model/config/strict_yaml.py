@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from dti_model.config.bounds import GROUPS, RULES, as_yaml, must_be
+from dti_model.config.older import newer_spelling
 from dti_model.files import opened
 
 # A file of settings has a few kilobytes and five levels.
@@ -129,6 +130,10 @@ def read_settings(path: Path, group: str | None = None) -> dict[str, Any]:
     """
     settings = parse_settings(read_text(path), path)
     if group is not None:
+        try:
+            settings = newer_spelling(settings, group)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         _check_values(settings, path, group)
     return settings
 

@@ -24,6 +24,7 @@ from dti_model.config import PretrainedModelError, Reference, TrainConfig, locat
 from dti_model.data import plain_backend
 from dti_model.files import read_file, read_sealed, sha256_of_json, write_sealed
 from dti_model.model.safe_loading import may_hold_weights
+from dti_model.precision import Resolved
 
 PROVENANCE_FILE = "provenance.json"
 _BLOCKS, _BLOCK_BYTES = 64, 4096
@@ -33,6 +34,7 @@ _PASSING = ("transformers_version", "_name_or_path")
 # Of the settings, what decides neither weights nor metrics; of `optim`, save_steps.
 _WITHOUT_A_SAY = ("data", "out", "progress", "logging_steps", "report_to", "compare_steps")
 _DEFAULTS = asdict(TrainConfig(Path(), Path()))
+del _DEFAULTS["optim"]["precision"]  # see _optim_as_ever
 
 
 class OtherOriginError(ValueError):
@@ -48,20 +50,26 @@ class Provenance:
         tokenizer: of the tokenizer.
         base_model: of the pretrained model; None: trained from scratch.
         settings: of the run's settings; None: not known.
+        precision: that the run computed in, whatever `optim.precision` means on another machine; None: not known.
     """
 
     data: str
     tokenizer: str
     base_model: str | None = None
     settings: str | None = None
+    precision: Resolved | None = None
 
     @staticmethod
-    def of(data: Any, tokenizer: Any, config: TrainConfig) -> Provenance:
-        """Of prepared data, a fast tokenizer and the settings of a run."""
+    def of(data: Any, tokenizer: Any, config: TrainConfig, precision: Resolved | None = None) -> Provenance:
+        """Of prepared data, a fast tokenizer, the settings of a run and what it computed in."""
         pretrained = config.model.pretrained
         base = None if pretrained is None else base_model_fingerprint(locate(pretrained))
         return Provenance(
-            data.fingerprint, tokenizer_fingerprint(tokenizer), base, settings_fingerprint(config)
+            data.fingerprint,
+            tokenizer_fingerprint(tokenizer),
+            base,
+            settings_fingerprint(config),
+            precision,
         )
 
     def save(self, folder: Path) -> None:
@@ -81,7 +89,13 @@ class Provenance:
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> Provenance:
         """From what `asdict` gave."""
-        return Provenance(fields["data"], fields["tokenizer"], fields["base_model"], fields.get("settings"))
+        return Provenance(
+            fields["data"],
+            fields["tokenizer"],
+            fields["base_model"],
+            fields.get("settings"),
+            fields.get("precision"),
+        )
 
     def has_settings_of(self, config: TrainConfig) -> bool:
         """Whether the run had these settings, as far as is known."""
@@ -106,9 +120,20 @@ def settings_fingerprint(config: TrainConfig) -> str:
     plain: dict[str, Any] = asdict(config)
     for name in _WITHOUT_A_SAY:
         del plain[name]
-    plain["optim"] = {name: value for name, value in plain["optim"].items() if name != "save_steps"}
+    plain["optim"] = _optim_as_ever(plain["optim"])
     plain["model"] = {**plain["model"], "pretrained": config.model.pretrained is not None}
     return sha256_of_json(_unlike(plain, _DEFAULTS))
+
+
+def _optim_as_ever(optim: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the optimisation as they were fingerprinted before `precision` was one: it was a boolean, and float32 the default.
+
+    So fingerprints of older runs hold, and those of newer ones do not depend on which precision is the default.
+    """
+    kept = {name: value for name, value in optim.items() if name not in ("save_steps", "precision")}
+    precision = optim["precision"]
+    said: dict[str, Any] = {"bf16": {"bf16": True}, "fp32": {}}.get(precision, {"precision": precision})
+    return kept | said
 
 
 def _unlike(value: dict[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:

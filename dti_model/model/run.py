@@ -40,27 +40,43 @@ from dti_model.model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.model.run_folder import MODEL_FOLDER, check_model_is_ours
 from dti_model.model.safe_loading import adapter_from, fast_tokenizer_from
 from dti_model.model.trained import data_of, load_whole, loading, open_trained, with_base
+from dti_model.precision import Resolved, resolve
 from dti_model.prompts import PromptBuilder, PromptFormat
 
 
 @dataclass(eq=False)
 class Run:
-    """A model with what it needs to read prompts of a data set."""
+    """A model with what it needs to read prompts of a data set.
+
+    Attributes:
+        config: the settings.
+        model: the result of `apply_dti`, perhaps inside peft's wrapper.
+        tokenizer: with the [SUM] token.
+        data: the prepared data.
+        builder: of prompts.
+        precision: that the model computes in.
+        trained_in: the precision that it was trained in; None: not known.
+    """
 
     config: TrainConfig
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
     builder: PromptBuilder
+    precision: Resolved = "fp32"
+    trained_in: Resolved | None = None
 
     @cached_property
     def provenance(self) -> Provenance:
         """Fingerprints of data, tokenizer and pretrained model."""
-        return Provenance.of(self.data, self.tokenizer, self.config)
+        return Provenance.of(self.data, self.tokenizer, self.config, self.trained_in)
 
     @staticmethod
-    def start(config: TrainConfig) -> Run:
-        """A new model over the run's data; weights follow the seed."""
+    def start(config: TrainConfig, precision: Resolved | None = None) -> Run:
+        """A new model over the run's data; weights follow the seed.
+
+        `precision`: that it will be trained in; None: what the settings mean on this machine.
+        """
         data = PreparedData.open(config.data)
         tokenizer = tokenizer_of(config.model.pretrained, data)
         if config.model.pretrained is None:
@@ -75,6 +91,8 @@ class Run:
             # The head is the embedding; without this, Trainer warns that a checkpoint lacks it.
             model._keys_to_ignore_on_save = ["lm_head.weight"]
         run = Run._over(config, model, tokenizer, data)
+        run.precision = precision or resolve(config.optim.precision, device_named(None))
+        run.trained_in = run.precision
         if config.model.uses_lora:
             torch.manual_seed(config.seed)
             run.model = add_lora(model, config.model.lora, run.builder.format.sum_token)
@@ -123,7 +141,11 @@ class Run:
                 model = load_whole(path, config.dti)
             if not config.model.quantize:
                 model.to(device)
-        return Run._over(config, model.eval(), tokenizer, data)
+        run = Run._over(config, model.eval(), tokenizer, data)
+        run.trained_in = None if made_of is None else made_of.precision
+        if run.trained_in is None and config.optim.precision != "auto":  # written before precisions were kept
+            run.trained_in = config.optim.precision
+        return run
 
     @staticmethod
     def _over(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dti_model.model import Run, token_logits
+from dti_model.precision import computing
 from dti_model.prompts import PackedPrompts, Prompts
 
 
@@ -84,7 +85,8 @@ def timed_step(
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     start = time.perf_counter()
-    logits = token_logits(model, batch.input_ids, batch.layout, run.config.dti)
+    with computing(run.precision, device):
+        logits = token_logits(model, batch.input_ids, batch.layout, run.config.dti)
     loss = torch.nn.functional.cross_entropy(logits.float(), labels)
     loss.backward()
     optimizer.step()

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from dti_model.config import TrainConfig
 from dti_model.data import DataError, PreparedData
+from dti_model.devices import precision_of_ranks
 from dti_model.evaluation import eval_targets
+from dti_model.launch import let_settings_rule
 from dti_model.model import MODEL_FOLDER, Run
 from dti_model.output import unbreakable_output
-from dti_model.ranks import first_rank_does, rank
+from dti_model.ranks import first_rank_does, join_ranks, rank
 from dti_model.training.results import finish
 from dti_model.training.setup import trainer_of, training_arguments
-from dti_model.training.start import check_same_origin, find_checkpoint, run_folder_of
+from dti_model.training.start import check_same_origin, find_checkpoint, precision_of, run_folder_of
 from dti_model.training.trainer import StreamTrainer
 
 
@@ -38,23 +40,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
         WriteError: the disk is full.
         DataError: the prepared data cannot be read or has no usable targets.
         NonFiniteLossError: training diverged.
-        ValueError: FSDP2 cannot shard this model.
+        ValueError: FSDP2 cannot shard this model; or `optim.precision` auto is another precision on another rank.
     """
     config = config.located()
     _check_splits(PreparedData.open(config.data), config)
-    arguments = training_arguments(config)  # joins the other processes, where there are any
+    let_settings_rule()
+    device = join_ranks()
     with unbreakable_output(), run_folder_of(config.out, "dti train"):
-        return _train_in(config, arguments)
+        return _train_in(config, device)
 
 
-def _train_in(config: TrainConfig, arguments: TrainingArguments) -> dict[str, Any]:
+def _train_in(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """`train`, in a run folder that is ours alone."""
     checkpoint = first_rank_does(lambda: find_checkpoint(config))
+    began = None if checkpoint is None else precision_of(checkpoint)
+    precision = precision_of_ranks(config.optim.precision, device, "--optim.precision", began)
+    arguments = training_arguments(config, precision)
     set_seed(config.seed)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     # Else PyTorch also writes NaN into every new buffer, a pass over memory each, which is for finding reads of what nobody wrote.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
-    run = Run.start(config)
+    run = Run.start(config, precision)
     _check_sharding(run)
     if checkpoint is not None:
         check_same_origin(checkpoint, run.provenance)

@@ -23,13 +23,17 @@ import yaml
 
 from dti_model.config import (
     CONFIG_FILE,
+    NEWER,
+    OLDER,
     RULES,
     TrainConfig,
     as_yaml,
+    both_given,
     check_yaml,
     is_run_config,
     is_sealed,
     must_be,
+    newer_value,
     why_owned,
 )
 from dti_model.data import PreparedData
@@ -89,7 +93,7 @@ def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence
     configs = [cell_config(base, cell, base.seed) for cell in cells]  # all are checked before the first run
     _check_distinct(cells, configs)
     PreparedData.open(base.data)
-    let_settings_rule(base.optim.bf16)
+    let_settings_rule()
     join_ranks()
     first_rank_does(lambda: check_search_folder(base.out))
     with ExitStack() as stack:
@@ -184,7 +188,11 @@ def cell_config(base: TrainConfig, cell: Mapping[str, Any], seed: int) -> TrainC
         ValueError: as `search`.
     """
     config = replace(base, seed=seed, score_test=False)
+    if {OLDER, NEWER} <= cell.keys():
+        raise ValueError(both_given(OLDER, NEWER))
     for name, value in cell.items():
+        if name == OLDER:
+            name, value = NEWER, newer_value(value)
         if name in RESERVED or name not in RULES:
             meant = did_you_mean(name, RULES.keys() - RESERVED)
             raise ValueError(

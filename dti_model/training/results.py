@@ -100,6 +100,7 @@ def _training_facts(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
         "frozen_parameters": sum(p.numel() for p in run.model.parameters()) - trained,
         "targets": len(rows),
         "processes": world_size(),
+        "precision": run.precision,
         "optimizer_steps": state.global_step,
         "epochs": round(epochs, 4),
         "best_epoch": round(_epoch_of_best(state.log_history), 4),

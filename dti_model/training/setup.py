@@ -11,9 +11,11 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dti_model.config import TrainConfig
+from dti_model.devices import device_named
 from dti_model.evaluation import eval_targets, item_user_auc, score_split, split_metrics
 from dti_model.launch import let_settings_rule
 from dti_model.model import Run
+from dti_model.precision import Resolved, resolve
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import world_size
 from dti_model.training.curves import curves
@@ -57,10 +59,14 @@ def trainer_of(run: Run, arguments: TrainingArguments) -> StreamTrainer:
     return trainer
 
 
-def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """The settings as Trainer's; joins the processes of a launcher, where there are any."""
+def training_arguments(config: TrainConfig, precision: Resolved | None = None) -> TrainingArguments:
+    """The settings as Trainer's; joins the processes of a launcher, where there are any.
+
+    `precision`: that the run computes in; None: what its settings mean on this machine.
+    """
     optim = config.optim
-    let_settings_rule(optim.bf16)
+    precision = precision or resolve(optim.precision, device_named(None))
+    let_settings_rule(precision)
     often = "steps" if optim.validate_every else "epoch"
     special: dict[str, Any] = {}
     if optim.activation_checkpointing and not optim.fsdp:
@@ -80,7 +86,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=optim.warmup,
         max_grad_norm=optim.clip,
-        bf16=optim.bf16,
+        bf16=precision == "bf16",
         eval_strategy=often,
         save_strategy=often,
         eval_steps=optim.validate_every or None,

@@ -19,6 +19,7 @@ from dti_model.config import CONFIG_FILE, TrainConfig, is_run_config, why_owned
 from dti_model.evaluation import PREDICTION_COLUMNS, REPORT_MARK
 from dti_model.files import CHECKSUMS_FILE, locked, opened, read_checksums
 from dti_model.model import MODEL_FOLDER, OtherOriginError, Provenance, RunExistsError, check_model_is_ours
+from dti_model.precision import Resolved
 from dti_model.ranks import first_rank_does
 from dti_model.training.checkpoint import (
     RUN_FILE,
@@ -220,6 +221,12 @@ def provenance_of(checkpoint: Path) -> Provenance | None:
     """Of the run that wrote a checkpoint; None: version 0.1.0 did."""
     kept = read_document(checkpoint / RUN_FILE).get("provenance")
     return Provenance.from_dict(kept) if isinstance(kept, dict) else None
+
+
+def precision_of(checkpoint: Path) -> Resolved | None:
+    """What the run that wrote a checkpoint computed in, which it goes on in; None: not known, since it was not `auto`'s choice."""
+    made_of = provenance_of(checkpoint)
+    return None if made_of is None else made_of.precision
 
 
 def check_same_origin(checkpoint: Path, now: Provenance) -> None:

@@ -80,7 +80,7 @@ def test_settings_that_decide_nothing(config: TrainConfig) -> None:
     assert settings_fingerprint(told) == settings_fingerprint(saved) == before
     rate = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip=1))
     assert settings_fingerprint(rate) == before
-    for change in ({"seed": 1}, {"k": 4}, {"optim": OptimConfig(token_budget=600, bf16=True)}):
+    for change in ({"seed": 1}, {"k": 4}, {"optim": OptimConfig(token_budget=600, precision="bf16")}):
         assert settings_fingerprint(dataclasses.replace(config, **change)) != before
     pretrained = [
         dataclasses.replace(config, model=ModelConfig(pretrained=name)) for name in ("hub:a/b", "hub:c/d")
@@ -111,8 +111,8 @@ def test_other_settings_are_named(config: TrainConfig) -> None:
     unfinished(config)
     with pytest.raises(RunExistsError, match=r"with other settings \(window was 3 and is now 2; see config"):
         find_checkpoint(dataclasses.replace(config, window=2, seed=3))
-    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, bf16=True))
-    with pytest.raises(RunExistsError, match=r"\(optim\.bf16 was false and is now true; see"):
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, precision="bf16"))
+    with pytest.raises(RunExistsError, match=r"\(optim\.precision was '\w+' and is now 'bf16'; see"):
         find_checkpoint(other)
 
 

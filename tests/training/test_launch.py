@@ -27,12 +27,14 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
 def test_the_precision_is_that_of_the_settings(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """`accelerate launch` exports its own answer: a run whose config.yaml said float32 was trained in bfloat16."""
     with monkeypatch.context() as patch:
-        for told, bf16 in (("bf16", False), ("fp16", False), ("no", True), ("fp8", True)):
+        for told, precision in (("bf16", "fp32"), ("fp16", "fp32"), ("no", "bf16"), ("fp8", "bf16")):
             patch.setenv("ACCELERATE_MIXED_PRECISION", told)
             patch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
             patch.setenv("ACCELERATE_USE_FSDP", "true")
-            arguments = training_arguments(dataclasses.replace(config, optim=OptimConfig(bf16=bf16)))
-            expected = "bf16" if bf16 else "no"
+            arguments = training_arguments(
+                dataclasses.replace(config, optim=OptimConfig(precision=precision))
+            )
+            expected = "bf16" if precision == "bf16" else "no"
             assert arguments.mixed_precision == expected
             AcceleratorState._reset_state(reset_partial_state=True)
             accelerator = Accelerator(cpu=True)  # what the environment alone would make

@@ -121,7 +121,7 @@ def test_what_is_no_search_is_refused_before_the_first_run(
         ("model.dropout", 0, 0.0),
         ("model.dropout", "null", None),
         ("model.layers", "2", 2),
-        ("optim.bf16", "true", True),
+        ("optim.precision", "bf16", "bf16"),
         ("optim.learning_rate", "1e-3", 1e-3),
         ("report_to", [], ()),
     ],
