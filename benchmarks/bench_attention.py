@@ -2,20 +2,28 @@
 
     python -m benchmarks.bench_attention [--device cuda] [--out ROWS.jsonl] [--record] [--size smoke]
 
-All providers and lengths run in one process, by turns. Before a row is written, the output and all gradients of
-`windowed_attn` are held to the dense reference on that workload (or on its first tokens, where dense does not fit).
+All providers, lengths and precisions run in one process, by turns. Before a row is written, the output and all gradients of
+`windowed_attn` are held to the dense reference on that workload (or on its first tokens, where dense does not fit), in each precision.
+On a CPU providers compute in float32, and those whose names end with `_bf16` in bfloat16.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 from torch import Tensor
 
 from benchmarks.attention import (
+    BF16,
+    DENSE,
+    OURS,
     AttentionInputs,
     Call,
     Workload,
@@ -27,14 +35,16 @@ from benchmarks.attention import (
     useful_flops,
     windowed,
 )
-from benchmarks.measuring import interleaved_ms, percentiles_ms
+from benchmarks.measuring import DTYPES, add_precision, interleaved_ms, percentiles_ms
 from benchmarks.recording import INCOMPLETE, Rows, make_parser, parse_measuring
 from dti_kernels import windowed_attn
+from dti_model.precision import Resolved
 
 # 4 heads of 64 and a window of 700 tokens (20 interactions of 35): the sizes that the project's CPU claim is stated for.
 CPU_LENGTHS, SMOKE_LENGTHS = (4096, 16384), (256, 1024)
 # Runs a function on the fallback for machines without a compiler.
 IN_PYTORCH = patch.dict(os.environ, DTI_CPU="torch")
+TORCH = f"{OURS}_torch"  # its name, in float32 only
 DENSE_LIMIT = 8192  # context tokens; beyond it a dense mask and its scores no longer fit comfortably
 
 
@@ -43,31 +53,55 @@ def run_windowed(x: AttentionInputs) -> Tensor:
     return windowed_attn(x.q, x.k, x.v, x.layout)
 
 
-def measure(workloads: list[Workload], repeats: int) -> Rows:
-    """Rows of all workloads: every provider that fits, forward and forward + backward. Workloads take turns like providers do:
-    ratios between lengths are claims too."""
-    inputs: dict[Workload, AttentionInputs] = {}
-    providers: dict[tuple[Workload, str], Call] = {}
-    for workload in workloads:
-        gate(workload)
-        IN_PYTORCH(gate)(workload)
-        x = inputs[workload] = AttentionInputs.of(workload)
-        providers[workload, "windowed_attn"] = run_windowed
-        providers[workload, "windowed_attn_dti"] = windowed(x)
-        if workload.num_tokens <= DENSE_LIMIT:
-            providers[workload, "sdpa_dense_mask"] = sdpa_dense_mask(x)
-        providers[workload, "windowed_attn_torch"] = run_windowed
+@dataclass(frozen=True, eq=False)
+class Provider:
+    """One way to compute a workload in a precision."""
+
+    name: str  # how rows call it
+    workload: Workload
+    precision: Resolved
+    x: AttentionInputs
+    call: Call
+
+    def function(self, mode: str) -> Callable[[], Any]:
+        """What is timed."""
+        function = by_mode(self.call, self.x)[mode]
+        return IN_PYTORCH(function) if self.name == TORCH else function
+
+    def row(self, mode: str, times: np.ndarray) -> dict[str, Any]:
+        """A row of its times in milliseconds."""
+        layout, workload, timing = self.x.layout, self.workload, percentiles_ms(times)
+        flops = useful_flops(layout, workload.num_heads, workload.head_dim, mode != "forward")
+        row: dict[str, Any] = {"benchmark": "attention", "workload": workload.name, "rows": layout.num_rows}
+        row |= {"visible_pairs": layout.num_visible_pairs(), "provider": self.name}
+        row |= {"precision": self.precision, "mode": mode, **timing}
+        return {**row, "useful_gflops": round(flops / timing["p50_ms"] / 1e6, 1)}
+
+
+def providers_of(workload: Workload, precision: Resolved) -> list[Provider]:
+    """Every provider that fits, behind the gate of ours."""
+    typed = replace(workload, dtype=DTYPES[precision])
+    gate(typed)
+    x = AttentionInputs.of(typed)
+    calls: dict[str, Call] = {OURS: run_windowed, f"{OURS}_dti": windowed(x)}
+    if workload.num_tokens <= DENSE_LIMIT:
+        calls[DENSE] = sdpa_dense_mask(x)
+    if precision == "bf16":
+        calls = {name + BF16: call for name, call in calls.items()}
+    else:
+        IN_PYTORCH(gate)(typed)
+        calls[TORCH] = run_windowed
+    return [Provider(name, workload, precision, x, call) for name, call in calls.items()]
+
+
+def measure(workloads: list[Workload], repeats: int, precisions: Sequence[Resolved]) -> Rows:
+    """Rows of all providers of all workloads, forward and forward + backward. Workloads and precisions take turns like providers do:
+    ratios between them are claims too."""
+    providers = [one for workload in workloads for name in precisions for one in providers_of(workload, name)]
     rows = []
     for mode in ("forward", "forward+backward"):
-        calls = {key: by_mode(provider, inputs[key[0]])[mode] for key, provider in providers.items()}
-        calls |= {key: IN_PYTORCH(call) for key, call in calls.items() if key[1] == "windowed_attn_torch"}
-        for (workload, name), times in interleaved_ms(calls, repeats).items():
-            layout = inputs[workload].layout
-            flops = useful_flops(layout, workload.num_heads, workload.head_dim, mode != "forward")
-            timing = percentiles_ms(times)
-            row = {"benchmark": "attention", "workload": workload.name, "rows": layout.num_rows}
-            row |= {"visible_pairs": layout.num_visible_pairs(), "provider": name, "mode": mode, **timing}
-            rows.append({**row, "useful_gflops": round(flops / timing["p50_ms"] / 1e6, 1)})
+        times = interleaved_ms({one: one.function(mode) for one in providers}, repeats)
+        rows += [one.row(mode, ms) for one, ms in times.items()]
     return rows
 
 
@@ -77,6 +111,7 @@ def main() -> None:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--repeats", type=int, default=9, help="on a CPU")
+    add_precision(parser)
     add("--lengths", type=int, nargs=2, default=CPU_LENGTHS, help="rows T on a CPU")
     add("--seconds", type=float, default=200.0, help="on a GPU: start no workload after this")
     add("--resume", action="store_true", help="on a GPU: leave out what --out has already")
@@ -98,10 +133,10 @@ def main() -> None:
         Workload(f"cpu_T{length}", length, None, num_heads=4, num_groups=4, head_dim=64)
         for length in options.lengths
     ]
-    rows = measure(workloads, options.repeats)
+    rows = measure(workloads, options.repeats, options.precision)
     for row in rows:
         print(
-            f"{row['workload']:12} {row['provider']:19} {row['mode']:17} p50 {row['p50_ms']:9.1f} ms  "
+            f"{row['workload']:12} {row['provider']:22} {row['mode']:17} p50 {row['p50_ms']:9.1f} ms  "
             f"(p20 {row['p20_ms']:.1f}, p80 {row['p80_ms']:.1f})  {row['useful_gflops']:6.1f} useful GFLOP/s"
         )
     for name, value in ratios(rows).items():

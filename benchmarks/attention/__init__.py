@@ -2,7 +2,17 @@
 
 from benchmarks.attention.gpu import run_on_gpu
 from benchmarks.attention.parity import MOST_SHARE, budget_shares, gate
-from benchmarks.attention.providers import MODES, OURS, Call, by_mode, sdpa, sdpa_dense_mask, windowed
+from benchmarks.attention.providers import (
+    BF16,
+    DENSE,
+    MODES,
+    OURS,
+    Call,
+    by_mode,
+    sdpa,
+    sdpa_dense_mask,
+    windowed,
+)
 from benchmarks.attention.rows import ratios
 from benchmarks.attention.tiles import candidates_of, numbers_of, predicted, useful_fraction
 from benchmarks.attention.workloads import (

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attention.providers import MODES, OURS
+from benchmarks.attention.providers import BF16, DENSE, MODES, OURS
 from benchmarks.attention.tiles import numbers_of, visited_pairs
 from benchmarks.attention.workloads import AttentionInputs, useful_flops
 from benchmarks.recording import provenance, row_lines
@@ -108,12 +108,24 @@ def _tflops(flops: float, ms: float) -> float:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The two CPU claims, from rows of one run: speed over SDPA at the short length, and growth of time to the long one."""
+    """The CPU claims, forward and backward, from rows of one run: speed over others at the short length, and growth of time to the long one.
+
+    Those of bfloat16 are there where rows are: its speed over our own float32, and over SDPA in each precision.
+    """
     p50 = {(r["workload"], r["provider"]): r["p50_ms"] for r in rows if r["mode"] == "forward+backward"}
     short, long = dict.fromkeys(row["workload"] for row in rows)
+    compared = {
+        "speedup_over_sdpa_dense_mask": (short, DENSE, short, OURS),
+        "growth": (long, OURS, short, OURS),
+        "bf16_over_fp32": (short, OURS, short, OURS + BF16),
+        "bf16_over_sdpa_dense_mask_fp32": (short, DENSE, short, OURS + BF16),
+        "bf16_over_sdpa_dense_mask_bf16": (short, DENSE + BF16, short, OURS + BF16),
+        "bf16_growth": (long, OURS + BF16, short, OURS + BF16),
+    }
     return {
-        "speedup_over_sdpa_dense_mask": p50[short, "sdpa_dense_mask"] / p50[short, "windowed_attn"],
-        "growth": p50[long, "windowed_attn"] / p50[short, "windowed_attn"],
+        name: p50[workload, provider] / p50[of, over]
+        for name, (workload, provider, of, over) in compared.items()
+        if {(workload, provider), (of, over)} <= p50.keys()
     }
 
 
