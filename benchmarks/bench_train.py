@@ -1,69 +1,81 @@
 """Training steps on real prompts: targets per second over k, beside what the rows alone would give.
 
-    python -m benchmarks.bench_train --data DIR [--k 1 5 10 20 50 200 all] [--layers 4 --width 128] [--out ROWS.jsonl] [--record] [--size smoke]
+    python -m benchmarks.bench_train --data DIR [--k 1 5 10 20 50 200 all] [--precision fp32 bf16] [--layers 4 --width 128] [--out ROWS.jsonl]
+                                     [--record] [--size smoke]
 
-All k run in one process by turns, with the same model, packing, attention and optimizer; k = 1 is the sliding-window baseline.
-Each row holds the ratio of targets/s to k = 1 beside three predictions: the ratio of rows per target (context tokens and [SUM]s), the
-ratio of FLOPs per target, counted from the lengths of the first batches, and the paper's equation 3, k N / (N + K) with n and k
-interactions for N and K. One more step per k runs under PyTorch's profiler: its share of attention, and on a CPU the most memory
-that it allocates beside weights and moments (on a GPU: in all).
+All k and precisions run in one process by turns, with the same model, packing, attention and optimizer (`dti_model/training/compare.py`):
+Trainer's own, which is fused AdamW, on float32 weights and moments in both precisions. k = 1 is the sliding-window baseline.
+Each row holds the ratio of targets/s to k = 1 in its precision beside three predictions: the ratio of rows per target (context tokens and
+[SUM]s), the ratio of FLOPs per target, counted from the lengths of the first batches, and the paper's equation 3, k N / (N + K) with n and
+k interactions for N and K. A row in bfloat16 also holds `over_fp32`, the ratio of its targets/s to those in float32 at its k. One more step
+of every kind runs under PyTorch's profiler: its share of attention, and on a CPU the most memory that it allocates beside weights and
+moments (on a GPU: in all).
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measuring import add_precision
 from benchmarks.recording import make_parser, parse_measuring
 from benchmarks.synthetic import made_up_data
 from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
 from dti_model.model import Run
-from dti_model.training import StepCost, measure_training, packed_epoch, timed_step
+from dti_model.precision import Resolved
+from dti_model.training import StepCost, measure_training, packed_epoch, small_steps, timed_step
 
 
-def measure(config: TrainConfig, ks: list[int | None], num_steps: int) -> list[dict[str, Any]]:
-    """One row per k."""
+def measure(
+    config: TrainConfig, ks: list[int | None], num_steps: int, precisions: Sequence[Resolved]
+) -> list[dict[str, Any]]:
+    """One row per precision and k."""
     run = Run.start(config)
-    measured = measure_training(run, ks, num_steps)
-    profiles = {k: profiled_step(run, k) for k in ks}
+    measured = measure_training(run, ks, num_steps, precisions)
     flops = {k: flops_per_target(run, k) for k in ks}
-    base = measured.get(1)
     window = config.window
     rows = []
-    for k, value in measured.items():
+    for precision, k in [(precision, k) for precision in precisions for k in ks]:
+        value, base = measured[k, precision], measured.get((1, precision))
+        in_float32 = measured.get((k, "fp32"))
+        attention_share, step_mib = profiled_step(run, k, precision)
         row: dict[str, Any] = {"benchmark": "train", "data": run.data.stats["source"]["name"]}
         row["model"] = f"{config.model.layers} x {config.model.width}"
         row["parameters"] = sum(p.numel() for p in run.model.parameters())
-        row |= {"mode": config.dti.mode, "k": "all" if k is None else k, "steps": num_steps}
+        row |= {"mode": config.dti.mode, "precision": precision}
+        row |= {"k": "all" if k is None else k, "steps": num_steps}
         row |= {"targets_per_s": round(value.targets_per_s, 1), "tokens_per_s": round(value.rows_per_s)}
         row["rows_per_target"] = round(value.rows_per_target, 2)
-        row["peak_mib"] = profiles[k][1] if value.peak_mib is None else value.peak_mib
-        row |= {"attention_share": profiles[k][0], "mflops_per_target": round(flops[k] / 1e6, 2)}
+        row["peak_mib"] = step_mib if value.peak_mib is None else value.peak_mib
+        row |= {"attention_share": attention_share, "mflops_per_target": round(flops[k] / 1e6, 2)}
         row["equation_3"] = None if k is None else round(k * window / (window + k), 2)
         if base is not None:
             row["speedup"] = round(value.targets_per_s / base.targets_per_s, 2)
             row["rows_ratio"] = round(base.rows_per_target / value.rows_per_target, 2)
             row["flops_ratio"] = round(flops[1] / flops[k], 2)
             row["speedup_over_rows_ratio"] = round(row["speedup"] / row["rows_ratio"], 2)
+        if precision != "fp32" and in_float32 is not None:
+            row["over_fp32"] = round(value.targets_per_s / in_float32.targets_per_s, 2)
         rows.append(row)
     return rows
 
 
-def profiled_step(run: Run, k: int | None) -> tuple[float, float]:
+def profiled_step(run: Run, k: int | None, precision: Resolved) -> tuple[float, float]:
     """Share of a step's time that is spent in `windowed_attn`, forward and backward, and peak MiB that the step allocated."""
     model = copy.deepcopy(run.model).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    optimizer = small_steps(run, model)
     dataset = packed_epoch(run, k)
-    timed_step(run, model, optimizer, dataset, 0)
+    timed_step(run, model, optimizer, dataset, 0, precision)
     on_gpu = model.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, profile_memory=True) as profiler:
-        timed_step(run, model, optimizer, dataset, 1)
+        timed_step(run, model, optimizer, dataset, 1, precision)
     averages = profiler.key_averages()
     time = "device_time_total" if on_gpu else "cpu_time_total"
     attention = sum(getattr(event, time) for event in averages if event.key.startswith("dti::windowed_attn"))
@@ -89,6 +101,7 @@ def main() -> None:
     add = parser.add_argument
     add("--data", type=Path, help="folder made by `dti prepare`; default: made-up data of MovieLens' shape")
     add("--k", nargs="+", default=["1", "5", "10", "20", "30", "50", "100", "200", "all"])
+    add_precision(parser)
     add("--layers", type=int, default=4)
     add("--width", type=int, default=128)
     add("--heads", type=int, default=4)
@@ -115,12 +128,13 @@ def main() -> None:
         optim=OptimConfig(token_budget=options.token_budget),
     )
     ks = [None if k == "all" else int(k) for k in options.k]
-    rows = measure(config, ks, options.steps)
+    rows = measure(config, ks, options.steps, options.precision)
     for row in rows:
         print(
-            f"k {row['k']!s:>4}  {row['targets_per_s']:9.1f} targets/s  {row['tokens_per_s']:8,} tokens/s  "
+            f"{row['precision']}  k {row['k']!s:>4}  {row['targets_per_s']:9.1f} targets/s  {row['tokens_per_s']:8,} tokens/s  "
             f"{row.get('speedup', 1):6.2f} x (rows {row.get('rows_ratio', 1):.2f} x, FLOPs {row.get('flops_ratio', 1):.2f} x, equation 3 {row['equation_3']}; "
             f"attention {row['attention_share']:.0%}, {row['peak_mib']:.0f} MiB)"
+            + (f"  {row['over_fp32']:.2f} x fp32" if "over_fp32" in row else "")
         )
     options.rows.keep(rows)
 

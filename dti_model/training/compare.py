@@ -1,7 +1,8 @@
-"""Targets per second of training steps at several numbers of targets per prompt, in one process.
+"""Targets per second of training steps at several numbers of targets per prompt and in several precisions, in one process.
 
 Every k gets everything we have: packed batches, [SUM]-only head, the same attention, the same optimizer. Steps are interleaved,
-so that a slow moment of the machine hits all of them. k = 1 is the sliding-window baseline.
+so that a slow moment of the machine hits all of them. k = 1 is the sliding-window baseline. Weights, gradients and moments are float32 in
+every precision, and the optimizer is the one that a training run has: Trainer's default, which is fused AdamW in its present versions.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import numpy as np
 import torch
 
 from dti_model.model import Run, token_logits
-from dti_model.precision import computing
+from dti_model.precision import Resolved, computing
 from dti_model.prompts import PackedPrompts, Prompts
+from dti_model.training.setup import training_arguments
+from dti_model.training.trainer import StreamTrainer
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Training steps at one k.
+    """Training steps at one k, in one precision.
 
     Attributes:
         targets_per_s: `rows_per_s / rows_per_target`. The targets of a few batches vary by several percent more than an epoch's.
@@ -36,35 +39,49 @@ class Throughput:
     peak_mib: float | None
 
 
-def measure_training(run: Run, ks: Sequence[int | None], num_steps: int) -> dict[int | None, Throughput]:
-    """Time `num_steps` training steps (forward, backward, AdamW) at every k on a copy of the model, after one warm-up each.
+def measure_training(
+    run: Run, ks: Sequence[int | None], num_steps: int, precisions: Sequence[Resolved]
+) -> dict[tuple[int | None, Resolved], Throughput]:
+    """Time `num_steps` training steps (forward, backward, optimizer) of every kind on a copy of the model, after one warm-up each.
 
     Args:
         run: model, data and format; its model is not changed.
         ks: targets per prompt, None for whole histories.
-        num_steps: timed steps at every k, >= 1.
+        num_steps: timed steps of every kind, >= 1.
+        precisions: to compute in.
 
     Returns:
-        From k to what was measured.
+        From k and precision to what was measured.
     """
     model = copy.deepcopy(run.model).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    optimizer = small_steps(run, model)
     datasets = {k: packed_epoch(run, k) for k in ks}
-    speeds: dict[int | None, list[float]] = {k: [] for k in ks}
-    peak: dict[int | None, float] = {}
+    speeds: dict[tuple[int | None, Resolved], list[float]] = {
+        (k, name): [] for k in ks for name in precisions
+    }
+    peak: dict[tuple[int | None, Resolved], float] = {}
     for step in range(num_steps + 1):
-        for k, dataset in datasets.items():
-            rows, _, seconds, peak[k] = timed_step(run, model, optimizer, dataset, step)
+        for k, precision in speeds:
+            rows, _, seconds, mib = timed_step(run, model, optimizer, datasets[k], step, precision)
+            peak[k, precision] = mib
             if step:
-                speeds[k].append(rows / seconds)
+                speeds[k, precision].append(rows / seconds)
     cuda = model.device.type == "cuda"
     results = {}
-    for k, dataset in datasets.items():
-        rows_per_s = float(np.median(speeds[k]))
+    for (k, precision), measured in speeds.items():
+        dataset, rows_per_s = datasets[k], float(np.median(measured))
         rows_per_target = float(dataset.num_rows.sum() / dataset.prompts.num_targets.sum())
-        peak_mib = round(peak[k], 1) if cuda else None
-        results[k] = Throughput(rows_per_s / rows_per_target, rows_per_s, rows_per_target, peak_mib)
+        peak_mib = round(peak[k, precision], 1) if cuda else None
+        found = Throughput(rows_per_s / rows_per_target, rows_per_s, rows_per_target, peak_mib)
+        results[k, precision] = found
     return results
+
+
+def small_steps(run: Run, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that training has, with steps so small that a measured model stays as it is."""
+    kind, settings = StreamTrainer.get_optimizer_cls_and_kwargs(training_arguments(run.config, run.precision))
+    optimizer: torch.optim.Optimizer = kind(model.parameters(), **{**settings, "lr": 1e-5})
+    return optimizer
 
 
 def packed_epoch(run: Run, k: int | None) -> PackedPrompts:
@@ -75,7 +92,12 @@ def packed_epoch(run: Run, k: int | None) -> PackedPrompts:
 
 
 def timed_step(
-    run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, dataset: PackedPrompts, step: int
+    run: Run,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dataset: PackedPrompts,
+    step: int,
+    precision: Resolved,
 ) -> tuple[int, int, float, float]:
     """One timed step: rows, targets, seconds and peak MiB."""
     device = run.model.device
@@ -85,9 +107,9 @@ def timed_step(
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     start = time.perf_counter()
-    with computing(run.precision, device):
+    with computing(precision, device):
         logits = token_logits(model, batch.input_ids, batch.layout, run.config.dti)
-    loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -108,9 +108,10 @@ def _training_facts(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
         "tokens_sliding_window": int(epochs * sliding),
     }
     if config.compare_steps:
-        measured = measure_training(run, [config.targets_per_prompt, 1], config.compare_steps)
+        precision = run.precision
+        measured = measure_training(run, [config.targets_per_prompt, 1], config.compare_steps, [precision])
         names = {"streaming": config.targets_per_prompt, "sliding_window": 1}
-        facts["throughput"] = {name: asdict(measured[k]) for name, k in names.items()}
+        facts["throughput"] = {name: asdict(measured[k, precision]) for name, k in names.items()}
     return facts
 
 
