@@ -4,7 +4,8 @@
     python -m benchmarks.bench_score --part candidates --shape smollm --device cuda        (`benchmarks/scoring/shape.py`)
 
 `candidates`: 1 to 500 candidates of a real user with a history of 20: one pass; an encoded history, with which only candidates are
-computed; and one sliding-window prompt per candidate, packed, with the same model and attention.
+computed; and one sliding-window prompt per candidate, packed, with the same model and attention. On a CPU all of them take turns in float32
+and in bfloat16, with the same weights.
 `evaluation`: targets of the test split (of every `--user-step`-th user): `score_targets` beside two Hugging Face loops
 (LlamaForCausalLM with the same weights, SDPA, one left-padded prompt per target, batches of 32), in mode dti-minus, which is what a
 plain model computes: one that takes the logits that the model returns, and a careful one that asks for those of the last position
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.measuring import DEVICE
+from benchmarks.measuring import DEVICE, add_precision
 from benchmarks.recording import Rows, make_parser, parse_measuring
 from benchmarks.scoring import (
     REPEATS,
@@ -29,6 +31,7 @@ from benchmarks.scoring import (
 )
 from benchmarks.synthetic import made_up_data
 from dti_model.config import DTIConfig, ModelConfig
+from dti_model.precision import Resolved
 
 
 def main() -> None:
@@ -38,6 +41,7 @@ def main() -> None:
     add("--data", type=Path, help="folder made by `dti prepare`; default: made-up data of MovieLens' shape")
     add("--part", nargs="+", choices=("candidates", "evaluation"))
     add("--device", choices=("cpu", "cuda"), default="cpu")
+    add_precision(parser)
     add("--layers", type=int, default=4)
     add("--width", type=int, default=128)
     add("--repeats", type=int, default=3, help="of the evaluation")
@@ -50,12 +54,13 @@ def main() -> None:
             parser.error(
                 "--shape has random ids, which there is nothing to evaluate with: give --part candidates"
             )
-        rows = measure_shape(options.shape, options.device == "cuda")
+        rows = measure_shape(options.shape, options.device == "cuda", options.precision)
     else:
         rows = measure_data(options)
     for row in rows:
         task = f"{row['candidates']} candidates" if "candidates" in row else f"{row['targets']} targets"
-        print(f"{task:>14}  {row['provider']:38} p50 {row['p50_ms']:9.1f} ms  {row['speedup']:6.2f} x")
+        said = f"{task:>14}  {row['provider']:38} {row['precision']}  p50 {row['p50_ms']:9.1f} ms  {row['speedup']:6.2f} x"
+        print(said + (f"  {row['over_fp32']:.2f} x fp32" if "over_fp32" in row else ""))
     options.rows.keep(rows)
 
 
@@ -70,15 +75,16 @@ def measure_data(options: argparse.Namespace) -> Rows:
     )
     if options.data is None:
         options.data = made_up_data(Path(tempfile.mkdtemp()))
+    precisions: Sequence[Resolved] = options.precision if options.device == "cpu" else ("fp32",)
     rows = []
     for part in options.part or ("candidates", "evaluation"):
         if part == "candidates":
             run = new_run(options.data, model, DTIConfig(alpha_max=0.5), device)
             repeats_of = SMOKE_REPEATS if options.size == "smoke" else REPEATS
-            rows += measure_candidates(run, device, repeats_of)
+            rows += measure_candidates(run, device, repeats_of, precisions)
         else:
             run = new_run(options.data, model, DTIConfig("dti-minus"), device)
-            rows += measure_evaluation(run, device, options.repeats, options.user_step)
+            rows += measure_evaluation(run, device, options.repeats, options.user_step, precisions)
     return [{**row, "model": f"{options.layers} x {options.width}"} for row in rows]
 
 

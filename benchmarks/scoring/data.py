@@ -1,8 +1,8 @@
-"""Scoring of prepared data: candidates of one user, and a test split, each beside what one would do without."""
+"""Scoring of prepared data in each precision: candidates of one user, and a test split, each beside what one would do without."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,17 +12,28 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.measuring import interleaved_ms
 from benchmarks.recording import Rows
-from benchmarks.scoring.candidates import ENCODED, ONE_EACH, ONE_PASS, candidate_rows, difference
+from benchmarks.scoring.candidates import (
+    ENCODED,
+    ONE_EACH,
+    ONE_PASS,
+    Providers,
+    candidate_rows,
+    check_parity,
+    in_precision,
+    over_fp32,
+)
 from dti_model.config import DTIConfig, ModelConfig, TrainConfig
 from dti_model.evaluation import score_targets
 from dti_model.model import Run, llama_config
+from dti_model.precision import Resolved, computing
 from dti_model.prompts import Prompts
 from dti_model.scorer import Scorer
 
 HISTORY = 20
 # Repeats by number of candidates: enough for a p99 where a call is short, and the maximum elsewhere.
 REPEATS, SMOKE_REPEATS = {1: 100, 10: 50, 100: 15, 500: 5}, {1: 1, 10: 1}
-PARITY = 1e-5
+# Largest difference of probabilities from float32's that is rounding: in bfloat16, two units in the last place of a number near one half.
+PARITY: Mapping[Resolved, float] = {"fp32": 1e-5, "bf16": 2**-8}
 BATCH = 32
 
 
@@ -33,8 +44,10 @@ def new_run(data: Path, model: ModelConfig, dti: DTIConfig, device: str) -> Run:
     return run
 
 
-def measure_candidates(run: Run, device: str, repeats_of: dict[int, int]) -> Rows:
-    """Rows of every number of candidates and provider.
+def measure_candidates(
+    run: Run, device: str, repeats_of: dict[int, int], precisions: Sequence[Resolved]
+) -> Rows:
+    """Rows of every number of candidates, provider and precision.
 
     Raises:
         AssertionError: scores differ from those of a prompt each.
@@ -42,7 +55,10 @@ def measure_candidates(run: Run, device: str, repeats_of: dict[int, int]) -> Row
     scorer = Scorer(run)
     user = next(u for u in run.data.user_ids if len(scorer.history_of(u)) >= HISTORY)
     history = scorer.history_of(user)[-HISTORY:]
-    state = scorer.encode(history)
+    states = {}
+    for precision in precisions:
+        with computing(precision, device):
+            states[precision] = scorer.encode(history)
     items = np.random.default_rng(0).permutation(run.data.item_ids).tolist()
 
     def one_each(candidates: list[str]) -> np.ndarray:
@@ -51,15 +67,15 @@ def measure_candidates(run: Run, device: str, repeats_of: dict[int, int]) -> Row
     rows = []
     for count, repeats in repeats_of.items():
         candidates = items[:count]
-        providers = {
-            ONE_PASS: partial(scorer.score, history, candidates),
-            ENCODED: partial(scorer.score, state, candidates),
-            ONE_EACH: partial(one_each, candidates),
-        }
-        if (found := difference(providers)) > PARITY:
-            raise AssertionError(
-                f"scores of {count} candidates differ by {found:.2e}, at most {PARITY} is rounding"
-            )
+        providers: dict[Resolved, Providers] = {}
+        for precision, state in states.items():
+            calls = {
+                ONE_PASS: partial(scorer.score, history, candidates),
+                ENCODED: partial(scorer.score, state, candidates),
+                ONE_EACH: partial(one_each, candidates),
+            }
+            providers[precision] = in_precision(calls, precision, device)
+        check_parity(providers, ONE_EACH, PARITY)
         facts = {"part": "candidates", "history": HISTORY}
         rows += [{**row, **facts} for row in candidate_rows(providers, count, repeats, device)]
     return rows
@@ -90,8 +106,14 @@ def padded_scores(
     return np.concatenate(scores)
 
 
-def measure_evaluation(run: Run, device: str, repeats: int, user_step: int) -> Rows:
-    """Rows of all ways to score the test split, or a slice of it; `speedup` is over the plain loop."""
+def measure_evaluation(
+    run: Run, device: str, repeats: int, user_step: int, precisions: Sequence[Resolved]
+) -> Rows:
+    """Rows of all ways to score the test split, or a slice of it, in each precision; `speedup` is over the plain loop in the same one.
+
+    Raises:
+        AssertionError: scores differ from those of the packed prompts.
+    """
     assert run.config.dti.mode == "dti-minus"
     plain = LlamaForCausalLM(llama_config(run.config.model, run.tokenizer))
     plain.load_state_dict(run.model.state_dict())
@@ -102,21 +124,22 @@ def measure_evaluation(run: Run, device: str, repeats: int, user_step: int) -> R
     prompts = Prompts.streaming(run.data, rows, run.config.window, 1)
     ids = [run.builder.batch(prompts[np.array([i])]).input_ids for i in range(len(prompts))]
     labels = run.builder.format.labels
-    providers: dict[str, Callable[[], np.ndarray]] = {
+    calls: Providers = {
         "packed": lambda: score_targets(run.model, run.config.dti, run.builder, rows),
         "padded Hugging Face, last logits only": lambda: padded_scores(plain, ids, labels, 1),
         "padded Hugging Face": lambda: padded_scores(plain, ids, labels, 0),
     }
-    expected = providers["packed"]()
-    for name, provider in providers.items():
-        if np.abs(provider() - expected).max() > PARITY:
-            raise AssertionError(f"packed scores and those of {name} differ")
-    times = interleaved_ms(providers, repeats, warmup=0, device=device)
-    base = float(np.median(times["padded Hugging Face"]))
+    providers = {precision: in_precision(calls, precision, device) for precision in precisions}
+    check_parity(providers, "packed", PARITY)
+    timed = {(precision, name): call for precision, of in providers.items() for name, call in of.items()}
+    times = interleaved_ms(timed, repeats, warmup=0, device=device)
+    p50s = {key: float(np.median(ms)) for key, ms in times.items()}
     facts = {"benchmark": "score", "part": "evaluation", "data": run.data.stats["source"]["name"]}
     facts |= {"targets": len(rows), "repeats": repeats}
     found = []
-    for name, p50 in ((name, float(np.median(ms))) for name, ms in times.items()):
-        row = {**facts, "provider": name, "p50_ms": round(p50, 1), "speedup": round(base / p50, 2)}
+    for (precision, name), p50 in p50s.items():
+        row = {**facts, "provider": name, "precision": precision, "p50_ms": round(p50, 1)}
+        row["speedup"] = round(p50s[precision, "padded Hugging Face"] / p50, 2)
+        row |= over_fp32(p50s, precision, name)
         found.append({**row, "targets_per_s": round(1e3 * len(rows) / p50, 1)})
     return found

@@ -4,12 +4,12 @@
 
 The part of `dti_model.scorer` below its texts: a layout of the history and its candidates, one pass of the model, softmax over two labels.
 A time is of a whole request, from ids on the host to probabilities on the host. The passes of all providers give equal probabilities in
-float32 before anything is timed; speed is measured in bfloat16 on a GPU.
+float32 before anything is timed. On a GPU speed is measured with weights in bfloat16, on a CPU with weights in float32, in each precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +19,22 @@ import torch
 from benchmarks.attention import SHORT_TOKENS
 from benchmarks.measuring import DEVICE, REHEARSING
 from benchmarks.recording import Rows
-from benchmarks.scoring.candidates import ENCODED, ONE_EACH, ONE_PASS, Providers, candidate_rows, difference
+from benchmarks.scoring.candidates import (
+    ENCODED,
+    ONE_EACH,
+    ONE_PASS,
+    Providers,
+    candidate_rows,
+    check_parity,
+    difference,
+    in_precision,
+)
 from benchmarks.shapes import MODELS
 from benchmarks.synthetic import random_model
 from dti_kernels import candidate_layout
 from dti_model.config import DTIConfig
 from dti_model.model import LayerKeys, Past, apply_dti, token_logits
+from dti_model.precision import Resolved, computing
 
 Ids = npt.NDArray[np.int64]
 HISTORY, WINDOW = 20, 20
@@ -113,23 +123,26 @@ class ShapeScorer:
         logits = [self.forward(packed)[0] for packed in passes]
         return np.concatenate([torch.softmax(x.double(), -1)[:, 1].cpu().numpy() for x in logits])
 
-    def providers(self, count: int) -> Providers:
-        """Three ways to score the same candidates."""
+    def providers(self, count: int, precision: Resolved = "fp32") -> Providers:
+        """Three ways to score the same candidates; bf16 is autocast, over weights of whatever dtype."""
         history, candidates = self.texts(HISTORY, 0), self.texts(count, 1)
-        _, state = self.forward([Prompt(history, [])])
-        return {
+        with computing(precision, self.device):
+            _, state = self.forward([Prompt(history, [])])
+        calls: Providers = {
             ONE_PASS: lambda: self.score([Prompt(history, candidates)]),
             ENCODED: lambda: self.score([Prompt(history, candidates, state)]),
             ONE_EACH: lambda: self.score([Prompt(history, [one]) for one in candidates]),
         }
+        return in_precision(calls, precision, self.device)
 
 
-def measure_shape(shape: str, on_gpu: bool) -> Rows:
-    """Rows of every number of candidates and provider.
+def measure_shape(shape: str, on_gpu: bool, precisions: Sequence[Resolved]) -> Rows:
+    """Rows of every number of candidates, provider and precision.
 
     Args:
         shape: a key of `MODELS`.
-        on_gpu: bfloat16 on the GPU; otherwise float32 on the CPU.
+        on_gpu: on the GPU, in bfloat16; otherwise on the CPU.
+        precisions: on the CPU.
 
     Raises:
         AssertionError: the providers' probabilities differ in float32.
@@ -137,15 +150,20 @@ def measure_shape(shape: str, on_gpu: bool) -> Rows:
     device = DEVICE if on_gpu else "cpu"
     name = "tiny" if REHEARSING else shape
     scorer = ShapeScorer(name, device, torch.float32)
-    found = difference(scorer.providers(8))
-    assert found <= PARITY, f"probabilities differ by {found:.2e}, at most {PARITY} is rounding"
+    check_parity({"fp32": scorer.providers(8)}, ONE_EACH, {"fp32": PARITY})
     if on_gpu:
         scorer = ShapeScorer(name, device, torch.bfloat16)
     rows = []
     for count, repeats in REPEATS.items():
-        providers = scorer.providers(count)
+        providers: Mapping[Resolved, Providers] = (
+            {"bf16": scorer.providers(count)}
+            if on_gpu
+            else {precision: scorer.providers(count, precision) for precision in precisions}
+        )
+        differences = {
+            precision: float(f"{difference(of, of[ONE_EACH]()):.3g}") for precision, of in providers.items()
+        }
         facts = {"part": "shape", "model": shape, "history": HISTORY}
-        facts["max_difference"] = float(f"{difference(providers):.3g}")
-        timed = candidate_rows(providers, count, repeats, "cuda" if on_gpu else "cpu")
-        rows += [{**row, **facts} for row in timed]
+        for row in candidate_rows(providers, count, repeats, "cuda" if on_gpu else "cpu"):
+            rows.append({**row, **facts, "max_difference": differences[row["precision"]]})
     return rows

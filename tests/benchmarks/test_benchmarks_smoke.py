@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +30,7 @@ from benchmarks import (
 from benchmarks.measuring import median_and_p99, slowest_ms
 from benchmarks.recording import command, commit_of
 from benchmarks.scoring import shape as score_shape
+from benchmarks.scoring.candidates import check_parity
 from benchmarks.synthetic import made_up_data
 from tests.checkout import file_hashes
 from tests.conftest import ROOT
@@ -45,24 +47,32 @@ def run_main(module: ModuleType, arguments: list[str], monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("module", "num_rows", "takes_data"),
-    [(bench_attention, 16, False), (bench_train, 3, True), (bench_score, 9, True), (leak_meter, 12, False)],
+    ("module", "num_rows", "takes_data", "in_precisions"),
+    [
+        (bench_attention, {"fp32": 16, "bf16": 12}, False, True),
+        (bench_train, {"fp32": 3, "bf16": 3}, True, True),
+        (bench_score, {"fp32": 9, "bf16": 9}, True, True),
+        (leak_meter, {None: 12}, False, False),
+    ],
     ids=lambda x: x.__name__ if isinstance(x, ModuleType) else "",
 )
 def test_smoke(
     module: ModuleType,
-    num_rows: int,
+    num_rows: dict[str | None, int],
     takes_data: bool,
+    in_precisions: bool,
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run_main(module, ["--size", "smoke", *(["--data", str(data)] if takes_data else [])], monkeypatch)
+    arguments = ["--data", str(data)] if takes_data else []
+    arguments += ["--precision", "fp32", "bf16"] if in_precisions else []
+    run_main(module, ["--size", "smoke", *arguments], monkeypatch)
     (written,) = (tmp_path / "runs" / "benchmarks" / "smoke").iterdir()  # not among the recorded results
     rows = [json.loads(line) for line in written.read_text().splitlines()]
-    assert len(rows) == num_rows
+    assert Counter(row.get("precision") for row in rows) == num_rows
     for row in rows:
         assert {"date", "commit", "machine", "torch", "benchmark"} <= row.keys()
         times = [value for key, value in row.items() if key.endswith(("_ms", "_per_s"))]
@@ -151,7 +161,7 @@ def test_scoring_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_shape, "REPEATS", {1: 1, 5: 1})
     scorer = score_shape.ShapeScorer("tiny", "cpu", torch.float32)
     providers = scorer.providers(5)
-    assert score_shape.difference(providers) < score_shape.PARITY
+    assert score_shape.difference(providers, providers["one prompt each"]()) < score_shape.PARITY
     history, candidates = scorer.texts(20, 0), scorer.texts(5, 1)
     _, right = scorer.forward([score_shape.Prompt(history, [])])
     assert len(right[0].k) > 200
@@ -159,13 +169,28 @@ def test_scoring_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     state = [type(layer)(*(None if x is None else torch.roll(x, 1, 0) for x in layer)) for layer in right]
     scores = scorer.score([score_shape.Prompt(history, candidates, state)])
     assert np.abs(scores - providers["one pass"]()).max() > 10 * score_shape.PARITY
-    rows = score_shape.measure_shape("tiny", on_gpu=False)
-    assert [(row["candidates"], row["provider"]) for row in rows] == [
-        (count, provider) for count in (1, 5) for provider in providers
+    rows = score_shape.measure_shape("tiny", on_gpu=False, precisions=("fp32", "bf16"))
+    assert [(row["candidates"], row["precision"], row["provider"]) for row in rows] == [
+        (count, precision, provider)
+        for count in (1, 5)
+        for precision in ("fp32", "bf16")
+        for provider in providers
     ]
+    assert all(("over_fp32" in row) == (row["precision"] == "bf16") for row in rows)
     monkeypatch.setattr(score_shape, "PARITY", -1.0)
-    with pytest.raises(AssertionError, match="probabilities differ"):
-        score_shape.measure_shape("tiny", on_gpu=False)
+    with pytest.raises(AssertionError, match="probabilities in fp32 differ"):
+        score_shape.measure_shape("tiny", on_gpu=False, precisions=("fp32",))
+
+
+def test_no_row_of_scores_that_differ() -> None:
+    """All precisions are held to float32, each to its own rounding; a NaN is no rounding."""
+    one = {"one prompt each": lambda: np.array([0.25, 0.5])}
+    near = {"one prompt each": lambda: np.array([0.25, 0.501])}
+    most = {"fp32": 1e-5, "bf16": 2e-3}
+    check_parity({"fp32": one, "bf16": near}, "one prompt each", most)
+    for wrong in (near, {"one prompt each": lambda: np.array([0.25, np.nan])}):
+        with pytest.raises(AssertionError, match="probabilities in bf16 differ"):
+            check_parity({"fp32": one, "bf16": wrong}, "one prompt each", most | {"bf16": 5e-4})
 
 
 def test_a_shape_in_bfloat16_is_what_training_loads() -> None:
