@@ -1,17 +1,24 @@
-"""Plots of recorded rows: AUC over k, the leak by layers, training time over k, attention time over T, and a GPU's roofline."""
+"""Plots of recorded rows: AUC over k, the leak by layers, training speed over k, attention time over T, and a GPU's roofline."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.attention import BF16
 from benchmarks.cards import Card
+from benchmarks.measuring import precision_of
 from benchmarks.recording import Rows
+from benchmarks.report.tables import precisions_in
 
 COLORS = ("#1f5fa8", "#d1602b", "#4a8f4a", "#7a5aa6", "#8a8a8a", "#b58900")
+NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+# Of lines, by precision.
+STYLES: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"linestyle": "-.", "markerfacecolor": "white"}}
 ARM_COLORS = {"DTI": COLORS[0], "DTI-minus": COLORS[1]}
 
 
@@ -61,35 +68,58 @@ def leak_by_layers(rows: Rows, path: Path) -> None:
 
 
 def time_over_k(rows: Rows, path: Path) -> None:
-    """Targets/s over those of sliding windows, beside the ratio of rows and equation 3; one line per model."""
-    figure, axes = _axes(
-        "training speed over sliding windows", "targets per prompt (k)", "times as many targets/s"
-    )
+    """Targets/s over those of sliding windows, beside the ratio of rows and equation 3; one line per model and precision.
+
+    Rows in two precisions give a second panel: targets/s in bfloat16 over those in float32.
+    """
+    precisions = precisions_in(rows)
+    figure = Figure(figsize=(7 if len(precisions) < 2 else 11, 4.2), layout="constrained")
+    speedup, *others = figure.subplots(1, len(precisions), squeeze=False)[0]
+    speedup.set(title="training speed over sliding windows", ylabel="times as many targets/s")
     largest = max((row["k"] for row in rows if row["k"] != "all"), default=1)
+
+    def line(axes: Axes, model: str, precision: str, field: str, **style: Any) -> None:
+        of = [row for row in rows if (row["model"], precision_of(row)) == (model, precision) and field in row]
+        x = [2 * largest if row["k"] == "all" else row["k"] for row in of]
+        if of:
+            axes.plot(x, [row[field] for row in of], marker="o", **style)
+
     for color, model in zip(COLORS, dict.fromkeys(row["model"] for row in rows)):
-        chosen = [row for row in rows if row["model"] == model]
-        x = [2 * largest if row["k"] == "all" else row["k"] for row in chosen]
-        axes.plot(x, [row["speedup"] for row in chosen], color=color, marker="o", label=f"measured, {model}")
+        for precision in precisions:
+            label = f"measured, {model}" + (f", {NAMES[precision]}" if others else "")
+            line(speedup, model, precision, "speedup", color=color, **STYLES[precision], label=label)
+        for axes in others:
+            line(axes, model, "bf16", "over_fp32", color=color, **STYLES["bf16"], label=model)
     counted = {row["k"]: row["rows_ratio"] for row in rows}  # of the prompts, whatever the model
     x = sorted((2 * largest if k == "all" else k, ratio) for k, ratio in counted.items())
-    axes.plot(*zip(*x), color=COLORS[3], linestyle="--", label="ratio of rows")
+    speedup.plot(*zip(*x), color=COLORS[3], linestyle="--", label="ratio of rows")
     ks = sorted({row["k"]: row["equation_3"] for row in rows if row["k"] != "all"}.items())
-    axes.plot(*zip(*ks), color=COLORS[4], linestyle=":", label="equation 3")
-    axes.set_xscale("log")
-    ticks = [k for k, _ in ks] + [2 * largest]
-    axes.set_xticks(ticks, [str(k) for k, _ in ks] + ["all"])
-    axes.minorticks_off()
-    axes.legend(fontsize=8)
+    speedup.plot(*zip(*ks), color=COLORS[4], linestyle=":", label="equation 3")
+    for axes in others:
+        axes.set(title="bfloat16 over float32 at the same k", ylabel="times as many targets/s")
+        axes.axhline(1.0, color=COLORS[4], linestyle=":")
+    for axes in (speedup, *others):
+        axes.set_xlabel("targets per prompt (k)")
+        axes.grid(alpha=0.3)
+        axes.set_xscale("log")
+        axes.set_xticks([k for k, _ in ks] + [2 * largest], [str(k) for k, _ in ks] + ["all"])
+        axes.minorticks_off()
+        axes.legend(fontsize=8)
     _save(figure, path)
 
 
 def attention_over_rows(rows: Rows, path: Path) -> None:
-    """Milliseconds of attention, forward and backward, over the rows T of the batch."""
+    """Milliseconds of attention, forward and backward, over the rows T of the batch; one color per provider, bfloat16 dashed."""
     figure, axes = _axes("attention, forward and backward", "rows of the packed batch (T)", "ms (median)")
     chosen = [row for row in rows if row["mode"] == "forward+backward"]
-    for color, marker, provider in zip(COLORS, "osv^D", dict.fromkeys(row["provider"] for row in chosen)):
-        line = sorted((row["rows"], row["p50_ms"]) for row in chosen if row["provider"] == provider)
-        axes.plot(*zip(*line), color=color, marker=marker, label=provider)
+    names = dict.fromkeys(row["provider"].removesuffix(BF16) for row in chosen)
+    looks = dict(zip(names, zip(COLORS, "osv^D")))
+    for provider in dict.fromkeys(row["provider"] for row in chosen):
+        of = [row for row in chosen if row["provider"] == provider]
+        color, marker = looks[provider.removesuffix(BF16)]
+        line = sorted((row["rows"], row["p50_ms"]) for row in of)
+        style = STYLES[precision_of(of[0])]
+        axes.plot(*zip(*line), color=color, marker=marker, label=provider, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.legend()

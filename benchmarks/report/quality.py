@@ -74,7 +74,7 @@ def setting_text(plan: str) -> str:
 
 
 def quality() -> str:
-    """Table 1, Figure 3, larger steps, longer prompts and the layers that reset."""
+    """Table 1, Figure 3, larger steps, longer prompts, the layers that reset, and the precision."""
     both_ways = {"val": "AUC, one prompt per target", "val-streaming": "AUC, streaming as trained"}
     parts = [
         quality_table("table1", "test"),
@@ -95,6 +95,13 @@ def quality() -> str:
         quality_table("depth", both_ways),
         setting_text("depth"),
     ]
+    if quality_rows("precision"):
+        in_each = {"val": "AUC, as trained", "val-fp32": "AUC in float32", "val-bf16": "AUC in bfloat16"}
+        parts += [
+            "Trained and scored in bfloat16, and in float32 (validation, pairs of runs with equal seeds):",
+            quality_table("precision", in_each),
+            setting_text("precision"),
+        ]
     return "\n\n".join(parts)
 
 

@@ -23,10 +23,11 @@ from typing import Any
 
 import benchmarks.report.gpu as report_gpu
 from benchmarks.attention import ratios
+from benchmarks.measuring import precision_of
 from benchmarks.recording import RESULTS, last_run, make_parser, provenance, read_rows
 from benchmarks.report.plots import attention_over_rows, auc_over_k, leak_by_layers, time_over_k
 from benchmarks.report.quality import LEAK, leak, quality, quality_rows
-from benchmarks.report.tables import markdown_table, scoring_lines
+from benchmarks.report.tables import Row, by_precision, markdown_table, precisions_in, scoring_table
 from dti_kernels import StreamLayout
 from dti_model.evaluation import metrics_table, plot_mask, sentence_about_baselines
 from dti_model.files import whole_file, write_json
@@ -57,10 +58,17 @@ def attention_cpu() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     found = ratios(last)
     made = markdown_table("| workload | provider | mode | p20 / p50 / p80 ms | useful GFLOP/s |", lines)
-    return (
+    said = (
         f"{made}\n\n{last[-1]['machine']}: {found['speedup_over_sdpa_dense_mask']:.1f} times as fast as SDPA under the equal dense "
         f"mask at T = 4096, forward and backward; {found['growth']:.1f} times the time for 4 times the rows."
     )
+    if "bf16_over_fp32" in found:
+        said += (
+            f" In bfloat16 {found['bf16_over_fp32']:.1f} times as fast as in float32, and "
+            f"{found['bf16_over_sdpa_dense_mask_fp32']:.1f} times as fast as SDPA in float32 "
+            f"({found['bf16_over_sdpa_dense_mask_bf16']:.1f} times as SDPA in bfloat16)."
+        )
+    return said
 
 
 def score_cpu() -> str:
@@ -70,17 +78,22 @@ def score_cpu() -> str:
     last = [row for row in rows if (row["date"], row["commit"]) == made[row["part"]]]
     candidates = [row for row in last if row["part"] == "candidates"]
     made_of = candidates[0]
-    lines = markdown_table(
-        "| candidates | provider | p50 / p99 ms | candidates/s | |", scoring_lines(candidates, 0)
-    )
-    packed, careful, plain = (row for row in last if row["part"] == "evaluation")
-    return (
-        f"{lines}\n\n{made_of['machine']}, {made_of['model']} model, a history of {made_of['history']} interactions.\n"
+    evaluation = [row for row in last if row["part"] == "evaluation"]
+    packed, careful, plain = (row for row in evaluation if precision_of(row) == "fp32")
+    said = (
+        f"{scoring_table(candidates, 0)}\n\n{made_of['machine']}, {made_of['model']} model, a history of {made_of['history']} interactions.\n"
         f"Evaluation of {packed['targets']:,} targets of {packed['data']}'s test split ({packed['model']}), equal scores: "
         f"{packed['targets_per_s']:,.0f} targets/s, against {plain['targets_per_s']:,.0f} of left-padded batches in plain "
         f"Hugging Face ({packed['speedup']:.1f} x) and {careful['targets_per_s']:,.0f} where those compute the last position's "
         f"logits only ({packed['targets_per_s'] / careful['targets_per_s']:.1f} x)."
     )
+    if in_bfloat16 := [row for row in evaluation if precision_of(row) == "bf16"]:
+        packed, careful, plain = in_bfloat16
+        said += (
+            f" In bfloat16 {packed['targets_per_s']:,.0f} targets/s ({packed['over_fp32']:.1f} times float32), against "
+            f"{plain['targets_per_s']:,.0f} and {careful['targets_per_s']:,.0f}."
+        )
+    return said
 
 
 def training_rows() -> list[dict[str, Any]]:
@@ -94,17 +107,30 @@ def train_cpu() -> str:
     """Training speed over k of every model in its last CPU run, beside what counting predicts."""
     last = training_rows()
     head = "| model | k | targets/s | times k = 1 | by rows | by FLOPs | by equation 3 | attention's share | peak MiB |"
+    precisions = precisions_in(last)
+    if len(precisions) > 1:
+        head = head.replace("| times k = 1", "| times float32 | times k = 1")
     lines = []
-    for row in last:
+    for of in by_precision(last, "model", "k"):
+        row = next(iter(of.values()))
         equation = "" if row["equation_3"] is None else f"{row['equation_3']:.1f}"
-        lines.append(
-            f"| {row['model']} | {row['k']} | {row['targets_per_s']:,.0f} | {row['speedup']:.1f} | {row['rows_ratio']:.1f} | "
-            f"{row['flops_ratio']:.1f} | {equation} | {row['attention_share']:.0%} | {row['peak_mib']:,.0f} |"
-        )
+        cells = [row["model"], str(row["k"]), _each(of, precisions, "targets_per_s", ",.0f")]
+        if len(precisions) > 1:
+            cells.append(f"{of['bf16']['over_fp32']:.2f}" if "over_fp32" in of.get("bf16", {}) else "")
+        cells += [_each(of, precisions, "speedup", ".1f"), f"{row['rows_ratio']:.1f}"]
+        cells += [f"{row['flops_ratio']:.1f}", equation, _each(of, precisions, "attention_share", ".0%")]
+        lines.append(f"| {' | '.join([*cells, _each(of, precisions, 'peak_mib', ',.0f')])} |")
     made = last[-1]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in last))
     about = f"({made['machine']}, {made['data']}, mode {made['mode']}, commit {commits}.)"
+    if len(precisions) > 1:
+        about = f"Two figures are of float32 and of bfloat16. {about}"
     return f"{markdown_table(head, lines)}\n\n{about}"
+
+
+def _each(of: dict[str, Row], precisions: list[str], field: str, form: str) -> str:
+    """A field in each precision."""
+    return " / ".join(format(of[name][field], form) if name in of else "?" for name in precisions)
 
 
 PARTS: dict[str, Callable[[], str]] = {
