@@ -28,6 +28,7 @@ from benchmarks.quality import (
     SIZES,
     Arm,
     Cell,
+    Floats,
     Plan,
     auc_difference,
     commands,
@@ -103,7 +104,8 @@ class Bench:
         rows = [self._row(name, arm, cell, plan) for arm in plan.arms for cell in arm.cells]
         names = [name for name in (plan.against, plan.control) if name]
         bases = [arm for base in names for arm in plan.arms if arm.name == base]
-        return rows + [row for base in bases for row in self._differences(name, plan, split, base)]
+        rows += [row for base in bases for row in self._differences(name, plan, split, base)]
+        return rows + (self._scoring_differences(name, plan) if plan.paired else [])
 
     def _finished(self, plan: Plan) -> Plan:
         """The plan without the runs that are missing: arms keep the seeds that are there, from 0 on."""
@@ -143,9 +145,6 @@ class Bench:
         return row
 
     def _differences(self, name: str, plan: Plan, split: str, base: Arm) -> Rows:
-        data = PreparedData.open(self.data_of(base.cell))
-        targets = data.targets(split)
-        labels, users = np.asarray(data.label[targets], np.int64), data.users_of(targets)
         b = [scores_of(self.folder_of(cell), split) for cell in base.cells]
         rows = []
         for arm in plan.arms:
@@ -154,17 +153,39 @@ class Bench:
             a = [scores_of(self.folder_of(cell), split) for cell in arm.cells]
             # Of pairs, a run whose other half is not finished does not count.
             na, nb = 2 * [min(len(a), len(b))] if plan.paired else [len(a), len(b)]
-            found = auc_difference(labels, users, a[:na], b[:nb], paired=plan.paired)
             row: dict[str, Any] = {"benchmark": "quality-difference", "plan": name, "size": self.size_name}
             row |= {"arm": arm.name, "against": base.name, "split": split, "seeds": [na, nb]}
-            row |= {"targets": len(labels), "users": len(np.unique(users))}
-            row |= {
-                "auc_difference": round(found.value, 5),
-                "low": round(found.low, 5),
-                "high": round(found.high, 5),
-            }
-            rows.append(row)
+            rows.append(row | self._difference(base, split, a[:na], b[:nb], plan.paired))
         return rows
+
+    def _scoring_differences(self, name: str, plan: Plan) -> Rows:
+        """What the precision of scoring alone does: validation scores of the same weights in bfloat16, less those in float32."""
+        rows = []
+        for arm in plan.arms:
+            in_float32, in_bfloat16 = (
+                [scores_of(self.folder_of(cell), f"val-{precision}") for cell in arm.cells]
+                for precision in PRECISIONS
+            )
+            row: dict[str, Any] = {"benchmark": "quality-scoring", "plan": name, "size": self.size_name}
+            row |= {"arm": arm.name, "split": "val", "seeds": [arm.seeds, arm.seeds]}
+            rows.append(row | self._difference(arm, "val", in_bfloat16, in_float32, paired=True))
+        return rows
+
+    def _difference(
+        self, arm: Arm, split: str, a: list[Floats], b: list[Floats], paired: bool
+    ) -> dict[str, Any]:
+        """Fields of a comparison of scores of the targets of an arm."""
+        data = PreparedData.open(self.data_of(arm.cell))
+        targets = data.targets(split)
+        labels, users = np.asarray(data.label[targets], np.int64), data.users_of(targets)
+        found = auc_difference(labels, users, a, b, paired=paired)
+        return {
+            "targets": len(labels),
+            "users": len(np.unique(users)),
+            "auc_difference": round(found.value, 5),
+            "low": round(found.low, 5),
+            "high": round(found.high, 5),
+        }
 
 
 def _switched(dti: DTIConfig) -> DTIConfig:
@@ -195,6 +216,10 @@ def table(rows: Rows) -> str:
             d = differences[arm]
             line += f"  {d['auc_difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] ({d['split']})"
         lines.append(line)
+    for d in (row for row in rows if row["benchmark"] == "quality-scoring"):
+        lines.append(
+            f"{d['arm']}, scored in bfloat16 less in float32: {d['auc_difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
+        )
     return "\n".join(lines)
 
 

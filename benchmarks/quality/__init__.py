@@ -3,4 +3,4 @@
 from benchmarks.quality.full import commands
 from benchmarks.quality.plans import PLANS, SIZES, Arm, Plan
 from benchmarks.quality.runs import CELL_FILE, Cell, restrict_targets, run_cell, score_cell, scores_of
-from benchmarks.quality.stats import auc_difference
+from benchmarks.quality.stats import Floats, auc_difference

@@ -73,6 +73,13 @@ def setting_text(plan: str) -> str:
     )
 
 
+def scoring_text(plan: str) -> str:
+    """What scoring in the other precision does to the AUC of the same weights."""
+    rows = [row for row in quality_rows(plan) if row["benchmark"] == "quality-scoring"]
+    said = ", ".join(f"{difference_text(row)} of {row['arm']}" for row in rows)
+    return f"AUC of the same weights scored in bfloat16, less that in float32: {said}."
+
+
 def quality() -> str:
     """Table 1, Figure 3, larger steps, longer prompts, the layers that reset, and the precision."""
     both_ways = {"val": "AUC, one prompt per target", "val-streaming": "AUC, streaming as trained"}
@@ -100,6 +107,7 @@ def quality() -> str:
         parts += [
             "Trained and scored in bfloat16, and in float32 (validation, pairs of runs with equal seeds):",
             quality_table("precision", in_each),
+            scoring_text("precision"),
             setting_text("precision"),
         ]
     return "\n\n".join(parts)

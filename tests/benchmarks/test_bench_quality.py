@@ -119,12 +119,19 @@ def test_both_precisions_on_every_validation_target(folder: Path, tmp_path: Path
     """Each run is judged in its own precision, and scored in both."""
     bench_quality.run(["precision"], "smoke", folder, tmp_path, record=False)
     rows = read_rows(tmp_path / "quality-precision.jsonl")
-    *runs, difference = rows
+    *runs, difference, of_float32, of_bfloat16 = rows
     assert [(row["precision"], row["seed"]) for row in runs] == [
         (precision, seed) for precision in ("fp32", "bf16") for seed in (0, 1)
     ]
-    assert difference["seeds"] == [2, 2]
-    assert difference["low"] <= difference["auc_difference"] <= difference["high"]
+    for row in (difference, of_float32, of_bfloat16):
+        assert row["seeds"] == [2, 2]
+        assert row["low"] <= row["auc_difference"] <= row["high"]
+    assert [row["arm"] for row in (of_float32, of_bfloat16)] == list(
+        dict.fromkeys(row["arm"] for row in runs)
+    )
+    for row, arm in ((of_float32, runs[:2]), (of_bfloat16, runs[2:])):
+        expected = np.mean([run["val-bf16_auc"] - run["val-fp32_auc"] for run in arm])
+        assert row["auc_difference"] == pytest.approx(expected, abs=2e-5)  # of rounded AUCs
     assert difference["targets"] == len(PreparedData.open(folder).targets("val"))
     for row in runs:
         of_run = tmp_path / "smoke" / "runs" / row["run"]

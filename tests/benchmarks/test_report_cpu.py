@@ -129,39 +129,24 @@ def test_plots(older: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_precision_is_part_of_quality_where_there_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = of_quality.quality()
-    arms = {"fp32": 0.750, "bf16": 0.749}
-    about = {
-        "commit": "abc",
-        "machine": "here",
-        "k": 50,
-        "targets_per_step": 64,
-        "model": "2 x 64",
-        "train_targets": 9,
-        "epochs": 3,
-    }
+    about = {"data": "ml", "model": "2 x 64", "commit": "abc", "machine": "here", "k": 50}
+    about |= {"targets_per_step": 64, "train_targets": 9, "epochs": 3}
     rows: Rows = [
-        {**about, "benchmark": "quality", "arm": arm, "data": "ml"}
+        {**about, "benchmark": "quality", "arm": arm}
         | {"val_auc": auc, "val-fp32_auc": auc + 0.001, "val-bf16_auc": auc}
-        for arm, auc in arms.items()
+        for arm, auc in (("fp32", 0.750), ("bf16", 0.749))
     ]
-    rows.append(
-        {
-            "benchmark": "quality-difference",
-            "arm": "bf16",
-            "against": "fp32",
-            "split": "val",
-            "targets": 9,
-            "users": 3,
-        }
-    )
-    rows[-1] |= {"auc_difference": -0.001, "low": -0.002, "high": 0.0005}
-    recorded = of_quality.quality_rows
+    compared = {"arm": "bf16", "split": "val", "targets": 9, "users": 3, "low": -0.002, "high": 0.0005}
+    rows.append({**compared, "benchmark": "quality-difference", "against": "fp32", "auc_difference": -0.001})
+    rows.append({**compared, "benchmark": "quality-scoring", "auc_difference": 0.0001})
+    recorded, of_precision = of_quality.quality_rows, [rows, []]
     monkeypatch.setattr(
-        of_quality, "quality_rows", lambda plan: rows if plan == "precision" else recorded(plan)
+        of_quality, "quality_rows", lambda plan: of_precision[0] if plan == "precision" else recorded(plan)
     )
-    made = of_quality.quality()
-    assert made.startswith(before)
-    assert "| bf16 | 1 | 0.7490 | 0.7500 | 0.7490 | -0.0010 (-0.0020 to +0.0005) |" in made.removeprefix(
-        before
-    )
+    whole = of_quality.quality()
+    del of_precision[0]
+    others = of_quality.quality()
+    assert whole.startswith(others)
+    assert "bfloat16" not in others
+    assert "| bf16 | 1 | 0.7490 | 0.7500 | 0.7490 | -0.0010 (-0.0020 to +0.0005) |" in whole
+    assert "less that in float32: +0.0001 (-0.0020 to +0.0005) of bf16." in whole
