@@ -9,7 +9,7 @@ and in bfloat16, with the same weights.
 `evaluation`: targets of the test split (of every `--user-step`-th user): `score_targets` beside two Hugging Face loops
 (LlamaForCausalLM with the same weights, SDPA, one left-padded prompt per target, batches of 32), in mode dti-minus, which is what a
 plain model computes: one that takes the logits that the model returns, and a careful one that asks for those of the last position
-only. Weights are random: speed does not depend on them. No row without parity.
+only. In bfloat16 the loops have weights in bfloat16. Weights are random: speed does not depend on them. No row without parity.
 """
 
 from __future__ import annotations

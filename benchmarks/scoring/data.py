@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.measuring import interleaved_ms
+from benchmarks.measuring import DTYPES, interleaved_ms
 from benchmarks.recording import Rows
 from benchmarks.scoring.candidates import (
     ENCODED,
@@ -106,6 +106,17 @@ def padded_scores(
     return np.concatenate(scores)
 
 
+def plain_model(run: Run, precision: Resolved, device: str) -> LlamaForCausalLM:
+    """The run's weights in plain Hugging Face. In bfloat16 they are stored so: no time of a call is spent on casting them."""
+    config = llama_config(run.config.model, run.tokenizer)
+    # Made in its dtype, as a model that is loaded: frequencies of positions stay float32.
+    model: LlamaForCausalLM = LlamaForCausalLM._from_config(config, dtype=DTYPES[precision])
+    model.load_state_dict(run.model.state_dict())
+    model.set_attn_implementation("sdpa")
+    torch.nn.Module.to(model, device).eval()
+    return model
+
+
 def measure_evaluation(
     run: Run, device: str, repeats: int, user_step: int, precisions: Sequence[Resolved]
 ) -> Rows:
@@ -115,21 +126,20 @@ def measure_evaluation(
         AssertionError: scores differ from those of the packed prompts.
     """
     assert run.config.dti.mode == "dti-minus"
-    plain = LlamaForCausalLM(llama_config(run.config.model, run.tokenizer))
-    plain.load_state_dict(run.model.state_dict())
-    plain.set_attn_implementation("sdpa")
-    torch.nn.Module.to(plain, device).eval()
     rows = np.sort(run.data.targets("test"))
     rows = rows[run.data.users_of(rows) % user_step == 0]
     prompts = Prompts.streaming(run.data, rows, run.config.window, 1)
     ids = [run.builder.batch(prompts[np.array([i])]).input_ids for i in range(len(prompts))]
     labels = run.builder.format.labels
-    calls: Providers = {
-        "packed": lambda: score_targets(run.model, run.config.dti, run.builder, rows),
-        "padded Hugging Face, last logits only": lambda: padded_scores(plain, ids, labels, 1),
-        "padded Hugging Face": lambda: padded_scores(plain, ids, labels, 0),
-    }
-    providers = {precision: in_precision(calls, precision, device) for precision in precisions}
+    packed: Providers = {"packed": lambda: score_targets(run.model, run.config.dti, run.builder, rows)}
+    providers: dict[Resolved, Providers] = {}
+    for precision in precisions:
+        plain = plain_model(run, precision, device)
+        providers[precision] = {
+            **in_precision(packed, precision, device),
+            "padded Hugging Face, last logits only": partial(padded_scores, plain, ids, labels, 1),
+            "padded Hugging Face": partial(padded_scores, plain, ids, labels, 0),
+        }
     check_parity(providers, "packed", PARITY)
     timed = {(precision, name): call for precision, of in providers.items() for name, call in of.items()}
     times = interleaved_ms(timed, repeats, warmup=0, device=device)
