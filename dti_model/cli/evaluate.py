@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 
@@ -14,6 +15,7 @@ from dti_model.cli.options import add_shared
 from dti_model.cli.parser import Parser
 from dti_model.config import RULES, as_yaml, must_be, why_owned
 from dti_model.files import DamagedFileError, locked_beside, read_sealed, temporary_folder, write_sealed
+from dti_model.precision import WORDS
 
 WRITTEN_BY = "dti evaluate"
 
@@ -32,7 +34,7 @@ def make_parser() -> Parser:
         help="targets per prompt; 0: whole histories. Streaming prompts are many times faster, and a model of several layers "
         "that was trained with them may score better with them",
     )
-    add_shared(parser, "--device")
+    add_shared(parser, "--device", "--precision")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics to this file")
     add_shared(parser, "--progress")
     return parser
@@ -59,6 +61,7 @@ def run(options: Namespace) -> None:
             options.k or None,
             options.other_data,
             options.base,
+            options.precision,
         )
         if rank():
             return
@@ -69,10 +72,19 @@ def run(options: Namespace) -> None:
         finally:
             print(metrics_table(result))
             print(sentence_about_baselines(result[options.split], result["baselines"][options.split]))
+            _say_precision(result)
     sys.stdout.flush()
     broken = getattr(sys.stdout, "error", None)  # of dti_model.output
     if broken is not None and options.json is None:
         raise OSError(f"the metrics cannot be printed ({broken.strerror})")
+
+
+def _say_precision(result: Mapping[str, Any]) -> None:
+    """Figures of a run's own metrics.json are in the precision of its training."""
+    scored, trained = result["precision"], result["provenance"]["precision"]
+    if trained not in (None, scored):
+        text = f"scored in {WORDS[scored]}; the run was trained, and scored at its end, in {WORDS[trained]} (--precision {trained})"
+        print(text, file=sys.stderr)
 
 
 def _take(path: Path, stack: ExitStack) -> None:

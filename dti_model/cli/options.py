@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 
 from dti_model.cli.parser import Parser
 from dti_model.config import TrainConfig
+from dti_model.precision import DEFAULT, Precision
 
 _SHARED: dict[str, dict[str, Any]] = {
     "--config": {
@@ -31,6 +32,12 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--device": {
         "type": str,
         "help": "torch device; default: cuda where there is one. Under torchrun every process takes a device of this type",
+    },
+    "--precision": {
+        "type": Precision,
+        "default": DEFAULT,
+        "help": "of products: bfloat16 (bf16), float32 (fp32), or bfloat16 where the processor or GPU multiplies it itself, else float32 "
+        "(auto); as the run was trained or not",
     },
     "--progress": {"type": bool, "default": True, "help": "show a progress bar"},
 }

@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 
 from dti_model.cli.options import add_shared
 from dti_model.cli.parser import Parser
+from dti_model.precision import notice
 from dti_model.shown import one_line
 
 _FORMAT = """Score candidates of users, a request per line (JSON lines, or Parquet with the same columns):
@@ -33,7 +34,7 @@ def make_parser() -> Parser:
         parser.add_argument(
             name, type=Path, required=True, metavar="FILE", help=f"{text}, .jsonl or .parquet"
         )
-    add_shared(parser, "--data", "--other-data", "--base", "--device")
+    add_shared(parser, "--data", "--other-data", "--base", "--device", "--precision")
     parser.add_argument(
         "--bad-lines",
         type=Literal["stop", "skip"],
@@ -50,8 +51,17 @@ def run(options: Namespace) -> None:
     from dti_model.scorer import Scorer, score_file
 
     scorer = Scorer.from_run(
-        options.run, options.data, options.device, options.token_budget, options.other_data, options.base
+        options.run,
+        options.data,
+        options.device,
+        options.token_budget,
+        options.other_data,
+        options.base,
+        options.precision,
     )
+    line = notice(options.precision, scorer.click_model.model.device, "--precision")
+    if line is not None:
+        print(line, file=sys.stderr)
     skip_bad_lines = options.bad_lines == "skip"
     done = score_file(scorer, options.input, options.output, skip_bad_lines, options.progress)
     resumed = f", {done.resumed:,} of them before this call" if done.resumed else ""

@@ -18,7 +18,8 @@ from tqdm.auto import trange
 from transformers import PreTrainedModel
 
 from dti_model.config import DTIConfig
-from dti_model.model import token_logits
+from dti_model.model import cast_once, token_logits
+from dti_model.precision import Resolved, computing
 from dti_model.prompts import IntArray, PromptBuilder, Prompts, consecutive_batches
 from dti_model.ranks import rank, world_size
 
@@ -35,6 +36,7 @@ def score_targets(
     token_budget: int | None = None,
     k: int | None = 1,
     progress: str | None = None,
+    precision: Resolved = "fp32",
 ) -> npt.NDArray[np.float64]:
     """Click probabilities of targets.
 
@@ -46,6 +48,8 @@ def score_targets(
         token_budget: rows of a packed batch; a longer prompt gets a batch of its own. None: `TOKEN_BUDGETS` of the device.
         k: targets per prompt: 1 for (the scores of) sliding windows, None for whole histories.
         progress: label of a progress bar; None: no bar.
+        precision: to compute in. Weights are cast once, and probabilities differ by what bfloat16 rounds (`dti_model.scorer` has a
+            bound).
 
     Returns:
         `(S,)` probabilities in the order of `rows`.
@@ -56,23 +60,23 @@ def score_targets(
     else:
         prompts = Prompts.streaming(builder.data, rows, window, k)
     device, was_training = model.device, model.training
+    scoring = cast_once(model, precision).eval()
     token_budget = token_budget or TOKEN_BUDGETS["cpu" if device.type == "cpu" else "gpu"]
     batches = list(consecutive_batches(builder.num_rows(prompts), token_budget))
     # A sharded model needs all ranks in every forward pass: the last round is filled up with a batch that is scored anyway.
     rounds = -(-len(batches) // world_size())
-    model.eval()
     by_row = np.sort(rows)
     scores = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    for first in trange(
-        rounds, desc=progress, disable=progress is None or rank() > 0, unit="batch", leave=False
-    ):
-        mine = first * world_size() + rank()
-        batch = builder.batch(prompts[batches[min(mine, len(batches) - 1)]])
-        moved = batch.to(device)
-        logits = token_logits(model, moved.input_ids, moved.layout, config, builder.format.labels)
-        if mine < len(batches):
-            places = torch.from_numpy(np.searchsorted(by_row, batch.targets.numpy())).to(device)
-            scores[places] = torch.softmax(logits.double(), -1)[:, 1]
+    bar = trange(rounds, desc=progress, disable=progress is None or rank() > 0, unit="batch", leave=False)
+    with computing(precision, device):
+        for first in bar:
+            mine = first * world_size() + rank()
+            batch = builder.batch(prompts[batches[min(mine, len(batches) - 1)]])
+            moved = batch.to(device)
+            logits = token_logits(scoring, moved.input_ids, moved.layout, config, builder.format.labels)
+            if mine < len(batches):
+                places = torch.from_numpy(np.searchsorted(by_row, batch.targets.numpy())).to(device)
+                scores[places] = torch.softmax(logits.double(), -1)[:, 1]
     model.train(was_training)
     if world_size() > 1:
         dist.all_reduce(scores)  # every target was scored by one rank, and adding zeros is exact

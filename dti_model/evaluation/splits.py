@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 
 from dti_model.config import TrainConfig
 from dti_model.data import SPLIT_CODES, PreparedData
-from dti_model.devices import device_of_rank
+from dti_model.devices import device_of_rank, precision_of_ranks
 from dti_model.evaluation.baselines import baseline_metrics
 from dti_model.evaluation.metrics import click_metrics
 from dti_model.evaluation.scoring import score_targets
 from dti_model.files import whole_file, without_nan
 from dti_model.model import Run
+from dti_model.precision import DEFAULT, Precision
 
 PREDICTION_COLUMNS = ["user", "item", "timestamp", "label", "probability"]
 
@@ -33,7 +34,7 @@ def eval_targets(data: PreparedData, split: str, config: TrainConfig) -> npt.NDA
 
 
 def score_split(run: Run, split: str, k: int | None = 1, progress: bool = False) -> npt.NDArray[np.float64]:
-    """Click probabilities in the order of `eval_targets`, from prompts of `k` targets (None: whole histories)."""
+    """Click probabilities in the order of `eval_targets`, from prompts of `k` targets (None: whole histories), in the run's precision."""
     return score_targets(
         run.model,
         run.config.dti,
@@ -42,6 +43,7 @@ def score_split(run: Run, split: str, k: int | None = 1, progress: bool = False)
         token_budget=run.config.optim.token_budget,
         k=k,
         progress=f"scoring {split}" if progress else None,
+        precision=run.precision,
     )
 
 
@@ -72,6 +74,7 @@ def evaluate_run(
     k: int | None = 1,
     other_data: bool = False,
     base: str | None = None,
+    precision: Precision = DEFAULT,
 ) -> dict[str, Any]:
     """Score a split with a trained run, and the baselines on the same targets.
 
@@ -82,16 +85,24 @@ def evaluate_run(
         device: of this process; of several processes, which share the work, its type alone.
         progress: show a bar.
         k: targets per prompt; None: whole histories.
+        precision: to compute in, alike on all ranks; it need not be that of the training.
 
     Returns:
-        Metrics under the name of the split, those of the baselines, and the run's provenance.
+        Metrics under the name of the split, those of the baselines, the precision, and the run's provenance.
+
+    Raises:
+        ValueError: `precision` auto is another one on another rank.
     """
-    run = Run.load(folder, data_folder, device_of_rank(device), other_data, base)
+    device = device_of_rank(device)
+    resolved = precision_of_ranks(precision, device, "--precision")
+    run = Run.load(folder, data_folder, device, other_data, base)
+    run.precision = resolved
     scores = score_split(run, split, k, progress)
     baselines = baseline_metrics(run.data, split, eval_targets(run.data, split, run.config))
     result = {
         split: split_metrics(run, split, scores),
         "baselines": {split: baselines},
+        "precision": resolved,
         "provenance": asdict(run.provenance),
     }
     return dict(without_nan(result))

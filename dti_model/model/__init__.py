@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dti_model.model.attention import apply_dti, model_inputs, token_logits
+from dti_model.model.casting import cast_once
 from dti_model.model.click_model import ClickModel
 from dti_model.model.export import export_run
 from dti_model.model.fetch import fetch_model

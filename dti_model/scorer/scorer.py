@@ -4,6 +4,8 @@
     scorer.score([("50", 1), ("172", 0)], ["181", "1", {"title": "Brazil (1985)", "genres": ["Sci-Fi"]}])
     scorer = Scorer.from_export("models/clicks")             made by `dti export`; knows no ids unless it is given prepared data
 
+In bfloat16 (`precision`) weights are cast once, when the scorer is made. Its probabilities lie within BFLOAT16_BOUND of those in float32.
+
 The history is computed once and every candidate sees the history and itself, so its score is that of a
 sliding-window prompt of its own. `encode` keeps the history for later calls; `append` adds what the user did next.
 """
@@ -11,7 +13,7 @@ sliding-window prompt of its own. `encode` keeps the history for later calls; `a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from numbers import Real
 from pathlib import Path
@@ -22,10 +24,15 @@ import numpy.typing as npt
 import torch
 
 from dti_kernels import candidate_layout
-from dti_model.model import ClickModel, LayerKeys, Past, Run, concatenated, token_logits
+from dti_model.model import ClickModel, LayerKeys, Past, Run, cast_once, concatenated, token_logits
+from dti_model.precision import DEFAULT, Precision, computing, resolve
 from dti_model.prompts import IntArray, consecutive_batches
 from dti_model.scorer.items import Item, ItemError, ItemTokens, user_text
 from dti_model.shown import shown
+
+# How far a probability in bfloat16 may lie from the one in float32: several times the most that a small model shows which has learnt its
+# labels by heart. Models of real data stay nearer.
+BFLOAT16_BOUND = 0.02
 
 Scores = npt.NDArray[np.float64]
 History = Sequence[tuple[Item, int]]
@@ -77,20 +84,31 @@ class Scorer:
     Attributes:
         click_model: model, tokenizer, and what prompts are made of.
         token_budget: rows of a pass at most; more candidates take more passes.
+        precision: that it computes in, states of histories included.
     """
 
-    def __init__(self, run: Run | ClickModel, token_budget: int = 16384) -> None:
+    def __init__(
+        self, run: Run | ClickModel, token_budget: int = 16384, precision: Precision = DEFAULT
+    ) -> None:
         """Score with a run that is loaded already; its model is put into evaluation mode.
 
+        Args:
+            run: the run or export. In bfloat16 the scorer's model is another one, which shares what is not cast.
+            token_budget: rows of a pass at most.
+            precision: to compute in.
+
         Raises:
-            ValueError: the token budget is below 1.
+            ValueError: the token budget is below 1, or float32 is asked of weights that another scorer has cast to bfloat16.
         """
         if token_budget < 1:
             raise ValueError(f"token_budget must be >= 1, got {token_budget}")
-        self._run = run if isinstance(run, Run) else None
-        self.click_model = ClickModel.of_run(run) if isinstance(run, Run) else run
-        self.token_budget = token_budget
-        model = self.click_model
+        click_model = ClickModel.of_run(run) if isinstance(run, Run) else run
+        self.precision = resolve(precision, click_model.model.device)
+        model = replace(click_model, model=cast_once(click_model.model, self.precision))
+        self.click_model, self.token_budget = model, token_budget
+        self._run = (
+            replace(run, model=model.model, precision=self.precision) if isinstance(run, Run) else None
+        )
         self._format = model.prompt
         limit = model.prompt.max_item_tokens
         self._items = ItemTokens(model.tokenizer, limit, model.item_text, model.builder)
@@ -116,6 +134,7 @@ class Scorer:
         token_budget: int = 16384,
         other_data: bool = False,
         base: str | None = None,
+        precision: Precision = DEFAULT,
     ) -> Scorer:
         """Load a run folder (safetensors, JSON and YAML; nothing is unpickled).
 
@@ -126,6 +145,7 @@ class Scorer:
             token_budget: rows of a pass at most.
             other_data: the prepared folder may be another one than the run was trained on.
             base: where the pretrained model of a LoRA run is now.
+            precision: to compute in; it need not be that of the training.
 
         Raises:
             FileNotFoundError: no run folder, or its training has not ended.
@@ -133,7 +153,7 @@ class Scorer:
             ValueError: it is not the one that the run was trained on, and `other_data` is False; or there is no such device.
         """
         run = Run.load(Path(folder), None if data is None else Path(data), device, other_data, base)
-        return Scorer(run, token_budget)
+        return Scorer(run, token_budget, precision)
 
     @staticmethod
     def from_export(
@@ -142,6 +162,7 @@ class Scorer:
         device: str | None = None,
         token_budget: int = 16384,
         other_data: bool = False,
+        precision: Precision = DEFAULT,
     ) -> Scorer:
         """Load a folder that `dti export` made, in any mode (safetensors and JSON; nothing is unpickled).
 
@@ -153,7 +174,7 @@ class Scorer:
             folder: made by `dti export`.
             data: prepared folder that item ids and users are looked up in; default: none, and items are given by their fields or as
                 {"text": ...}, histories in full.
-            device, token_budget, other_data: as in `from_run`.
+            device, token_budget, other_data, precision: as in `from_run`.
 
         Raises:
             FileNotFoundError: no folder made by `dti export`.
@@ -162,7 +183,7 @@ class Scorer:
             ValueError: there is no such device.
         """
         data = None if data is None else Path(data)
-        return Scorer(ClickModel.of_export(Path(folder), data, device, other_data), token_budget)
+        return Scorer(ClickModel.of_export(Path(folder), data, device, other_data), token_budget, precision)
 
     def score(self, history: History | HistoryState, candidates: Sequence[Item]) -> Scores:
         """Click probabilities of one user's candidates.
@@ -365,13 +386,14 @@ class Scorer:
             where = [torch.from_numpy(np.flatnonzero(mask)).to(device) for mask in (known, ~known)]
             past = Past(concatenated(states), *where)
         recorded: list[LayerKeys] | None = [] if len(parts) == 1 else None
-        logits = token_logits(
-            self.click_model.model,
-            torch.from_numpy(input_ids[~known]).to(device),
-            layout.to(device),
-            self.click_model.dti,
-            self._format.labels,
-            past=past,
-            recorded=recorded,
-        )
+        with computing(self.precision, device):
+            logits = token_logits(
+                self.click_model.model,
+                torch.from_numpy(input_ids[~known]).to(device),
+                layout.to(device),
+                self.click_model.dti,
+                self._format.labels,
+                past=past,
+                recorded=recorded,
+            )
         return logits, recorded or []

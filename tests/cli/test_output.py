@@ -138,7 +138,12 @@ def test_metrics_that_are_neither_printed_nor_written(
 ) -> None:
     """Exit status 0 would say that somebody has them."""
     monkeypatch.chdir(tmp_path)
-    metrics = {"test": {"auc": 0.5}, "baselines": {"test": {}}}
+    metrics = {
+        "test": {"auc": 0.5},
+        "baselines": {"test": {}},
+        "precision": "fp32",
+        "provenance": {"precision": None},
+    }
     monkeypatch.setattr("dti_model.evaluation.evaluate_run", lambda *_: metrics)
     for name in ("metrics_table", "sentence_about_baselines"):
         monkeypatch.setattr(f"dti_model.evaluation.{name}", lambda *_: "metrics")

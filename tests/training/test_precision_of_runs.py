@@ -12,7 +12,9 @@ import torch
 from dti_model import devices
 from dti_model.config import OptimConfig, TrainConfig
 from dti_model.devices import precision_of_ranks, say_once
+from dti_model.evaluation import evaluate_run
 from dti_model.model import Provenance, Run, RunExistsError
+from dti_model.precision import Precision
 from dti_model.training import StreamTrainer, train
 from dti_model.training.grid_search import cell_config
 from tests.config.test_precision import use_processor
@@ -56,7 +58,7 @@ def dtypes_of_products(patch: pytest.MonkeyPatch) -> set[torch.dtype]:
 )  # fmt: skip
 def test_auto_follows_the_processor_and_is_written_down(
     flags: tuple[str, ...],
-    precision: str,
+    precision: Precision,
     dtype: torch.dtype,
     line: str,
     small_folder: Path,
@@ -74,6 +76,8 @@ def test_auto_follows_the_processor_and_is_written_down(
     assert json.loads((config.out / "model" / "provenance.json").read_text())["precision"] == precision
     use_processor(monkeypatch)
     assert Run.load(config.out).trained_in == precision
+    again = evaluate_run(config.out, None, "test", progress=False, precision=precision)
+    assert again["test"] == metrics["test"], "scored as it was at its end"
 
 
 @pytest.mark.parametrize(
