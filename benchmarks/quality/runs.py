@@ -26,7 +26,7 @@ from dti_model.data import COLUMNS, CONTEXT, SPLIT_CODES, STATS_FILE, PreparedDa
 from dti_model.evaluation import click_metrics, score_targets
 from dti_model.files import whole_folder, write_json
 from dti_model.model import MODEL_FOLDER, Run, apply_dti, model_from
-from dti_model.precision import Resolved, computing
+from dti_model.precision import Resolved
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.training import trainer_of, training_arguments
 
@@ -220,8 +220,9 @@ def _score(
     run: Run, folder: Path, name: str, split: str, precision: Resolved, k: int | None = 1
 ) -> dict[str, float]:
     rows = run.data.targets(split)
-    with computing(precision, run.model.device):
-        scores = score_targets(run.model, run.config.dti, run.builder, rows, SCORING_BUDGET, k)
+    scores = score_targets(
+        run.model, run.config.dti, run.builder, rows, SCORING_BUDGET, k, precision=precision
+    )
     np.save(folder / f"{name}.npy", scores)
     metrics = click_metrics(run.data.label[rows], scores, run.data.users_of(rows))
     return {key: round(value, 5) for key, value in metrics.items()}

@@ -9,25 +9,12 @@ import numpy.typing as npt
 
 from benchmarks.measuring import interleaved_ms, slowest_ms
 from benchmarks.recording import Rows
-from dti_model.precision import Resolved, computing
+from dti_model.precision import Resolved
 
 # Each gives the probabilities of all candidates, or targets.
 Provider = Callable[[], npt.NDArray[np.float64]]
 Providers = Mapping[str, Provider]
 ONE_PASS, ENCODED, ONE_EACH = "one pass", "encoded history", "one prompt each"
-
-
-def in_precision(providers: Providers, precision: Resolved, device: str) -> Providers:
-    """The same calls in a precision."""
-
-    def computed(call: Provider) -> Provider:
-        def run() -> npt.NDArray[np.float64]:
-            with computing(precision, device):
-                return call()
-
-        return run
-
-    return {name: computed(call) for name, call in providers.items()}
 
 
 def difference(providers: Providers, expected: npt.NDArray[np.float64]) -> float:

@@ -19,13 +19,12 @@ from benchmarks.scoring.candidates import (
     Providers,
     candidate_rows,
     check_parity,
-    in_precision,
     over_fp32,
 )
 from dti_model.config import DTIConfig, ModelConfig, TrainConfig
 from dti_model.evaluation import score_targets
 from dti_model.model import Run, llama_config
-from dti_model.precision import Resolved, computing
+from dti_model.precision import Resolved
 from dti_model.prompts import Prompts
 from dti_model.scorer import Scorer
 
@@ -52,29 +51,26 @@ def measure_candidates(
     Raises:
         AssertionError: scores differ from those of a prompt each.
     """
-    scorer = Scorer(run)
+    scorers = {precision: Scorer(run, precision=precision) for precision in precisions}
+    scorer = next(iter(scorers.values()))
     user = next(u for u in run.data.user_ids if len(scorer.history_of(u)) >= HISTORY)
     history = scorer.history_of(user)[-HISTORY:]
-    states = {}
-    for precision in precisions:
-        with computing(precision, device):
-            states[precision] = scorer.encode(history)
+    states = {precision: scorer.encode(history) for precision, scorer in scorers.items()}
     items = np.random.default_rng(0).permutation(run.data.item_ids).tolist()
 
-    def one_each(candidates: list[str]) -> np.ndarray:
+    def one_each(scorer: Scorer, candidates: list[str]) -> np.ndarray:
         return np.concatenate(scorer.score_many([scorer.request(history, [item]) for item in candidates]))
 
     rows = []
     for count, repeats in repeats_of.items():
         candidates = items[:count]
         providers: dict[Resolved, Providers] = {}
-        for precision, state in states.items():
-            calls = {
+        for precision, scorer in scorers.items():
+            providers[precision] = {
                 ONE_PASS: partial(scorer.score, history, candidates),
-                ENCODED: partial(scorer.score, state, candidates),
-                ONE_EACH: partial(one_each, candidates),
+                ENCODED: partial(scorer.score, states[precision], candidates),
+                ONE_EACH: partial(one_each, scorer, candidates),
             }
-            providers[precision] = in_precision(calls, precision, device)
         check_parity(providers, ONE_EACH, PARITY)
         facts = {"part": "candidates", "history": HISTORY}
         rows += [{**row, **facts} for row in candidate_rows(providers, count, repeats, device)]
@@ -131,12 +127,12 @@ def measure_evaluation(
     prompts = Prompts.streaming(run.data, rows, run.config.window, 1)
     ids = [run.builder.batch(prompts[np.array([i])]).input_ids for i in range(len(prompts))]
     labels = run.builder.format.labels
-    packed: Providers = {"packed": lambda: score_targets(run.model, run.config.dti, run.builder, rows)}
+    packed = partial(score_targets, run.model, run.config.dti, run.builder, rows)
     providers: dict[Resolved, Providers] = {}
     for precision in precisions:
         plain = plain_model(run, precision, device)
         providers[precision] = {
-            **in_precision(packed, precision, device),
+            "packed": partial(packed, precision=precision),
             "padded Hugging Face, last logits only": partial(padded_scores, plain, ids, labels, 1),
             "padded Hugging Face": partial(padded_scores, plain, ids, labels, 0),
         }

@@ -9,6 +9,7 @@ float32 before anything is timed. On a GPU speed is measured with weights in bfl
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,13 +28,12 @@ from benchmarks.scoring.candidates import (
     candidate_rows,
     check_parity,
     difference,
-    in_precision,
 )
 from benchmarks.shapes import MODELS
 from benchmarks.synthetic import random_model
 from dti_kernels import candidate_layout
 from dti_model.config import DTIConfig
-from dti_model.model import LayerKeys, Past, apply_dti, token_logits
+from dti_model.model import LayerKeys, Past, apply_dti, cast_once, token_logits
 from dti_model.precision import Resolved, computing
 
 Ids = npt.NDArray[np.int64]
@@ -71,6 +71,13 @@ class ShapeScorer:
         # In `dtype` before apply_dti, as weights are loaded: slopes stay float32. In bfloat16, kernels would be others than training's.
         self.model = apply_dti(random_model(MODELS[shape], dtype, device), self.dti).eval()
         self.vocab_size: int = MODELS[shape]["vocab_size"]
+        self.precision: Resolved = "fp32"
+
+    def in_precision(self, precision: Resolved) -> ShapeScorer:
+        """One with the same model that computes in a precision, as `dti_model.scorer.Scorer` does."""
+        other = copy.copy(self)
+        other.precision, other.model = precision, cast_once(self.model, precision)
+        return other
 
     def texts(self, count: int, seed: int) -> list[Ids]:
         """So many item texts of random ids, as long as titles are with SmolLM2's tokenizer."""
@@ -102,15 +109,16 @@ class ShapeScorer:
             past = Past(first.state, rows[:num_known], rows[num_known:])
             given = given[num_known:]
         recorded: list[LayerKeys] = []
-        logits = token_logits(
-            self.model,
-            given.to(self.device),
-            layout.to(self.device),
-            self.dti,
-            _LABELS,
-            past=past,
-            recorded=recorded,
-        )
+        with computing(self.precision, self.device):
+            logits = token_logits(
+                self.model,
+                given.to(self.device),
+                layout.to(self.device),
+                self.dti,
+                _LABELS,
+                past=past,
+                recorded=recorded,
+            )
         return logits, recorded
 
     def score(self, prompts: Sequence[Prompt]) -> npt.NDArray[np.float64]:
@@ -123,17 +131,15 @@ class ShapeScorer:
         logits = [self.forward(packed)[0] for packed in passes]
         return np.concatenate([torch.softmax(x.double(), -1)[:, 1].cpu().numpy() for x in logits])
 
-    def providers(self, count: int, precision: Resolved = "fp32") -> Providers:
-        """Three ways to score the same candidates; bf16 is autocast, over weights of whatever dtype."""
+    def providers(self, count: int) -> Providers:
+        """Three ways to score the same candidates."""
         history, candidates = self.texts(HISTORY, 0), self.texts(count, 1)
-        with computing(precision, self.device):
-            _, state = self.forward([Prompt(history, [])])
-        calls: Providers = {
+        _, state = self.forward([Prompt(history, [])])
+        return {
             ONE_PASS: lambda: self.score([Prompt(history, candidates)]),
             ENCODED: lambda: self.score([Prompt(history, candidates, state)]),
             ONE_EACH: lambda: self.score([Prompt(history, [one]) for one in candidates]),
         }
-        return in_precision(calls, precision, self.device)
 
 
 def measure_shape(shape: str, on_gpu: bool, precisions: Sequence[Resolved]) -> Rows:
@@ -151,15 +157,14 @@ def measure_shape(shape: str, on_gpu: bool, precisions: Sequence[Resolved]) -> R
     name = "tiny" if REHEARSING else shape
     scorer = ShapeScorer(name, device, torch.float32)
     check_parity({"fp32": scorer.providers(8)}, ONE_EACH, {"fp32": PARITY})
-    if on_gpu:
-        scorer = ShapeScorer(name, device, torch.bfloat16)
+    scorers: Mapping[Resolved, ShapeScorer] = (
+        {"bf16": ShapeScorer(name, device, torch.bfloat16)}
+        if on_gpu
+        else {precision: scorer.in_precision(precision) for precision in precisions}
+    )
     rows = []
     for count, repeats in REPEATS.items():
-        providers: Mapping[Resolved, Providers] = (
-            {"bf16": scorer.providers(count)}
-            if on_gpu
-            else {precision: scorer.providers(count, precision) for precision in precisions}
-        )
+        providers = {precision: scorer.providers(count) for precision, scorer in scorers.items()}
         differences = {
             precision: float(f"{difference(of, of[ONE_EACH]()):.3g}") for precision, of in providers.items()
         }
