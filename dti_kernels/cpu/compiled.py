@@ -46,6 +46,20 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, str(error)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the library multiplies bfloat16 as it is: the compiler knew instructions of this processor for it (AVX512-BF16, Arm's bfdot).
+
+    Probabilities and score gradients are then rounded to bfloat16, as on GPUs. Elsewhere bfloat16 is computed in float32.
+    """
+    loaded, _ = library()
+    return hasattr(loaded, "dti_forward_bfloat16")
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the library reads inputs of `dtype` in, and writes outputs."""
+    return dtype if dtype == torch.bfloat16 and multiplies_bfloat16() else accumulation_dtype(dtype)
+
+
 def _check(library: ctypes.CDLL) -> None:
     for name in ("size_of_arguments", "num_gradients_float32", "num_gradients_float64"):
         getattr(library, f"dti_{name}").restype = ctypes.c_int64
@@ -78,10 +92,11 @@ def _in_memory(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _arguments(x: Inputs, is_cleared: bool = False) -> tuple[_Arguments, dict[str, Tensor]]:
     """The inputs as the library wants them, and the tensors that must outlive the call."""
-    dtype = accumulation_dtype(x.q.dtype)
+    dtype = _computed_in(x.q.dtype)
+    dtypes = {"rows": torch.int32, **dict.fromkeys(("ratios", "slopes"), accumulation_dtype(dtype))}
     given = {name: getattr(x, name) for name in _INPUTS}
     kept = {
-        name: _in_memory(name, tensor, torch.int32 if name == "rows" else dtype)
+        name: _in_memory(name, tensor, dtypes.get(name, dtype))
         for name, tensor in given.items()
         if tensor is not None
     }
@@ -105,8 +120,7 @@ def _arguments(x: Inputs, is_cleared: bool = False) -> tuple[_Arguments, dict[st
 def _call(name: str, arguments: _Arguments, dtype: torch.dtype) -> int:
     loaded, error = library()
     assert loaded is not None, error
-    suffix = "float64" if dtype == torch.float64 else "float32"
-    result: int = getattr(loaded, f"dti_{name}_{suffix}")(ctypes.byref(arguments))
+    result: int = getattr(loaded, f"dti_{name}_{str(dtype).removeprefix('torch.')}")(ctypes.byref(arguments))
     return result
 
 
@@ -124,7 +138,7 @@ def forward(x: Inputs, is_cleared: bool = False) -> tuple[Tensor, Tensor]:
     """`out` and the log-sum-exp, with the arguments and errors of `blocks.forward`."""
     arguments, kept = _arguments(x, is_cleared)
     out = torch.empty_like(kept["q"])
-    lse = out.new_empty(x.q.shape[1], x.q.shape[0])
+    lse = out.new_empty(x.q.shape[1], x.q.shape[0], dtype=accumulation_dtype(out.dtype))
     arguments.out, arguments.lse = out.data_ptr(), lse.data_ptr()
     if status := _call("forward", arguments, out.dtype):
         _refuse(status, x)
@@ -137,8 +151,9 @@ def backward(
     """The gradients, with the arguments and errors of `blocks.backward`."""
     arguments, kept = _arguments(x, is_cleared)
     dtype = kept["q"].dtype
-    for name, saved in (("grad_out", grad_out), ("out", out), ("lse", lse)):
-        kept[name] = _in_memory(name, saved, dtype)
+    sums = accumulation_dtype(dtype)
+    for name, saved, of_saved in (("grad_out", grad_out, dtype), ("out", out, dtype), ("lse", lse, sums)):
+        kept[name] = _in_memory(name, saved, of_saved)
         setattr(arguments, name, kept[name].data_ptr())
     of, grads = x.differentiable(slopes_grad), []
     for name, like in zip(Gradients._fields, of):
@@ -149,10 +164,10 @@ def backward(
         make, kind = (torch.zeros, torch.float64) if name == "dslopes" else (torch.empty, dtype)
         grads.append(make(like.shape, dtype=kind))
         setattr(arguments, name, grads[-1].data_ptr())
-    num_gradients = _call("num_gradients", arguments, dtype)
+    num_gradients = _call("num_gradients", arguments, sums)
     if num_gradients < 0:
         _refuse(-num_gradients, x)
-    key_gradients = torch.empty(num_gradients, dtype=dtype)
+    key_gradients = torch.empty(num_gradients, dtype=sums)
     arguments.key_gradients = key_gradients.data_ptr()
     if status := _call("backward", arguments, dtype):
         _refuse(status, x)

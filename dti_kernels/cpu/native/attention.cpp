@@ -61,10 +61,10 @@ template <class Make> bool run_tasks(const Arguments& x, Index count, const Make
 // The result of a pass. NOT_FINITE: numbers that are not finite reach rows which do not see them, and the outputs are void.
 enum Status { DONE, NO_MEMORY, NO_LAYOUT, NOT_FINITE };
 
-template <class F> Status run_segments(const Arguments& x, const std::vector<Segment>& segments, bool backward, double* slopes) {
+template <class S> Status run_segments(const Arguments& x, const std::vector<Segment>& segments, bool backward, double* slopes) {
     std::atomic<bool> not_finite{false};
     const bool done = run_tasks(x, Index(segments.size()) * x.num_groups, [&] {
-        return [&, worker = Worker<F>(x, backward, not_finite)](Index task) mutable {
+        return [&, worker = Worker<S>(x, backward, not_finite)](Index task) mutable {
             const Index segment = task / x.num_groups;
             worker.run(segments[segment], task % x.num_groups, slopes ? slopes + segment * x.num_heads : nullptr);
         };
@@ -73,13 +73,18 @@ template <class F> Status run_segments(const Arguments& x, const std::vector<Seg
 }
 
 // Gradients of neighbouring keys: sums over segments, in their order. `kind`: 0 keys, 1 values, 2 and 3 those of the initial states.
-template <class F>
+template <class S>
 void sum_gradients(const Arguments& x, const std::vector<Segment>& segments, Range keys, bool of_context, bool of_sums, int kind,
-                   F factor, void* tensor) {
+                   Sum<S> factor, void* tensor) {
+    using F = Sum<S>;
     if (!tensor) return;
     const Index row_size = x.num_groups * x.head_dim, depth = padded_depth<F>(x);
-    F* to = static_cast<F*>(tensor);
-    std::fill(to + keys.first * row_size, to + keys.stop * row_size, F(0));
+    S* to = static_cast<S*>(tensor) + keys.first * row_size;
+    std::vector<F> memory(ROUNDS<S> ? keys.size() * row_size : 0);
+    F* sums;
+    if constexpr (ROUNDS<S>) sums = memory.data();
+    else sums = to;
+    std::fill(sums, sums + keys.size() * row_size, F(0));
     for (const Segment& s : segments) {
         if (!(s.sums ? of_sums : of_context)) continue;
         for (const Range& part : {common(s.prefix, keys), common(s.span, keys)})
@@ -88,49 +93,50 @@ void sum_gradients(const Arguments& x, const std::vector<Segment>& segments, Ran
                     const Index block = g * 2 * num_streams(x, s.sums) + kind;
                     const F* from = static_cast<const F*>(x.key_gradients) + s.gradients +
                                     (block * s.num_keys + s.local(key)) * depth;
-                    F* row = to + key * row_size + g * x.head_dim;
+                    F* row = sums + (key - keys.first) * row_size + g * x.head_dim;
                     for (Index d = 0; d < x.head_dim; d++) row[d] += factor * from[d];
                 }
     }
+    narrow(to, sums, keys.size() * row_size);
 }
 
 // A status that is not DONE as a negative number.
-template <class F> int64_t num_gradients(const Arguments& x) try {
+template <class S> int64_t num_gradients(const Arguments& x) try {
     if (!is_layout(x)) return -NO_LAYOUT;
-    const std::vector<Segment> segments = segments_of<F>(x);
+    const std::vector<Segment> segments = segments_of<Sum<S>>(x);
     return segments.empty() ? 0 : segments.back().gradients + segments.back().num_gradients;
 } catch (const std::exception&) {
     return -NO_MEMORY;
 }
 
-template <class F> int forward(const Arguments& x) try {
+template <class S> int forward(const Arguments& x) try {
     if (!is_layout(x)) return NO_LAYOUT;
-    return run_segments<F>(x, segments_of<F>(x), false, nullptr);
+    return run_segments<S>(x, segments_of<Sum<S>>(x), false, nullptr);
 } catch (const std::exception&) {
     return NO_MEMORY;
 }
 
-template <class F> int backward(const Arguments& x) try {
+template <class S> int backward(const Arguments& x) try {
     if (!is_layout(x)) return NO_LAYOUT;
-    const std::vector<Segment> segments = segments_of<F>(x);
+    const std::vector<Segment> segments = segments_of<Sum<S>>(x);
     std::vector<double> slopes(x.dslopes ? segments.size() * x.num_heads : 0);
-    const Status status = run_segments<F>(x, segments, true, x.dslopes ? slopes.data() : nullptr);
+    const Status status = run_segments<S>(x, segments, true, x.dslopes ? slopes.data() : nullptr);
     if (status != DONE) return status;
     for (size_t i = 0; i < slopes.size(); i++) x.dslopes[i % x.num_heads] += slopes[i];
     if (x.k_sum) {  // then nobody reads the keys of [SUM] rows
         const Index row_size = x.num_groups * x.head_dim;
-        F* dk = static_cast<F*>(x.dk);
-        std::fill(dk + x.num_context * row_size, dk + x.num_rows * row_size, F(0));
+        S* dk = static_cast<S*>(x.dk);
+        std::memset(dk + x.num_context * row_size, 0, (x.num_rows - x.num_context) * row_size * sizeof(S));
     }
     constexpr Index KEYS = 64;
     const bool summed = run_tasks(x, (x.num_context + KEYS - 1) / KEYS, [&] {
         return [&](Index task) {
             const Range keys{task * KEYS, min((task + 1) * KEYS, x.num_context)};
-            sum_gradients<F>(x, segments, keys, true, !x.k_sum, 0, F(x.scale), x.dk);
-            sum_gradients<F>(x, segments, keys, true, true, 1, F(1), x.dv);
-            sum_gradients<F>(x, segments, keys, false, true, 0, F(x.scale), x.dk_sum);
-            sum_gradients<F>(x, segments, keys, false, true, 2, F(x.scale), x.dk_initial);
-            sum_gradients<F>(x, segments, keys, false, true, 3, F(1), x.dv_initial);
+            sum_gradients<S>(x, segments, keys, true, !x.k_sum, 0, Sum<S>(x.scale), x.dk);
+            sum_gradients<S>(x, segments, keys, true, true, 1, 1, x.dv);
+            sum_gradients<S>(x, segments, keys, false, true, 0, Sum<S>(x.scale), x.dk_sum);
+            sum_gradients<S>(x, segments, keys, false, true, 2, Sum<S>(x.scale), x.dk_initial);
+            sum_gradients<S>(x, segments, keys, false, true, 3, 1, x.dv_initial);
         };
     });
     return summed ? DONE : NO_MEMORY;
@@ -146,9 +152,13 @@ int dti_forward_float32(const Arguments* x) { return forward<float>(*x); }
 int dti_forward_float64(const Arguments* x) { return forward<double>(*x); }
 int dti_backward_float32(const Arguments* x) { return backward<float>(*x); }
 int dti_backward_float64(const Arguments* x) { return backward<double>(*x); }
-// How many numbers `key_gradients` of a backward must hold.
+// How many numbers `key_gradients` of a backward must hold; of bfloat16 those of float32.
 int64_t dti_num_gradients_float32(const Arguments* x) { return num_gradients<float>(*x); }
 int64_t dti_num_gradients_float64(const Arguments* x) { return num_gradients<double>(*x); }
+#ifdef DTI_BFLOAT16  // only where the processor multiplies it: elsewhere tensors are widened
+int dti_forward_bfloat16(const Arguments* x) { return forward<bfloat16>(*x); }
+int dti_backward_bfloat16(const Arguments* x) { return backward<bfloat16>(*x); }
+#endif
 // So that a caller built against another layout of the arguments notices.
 int64_t dti_size_of_arguments() { return sizeof(Arguments); }
 }

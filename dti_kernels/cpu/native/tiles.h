@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "products.h"
 #include "segments.h"
 
 namespace dti {
@@ -13,14 +14,27 @@ namespace dti {
 constexpr int TILE_ROWS = DTI_TILE_ROWS;  // times query heads of the group, of a tile
 constexpr int CHUNK = 64;  // keys that a tile meets at a time: rows of values and their gradients stay in the L1 cache
 
-template <class F> class Tiles {
+template <class S> class Tiles {
   protected:
-    static_assert(CHUNK % NR<F> == 0, "chunks are whole panels");
+    using F = Sum<S>;
+    static constexpr int PER = PER_STEP<S>;
+    static_assert(CHUNK % NR<F> == 0 && NR<F> % PER == 0, "chunks are whole panels, and panels whole steps");
 
-    // Keys and values of a segment: panels (keys / NR x depth x NR), those of values for the backward; rows (keys x depth) of values in the
-    // forward, of keys in the backward.
+    // Rows (rows x depth) as products take them: steps along the depth, the numbers themselves, or steps along the rows (rows / PER x depth).
+    struct Factor {
+        std::vector<S> numbers;
+        std::vector<Step<S>> pairs;  // of rows; empty where a step is a number
+
+        const Step<S>* along_depth() const { return reinterpret_cast<const Step<S>*>(numbers.data()); }
+        const Step<S>* along_rows() const {
+            if constexpr (PER == 1) return numbers.data();
+            else return pairs.data();
+        }
+    };
+    // Keys and values of a segment, in steps: panels (keys / NR x depth x NR), those of values for the backward, along the depth; rows
+    // (keys x depth) of values in the forward, of keys in the backward, along the keys.
     struct Stream {
-        std::vector<F> key_panels, value_panels, rows;
+        std::vector<Step<S>> key_panels, value_panels, rows;
         F *d_keys, *d_values;
     };
     // Up to MR rows of a tile, and the columns that any of them sees: as a prefix, and as a span.
@@ -33,11 +47,12 @@ template <class F> class Tiles {
     const Arguments& x;
     const bool backward;
     std::atomic<bool>& not_finite;
-    const Index per_group, depth;
+    const Index per_group, depth, steps;  // head_dim in whole vectors, in numbers and in steps
     const Segment* s = nullptr;
     Index g = 0;  // key head
     bool two_streams = false;
     Stream current, initial;
+    std::vector<S> padded[PER];
     V<F> zeros = {};  // sums of 0 times what is packed: NaN where that is not finite
 
     // A tile: rows (i, head of the group), i from `tile_first`. Its columns are whole panels: those of a prefix, then those of the span.
@@ -45,21 +60,21 @@ template <class F> class Tiles {
     Index prefix_key = 0, span_key = 0;  // local keys of column 0 and of column `prefix_columns`
     std::vector<Range> seen;  // two per row of the layout, in columns
     std::vector<Block> blocks;
-    std::vector<F> q;
+    Factor q;
 
     Tiles(const Arguments& arguments, bool with_gradients, std::atomic<bool>& not_finite)
         : x(arguments), backward(with_gradients), not_finite(not_finite), per_group(arguments.num_heads / arguments.num_groups),
-          depth(padded_depth<F>(arguments)) {}
+          depth(padded_depth<F>(arguments)), steps(depth / PER) {}
 
-    static F* sized(std::vector<F>& memory, Index size) {
+    template <class T> static T* sized(std::vector<T>& memory, Index size) {
         if (Index(memory.size()) < size) memory.resize(size);
         return memory.data();
     }
-    const F* row_of(const void* tensor, Index row) const {
-        return static_cast<const F*>(tensor) + (row * x.num_groups + g) * x.head_dim;
+    const S* row_of(const void* tensor, Index row) const {
+        return static_cast<const S*>(tensor) + (row * x.num_groups + g) * x.head_dim;
     }
     Index query_at(Index row, Index r) const { return ((row - x.num_skipped) * x.num_heads + g * per_group + r) * x.head_dim; }
-    const F* query_row(const void* tensor, Index row, Index r) const { return static_cast<const F*>(tensor) + query_at(row, r); }
+    const S* query_row(const void* tensor, Index row, Index r) const { return static_cast<const S*>(tensor) + query_at(row, r); }
     // Keys that [SUM] rows read of themselves.
     const void* own_keys() const { return x.k_sum ? x.k_sum : x.k; }
 
@@ -83,42 +98,68 @@ template <class F> class Tiles {
     }
 
     void pack_stream(Stream& stream, const void* keys, const void* values) {
-        pack_keys<true>(stream.key_panels, keys);
-        if (backward) pack_keys<true>(stream.value_panels, values);
-        pack_keys<false>(stream.rows, backward ? keys : values);
+        pack_panels(stream.key_panels, keys);
+        if (backward) pack_panels(stream.value_panels, values);
+        pack_rows(stream.rows, backward ? keys : values);
     }
 
     // The row of a local key in a tensor, null where padding has no key. Prefetches the row 12 keys ahead: rows of one head are strided,
     // which defeats the hardware prefetcher.
-    const F* key_row(const void* tensor, Index key) const {
+    const S* key_row(const void* tensor, Index key) const {
         const Index of = s->global(key);
         if (of >= (key >= s->span_first ? s->span.stop : s->prefix.stop)) return nullptr;
-        const F* row = row_of(tensor, of);
-        for (Index d = 0; d < x.head_dim; d += 64 / Index(sizeof(F)))
+        const S* row = row_of(tensor, of);
+        for (Index d = 0; d < x.head_dim; d += 64 / Index(sizeof(S)))
             __builtin_prefetch(row + 12 * x.num_groups * x.head_dim + d);
         return row;
     }
 
-    void copy_padded(F* to, const F* row) const {
+    void copy_padded(S* to, const S* row) const {
         const Index filled = row ? x.head_dim : 0;
-        if (row) std::memcpy(to, row, filled * sizeof(F));
-        std::fill(to + filled, to + depth, F(0));
+        if (row) std::memcpy(to, row, filled * sizeof(S));
+        std::memset(to + filled, 0, (depth - filled) * sizeof(S));
     }
 
-    template <bool IN_PANELS> void pack_keys(std::vector<F>& memory, const void* tensor) {
-        F* to = sized(memory, s->num_keys * depth);
+    // A local key's row, padded to `depth` in memory of its own; it counts for `zeros`.
+    const S* padded_row(const void* tensor, Index key, std::vector<S>& memory, V<F>& sums) const {
+        S* row = sized(memory, depth);
+        copy_padded(row, key_row(tensor, key));
+        for (Index d = 0; d < depth; d += LANES<F>) sums += load(row + d) * F(0);
+        return row;
+    }
+
+    void pack_panels(std::vector<Step<S>>& memory, const void* tensor) {
+        Step<S>* to = sized(memory, s->num_keys * steps);
         V<F> sums = {};  // of its own: a member would be written at every step
         for (Index key = 0; key < s->num_keys; key++) {
-            const F* row = key_row(tensor, key);
-            const Index filled = row ? x.head_dim : 0;
-            Index d = 0;
-            for (; d + LANES<F> <= filled; d += LANES<F>) sums += load(row + d) * F(0);
-            for (; d < filled; d++) sums[0] += row[d] * F(0);
-            F* panel = to + key / NR<F> * NR<F> * depth + key % NR<F>;
-            if (!IN_PANELS) copy_padded(to + key * depth, row);
-            else for (d = 0; d < depth; d++) panel[d * NR<F>] = d < filled ? row[d] : F(0);
+            const S* row = padded_row(tensor, key, padded[0], sums);
+            Step<S>* panel = to + key / NR<F> * NR<F> * steps + key % NR<F>;
+            for (Index d = 0; d < steps; d++) std::memcpy(panel + d * NR<F>, row + d * PER, sizeof(Step<S>));
         }
         zeros += sums;
+    }
+
+    void pack_rows(std::vector<Step<S>>& memory, const void* tensor) {
+        Step<S>* to = sized(memory, s->num_keys / PER * depth);
+        V<F> sums = {};
+        for (Index key = 0; key < s->num_keys; key += PER, to += depth) {
+            const S* rows[PER];
+            for (int i = 0; i < PER; i++) rows[i] = padded_row(tensor, key + i, padded[i], sums);
+            interleave(rows, to, depth);
+        }
+        zeros += sums;
+    }
+
+    // The other layout of a factor's `num_rows` numbers.
+    void pair_rows(Factor& factor) {
+        if constexpr (PER > 1) {
+            sized(factor.pairs, (num_rows + 1) / PER * depth);
+            std::memset(sized(padded[0], depth), 0, depth * sizeof(S));
+            for (Index t = 0; t < num_rows; t += PER) {
+                const S* row = factor.numbers.data() + t * depth;
+                interleave({row, t + 1 < num_rows ? row + depth : padded[0].data()}, factor.pairs.data() + t / PER * depth, depth);
+            }
+        }
     }
 
     // Begins the tile of rows from `first` on; returns where it stops. Few [SUM] rows where they lie far apart: a tile has a column for
@@ -152,10 +193,16 @@ template <class F> class Tiles {
             range = range.empty() ? Range{0, 0} : Range{range.first + shift, range.stop + shift};
         }
         make_blocks();
-        F* to = sized(q, num_rows * depth);
-        for (Index t = 0; t < num_rows; t++)
-            copy_padded(to + t * depth, query_row(x.q, tile_first + t / per_group, t % per_group));
+        copy_queries(q, x.q);
+        if (backward) pair_rows(q);
         return first + num_tokens;
+    }
+
+    // The tile's rows of a tensor like q.
+    void copy_queries(Factor& factor, const void* tensor) const {
+        S* to = sized(factor.numbers, num_rows * depth);
+        for (Index t = 0; t < num_rows; t++)
+            copy_padded(to + t * depth, query_row(tensor, tile_first + t / per_group, t % per_group));
     }
 
     // Rows join a block while it computes at most twice what they would compute apart.

@@ -1,8 +1,9 @@
-// Vectors of the machine's own width, and what is computed in registers: exponentials and blocks of matrix products.
+// Vectors of the machine's own width: numbers from memory and back, sums and exponentials.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #if defined(DTI_VECTOR_BYTES)  // a test tries other widths
@@ -13,23 +14,47 @@
 #else
 #define DTI_VECTOR_BYTES 16
 #endif
+#if defined(__AVX512BF16__) && DTI_VECTOR_BYTES == 64
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && DTI_VECTOR_BYTES == 16
+#include <arm_neon.h>
+#endif
 
 namespace dti {
 
 using Index = int64_t;
 
-constexpr int MR = 6;  // rows of a register block: 6 x 2 accumulators leave room for keys and a query in 16 vector registers
+// The upper half of a float: tensors hold it, sums are float.
+struct bfloat16 {
+    uint16_t bits;
+};
+template <class S> struct Accumulated {
+    using type = S;
+};
+template <> struct Accumulated<bfloat16> {
+    using type = float;
+};
+// Numbers S of tensors are summed, and given to softmax, as Sum<S>.
+template <class S> using Sum = typename Accumulated<S>::type;
+template <class S> constexpr bool ROUNDS = !std::is_same_v<S, Sum<S>>;  // what is multiplied by S is rounded to S first
 
 template <class F> struct Vector;
 template <> struct Vector<float> {
     typedef float type __attribute__((vector_size(DTI_VECTOR_BYTES)));
     typedef float unaligned __attribute__((vector_size(DTI_VECTOR_BYTES), aligned(4), may_alias));
     typedef int32_t bits __attribute__((vector_size(DTI_VECTOR_BYTES)));
+    typedef uint32_t words __attribute__((vector_size(DTI_VECTOR_BYTES)));
+    typedef uint16_t halves __attribute__((vector_size(DTI_VECTOR_BYTES / 2)));
 };
 template <> struct Vector<double> {
     typedef double type __attribute__((vector_size(DTI_VECTOR_BYTES)));
     typedef double unaligned __attribute__((vector_size(DTI_VECTOR_BYTES), aligned(8), may_alias));
     typedef int64_t bits __attribute__((vector_size(DTI_VECTOR_BYTES)));
+};
+using Words = Vector<float>::words;
+template <> struct Vector<uint32_t> {
+    using type = Words;
+    typedef uint32_t unaligned __attribute__((vector_size(DTI_VECTOR_BYTES), aligned(4), may_alias));
 };
 template <class F> using V = typename Vector<F>::type;
 template <class F> constexpr int LANES = DTI_VECTOR_BYTES / int(sizeof(F));
@@ -38,6 +63,48 @@ template <class F> constexpr int NR = 2 * LANES<F>;  // keys of a panel
 template <class F> inline V<F> load(const F* x) { return *reinterpret_cast<const typename Vector<F>::unaligned*>(x); }
 template <class F> inline void store(F* x, V<F> value) { *reinterpret_cast<typename Vector<F>::unaligned*>(x) = value; }
 template <class F> inline V<F> all(F x) { return x - V<F>{}; }
+
+inline Words load_halves(const bfloat16* x) {
+    Vector<float>::halves halves;
+    std::memcpy(&halves, x, sizeof halves);
+    return __builtin_convertvector(halves, Words);
+}
+inline V<float> load(const bfloat16* x) { return (V<float>)(load_halves(x) << 16); }
+// Rounds to the nearest, ties to even; NaN stays NaN.
+inline Words upper_halves(V<float> x) {
+    const Words bits = (Words)x;
+    return (x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) >> 16;
+}
+inline void store(bfloat16* x, V<float> value) {
+#if defined(__AVX512BF16__) && DTI_VECTOR_BYTES == 64
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
+#else
+    const Vector<float>::halves halves = __builtin_convertvector(upper_halves(value), Vector<float>::halves);
+#endif
+    std::memcpy(x, &halves, sizeof halves);
+}
+
+template <class F> inline F wide(F x) { return x; }
+inline float wide(bfloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+// n sums as numbers of a tensor; `to` may be `from`.
+template <class F> inline void narrow(F* to, const F* from, Index n) {
+    if (to != from) std::memcpy(to, from, n * sizeof(F));
+}
+inline void narrow(bfloat16* to, const float* from, Index n) {
+    Index i = 0;
+    for (; i + LANES<float> <= n; i += LANES<float>) store(to + i, load(from + i));
+    if (i == n) return;
+    float last[LANES<float>] = {};
+    bfloat16 rounded[LANES<float>];
+    std::memcpy(last, from + i, (n - i) * sizeof(float));
+    store(rounded, load(last));
+    std::memcpy(to + i, rounded, (n - i) * sizeof(bfloat16));
+}
 
 template <class F> inline F sum_of(V<F> x) {
     F sum = 0;
@@ -71,67 +138,6 @@ template <int N> inline void exp_of(V<float> (&x)[N]) {
 template <int N> inline void exp_of(V<double> (&x)[N]) {
     for (int n = 0; n < N; n++)
         for (int i = 0; i < LANES<double>; i++) x[n][i] = std::exp(x[n][i]);
-}
-
-// c (M x NR) = a (M x depth) . panel (depth x NR)
-template <class F, int M> inline void scores_block(const F* a, Index lda, const F* panel, Index depth, F* c, Index ldc) {
-    V<F> acc[M][2] = {};
-    for (Index d = 0; d < depth; d++, panel += NR<F>) {
-        const V<F> b0 = load(panel), b1 = load(panel + LANES<F>);
-#pragma GCC unroll 6
-        for (int m = 0; m < M; m++) {
-            const V<F> x = all(a[m * lda + d]);
-            acc[m][0] += x * b0;
-            acc[m][1] += x * b1;
-        }
-    }
-#pragma GCC unroll 6
-    for (int m = 0; m < M; m++) {
-        store(c + m * ldc, acc[m][0]);
-        store(c + m * ldc + LANES<F>, acc[m][1]);
-    }
-}
-
-// c (M x N vectors) += sum over t < count of p(m, t) b (count x N vectors); p(m, t) is p[m ldp + t], or p[t ldp + m] by column.
-template <class F, int M, int N, bool BY_COLUMN>
-inline void accumulate_block(const F* p, Index ldp, const F* b, Index ldb, Index count, F* c, Index ldc) {
-    V<F> acc[M][N] = {};  // added to c at the end: fewer roundings at the size of c
-    for (Index t = 0; t < count; t++, b += ldb) {
-        V<F> b_n[N];
-#pragma GCC unroll 2
-        for (int n = 0; n < N; n++) b_n[n] = load(b + n * LANES<F>);
-#pragma GCC unroll 6
-        for (int m = 0; m < M; m++) {
-            const V<F> x = all(BY_COLUMN ? p[t * ldp + m] : p[m * ldp + t]);
-#pragma GCC unroll 2
-            for (int n = 0; n < N; n++) acc[m][n] += x * b_n[n];
-        }
-    }
-#pragma GCC unroll 6
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-        for (int n = 0; n < N; n++) {
-            F* to = c + m * ldc + n * LANES<F>;
-            store(to, load(to) + acc[m][n]);
-        }
-}
-
-// Calls `body` with the number of rows, 1 to MR, as a constant.
-template <int M = MR, class Body> inline void with_rows(int count, Body body) {
-    if constexpr (M > 1)
-        if (count < M) return with_rows<M - 1>(count, body);
-    body(std::integral_constant<int, M>{});
-}
-
-// The same over all of a row's `depth` numbers.
-template <class F, bool BY_COLUMN>
-inline void accumulate(int rows, const F* p, Index ldp, const F* b, Index count, F* c, Index depth) {
-    with_rows(rows, [&](auto m) {
-        Index d = 0;
-        for (; d + NR<F> <= depth; d += NR<F>)
-            accumulate_block<F, m(), 2, BY_COLUMN>(p, ldp, b + d, depth, count, c + d, depth);
-        if (d < depth) accumulate_block<F, m(), 1, BY_COLUMN>(p, ldp, b + d, depth, count, c + d, depth);
-    });
 }
 
 }  // namespace dti

@@ -10,13 +10,15 @@ namespace dti {
 template <class F> constexpr F HIDDEN = -std::numeric_limits<F>::infinity();  // score of a key that a row does not see
 
 // One thread's memory and everything that it does with a segment and a key head.
-template <class F> class Worker : Tiles<F> {
-    using Base = Tiles<F>;
-    using typename Base::Block, typename Base::Stream;
+template <class S> class Worker : Tiles<S> {
+    using Base = Tiles<S>;
+    using typename Base::Block, typename Base::F, typename Base::Factor, typename Base::Stream;
+    using Base::PER;
     using Base::backward, Base::blocks, Base::current, Base::depth, Base::g, Base::initial, Base::not_finite, Base::num_columns;
-    using Base::num_rows, Base::num_tokens, Base::per_group, Base::q, Base::s, Base::seen, Base::tile_first, Base::two_streams, Base::x;
-    using Base::copy_padded, Base::for_chunks, Base::for_distances, Base::for_panels, Base::for_rows, Base::for_rows_that_see;
-    using Base::key_of_column, Base::own_keys, Base::query_at, Base::query_row, Base::row_of, Base::sees, Base::sized;
+    using Base::num_rows, Base::num_tokens, Base::per_group, Base::q, Base::s, Base::seen, Base::steps, Base::tile_first;
+    using Base::two_streams, Base::x;
+    using Base::copy_queries, Base::for_chunks, Base::for_distances, Base::for_panels, Base::for_rows, Base::for_rows_that_see;
+    using Base::key_of_column, Base::own_keys, Base::pair_rows, Base::query_at, Base::query_row, Base::row_of, Base::sees, Base::sized;
 
   public:
     // `not_finite` is set where rows may meet keys that they do not see, of which one or the other is not finite: results hold anything then.
@@ -39,27 +41,48 @@ template <class F> class Worker : Tiles<F> {
     const F scale;
     double* slope_gradients = nullptr;
     std::vector<double> mean_distance;
-    std::vector<F> d_out, d_q, scores, scores_initial, ratio, own_p, inverse, delta, d_s, d_s_initial, p_chunk_initial;
+    Factor d_out;
+    std::vector<F> d_q, scores, scores_initial, ratio, own_p, inverse, delta, d_s, d_s_initial, p_chunk_initial, sums;
+    std::vector<S> rounded_p, rounded_ds;
+    std::vector<Step<S>> pairs_of_panel;
 
-    F dot(const F* a, const F* b) const {
+    F dot(const S* a, const S* b) const {
         V<F> sums = {};
         Index d = 0;
         for (; d + LANES<F> <= x.head_dim; d += LANES<F>) sums += load(a + d) * load(b + d);
         F sum = sum_of<F>(sums);
-        for (; d < x.head_dim; d++) sum += a[d] * b[d];
+        for (; d < x.head_dim; d++) sum += wide(a[d]) * wide(b[d]);
         return sum;
     }
 
     // to (rows x columns of the chunk, from the chunk's first) = a (rows x depth) . panels, in the panels that a block sees.
-    void multiply(const F* a, const std::vector<F>& panels, Range chunk, F* to, Index ld) const {
+    void multiply(const Factor& a, const std::vector<Step<S>>& panels, Range chunk, F* to, Index ld) const {
         for (Index column = chunk.first; column < chunk.stop; column += NR<F>) {
-            const F* panel = panels.data() + key_of_column(column) * depth;
+            const Step<S>* panel = panels.data() + key_of_column(column) * steps;
             for (const Block& block : blocks)
                 if (sees(block, column))
                     with_rows(block.count, [&](auto m) {
-                        scores_block<F, m()>(a + block.first * depth, depth, panel, depth,
+                        scores_block<S, m()>(a.along_depth() + block.first * steps, steps, panel, steps,
                                              to + block.first * ld + column - chunk.first, ld);
                     });
+        }
+    }
+
+    // A chunk of probabilities or of their gradients (rows x columns, from the chunk's first) as products take it, numbers of S in the panels
+    // that blocks see: where they are, or rounded, in `memory`.
+    struct Weights {
+        const S* numbers;
+        Index ld;
+    };
+    Weights weights(const F* p, Index ld, Range chunk, std::vector<S>& memory) const {
+        if constexpr (ROUNDS<S>) {
+            S* to = sized(memory, num_rows * CHUNK);
+            for_rows(chunk, [&](Index t, Range columns) {
+                for (Index c = columns.first; c < columns.stop; c += LANES<F>) store(to + t * CHUNK + c, load(p + t * ld + c));
+            });
+            return {to, CHUNK};
+        } else {
+            return {p, ld};
         }
     }
 
@@ -70,10 +93,10 @@ template <class F> class Worker : Tiles<F> {
     void probabilities() {
         const Index ld = num_columns;
         F* p = sized(scores, num_rows * ld);
-        for_chunks([&](Range chunk) { multiply(q.data(), current.key_panels, chunk, p + chunk.first, ld); });
+        for_chunks([&](Range chunk) { multiply(q, current.key_panels, chunk, p + chunk.first, ld); });
         if (two_streams) {
             F* p_initial = sized(scores_initial, num_rows * ld);
-            for_chunks([&](Range chunk) { multiply(q.data(), initial.key_panels, chunk, p_initial + chunk.first, ld); });
+            for_chunks([&](Range chunk) { multiply(q, initial.key_panels, chunk, p_initial + chunk.first, ld); });
             fill_ratios();
             for_rows({0, ld}, [&](Index t, Range of_row) { blend(p + t * ld, p_initial + t * ld, ratio_of(t), of_row); });
         }
@@ -175,17 +198,18 @@ template <class F> class Worker : Tiles<F> {
         if (two_streams)
             for_rows({0, ld}, [&](Index t, Range of_row) { split(p + t * ld, p_initial + t * ld, ratio_of(t), of_row); });
         for_chunks([&](Range chunk) {
-            times_rows(p + chunk.first, ld, current.rows, chunk, o);
-            if (two_streams) times_rows(p_initial + chunk.first, ld, initial.rows, chunk, o);
+            times_rows(weights(p + chunk.first, ld, chunk, rounded_p), current.rows, chunk, o);
+            if (two_streams) times_rows(weights(p_initial + chunk.first, ld, chunk, rounded_p), initial.rows, chunk, o);
         });
         for (Index t = 0; t < num_rows; t++) {
             const Index row = tile_first + t / per_group, r = t % per_group;
-            F* to = static_cast<F*>(x.out) + query_at(row, r);
-            const F* v_own = row_of(x.v, row);
+            F* read = o + t * depth;
+            const S* v_own = row_of(x.v, row);
             for (Index d = 0; d < x.head_dim; d++) {
-                const F read = s->sums ? o[t * depth + d] + own_p[t] * v_own[d] : o[t * depth + d];
-                to[d] = read * inverse[t];
+                if (s->sums) read[d] += own_p[t] * wide(v_own[d]);
+                read[d] *= inverse[t];
             }
+            narrow(static_cast<S*>(x.out) + query_at(row, r), read, x.head_dim);
         }
     }
 
@@ -198,26 +222,49 @@ template <class F> class Worker : Tiles<F> {
         }
     }
 
-    // to (rows x depth) += p (rows x columns of the chunk) . rows of its keys
-    void times_rows(const F* p, Index ld, const std::vector<F>& rows, Range chunk, F* to) const {
+    // to (rows x depth) += p (rows x columns of the chunk) . rows of its keys. In whole steps: beyond the columns that a block sees, p is 0.
+    void times_rows(const Weights& p, const std::vector<Step<S>>& rows, Range chunk, F* to) const {
+        const Step<S>* weights = reinterpret_cast<const Step<S>*>(p.numbers);
         for (const Block& block : blocks)
             for (const Range& range : block.columns) {
                 const Range columns = common(range, chunk);
-                if (!columns.empty())
-                    accumulate<F, false>(block.count, p + block.first * ld + columns.first - chunk.first, ld,
-                                         rows.data() + key_of_column(columns.first) * depth, columns.size(),
-                                         to + block.first * depth, depth);
+                if (columns.empty()) continue;
+                const Range of_steps = panels_of(columns, PER);
+                accumulate<S, false>(block.count, weights + (block.first * p.ld - chunk.first) / PER + of_steps.first, p.ld / PER,
+                                     rows.data() + key_of_column(of_steps.first * PER) / PER * depth, of_steps.size(),
+                                     to + block.first * depth, depth);
             }
+    }
+
+    // A panel's columns (steps along some rows x NR) and the steps: where they are, or pairs of rows, in which rows outside are zeros.
+    struct Columns {
+        const Step<S>* numbers;
+        Index ld;
+        Range of_rows;
+    };
+    Columns columns_of(const Weights& p, Index column, Range rows) {
+        if constexpr (PER == 1) {
+            return {p.numbers + rows.first * p.ld + column, p.ld, rows};
+        } else {
+            static constexpr S NONE[NR<F>] = {};
+            const auto row = [&](Index t) { return rows.first <= t && t < rows.stop ? p.numbers + t * p.ld + column : NONE; };
+            const Range pairs = panels_of(rows, PER);
+            Step<S>* to = sized(pairs_of_panel, pairs.size() * NR<F>);
+            for (Index i = 0; i < pairs.size(); i++)
+                interleave({row((pairs.first + i) * PER), row((pairs.first + i) * PER + 1)}, to + i * NR<F>, NR<F>);
+            return {to, NR<F>, pairs};
+        }
     }
 
     // to (keys x depth, from the chunk's first) += p^T (columns of the chunk x rows) . a (rows x depth), panel by panel: only where a
     // block has computed a panel does `p` hold anything.
-    void times_columns(const F* p, Index ld, const F* a, Range chunk, F* to) const {
-        for (Index panel = chunk.first; panel < chunk.stop; panel += NR<F>)
-            for_rows_that_see(panel, [&](Range rows) {
-                for (Index column = panel; column < panel + NR<F>; column += MR)
-                    accumulate<F, true>(int(min<Index>(MR, panel + NR<F> - column)), p + rows.first * ld + column - chunk.first, ld,
-                                        a + rows.first * depth, rows.size(), to + (column - chunk.first) * depth, depth);
+    void times_columns(const Weights& p, const Factor& a, Range chunk, F* to) {
+        for (Index panel = 0; panel < chunk.size(); panel += NR<F>)
+            for_rows_that_see(chunk.first + panel, [&](Range rows) {
+                const Columns columns = columns_of(p, panel, rows);
+                for (Index c = 0; c < NR<F>; c += MR)
+                    accumulate<S, true>(int(min<Index>(MR, NR<F> - c)), columns.numbers + c, columns.ld,
+                                        a.along_rows() + columns.of_rows.first * depth, columns.of_rows.size(), to + (panel + c) * depth, depth);
             });
     }
 
@@ -230,17 +277,19 @@ template <class F> class Worker : Tiles<F> {
             score_gradients(chunk);
             const Index first_key = key_of_column(chunk.first) * depth;
             const auto add = [&](const Stream& stream, const F* p, Index ld, const F* ds) {
-                times_columns(p, ld, d_out.data(), chunk, stream.d_values + first_key);
-                times_columns(ds, CHUNK, q.data(), chunk, stream.d_keys + first_key);
-                times_rows(ds, CHUNK, stream.rows, chunk, dq);
+                times_columns(weights(p, ld, chunk, rounded_p), d_out, chunk, stream.d_values + first_key);
+                const Weights of_scores = weights(ds, CHUNK, chunk, rounded_ds);
+                times_columns(of_scores, q, chunk, stream.d_keys + first_key);
+                times_rows(of_scores, stream.rows, chunk, dq);
             };
             add(current, scores.data() + chunk.first, num_columns, d_s.data());
             if (two_streams) add(initial, p_chunk_initial.data(), CHUNK, d_s_initial.data());
         });
         if (s->sums) own_key_gradients(dq);
         for (Index t = 0; t < num_rows; t++) {
-            F* to = static_cast<F*>(x.dq) + query_at(tile_first + t / per_group, t % per_group);
-            for (Index d = 0; d < x.head_dim; d++) to[d] = dq[t * depth + d] * scale;
+            F* of_row = dq + t * depth;
+            for (Index d = 0; d < x.head_dim; d++) of_row[d] *= scale;
+            narrow(static_cast<S*>(x.dq) + query_at(tile_first + t / per_group, t % per_group), of_row, x.head_dim);
         }
     }
 
@@ -249,14 +298,14 @@ template <class F> class Worker : Tiles<F> {
     void score_gradients(Range chunk) {
         F *p = scores.data() + chunk.first, *p_initial = sized(p_chunk_initial, num_rows * CHUNK);
         F *ds = sized(d_s, num_rows * CHUNK), *ds_initial = sized(d_s_initial, num_rows * CHUNK);
-        multiply(d_out.data(), current.value_panels, chunk, ds, CHUNK);
-        if (two_streams) multiply(d_out.data(), initial.value_panels, chunk, ds_initial, CHUNK);
+        multiply(d_out, current.value_panels, chunk, ds, CHUNK);
+        if (two_streams) multiply(d_out, initial.value_panels, chunk, ds_initial, CHUNK);
         for_rows(chunk, [&](Index t, Range columns) {
-            const F* p_t = p + t * num_columns;
-            F* ds_t = ds + t * CHUNK;
+            F *p_t = p + t * num_columns, *ds_t = ds + t * CHUNK;
             if (two_streams) blend(ds_t, ds_initial + t * CHUNK, ratio_of(t) + chunk.first, columns);
             for (Index c = columns.first; c < columns.stop; c += LANES<F>) {
-                const V<F> p_c = load(p_t + c);
+                V<F> p_c = load(p_t + c);
+                if (ROUNDS<S>) store(p_t + c, p_c *= all(inverse[t]));
                 store(ds_t + c, p_c == V<F>{} ? p_c : p_c * (load(ds_t + c) - all(delta[t])));  // 0 also where d_out . v overflows
             }
         });
@@ -268,17 +317,19 @@ template <class F> class Worker : Tiles<F> {
             });
     }
 
-    // `d_out`, and `delta`, which the gradients of all probabilities of a row have in common. Both times `inverse`, once and for all.
+    // `d_out`, and `delta`, which the gradients of all probabilities of a row have in common. Both times `inverse`, once and for all; where
+    // that would round `d_out` anew, the probabilities are.
     void read_output_gradients() {
-        F* to = sized(d_out, num_rows * depth);
+        copy_queries(d_out, x.grad_out);
         sized(delta, num_rows);
         for (Index t = 0; t < num_rows; t++) {
-            const Index row = tile_first + t / per_group, r = t % per_group;
-            copy_padded(to + t * depth, query_row(x.grad_out, row, r));
-            for (Index d = 0; d < x.head_dim; d++) to[t * depth + d] *= inverse[t];
-            delta[t] = dot(to + t * depth, query_row(x.out, row, r));
+            S* to = d_out.numbers.data() + t * depth;
+            if constexpr (ROUNDS<S>) own_p[t] *= inverse[t];
+            else for (Index d = 0; d < x.head_dim; d++) to[d] *= inverse[t];
+            delta[t] = dot(to, query_row(x.out, tile_first + t / per_group, t % per_group));
             if (!std::isfinite(delta[t])) not_finite = true;
         }
+        pair_rows(d_out);
     }
 
     // A slope's gradient is -sum ds distance over all keys, its own at 0. Since ds sum to 0, distances may count from anywhere; from
@@ -308,22 +359,24 @@ template <class F> class Worker : Tiles<F> {
     // Gradients through a [SUM]'s own key; nobody else writes those rows.
     void own_key_gradients(F* dq) {
         void* d_keys = x.k_sum ? x.dk_sum : x.dk;
+        F *dk = sized(sums, 2 * depth), *dv = dk + depth;
         for (Index i = 0; i < num_tokens; i++) {
             const Index row = tile_first + i;
-            const F *k_own = row_of(own_keys(), row), *v_own = row_of(x.v, row);
-            F *dk = const_cast<F*>(row_of(d_keys, row)), *dv = const_cast<F*>(row_of(x.dv, row));
-            for (F* to : {dk, dv}) std::fill(to, to + x.head_dim, F(0));
+            const S *k_own = row_of(own_keys(), row), *v_own = row_of(x.v, row);
+            std::fill(dk, dk + 2 * depth, F(0));
             for (Index r = 0; r < per_group; r++) {
                 const Index t = i * per_group + r;
-                const F *d_o = d_out.data() + t * depth, *q_t = q.data() + t * depth;
+                const S *d_o = d_out.numbers.data() + t * depth, *q_t = q.numbers.data() + t * depth;
                 const F ds = own_p[t] * (dot(d_o, v_own) - delta[t]);
                 if (slope_gradients) slope_gradients[g * per_group + r] += double(ds) * mean_distance[t];
                 for (Index d = 0; d < x.head_dim; d++) {
-                    dq[t * depth + d] += ds * k_own[d];
-                    dk[d] += ds * q_t[d] * scale;
-                    dv[d] += own_p[t] * d_o[d];
+                    dq[t * depth + d] += ds * wide(k_own[d]);
+                    dk[d] += ds * wide(q_t[d]) * scale;
+                    dv[d] += own_p[t] * wide(d_o[d]);
                 }
             }
+            narrow(const_cast<S*>(row_of(d_keys, row)), dk, x.head_dim);
+            narrow(const_cast<S*>(row_of(x.dv, row)), dv, x.head_dim);
         }
     }
 };
