@@ -38,10 +38,9 @@ inline void multiply_add(V<float>& sum, Words a, Words b) {
 }
 #endif
 
-// Steps from the numbers of one row (of several, number by number): n numbers each, n a multiple of vectors.
-template <class F> inline void interleave(const F* const (&rows)[1], F* to, Index n) { std::memcpy(to, rows[0], n * sizeof(F)); }
-inline void interleave(const bfloat16* const (&rows)[2], uint32_t* to, Index n) {
-    for (Index i = 0; i < n; i += LANES<float>) store(to + i, load_halves(rows[0] + i) | load_halves(rows[1] + i) << 16);
+// Pairs of the numbers of two rows: n, a multiple of vectors.
+inline void interleave(const bfloat16* a, const bfloat16* b, uint32_t* to, Index n) {
+    for (Index i = 0; i < n; i += LANES<float>) store(to + i, load_halves(a + i) | load_halves(b + i) << 16);
 }
 
 // c (M x NR) = a (M x depth) . panel (depth x NR), a and the panel in steps; so are lda and depth

@@ -52,7 +52,7 @@ template <class S> class Tiles {
     Index g = 0;  // key head
     bool two_streams = false;
     Stream current, initial;
-    std::vector<S> padded[PER];
+    std::vector<S> padded;  // a panel's rows
     V<F> zeros = {};  // sums of 0 times what is packed: NaN where that is not finite
 
     // A tile: rows (i, head of the group), i from `tile_first`. Its columns are whole panels: those of a prefix, then those of the span.
@@ -98,9 +98,32 @@ template <class S> class Tiles {
     }
 
     void pack_stream(Stream& stream, const void* keys, const void* values) {
-        pack_panels(stream.key_panels, keys);
-        if (backward) pack_panels(stream.value_panels, values);
-        pack_rows(stream.rows, backward ? keys : values);
+        pack_keys(keys, &stream.key_panels, backward ? &stream.rows : nullptr);
+        pack_keys(values, backward ? &stream.value_panels : nullptr, backward ? nullptr : &stream.rows);
+    }
+
+    // A tensor's rows in the layouts that are not null, panel by panel. They count for `zeros`.
+    void pack_keys(const void* tensor, std::vector<Step<S>>* panels, std::vector<Step<S>>* rows) {
+        Step<S>* to_panels = panels ? sized(*panels, s->num_keys * steps) : nullptr;
+        Step<S>* to_rows = rows ? sized(*rows, s->num_keys * steps) : nullptr;
+        S* panel = sized(padded, NR<F> * depth);
+        V<F> sums = {};  // of its own: a member would be written at every step
+        for (Index key = 0; key < s->num_keys; key += NR<F>) {
+            for (Index i = 0; i < NR<F>; i++) copy_padded(panel + i * depth, key_row(tensor, key + i));
+            for (Index i = 0; i < NR<F> * depth; i += LANES<F>) sums += load(panel + i) * F(0);
+            if (panels) transpose_panel(reinterpret_cast<const Step<S>*>(panel), to_panels + key * steps);
+            if (!rows) continue;
+            for (Index i = 0; i < NR<F>; i += PER) pair_rows(panel + i * depth, panel + (i + PER - 1) * depth, to_rows + (key + i) * steps);
+        }
+        zeros += sums;
+    }
+
+    void transpose_panel(const Step<S>* from, Step<S>* to) const {
+        Index d = 0;
+        for (; d + LANES<Step<S>> <= steps; d += LANES<Step<S>>)
+            for (Index i = 0; i < NR<F>; i += LANES<F>) transpose(from + i * steps + d, steps, to + d * NR<F> + i, NR<F>);
+        for (; d < steps; d++)
+            for (Index i = 0; i < NR<F>; i++) to[d * NR<F> + i] = from[i * steps + d];
     }
 
     // The row of a local key in a tensor, null where padding has no key. Prefetches the row 12 keys ahead: rows of one head are strided,
@@ -120,44 +143,20 @@ template <class S> class Tiles {
         std::memset(to + filled, 0, (depth - filled) * sizeof(S));
     }
 
-    // A local key's row, padded to `depth` in memory of its own; it counts for `zeros`.
-    const S* padded_row(const void* tensor, Index key, std::vector<S>& memory, V<F>& sums) const {
-        S* row = sized(memory, depth);
-        copy_padded(row, key_row(tensor, key));
-        for (Index d = 0; d < depth; d += LANES<F>) sums += load(row + d) * F(0);
-        return row;
+    // Steps along two rows, or a row as it is.
+    void pair_rows(const S* row, const S* next, Step<S>* to) const {
+        if constexpr (PER == 1) std::memcpy(to, row, depth * sizeof(S));
+        else interleave(row, next, to, depth);
     }
 
-    void pack_panels(std::vector<Step<S>>& memory, const void* tensor) {
-        Step<S>* to = sized(memory, s->num_keys * steps);
-        V<F> sums = {};  // of its own: a member would be written at every step
-        for (Index key = 0; key < s->num_keys; key++) {
-            const S* row = padded_row(tensor, key, padded[0], sums);
-            Step<S>* panel = to + key / NR<F> * NR<F> * steps + key % NR<F>;
-            for (Index d = 0; d < steps; d++) std::memcpy(panel + d * NR<F>, row + d * PER, sizeof(Step<S>));
-        }
-        zeros += sums;
-    }
-
-    void pack_rows(std::vector<Step<S>>& memory, const void* tensor) {
-        Step<S>* to = sized(memory, s->num_keys / PER * depth);
-        V<F> sums = {};
-        for (Index key = 0; key < s->num_keys; key += PER, to += depth) {
-            const S* rows[PER];
-            for (int i = 0; i < PER; i++) rows[i] = padded_row(tensor, key + i, padded[i], sums);
-            interleave(rows, to, depth);
-        }
-        zeros += sums;
-    }
-
-    // The other layout of a factor's `num_rows` numbers.
-    void pair_rows(Factor& factor) {
+    // The other layout of a factor's `num_rows` numbers, after which room for a row of zeros is left.
+    void pair_rows(Factor& factor) const {
         if constexpr (PER > 1) {
             sized(factor.pairs, (num_rows + 1) / PER * depth);
-            std::memset(sized(padded[0], depth), 0, depth * sizeof(S));
+            std::memset(factor.numbers.data() + num_rows * depth, 0, depth * sizeof(S));
             for (Index t = 0; t < num_rows; t += PER) {
                 const S* row = factor.numbers.data() + t * depth;
-                interleave({row, t + 1 < num_rows ? row + depth : padded[0].data()}, factor.pairs.data() + t / PER * depth, depth);
+                pair_rows(row, row + depth, factor.pairs.data() + t / PER * depth);
             }
         }
     }
@@ -200,7 +199,7 @@ template <class S> class Tiles {
 
     // The tile's rows of a tensor like q.
     void copy_queries(Factor& factor, const void* tensor) const {
-        S* to = sized(factor.numbers, num_rows * depth);
+        S* to = sized(factor.numbers, (num_rows + 1) * depth);
         for (Index t = 0; t < num_rows; t++)
             copy_padded(to + t * depth, query_row(tensor, tile_first + t / per_group, t % per_group));
     }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(DTI_VECTOR_BYTES)  // a test tries other widths
 #elif defined(__AVX512F__)
@@ -54,6 +55,7 @@ template <> struct Vector<double> {
 using Words = Vector<float>::words;
 template <> struct Vector<uint32_t> {
     using type = Words;
+    using bits = Words;
     typedef uint32_t unaligned __attribute__((vector_size(DTI_VECTOR_BYTES), aligned(4), may_alias));
 };
 template <class F> using V = typename Vector<F>::type;
@@ -104,6 +106,30 @@ inline void narrow(bfloat16* to, const float* from, Index n) {
     std::memcpy(last, from + i, (n - i) * sizeof(float));
     store(rounded, load(last));
     std::memcpy(to + i, rounded, (n - i) * sizeof(bfloat16));
+}
+
+// The lower or the upper halves of two vectors, element by element in turns.
+template <class F, bool UPPER, int... I> inline V<F> mixed(V<F> a, V<F> b, std::integer_sequence<int, I...>) {
+    constexpr int FIRST = UPPER ? LANES<F> / 2 : 0;
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (FIRST + I / 2 + I % 2 * LANES<F>)...);
+#else
+    return __builtin_shuffle(a, b, typename Vector<F>::bits{(FIRST + I / 2 + I % 2 * LANES<F>)...});
+#endif
+}
+// to (LANES rows, `ldt` apart) = from (likewise, `ldf` apart), transposed. Every round halves the distance between a column's elements.
+template <class F> inline void transpose(const F* from, Index ldf, F* to, Index ldt) {
+    constexpr std::make_integer_sequence<int, LANES<F>> ALL;
+    V<F> x[LANES<F>], y[LANES<F>];
+    for (int i = 0; i < LANES<F>; i++) x[i] = load(from + i * ldf);
+    for (int distance = LANES<F> / 2; distance; distance /= 2) {
+        for (int i = 0; i < LANES<F> / 2; i++) {
+            y[2 * i] = mixed<F, false>(x[i], x[i + LANES<F> / 2], ALL);
+            y[2 * i + 1] = mixed<F, true>(x[i], x[i + LANES<F> / 2], ALL);
+        }
+        for (int i = 0; i < LANES<F>; i++) x[i] = y[i];
+    }
+    for (int i = 0; i < LANES<F>; i++) store(to + i * ldt, x[i]);
 }
 
 template <class F> inline F sum_of(V<F> x) {

@@ -251,7 +251,7 @@ template <class S> class Worker : Tiles<S> {
             const Range pairs = panels_of(rows, PER);
             Step<S>* to = sized(pairs_of_panel, pairs.size() * NR<F>);
             for (Index i = 0; i < pairs.size(); i++)
-                interleave({row((pairs.first + i) * PER), row((pairs.first + i) * PER + 1)}, to + i * NR<F>, NR<F>);
+                interleave(row((pairs.first + i) * PER), row((pairs.first + i) * PER + 1), to + i * NR<F>, NR<F>);
             return {to, NR<F>, pairs};
         }
     }
