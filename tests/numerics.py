@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dti_kernels import testing, windowed_attn_reference
+from dti_kernels.cpu import compiled
 from tests.cases import Case
 
 # Two float64 computations of one number differ by the order of their sums.
@@ -36,9 +37,12 @@ def parity_shares(
 
 def rounds_factors(dtype: torch.dtype, device: torch.device | str) -> bool:
     """Whether the implementation that computes `dtype` on `device` in this process rounds the factors of its products to it."""
-    # Triton's interpreter computes bfloat16 in float32.
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.float16
-    return interpreted or torch.device(device).type != "cpu"
+    if torch.device(device).type != "cpu":
+        return True
+    if os.environ.get("TRITON_INTERPRET") == "1":  # which computes bfloat16 in float32
+        return dtype == torch.float16
+    compiled_here = os.environ.get("DTI_CPU") != "torch" and dtype == torch.bfloat16
+    return compiled_here and compiled.multiplies_bfloat16()
 
 
 def golden_and_budgets(
