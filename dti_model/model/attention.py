@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -109,7 +110,7 @@ class StreamAttention(nn.Module):
         if stream.recorded is not None:
             stream.recorded.append(keys.rows(slice(num_context)))
         k, v, k_initial, v_initial = keys
-        cos, sin = (x[0] for x in position_embeddings)
+        cos, sin = (x[0].to(q.dtype) for x in position_embeddings)
         k_sum = k
         if not (fix and sums_only):
             k = _rotate(k, cos, sin)
@@ -154,6 +155,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
+def _for_products(rows: Tensor) -> Tensor:
+    """Rows as autocast gives them to every projection: cast once, not once a projection."""
+    kind = rows.device.type
+    if rows.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return rows
+    return rows.to(torch.get_autocast_dtype(kind))
+
+
 class StreamDecoderLayer(GradientCheckpointingLayer):
     """A decoder layer over a packed batch, made of the modules of the layer it replaces."""
 
@@ -187,13 +196,13 @@ class StreamDecoderLayer(GradientCheckpointingLayer):
         sums_only = self.is_last and not stream.context_outputs
         initial = None
         if self.self_attn.resets:
-            initial = self.input_layernorm(stream.initial_states)
-        attended = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, stream, initial, sums_only
-        )
+            initial = _for_products(self.input_layernorm(stream.initial_states))
+        rows = _for_products(self.input_layernorm(hidden_states))
+        attended = self.self_attn(rows, position_embeddings, stream, initial, sums_only)
         residual = hidden_states[:, num_context:] if sums_only else hidden_states
         hidden_states = residual + self.dropout(attended)
-        mixed: Tensor = self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        rows = _for_products(self.post_attention_layernorm(hidden_states))
+        mixed: Tensor = self.dropout(self.mlp(rows))
         return hidden_states + mixed
 
 
