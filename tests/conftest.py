@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for tests in files:
         rng.shuffle(tests)
     items[:] = [item for tests in files for item in tests]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processor_without_bfloat16() -> Iterator[None]:
+    """Precision `auto` is float32 in tests, on every machine, unless they make up a processor that knows bfloat16."""
+    from dti_model import precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "_CPU_INFO", Path(os.devnull))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -94,15 +94,14 @@ def evaluate_run(
         ValueError: `precision` auto is another one on another rank.
     """
     device = device_of_rank(device)
-    resolved = precision_of_ranks(precision, device, "--precision")
     run = Run.load(folder, data_folder, device, other_data, base)
-    run.precision = resolved
+    run.precision = precision_of_ranks(precision, device, "--precision")
     scores = score_split(run, split, k, progress)
     baselines = baseline_metrics(run.data, split, eval_targets(run.data, split, run.config))
     result = {
         split: split_metrics(run, split, scores),
         "baselines": {split: baselines},
-        "precision": resolved,
+        "precision": run.precision,
         "provenance": asdict(run.provenance),
     }
     return dict(without_nan(result))

@@ -28,8 +28,8 @@ def cast_once(model: Model, precision: Resolved) -> Model:
     """The model to score with in a precision, under `computing`.
 
     For bf16 it is another one, whose linear layers hold bfloat16 weights. It shares all the rest with the given one: norms, embedding,
-    head, slopes, and weights that are no float32 (quantised ones, or of `model.dtype` bfloat16). A sharded model stays as it is: autocast
-    casts its weights, in every pass.
+    head, slopes, and weights that are no float32 (quantised ones, or of `model.dtype` bfloat16). A sharded model stays as it is: FSDP2
+    gathers its weights in bfloat16.
 
     Cost: one pass over the weights, and half of their memory.
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -74,7 +75,7 @@ def training_arguments(config: TrainConfig, precision: Resolved | None = None) -
     if optim.fsdp:
         special["fsdp"] = True
         special["fsdp_config"] = {"version": 2, "activation_checkpointing": optim.activation_checkpointing}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(config.out / CHECKPOINTS_FOLDER),
         num_train_epochs=optim.epochs,
         max_steps=optim.max_steps or -1,
@@ -107,6 +108,13 @@ def training_arguments(config: TrainConfig, precision: Resolved | None = None) -
         use_cpu=not torch.cuda.is_available(),
         **special,
     )
+    if optim.fsdp and precision == "bf16":
+        # FSDP2 gathers weights in bfloat16. accelerate's policy would also cast the inputs of every layer, which hands each a copy of the
+        # pass's `Stream`, so that the initial states of the first layer would not reach the others.
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    return arguments
 
 
 def _checkpointing_option(known: Collection[str]) -> str:

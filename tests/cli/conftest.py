@@ -64,6 +64,7 @@ def bases(small_folder: Path, run_folder: Path, tmp_path: Path) -> dict[tuple[st
         ("search",): {**train, "--grid": "{k: [3]}"},
         ("evaluate",): {"--run": str(run_folder)},
         ("score",): {
+            "--precision": "fp32",
             "--run": str(run_folder),
             "--input": str(inputs / "in.jsonl"),
             "--output": str(tmp_path / "out.jsonl"),

@@ -156,6 +156,7 @@ def test_what_score_says_of_lines(
         f"--output={output}",
         "--progress=false",
         "--device=cpu",
+        "--precision=fp32",
     ]
     assert main(command) == 2
     error = capsys.readouterr().err

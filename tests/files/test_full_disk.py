@@ -29,7 +29,7 @@ def command(data: Path, out: Path) -> list[str]:
     return [
         "train", f"--data={data}", f"--out={out}", "--k=3", "--window=3", "--progress=false", "--model.layers=1",
         "--model.width=16", "--model.heads=2", "--model.kv-heads=1", "--model.mlp-width=24", "--optim.epochs=2",
-        "--optim.token-budget=600", "--optim.save-steps=2", "--logging-steps=1",
+        "--optim.token-budget=600", "--optim.save-steps=2", "--logging-steps=1", "--optim.precision=fp32",
     ]  # fmt: skip
 
 

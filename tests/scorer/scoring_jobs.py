@@ -116,4 +116,4 @@ def started(target: Callable[..., Any], *arguments: Any) -> Any:
 
 def command(run_folder: Path, requests_file: Path, output: Path) -> list[str]:
     files = [f"--run={run_folder}", f"--input={requests_file}", f"--output={output}"]
-    return ["score", *files, "--progress=false", "--device=cpu"]
+    return ["score", *files, "--progress=false", "--device=cpu", "--precision=fp32"]  # of other processes too

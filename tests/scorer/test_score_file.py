@@ -104,7 +104,7 @@ def test_a_killed_call_goes_on_and_writes_the_same_bytes(run_folder: Path, tmp_p
     partial = output.with_name("out.jsonl.partial")
     command = [sys.executable, "-m", "dti_model.cli", "score", f"--run={run_folder}", f"--input={source}"]
     process = subprocess.Popen(
-        [*command, f"--output={output}", "--progress=false", "--device=cpu"],
+        [*command, f"--output={output}", "--progress=false", "--device=cpu", "--precision=fp32"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     while not (partial.exists() and partial.stat().st_size > 10_000):

@@ -135,12 +135,8 @@ def test_outputs_and_inputs_that_are_no_files(
         ),
     ):
         before = {path.name for path in tmp_path.iterdir()}
-        assert (
-            main(
-                ["score", f"--run={run_folder}", f"--input={given}", f"--output={output}", "--progress=false"]
-            )
-            == 2
-        )
+        command = ["score", f"--run={run_folder}", "--progress=false", "--precision=fp32"]
+        assert main([*command, f"--input={given}", f"--output={output}"]) == 2
         error = capsys.readouterr().err
         assert message in error, error
         assert error.count("\n") == 1, error

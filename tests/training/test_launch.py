@@ -8,12 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
 from dti_model.devices import device_of_rank
 from dti_model.launch import num_processes
+from dti_model.precision import Precision
 from dti_model.ranks import join_ranks
 from dti_model.training import training_arguments
 
@@ -42,6 +44,22 @@ def test_the_precision_is_that_of_the_settings(config: TrainConfig, monkeypatch:
             assert accelerator.state.dynamo_plugin.backend.value == "NO"
             AcceleratorState._reset_state(reset_partial_state=True)
             assert "ACCELERATE_USE_FSDP" not in os.environ
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_shards_are_gathered_in_the_precision(config: TrainConfig, precision: Precision) -> None:
+    """accelerate's policy had every layer's inputs cast, which copied the `Stream` of a pass: a reset read initial states of None."""
+    arguments = training_arguments(
+        dataclasses.replace(config, optim=OptimConfig(fsdp=True, precision=precision))
+    )
+    plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
+    if precision == "bf16":
+        plugin.set_mixed_precision("bf16")  # as accelerate does
+        policy = plugin.mixed_precision_policy
+        assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+        assert not policy.cast_forward_inputs
+    else:
+        assert plugin.mixed_precision_policy is None
 
 
 @pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])

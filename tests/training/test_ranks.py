@@ -63,7 +63,7 @@ def config(
             tmp_path_factory.mktemp("base"), "llama2"
         )  # FSDP2 with LoRA needs untied embeddings
         model = ModelConfig(pretrained=str(base), lora=LoraSettings(rank=4, alpha=8, dropout=0.0))
-    optim = OptimConfig(epochs=5, token_budget=250, patience=0, accumulation=2)
+    optim = OptimConfig(epochs=5, token_budget=250, patience=0, accumulation=2, precision="fp32")
     out = tmp_path_factory.mktemp("ranks") / "one"
     return small_run(small_folder, out, logging_steps=1, model=model, optim=optim)
 
