@@ -36,8 +36,8 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--precision": {
         "type": Precision,
         "default": DEFAULT,
-        "help": "of products: bfloat16 (bf16), float32 (fp32), or bfloat16 where the processor or GPU multiplies it itself, else float32 "
-        "(auto); as the run was trained or not",
+        "help": "compute in float32 (fp32), in bfloat16 (bf16), or in bfloat16 where the processor or GPU has instructions for it and else in "
+        "float32 (auto), whatever the run was trained in; probabilities differ by less than .02",
     },
     "--progress": {"type": bool, "default": True, "help": "show a progress bar"},
 }

@@ -192,8 +192,8 @@ class OptimConfig:
         token_budget: rows of one packed batch, context tokens and [SUM]s.
         accumulation: packed batches per optimizer step.
         patience: stop after this many validations without a better AUC; 0: never.
-        precision: of products: bfloat16 (bf16), float32 (fp32), or bfloat16 where the processor or GPU multiplies it itself, else
-            float32 (auto). Weights and optimizer are not touched by it.
+        precision: compute in float32 (fp32), in bfloat16 (bf16), or in bfloat16 where the processor or GPU has instructions for it and
+            else in float32 (auto). Weights and optimizer stay in the precision that they have.
         activation_checkpointing: recompute activations in the backward to save memory.
         fsdp: on several devices, shard weights, gradients and moments over them (FSDP2); otherwise every device has all (DDP).
         save_steps: also write a checkpoint every this many optimizer steps; 0: only after every epoch.
