@@ -138,6 +138,10 @@ template <class S> class Tiles {
     }
 
     void copy_padded(S* to, const S* row) const {
+        if (row && x.head_dim == depth) {  // whole vectors, without a call
+            for (Index d = 0; d < depth; d += LANES<F>) std::memcpy(to + d, row + d, LANES<F> * sizeof(S));
+            return;
+        }
         const Index filled = row ? x.head_dim : 0;
         if (row) std::memcpy(to, row, filled * sizeof(S));
         std::memset(to + filled, 0, (depth - filled) * sizeof(S));

@@ -15,7 +15,7 @@
 #else
 #define DTI_VECTOR_BYTES 16
 #endif
-#if defined(__AVX512BF16__) && DTI_VECTOR_BYTES == 64
+#if defined(__AVX512F__) && DTI_VECTOR_BYTES == 64
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && DTI_VECTOR_BYTES == 16
 #include <arm_neon.h>
@@ -67,9 +67,13 @@ template <class F> inline void store(F* x, V<F> value) { *reinterpret_cast<typen
 template <class F> inline V<F> all(F x) { return x - V<F>{}; }
 
 inline Words load_halves(const bfloat16* x) {
+#if defined(__AVX512F__) && DTI_VECTOR_BYTES == 64  // compilers convert half a vector at a time
+    return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#else
     Vector<float>::halves halves;
     std::memcpy(&halves, x, sizeof halves);
     return __builtin_convertvector(halves, Words);
+#endif
 }
 inline V<float> load(const bfloat16* x) { return (V<float>)(load_halves(x) << 16); }
 // Rounds to the nearest, ties to even; NaN stays NaN.
@@ -141,6 +145,22 @@ template <class F> inline F max_of(V<F> x) {
     F most = x[0];
     for (int i = 1; i < LANES<F>; i++) most = std::max(most, x[i]);
     return most;
+}
+
+// Both in fewer dependent steps, where there is an instruction for each.
+inline float folded_sum_of(V<float> x) {
+#if defined(__AVX512F__) && DTI_VECTOR_BYTES == 64
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    return sum_of<float>(x);
+#endif
+}
+inline float folded_max_of(V<float> x) {
+#if defined(__AVX512F__) && DTI_VECTOR_BYTES == 64
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    return max_of<float>(x);
+#endif
 }
 
 // e^x in place for x <= 0, relative error 2e-9 before rounding; below e^-87 it is e^-87. Several vectors at once: one alone is a chain

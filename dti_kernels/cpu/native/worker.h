@@ -46,11 +46,17 @@ template <class S> class Worker : Tiles<S> {
     std::vector<S> rounded_p, rounded_ds;
     std::vector<Step<S>> pairs_of_panel;
 
+    // The order of float32's and float64's sums stays what it was before there was another.
+    static F total(V<F> x) {
+        if constexpr (ROUNDS<S>) return folded_sum_of(x);
+        else return sum_of<F>(x);
+    }
+
     F dot(const S* a, const S* b) const {
         V<F> sums = {};
         Index d = 0;
         for (; d + LANES<F> <= x.head_dim; d += LANES<F>) sums += load(a + d) * load(b + d);
-        F sum = sum_of<F>(sums);
+        F sum = total(sums);
         for (; d < x.head_dim; d++) sum += wide(a[d]) * wide(b[d]);
         return sum;
     }
@@ -161,7 +167,7 @@ template <class S> class Worker : Tiles<S> {
         V<F> own_powers[1] = {all(own - most)};
         if (s->sums) exp_of(own_powers);
         const F own_power = s->sums ? own_powers[0][0] : F(0);
-        const F sum = sum_of<F>(sum_of_keys) + own_power;
+        const F sum = total(sum_of_keys) + own_power;
         own_p[t] = own_power;
         inverse[t] = F(1) / sum;
         if (!backward) lse = most + std::log(sum);
@@ -175,7 +181,8 @@ template <class S> class Worker : Tiles<S> {
                 most = value > most ? value : most;
             }
         });
-        return max_of<F>(most);
+        if constexpr (ROUNDS<S>) return folded_max_of(most);
+        else return max_of<F>(most);
     }
 
     // Columns of a range that are not visible; `visible`: a row's prefix and span, in this order or empty.
