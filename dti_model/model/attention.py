@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -31,6 +30,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes, windowed_attn
 from dti_model.config import DTIConfig, check_reset_layers
+from dti_model.model.norms import added_and_normed, normed
 from dti_model.model.past import LayerKeys, Past
 
 ATTENTION_NAME = "dti"
@@ -155,14 +155,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
-def _for_products(rows: Tensor) -> Tensor:
-    """Rows as autocast gives them to every projection: cast once, not once a projection."""
-    kind = rows.device.type
-    if rows.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
-        return rows
-    return rows.to(torch.get_autocast_dtype(kind))
-
-
 class StreamDecoderLayer(GradientCheckpointingLayer):
     """A decoder layer over a packed batch, made of the modules of the layer it replaces."""
 
@@ -195,13 +187,14 @@ class StreamDecoderLayer(GradientCheckpointingLayer):
             stream.initial_states = hidden_states[:, :num_context]
         sums_only = self.is_last and not stream.context_outputs
         initial = None
-        if self.self_attn.resets:
-            initial = _for_products(self.input_layernorm(stream.initial_states))
-        rows = _for_products(self.input_layernorm(hidden_states))
+        if self.self_attn.resets and stream.initial_states is not None:
+            initial = normed(self.input_layernorm, stream.initial_states)
+        rows = normed(self.input_layernorm, hidden_states)
         attended = self.self_attn(rows, position_embeddings, stream, initial, sums_only)
         residual = hidden_states[:, num_context:] if sums_only else hidden_states
-        hidden_states = residual + self.dropout(attended)
-        rows = _for_products(self.post_attention_layernorm(hidden_states))
+        hidden_states, rows = added_and_normed(
+            residual, self.dropout(attended), self.post_attention_layernorm
+        )
         mixed: Tensor = self.dropout(self.mlp(rows))
         return hidden_states + mixed
 

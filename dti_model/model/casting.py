@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from dti_model.precision import Resolved
 
@@ -54,6 +55,25 @@ def cast_once(model: Model, precision: Resolved) -> Model:
     setattr(cast, _IS_CAST, True)
     result: Model = cast
     return result
+
+
+class _Float32Head(nn.Linear):
+    """A head that computes in float32 under autocast too."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            return super().forward(rows.float())
+
+
+def keep_head_in_float32(model: PreTrainedModel) -> None:
+    """Let a model that trains under autocast on a CPU compute its logits in float32, in place.
+
+    A bfloat16 logit of 8 is off by up to .016. The head of [SUM] rows is a few percent of a step's products on a CPU; GPUs multiply float32 too
+    slowly for it. Heads other than a linear layer of float32 weights stay as they are.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.weight.dtype == torch.float32 and head.weight.device.type == "cpu":
+        head.__class__ = _Float32Head
 
 
 def _in_float32(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -33,6 +33,7 @@ from dti_model.data import PreparedData
 from dti_model.devices import device_named
 from dti_model.files import whole_folder, write_checksums
 from dti_model.model.attention import apply_dti
+from dti_model.model.casting import keep_head_in_float32
 from dti_model.model.fingerprints import OtherOriginError, Provenance
 from dti_model.model.lora import add_lora, save_adapter
 from dti_model.model.model_card import CARD_FILE, Description, write_card
@@ -93,6 +94,8 @@ class Run:
         run = Run._over(config, model, tokenizer, data)
         run.precision = precision or resolve(config.optim.precision, device_named(None))
         run.trained_in = run.precision
+        if run.precision == "bf16" and device_named(None) == "cpu":
+            keep_head_in_float32(model)
         if config.model.uses_lora:
             torch.manual_seed(config.seed)
             run.model = add_lora(model, config.model.lora, run.builder.format.sum_token)

@@ -38,8 +38,10 @@ def dtypes_of_products(patch: pytest.MonkeyPatch) -> set[torch.dtype]:
     training_step = StreamTrainer.training_step
 
     def watched(self: StreamTrainer, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        head: Any = self._unwrapped().get_output_embeddings()  # type: ignore[operator]
-        with_hook = head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+        layer: Any = self._unwrapped().get_decoder().layers[0]  # type: ignore[operator]
+        with_hook = layer.mlp.gate_proj.register_forward_hook(
+            lambda module, inputs, output: seen.add(output.dtype)
+        )
         try:
             return training_step(self, model, *args, **kwargs)
         finally:
