@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,18 @@ from dti_kernels import StreamLayout, windowed_attn
 from dti_kernels.contract import checked_inputs
 from dti_kernels.cpu import build as cpu_build
 from dti_kernels.cpu import choice, compiled
+from dti_kernels.inputs import Gradients, Inputs
 from tests.cases import CASES, Case, random_cases
 from tests.numerics import check_parity
 
+# Without instructions for bfloat16 at a width, pairs of it are multiplied in float32, so that all processors test the path.
+EMULATED = "-DDTI_EMULATE_BFLOAT16"
 VARIANTS = {
-    "tiny tiles": ("-DDTI_TILE_ROWS=7", "-DDTI_SEGMENT_ROWS=5"),
-    "128-bit vectors": ("-DDTI_VECTOR_BYTES=16", "-DDTI_SEGMENT_ROWS=64"),
-    "512-bit vectors": ("-DDTI_VECTOR_BYTES=64", "-DDTI_TILE_ROWS=24"),
+    "tiny tiles": ("-DDTI_TILE_ROWS=7", "-DDTI_SEGMENT_ROWS=5", EMULATED),
+    "128-bit vectors": ("-DDTI_VECTOR_BYTES=16", "-DDTI_SEGMENT_ROWS=64", EMULATED),
+    "256-bit vectors": ("-DDTI_VECTOR_BYTES=32", "-DDTI_TILE_ROWS=9", EMULATED),
+    "512-bit vectors": ("-DDTI_VECTOR_BYTES=64", "-DDTI_TILE_ROWS=24", EMULATED),
+    "widened bfloat16": ("-DDTI_WIDEN_BFLOAT16",),
 }
 
 
@@ -47,8 +52,9 @@ def built_with(*flags: str) -> Iterator[None]:
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
 def test_parity_of_variants(flags: tuple[str, ...]) -> None:
     with built_with(*flags):
+        assert compiled.multiplies_bfloat16() == (EMULATED in flags)
         for case in CASES:
-            for dtype in (torch.float64, torch.float32):
+            for dtype in (torch.float64, torch.float32, torch.bfloat16):
                 check_parity(case, dtype, windowed_attn)
 
 
@@ -58,6 +64,7 @@ def test_variants_on_random_prompts(flags: tuple[str, ...]) -> None:
     @given(random_cases())
     def check(case: Case) -> None:
         check_parity(case, torch.float64, windowed_attn)
+        check_parity(case, torch.bfloat16, windowed_attn)
 
     with built_with(*flags):
         check()
@@ -75,22 +82,54 @@ LONG = Case(
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_parity_over_several_segments(dtype: torch.dtype) -> None:
     check_parity(LONG, dtype, windowed_attn)
 
 
-def test_results_do_not_depend_on_threads() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     """Tasks and the order of sums are those of the layout: bitwise equal, on PyTorch's threads and on threads of its own."""
-    expected = LONG.inputs(torch.float32).run(windowed_attn)
+    expected = LONG.inputs(dtype).run(windowed_attn)
     for num_threads, parallel in ((2, True), (5, True), (3, False)):
         with pytest.MonkeyPatch.context() as monkeypatch:
             if not parallel:
                 monkeypatch.setattr(compiled, "_openmp_parallel", lambda: None)
             monkeypatch.setattr(torch, "get_num_threads", lambda n=num_threads: n)
-            results = LONG.inputs(torch.float32).run(windowed_attn)
+            results = LONG.inputs(dtype).run(windowed_attn)
         for name, value in expected.items():
             assert torch.equal(results[name], value), f"{name} with {num_threads} threads"
+
+
+def test_without_instructions_bfloat16_is_float32_rounded_at_the_end() -> None:
+    """Bit for bit, forward and backward: a processor that does not multiply bfloat16 computes what it did before any did."""
+    x = LONG.inputs(torch.bfloat16)
+    leaves = {name: leaf.detach() for name, leaf in x.leaves.items()}
+    half = checked_inputs(leaves, x.layout, x.reset_settings, None)
+    full = Inputs(*(of.float() if getattr(of, "dtype", None) == torch.bfloat16 else of for of in half))
+    with built_with("-DDTI_WIDEN_BFLOAT16"):
+        out, lse = torch.ops.dti.windowed_attn_fwd(*half)
+        expected, expected_lse = torch.ops.dti.windowed_attn_fwd(*full)
+        assert torch.equal(out, expected.bfloat16())
+        assert torch.equal(lse, expected_lse)
+        grads = torch.ops.dti.windowed_attn_bwd(*half, x.grad_out, out, lse, True)
+        wanted = torch.ops.dti.windowed_attn_bwd(*full, x.grad_out.float(), out.float(), lse, True)
+    for name, grad, like in zip(Gradients._fields, grads, wanted, strict=True):
+        assert torch.equal(grad, like.to(grad.dtype)), name
+
+
+@pytest.mark.parametrize("flags", [(), ("-DDTI_VECTOR_BYTES=32", EMULATED)], ids=["here", "emulated"])
+def test_outputs_are_rounded_as_pytorch_rounds(flags: tuple[str, ...]) -> None:
+    """A row that weighs two keys equally reads the mean of two bfloat16 numbers: every other one lies halfway between two others."""
+    layout = StreamLayout.build([[1]], [[1]], [1], 1)
+    v = (torch.randn(3, 64, 64, generator=torch.manual_seed(0)) * 3).bfloat16()
+    v[:, 0] *= 1e30
+    means = (v[0].float() + v[1].float()) / 2
+    ties = means.view(torch.int32) & 0xFFFF == 0x8000
+    assert 0.2 < ties.float().mean() < 0.8
+    with built_with(*flags) if flags else nullcontext():
+        out = windowed_attn(torch.zeros_like(v), torch.zeros_like(v), v, layout)
+    assert torch.equal(out[1], means.bfloat16())
 
 
 def test_pytorchs_threads_are_found() -> None:

@@ -26,9 +26,10 @@ AT_ROUNDING = {
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Files of golden results and budgets, by implementation."""
     folder = tmp_path_factory.mktemp("expected")
-    for name in ("cpu", "triton"):
-        write_expected(folder / name, triton=name == "triton")
-    return {"native": folder / "cpu", "torch": folder / "cpu", "triton": folder / "triton"}
+    names = ("native", "torch", "triton")
+    for name in names:
+        write_expected(folder / name, name)
+    return {name: folder / name for name in names}
 
 
 @pytest.fixture(params=["native", "torch", "triton"])

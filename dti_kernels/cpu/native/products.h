@@ -19,7 +19,8 @@ template <class S> constexpr int PER_STEP = sizeof(Step<S>) / sizeof(S);
 
 inline void multiply_add(V<float>& sum, V<float> a, V<float> b) { sum += a * b; }
 inline void multiply_add(V<double>& sum, V<double> a, V<double> b) { sum += a * b; }
-#if defined(__AVX512BF16__) && DTI_VECTOR_BYTES == 64
+#if defined(DTI_WIDEN_BFLOAT16)  // a test does without the instructions
+#elif defined(__AVX512BF16__) && DTI_VECTOR_BYTES == 64
 #define DTI_BFLOAT16
 inline void multiply_add(V<float>& sum, Words a, Words b) {
     sum = (V<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
