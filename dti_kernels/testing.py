@@ -69,7 +69,8 @@ def error_budgets(
         dtype: of the implementation's inputs.
         reset: its settings; the initial states are those of `inputs`.
         scale: of the dot products; default `D ** -0.5`.
-        rounds_factors: in 16 bits, probabilities and score gradients are rounded before they are multiplied: so on GPUs, and in bfloat16 on CPUs that multiply it.
+        rounds_factors: in 16 bits, probabilities and score gradients are rounded before they are multiplied: so on GPUs, and in bfloat16
+            on CPUs that multiply it.
 
     Returns:
         By name: `out`, and `d` before the name of each input.

@@ -55,7 +55,8 @@ def windowed_attn(
     Under autocast, inputs are cast to its dtype as for any other attention.
 
     Returns:
-        Shape and dtype of q. Softmax and accumulation run in float32 (float64 for float64 inputs).
+        Shape and dtype of q. Softmax and accumulation run in float32 (float64 for float64 inputs). GPUs round probabilities and score
+        gradients to 16 bits before products, and so do CPUs that multiply bfloat16 themselves; other CPUs compute 16 bits in float32.
 
     Raises:
         TypeError: an argument is of another type than the signature's, a tensor sparse or nested, or dtypes differ or are unsupported.

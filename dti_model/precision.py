@@ -21,7 +21,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 Resolved = Literal["bf16", "fp32"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 # Of training and of scoring.
-DEFAULT: Precision = "fp32"
+DEFAULT: Precision = "auto"
 
 # In words, and as PyTorch's types.
 WORDS: dict[Resolved, str] = {"bf16": "bfloat16", "fp32": "float32"}
