@@ -10,7 +10,7 @@ settings may know the names.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -67,19 +67,32 @@ def has_bfloat16(device: torch.device | str) -> bool:
 
 
 def resolve(precision: Precision, device: torch.device | str) -> Resolved:
-    """What a device computes in; every process has to ask for itself."""
+    """What a device computes in; every process has to ask for itself.
+
+    Raises:
+        ValueError: there is no such precision.
+    """
+    _check(precision, PRECISIONS)
     if precision == "auto":
         return "bf16" if has_bfloat16(device) else "fp32"
     return precision
 
 
 def computing(resolved: Resolved, device: torch.device | str) -> AbstractContextManager[object]:
-    """The context that a model computes in. Hold it over a whole loop of passes without gradients."""
+    """The context that a model computes in, also within another autocast. Hold it over a whole loop of passes without gradients.
+
+    Raises:
+        ValueError: `resolved` is neither.
+    """
     import torch
 
-    if resolved == "fp32":
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
+    _check(resolved, tuple(WORDS))
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=resolved == "bf16")
+
+
+def _check(precision: object, known: tuple[str, ...]) -> None:
+    if precision not in known:
+        raise ValueError(f"precision must be one of {', '.join(known)}, got {precision!r:.60}")
 
 
 def notice(

@@ -50,7 +50,11 @@ def cast_once(model: Model, precision: Resolved) -> Model:
             for name, parameter in list(layer.named_parameters(recurse=False)):
                 rounded = parameter.detach().to(torch.bfloat16)
                 setattr(layer, name, nn.Parameter(rounded, requires_grad=False))
-    if all(parameter.dtype == torch.float32 for parameter in head.parameters()):
+    if type(head) is nn.Linear:
+        head.__class__ = _Float32Head
+    elif not isinstance(head, _Float32Head) and all(
+        parameter.dtype == torch.float32 for parameter in head.parameters()
+    ):  # wrapped by peft
         head.forward = _in_float32(head.forward)
     setattr(cast, _IS_CAST, True)
     result: Model = cast
@@ -61,6 +65,8 @@ class _Float32Head(nn.Linear):
     """A head that computes in float32 under autocast too."""
 
     def forward(self, rows: Tensor) -> Tensor:
+        if self.weight.dtype != torch.float32:  # FSDP2 has gathered it in bfloat16
+            return super().forward(rows)
         with torch.autocast(rows.device.type, enabled=False):
             return super().forward(rows.float())
 

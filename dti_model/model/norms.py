@@ -48,12 +48,13 @@ def added_and_normed(x: Tensor, added: Tensor, norm: nn.Module) -> tuple[Tensor,
 
 
 def _in_blocks(norm: nn.Module, x: Tensor) -> bool:
-    """Whether a norm of a known formula reads the residual stream of a bfloat16 pass on a CPU."""
+    """Whether a norm of a known formula, to which nobody listens, reads the residual stream of a bfloat16 pass on a CPU."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and type(norm) in _NORMS
         and norm.weight.dtype == torch.float32
+        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and not torch.compiler.is_compiling()

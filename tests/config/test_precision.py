@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,3 +111,21 @@ def test_context_that_models_compute_in() -> None:
         assert (x @ x).dtype == torch.bfloat16
     with computing("fp32", "cpu"):
         assert (x @ x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("misspelt", ["float32", "FP32", "fp16", None, torch.float32])
+def test_a_misspelt_precision_is_refused(misspelt: Any) -> None:
+    """It computed in bfloat16, whatever it said."""
+    with pytest.raises(ValueError, match="precision must be one of auto, bf16, fp32, got"):
+        resolve(misspelt, "cpu")
+    with pytest.raises(ValueError, match="precision must be one of bf16, fp32, got"):
+        computing(misspelt, "cpu")
+
+
+def test_float32_is_float32_within_a_callers_autocast() -> None:
+    ones = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with computing("fp32", "cpu"):
+            assert (ones @ ones).dtype == torch.float32
+        with computing("bf16", "cpu"):
+            assert (ones @ ones).dtype == torch.bfloat16

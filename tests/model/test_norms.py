@@ -106,3 +106,12 @@ def test_everywhere_else_the_models_own_norm_computes(norm: nn.Module) -> None:
         assert torch.equal(normed(norm, x.double()), norm(x.double()))
         unknown = nn.LayerNorm(WIDTH)
         assert torch.equal(normed(unknown, x), unknown(x).bfloat16())
+
+
+def test_a_norm_that_somebody_listens_to_is_called(norm: nn.Module) -> None:
+    heard: list[object] = []
+    norm.register_forward_hook(lambda module, inputs, output: heard.append(output))
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = normed(norm, drawn(1, ROWS, WIDTH))
+    assert len(heard) == 1
+    assert rows.dtype == torch.bfloat16
