@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -54,6 +55,7 @@ class Stream:
         context_outputs: keep the last layer's context rows; False: only [SUM] rows leave the model.
         past: rows that an earlier pass has computed; None: the model is given all rows.
         recorded: a list that every layer adds the keys of all context rows to; None: they are not kept.
+        padding: rows after the layout's that the model is given and nobody reads, see `padded`.
     """
 
     layout: StreamLayout
@@ -61,6 +63,21 @@ class Stream:
     context_outputs: bool = False
     past: Past | None = None
     recorded: list[LayerKeys] | None = None
+    padding: int = 0
+
+    def padded(self, num_rows: int) -> int:
+        """Rows that stand for so many in matrix products."""
+        return padded(num_rows) if self.padding else num_rows
+
+
+def padded(num_rows: int) -> int:
+    """Up to a sixteenth more rows, of which few numbers exist.
+
+    PyTorch multiplies bfloat16 on CPUs with oneDNN, which generates code for every shape that it has not seen lately, .6 ms or more a product,
+    and every packed batch has another number of rows.
+    """
+    step = max(64, 1 << max(num_rows // 16, 1).bit_length() - 1)
+    return -(-num_rows // step) * step
 
 
 class StreamAttention(nn.Module):
@@ -100,17 +117,23 @@ class StreamAttention(nn.Module):
         layout, past = stream.layout, stream.past
         num_context, fix = layout.num_context, self.config.position_fix
         rows = hidden_states[0]
-        q = self._heads("q", rows[len(rows) - layout.num_sum :] if sums_only else rows)
-        keys = LayerKeys(self._heads("k", rows), self._heads("v", rows))
+        num_rows = len(rows) - stream.padding
+        given_context = num_rows - layout.num_sum
+        queries, num_queries = rows, num_rows
+        if sums_only:
+            queries, num_queries = rows[given_context:][: stream.padded(layout.num_sum)], layout.num_sum
+        q = self._heads("q", queries)[:num_queries]
+        keys = LayerKeys(*(self._heads(name, rows)[:num_rows] for name in ("k", "v")))
         if initial_states is not None:
-            keys = LayerKeys(*keys[:2], *(self._heads(name, initial_states[0]) for name in ("k", "v")))
+            initial = (self._heads(name, initial_states[0])[:given_context] for name in ("k", "v"))
+            keys = LayerKeys(*keys[:2], *initial)
         if past is not None:
             keys = past.merge(self.layer_idx, keys, layout)
             q = q if sums_only else past.spread(q, layout.num_rows)
         if stream.recorded is not None:
             stream.recorded.append(keys.rows(slice(num_context)))
         k, v, k_initial, v_initial = keys
-        cos, sin = (x[0].to(q.dtype) for x in position_embeddings)
+        cos, sin = (x[0, : layout.num_rows].to(q.dtype) for x in position_embeddings)
         k_sum = k
         if not (fix and sums_only):
             k = _rotate(k, cos, sin)
@@ -136,7 +159,10 @@ class StreamAttention(nn.Module):
         if past is not None and not sums_only:
             out = out[past.given]
         o_proj: nn.Module = self.get_submodule("o_proj")
-        projected: Tensor = o_proj(out.flatten(1))
+        read = out.flatten(1)
+        if stream.padding:
+            read = F.pad(read, (0, 0, 0, len(queries) - len(read)))
+        projected: Tensor = o_proj(read)
         return projected[None]
 
     def _heads(self, name: str, rows: Tensor) -> Tensor:
@@ -181,17 +207,20 @@ class StreamDecoderLayer(GradientCheckpointingLayer):
                 "a model with DTI attention reads packed streaming prompts: call it with stream=Stream(layout), "
                 "and build the layout with StreamLayout.build or dti_model.prompts"
             )
-        num_context = hidden_states.shape[1] - stream.layout.num_sum
+        num_sum = stream.layout.num_sum
+        num_context = hidden_states.shape[1] - stream.padding - num_sum
         if self.is_first:
             hidden_states = self.dropout(hidden_states)
-            stream.initial_states = hidden_states[:, :num_context]
+            stream.initial_states = hidden_states[:, : stream.padded(num_context)]
         sums_only = self.is_last and not stream.context_outputs
         initial = None
         if self.self_attn.resets and stream.initial_states is not None:
             initial = normed(self.input_layernorm, stream.initial_states)
         rows = normed(self.input_layernorm, hidden_states)
         attended = self.self_attn(rows, position_embeddings, stream, initial, sums_only)
-        residual = hidden_states[:, num_context:] if sums_only else hidden_states
+        residual = hidden_states
+        if sums_only:
+            residual = hidden_states[:, num_context:][:, : stream.padded(num_sum)]
         hidden_states, rows = added_and_normed(
             residual, self.dropout(attended), self.post_attention_layernorm
         )
@@ -256,12 +285,17 @@ def model_inputs(
     config: DTIConfig,
     past: Past | None = None,
     recorded: list[LayerKeys] | None = None,
+    few_shapes: bool = False,
 ) -> dict[str, Any]:
-    """Keyword arguments of the model for a packed batch; see `token_logits`."""
+    """Keyword arguments of the model for a packed batch; see `token_logits`. With `few_shapes` logits of padding follow those of the [SUM] rows."""
+    stream, positions = Stream(layout, past=past, recorded=recorded), position_ids(layout, config)
+    if few_shapes and past is None:
+        stream.padding = padded(layout.num_context + padded(layout.num_sum)) - layout.num_rows
+        input_ids, positions = (F.pad(x, (0, stream.padding)) for x in (input_ids, positions))
     return {
         "input_ids": input_ids[None],
-        "position_ids": position_ids(layout, config)[None],
-        "stream": Stream(layout, past=past, recorded=recorded),
+        "position_ids": positions[None],
+        "stream": stream,
         "use_cache": False,
     }
 
@@ -274,6 +308,7 @@ def token_logits(
     tokens: Sequence[int] = (),
     past: Past | None = None,
     recorded: list[LayerKeys] | None = None,
+    few_shapes: bool = False,
 ) -> Tensor:
     """Logits at the [SUM] rows: `(S, V)`, or `(S, len(tokens))` for some tokens of the vocabulary.
 
@@ -286,8 +321,11 @@ def token_logits(
         tokens: token ids whose logits are wanted; empty: all.
         past: context rows that need not be computed again.
         recorded: takes the keys of all context rows, layer after layer.
+        few_shapes: add rows that nobody reads, so that matrix products of different batches have the same shapes (`padded`): for bfloat16 on
+            CPUs. Without effect where there is a past.
     """
-    logits: Tensor = model(**model_inputs(input_ids, layout, config, past, recorded)).logits[0]
+    inputs = model_inputs(input_ids, layout, config, past, recorded, few_shapes)
+    logits: Tensor = model(**inputs).logits[0, : layout.num_sum]
     return logits[:, list(tokens)] if len(tokens) else logits
 
 

@@ -108,7 +108,8 @@ def timed_step(
         torch.cuda.synchronize()
     start = time.perf_counter()
     with computing(precision, device):
-        logits = token_logits(model, batch.input_ids, batch.layout, run.config.dti)
+        few_shapes = precision == "bf16" and device.type == "cpu"
+        logits = token_logits(model, batch.input_ids, batch.layout, run.config.dti, few_shapes=few_shapes)
         loss = torch.nn.functional.cross_entropy(logits.float(), labels)
     loss.backward()
     optimizer.step()

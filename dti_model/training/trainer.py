@@ -104,7 +104,8 @@ class StreamTrainer(ResumableTrainer):
     ) -> Any:
         """Summed cross-entropy over the targets of the whole optimizer step."""
         batch: StreamBatch = inputs["batch"]
-        logits = token_logits(model, batch.input_ids, batch.layout, self.dti)
+        few_shapes = self.args.bf16 and batch.input_ids.device.type == "cpu"
+        logits = token_logits(model, batch.input_ids, batch.layout, self.dti, few_shapes=few_shapes)
         labels = self.answers[batch.labels]
         total = F.cross_entropy(logits.float(), labels, reduction="sum")
         # Gradients are averaged over devices, but every target weighs the same whatever device it is on.

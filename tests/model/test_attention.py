@@ -12,7 +12,7 @@ from transformers import (
 
 from dti_kernels import StreamLayout
 from dti_model.config import MODES, DTIConfig
-from dti_model.model.attention import Stream, apply_dti, position_ids, token_logits
+from dti_model.model.attention import Stream, apply_dti, padded, position_ids, token_logits
 from tests.model.pretrained_files import FAMILIES
 from tests.numerics import FLOAT64_RELATIVE
 
@@ -199,6 +199,44 @@ def test_each_mode_is_different() -> None:
     for i in range(len(MODES)):
         for j in range(i):
             assert (outputs[i] - outputs[j]).abs().max() > 1e-3, (MODES[i], MODES[j])
+
+
+@pytest.mark.parametrize("reset_layers", [(), (0, 2)], ids=["last layer", "two layers"])
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_that_are_added_for_few_shapes_change_nothing(mode: str, reset_layers: tuple[int, ...]) -> None:
+    """Logits and all gradients, in float64; and batches of near sizes are multiplied in one."""
+    config = (
+        DTIConfig(mode, reset_layers=reset_layers) if "reset" in mode or mode == "dti" else DTIConfig(mode)
+    )
+    model = apply_dti(llama().double(), config)
+    results, widths = [], set()
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda _, x, y: widths.add(y.shape[1]))
+    for num_items in (30, 31):
+        layout = StreamLayout.build(
+            [[3, 2, 4] * (num_items // 3) + [2] * (num_items % 3)], [[1] * num_items], [9], 4
+        )
+        ids = torch.randint(2, 50, (layout.num_rows,), generator=torch.manual_seed(num_items))
+        ids[layout.num_context :] = 1
+        for few_shapes in (False, True):
+            widths.clear()
+            model.zero_grad()
+            out = token_logits(model, ids, layout, config, few_shapes=few_shapes)
+            out.square().sum().backward()
+            results.append((out.detach(), [p.grad.clone() for p in model.parameters()]))
+            assert widths == {192 if few_shapes else layout.num_rows}
+    hook.remove()
+    for (plain, grads), (wider, same) in (results[:2], results[2:]):
+        torch.testing.assert_close(wider, plain, rtol=FLOAT64_RELATIVE, atol=FLOAT64_RELATIVE)
+        for grad, like in zip(same, grads, strict=True):
+            torch.testing.assert_close(grad, like, rtol=1e-8, atol=1e-8)
+
+
+def test_padded_sizes_are_few_and_near() -> None:
+    sizes = [padded(n) for n in range(1, 20_000)]
+    assert all(n <= size <= max(64, n + n // 16 + 1) for n, size in enumerate(sizes, 1) if n > 1024)
+    assert all(n <= size < n + 64 for n, size in enumerate(sizes, 1) if n <= 1024)
+    assert sizes == sorted(sizes)
+    assert len({padded(n) for n in range(7_400, 8_193)}) <= 4
 
 
 def test_activation_checkpointing_gives_the_same_gradients() -> None:
