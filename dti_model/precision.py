@@ -90,6 +90,11 @@ def computing(resolved: Resolved, device: torch.device | str) -> AbstractContext
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=resolved == "bf16")
 
 
+def wants_few_shapes(resolved: Resolved, device: torch.device) -> bool:
+    """Whether products are of shapes that PyTorch prepares code for, one by one: see `token_logits`."""
+    return resolved == "bf16" and device.type == "cpu"
+
+
 def _check(precision: object, known: tuple[str, ...]) -> None:
     if precision not in known:
         raise ValueError(f"precision must be one of {', '.join(known)}, got {precision!r:.60}")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from dti_model.config import DTIConfig
 from dti_model.model import cast_once, token_logits
-from dti_model.precision import Resolved, computing
+from dti_model.precision import Resolved, computing, wants_few_shapes
 from dti_model.prompts import IntArray, PromptBuilder, Prompts, consecutive_batches
 from dti_model.ranks import rank, world_size
 
@@ -73,7 +73,10 @@ def score_targets(
             mine = first * world_size() + rank()
             batch = builder.batch(prompts[batches[min(mine, len(batches) - 1)]])
             moved = batch.to(device)
-            logits = token_logits(scoring, moved.input_ids, moved.layout, config, builder.format.labels)
+            logits = token_logits(
+                *(scoring, moved.input_ids, moved.layout, config, builder.format.labels),
+                few_shapes=wants_few_shapes(precision, device),
+            )
             if mine < len(batches):
                 places = torch.from_numpy(np.searchsorted(by_row, batch.targets.numpy())).to(device)
                 scores[places] = torch.softmax(logits.double(), -1)[:, 1]

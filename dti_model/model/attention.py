@@ -142,9 +142,7 @@ class StreamAttention(nn.Module):
         if k_initial is not None and v_initial is not None:
             if not fix:
                 k_initial = _rotate(k_initial, cos[:num_context], sin[:num_context])
-            dti = self.config
-            ratios = dti.alpha_min, dti.alpha_max, dti.steepness, dti.alpha_own
-            reset = HiddenStateReset(k_initial, v_initial, *ratios)
+            reset = self._reset(k_initial, v_initial)
         slopes = self.alibi_slopes if fix else None
         out = windowed_attn(
             q,
@@ -159,11 +157,15 @@ class StreamAttention(nn.Module):
         if past is not None and not sums_only:
             out = out[past.given]
         o_proj: nn.Module = self.get_submodule("o_proj")
-        read = out.flatten(1)
         if stream.padding:
-            read = F.pad(read, (0, 0, 0, len(queries) - len(read)))
-        projected: Tensor = o_proj(read)
+            out = F.pad(out, (0, 0, 0, 0, 0, len(queries) - len(out)))
+        projected: Tensor = o_proj(out.flatten(1))
         return projected[None]
+
+    def _reset(self, k_initial: Tensor, v_initial: Tensor) -> HiddenStateReset:
+        dti = self.config
+        ratios = dti.alpha_min, dti.alpha_max, dti.steepness, dti.alpha_own
+        return HiddenStateReset(k_initial, v_initial, *ratios)
 
     def _heads(self, name: str, rows: Tensor) -> Tensor:
         """`(rows, E)` to `(rows, heads, D)` queries, keys or values."""

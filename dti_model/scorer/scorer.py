@@ -25,7 +25,7 @@ import torch
 
 from dti_kernels import candidate_layout
 from dti_model.model import ClickModel, LayerKeys, Past, Run, cast_once, concatenated, token_logits
-from dti_model.precision import DEFAULT, Precision, computing, resolve
+from dti_model.precision import DEFAULT, Precision, computing, resolve, wants_few_shapes
 from dti_model.prompts import IntArray, consecutive_batches
 from dti_model.scorer.items import Item, ItemError, ItemTokens, user_text
 from dti_model.shown import shown
@@ -395,5 +395,6 @@ class Scorer:
                 self._format.labels,
                 past=past,
                 recorded=recorded,
+                few_shapes=wants_few_shapes(self.precision, device),
             )
         return logits, recorded or []

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dti_model.model import Run, token_logits
-from dti_model.precision import Resolved, computing
+from dti_model.precision import Resolved, computing, wants_few_shapes
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.training.setup import training_arguments
 from dti_model.training.trainer import StreamTrainer
@@ -108,7 +108,7 @@ def timed_step(
         torch.cuda.synchronize()
     start = time.perf_counter()
     with computing(precision, device):
-        few_shapes = precision == "bf16" and device.type == "cpu"
+        few_shapes = wants_few_shapes(precision, device)
         logits = token_logits(model, batch.input_ids, batch.layout, run.config.dti, few_shapes=few_shapes)
         loss = torch.nn.functional.cross_entropy(logits.float(), labels)
     loss.backward()

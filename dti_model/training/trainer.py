@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from dti_model.config import DTIConfig
 from dti_model.model import token_logits
+from dti_model.precision import wants_few_shapes
 from dti_model.prompts import PackedPrompts, StreamBatch
 from dti_model.ranks import world_size
 from dti_model.training.flops import Speed, StepCost, peak_flops
@@ -104,7 +105,7 @@ class StreamTrainer(ResumableTrainer):
     ) -> Any:
         """Summed cross-entropy over the targets of the whole optimizer step."""
         batch: StreamBatch = inputs["batch"]
-        few_shapes = self.args.bf16 and batch.input_ids.device.type == "cpu"
+        few_shapes = wants_few_shapes("bf16" if self.args.bf16 else "fp32", batch.input_ids.device)
         logits = token_logits(model, batch.input_ids, batch.layout, self.dti, few_shapes=few_shapes)
         labels = self.answers[batch.labels]
         total = F.cross_entropy(logits.float(), labels, reduction="sum")
