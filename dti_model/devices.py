@@ -62,7 +62,7 @@ def device_of_rank(name: str | None) -> str:
 def precision_of_ranks(
     precision: Precision, device: torch.device | str, option: str, began: Resolved | None = None
 ) -> Resolved:
-    """What this process and all others compute in. Rank 0 says on stderr what `auto` means. Every rank has to get here.
+    """What this process and all others compute in. Every rank has to get here.
 
     Args:
         precision: as the user gave it.
@@ -81,10 +81,16 @@ def precision_of_ranks(
             f"{option} auto is bfloat16 on {_ranks(having)} and float32 on {_ranks(lacking)}, whose hardware does not multiply bfloat16: "
             f"say {option} fp32, or bf16, which is slow there"
         )
+    return resolved
+
+
+def say_precision(
+    precision: Precision, device: torch.device | str, option: str, began: Resolved | None = None
+) -> None:
+    """Rank 0 says on stderr what `auto` means; arguments as of `precision_of_ranks`. Not before what a user may get wrong has been checked."""
     line = notice(precision, device, option, began)
     if line is not None and rank() == 0:
         say_once(line)
-    return resolved
 
 
 def _ranks(numbers: list[int]) -> str:

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dti_kernels import testing, windowed_attn_reference
-from dti_kernels.cpu import compiled
+from dti_kernels import cpu, testing, windowed_attn_reference
 from tests.cases import Case
 
 # Two float64 computations of one number differ by the order of their sums.
@@ -41,8 +40,7 @@ def rounds_factors(dtype: torch.dtype, device: torch.device | str) -> bool:
         return True
     if os.environ.get("TRITON_INTERPRET") == "1":  # which computes bfloat16 in float32
         return dtype == torch.float16
-    compiled_here = os.environ.get("DTI_CPU") != "torch" and dtype == torch.bfloat16
-    return compiled_here and compiled.multiplies_bfloat16()
+    return cpu.rounds_factors(dtype)
 
 
 def golden_and_budgets(

@@ -89,7 +89,7 @@ def train_and_score(data: Path, out: Path) -> None:
         progress=False,
         report_to=(),
         model=ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mlp_width=24),
-        optim=OptimConfig(max_steps=2, token_budget=300),
+        optim=OptimConfig(max_steps=2, token_budget=300, precision="fp32"),
     )
     config = cell_config(config, {"optim.learning_rate": "1e-3"}, seed=1)
     result = train(config)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from benchmarks.attention.workloads import AttentionInputs, Workload
-from dti_kernels import windowed_attn, windowed_attn_reference
+from dti_kernels import cpu, windowed_attn, windowed_attn_reference
 from dti_kernels.testing import error_budgets, shares
-from dti_model.precision import has_bfloat16
 
 # Times of the error budget beyond which a GPU's result is taken for wrong. Budgets are computed and not measured: up to it, a card rounds
 # otherwise than was thought.
@@ -28,8 +26,7 @@ def budget_shares(x: AttentionInputs, actual: Mapping[str, Tensor]) -> dict[str,
         actual: its output and gradients, as `AttentionInputs.run` names them.
     """
     exact, device, dtype = x.as_float64(), x.q.device, x.q.dtype
-    # A processor's products of bfloat16 want both factors in it.
-    rounds_factors = device.type != "cpu" or (dtype == torch.bfloat16 and has_bfloat16(device))
+    rounds_factors = device.type != "cpu" or cpu.rounds_factors(dtype)
     budgets = error_budgets(
         exact.named(),
         exact.grad_out,

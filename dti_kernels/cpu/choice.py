@@ -11,6 +11,7 @@ import os
 import warnings
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from dti_kernels.contract import check_memory
@@ -27,6 +28,11 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
 def backward(x: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, slopes_grad: bool) -> Gradients:
     """The gradients, from what the forward returned."""
     return isolation.backward(_implementation(x).backward, x, grad_out, out, lse, slopes_grad)
+
+
+def rounds_factors(dtype: torch.dtype) -> bool:
+    """Whether probabilities and score gradients of inputs in `dtype` are rounded to it before products, as `dti_kernels.testing` has to know."""
+    return dtype == torch.bfloat16 and _is_compiled() and compiled.multiplies_bfloat16()
 
 
 def _implementation(x: Inputs) -> ModuleType:

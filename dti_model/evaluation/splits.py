@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from dti_model.config import TrainConfig
 from dti_model.data import SPLIT_CODES, PreparedData
-from dti_model.devices import device_of_rank, precision_of_ranks
+from dti_model.devices import device_of_rank, precision_of_ranks, say_precision
 from dti_model.evaluation.baselines import baseline_metrics
 from dti_model.evaluation.metrics import click_metrics
 from dti_model.evaluation.scoring import score_targets
@@ -96,6 +96,7 @@ def evaluate_run(
     device = device_of_rank(device)
     run = Run.load(folder, data_folder, device, other_data, base)
     run.precision = precision_of_ranks(precision, device, "--precision")
+    say_precision(precision, device, "--precision")
     scores = score_split(run, split, k, progress)
     baselines = baseline_metrics(run.data, split, eval_targets(run.data, split, run.config))
     result = {

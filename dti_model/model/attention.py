@@ -71,12 +71,12 @@ class Stream:
 
 
 def padded(num_rows: int) -> int:
-    """Up to a sixteenth more rows, of which few numbers exist.
+    """Up to a thirty-second more rows, of which few numbers exist.
 
     PyTorch multiplies bfloat16 on CPUs with oneDNN, which generates code for every shape that it has not seen lately, .6 ms or more a product,
     and every packed batch has another number of rows.
     """
-    step = max(64, 1 << max(num_rows // 16, 1).bit_length() - 1)
+    step = max(64, 1 << max(num_rows // 32, 1).bit_length() - 1)
     return -(-num_rows // step) * step
 
 

@@ -9,7 +9,7 @@ from transformers import set_seed
 
 from dti_model.config import TrainConfig
 from dti_model.data import DataError, PreparedData
-from dti_model.devices import precision_of_ranks
+from dti_model.devices import precision_of_ranks, say_precision
 from dti_model.evaluation import eval_targets
 from dti_model.launch import let_settings_rule
 from dti_model.model import MODEL_FOLDER, Run
@@ -64,6 +64,7 @@ def _train_in(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     _check_sharding(run)
     if checkpoint is not None:
         check_same_origin(checkpoint, run.provenance)
+    say_precision(config.optim.precision, device, "--optim.precision", began)
     trainer = trainer_of(run, arguments)
     # A pretrained model has a level before training. Not again after an interruption: it would count for early stopping.
     trainer.args.eval_on_start = config.model.pretrained is not None and checkpoint is None

@@ -18,7 +18,12 @@ ROOM = {"float64": 0.25, "float32": 0.4, "bfloat16": 1.0, "float16": 1.0}
 # One target after one token: a percent of its gradients is about what bfloat16 rounds, and a processor's luck would decide.
 AT_ROUNDING = {
     (name, "one_token", "bfloat16")
-    for name in ("delta off by a percent", "dq off by a percent", "dk of [SUM]s off by a percent")
+    for name in (
+        "delta off by a percent",
+        "dq off by a percent",
+        "dk of [SUM]s off by a percent",
+        "slope off by a percent",
+    )
 }
 
 

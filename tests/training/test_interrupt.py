@@ -49,7 +49,13 @@ PROCESSES.set_forkserver_preload(["dti_model.training.driver"])
 def config(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Dropout, accumulation and checkpoints inside epochs; early stopping ends it before the last epoch."""
     optim = OptimConfig(
-        epochs=9, learning_rate=0.02, token_budget=300, patience=2, accumulation=2, save_steps=2
+        epochs=9,
+        learning_rate=0.02,
+        token_budget=300,
+        patience=2,
+        accumulation=2,
+        save_steps=2,
+        precision="fp32",  # in processes of their own too
     )
     out = tmp_path_factory.mktemp("interrupt") / "whole"
     return small_run(small_folder, out, model=small_model(layers=2), optim=optim)
@@ -175,6 +181,7 @@ def test_sigterm_writes_a_checkpoint_and_says_so(
     command += ["--model.layers=2", "--model.width=16", "--model.heads=2", "--model.kv-heads=1"]
     command += ["--model.mlp-width=24", f"--optim.epochs={optim.epochs}", "--optim.learning-rate=0.02"]
     command += ["--optim.token-budget=300", "--optim.patience=2", "--optim.accumulation=2"]
+    command += ["--optim.precision=fp32"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -11,7 +11,7 @@ import torch
 
 from dti_model import devices
 from dti_model.config import OptimConfig, TrainConfig
-from dti_model.devices import precision_of_ranks, say_once
+from dti_model.devices import precision_of_ranks, say_once, say_precision
 from dti_model.evaluation import evaluate_run
 from dti_model.model import Provenance, Run, RunExistsError
 from dti_model.precision import Precision
@@ -158,7 +158,7 @@ def test_one_rank_says_it_once(
     use_processor(monkeypatch, "avx512_bf16")
     monkeypatch.setattr(devices, "rank", lambda: rank)
     for _ in range(3):
-        precision_of_ranks("auto", "cpu", "--optim.precision")
+        say_precision("auto", "cpu", "--optim.precision")
     assert capsys.readouterr().err.count("\n") == lines
 
 
