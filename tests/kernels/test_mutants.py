@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from dti_kernels import cpu
 from tests.kernels.mutants import MUTANTS, Mutant, shares_of, write_expected
 
 # Of the budget, by correct implementations. In 16 bits the rounding of what is stored may be nearly all of it: that part is exact.
@@ -18,13 +20,11 @@ ROOM = {"float64": 0.25, "float32": 0.4, "bfloat16": 1.0, "float16": 1.0}
 # One target after one token: a percent of its gradients is about what bfloat16 rounds, and a processor's luck would decide.
 AT_ROUNDING = {
     (name, "one_token", "bfloat16")
-    for name in (
-        "delta off by a percent",
-        "dq off by a percent",
-        "dk of [SUM]s off by a percent",
-        "slope off by a percent",
-    )
+    for name in ("delta off by a percent", "dq off by a percent", "dk of [SUM]s off by a percent")
 }
+# Where the processor's products round probabilities to bfloat16, rounding takes as much of some as a percent of one score does: three cases
+# have to find it.
+OF_A_SCORE = ("own score off by a percent", "slope off by a percent")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,10 @@ def test_a_small_error_is_found(
         for dtype, share in shares.items()
         if share <= 1
     }
+    if mutant.implementation == "native" and cpu.rounds_factors(torch.bfloat16) and mutant.name in OF_A_SCORE:
+        of_score = {each for each in missed if each[2] == "bfloat16"}
+        assert len(touched) - len(of_score) >= 3
+        missed -= of_score
     assert missed <= AT_ROUNDING
 
 
