@@ -1,6 +1,6 @@
 """Compiles `native/attention.cpp` and keeps it in a folder of this user's own (`private_folders.py`).
 
-The C++ has no dependencies (no PyTorch headers, so one build serves every PyTorch). It is compiled once per machine, in about six
+The C++ has no dependencies (no PyTorch headers, so one build serves every PyTorch). It is compiled once per machine, in about seven
 seconds, for the machine's own vector instructions. CXX names the compiler. A kept library is loaded only if it is a regular file of
 this user whose name ends with the sha256 of its content; any other is built again.
 """

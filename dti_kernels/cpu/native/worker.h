@@ -46,7 +46,7 @@ template <class S> class Worker : Tiles<S> {
     std::vector<S> rounded_p, rounded_ds;
     std::vector<Step<S>> pairs_of_panel;
 
-    // The order of float32's and float64's sums stays what it was before there was another.
+    // float32 and float64 are added lane by lane, so that no instruction of one processor decides their order.
     static F total(V<F> x) {
         if constexpr (ROUNDS<S>) return folded_sum_of(x);
         else return sum_of<F>(x);
