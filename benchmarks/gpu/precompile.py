@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -162,14 +163,29 @@ def gather(names: list[str], arch: str) -> dict[Key, Any]:
     return found
 
 
+def compile_launcher(kernel: Any) -> None:
+    """Compile the C extension through which Triton launches a kernel, where it has one for each signature: .4 s each, 32 for all sets.
+
+    Triton 3.9 has none, and without the driver's library there is nothing to link with. What is wrong here is said by the launch itself.
+    """
+    from triton.runtime import driver
+
+    backend = driver.active.get_current_target().backend
+    vendor, launcher = {"cuda": ("nvidia", "CudaLauncher"), "hip": ("amd", "HIPLauncher")}[backend]
+    module = importlib.import_module(f"triton.backends.{vendor}.driver")
+    if hasattr(module, "make_launcher"):
+        with suppress(Exception):
+            getattr(module, launcher)(kernel.src, kernel.metadata)
+
+
 _launches: list[Any] = []  # of the parent, for the children that it forks
 
 
 def compile_one(index: int) -> tuple[int, float, str]:
-    """Compile a launch of the parent's list; its index, the seconds, and what went wrong."""
+    """Compile a launch of the parent's list, and what launches it; its index, the seconds, and what went wrong."""
     start = time.monotonic()
     try:
-        warm_up(_launches[index])
+        compile_launcher(warm_up(_launches[index]))
         error = ""
     except Exception as caught:  # a compiler's refusal: the others still count
         error = f"{type(caught).__name__}: {caught}"[:200]

@@ -42,14 +42,19 @@ def version_of(package: str) -> str | None:
 
 
 def commit_of(root: Path) -> str:
-    """Of a checkout, `-dirty` where files differ from it; "unknown" where there is no git, or git knows no repository there."""
+    """Of a checkout, `-dirty` where files differ from it.
+
+    Where there is no git, or git knows no repository there, it is what the variable DTI_COMMIT says, which whoever carried the copy there
+    knows, or else "unknown".
+    """
+    unknown = os.environ.get("DTI_COMMIT") or UNKNOWN_COMMIT
     try:
         # A copy without its .git that lies in somebody else's repository has no commit either.
         if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
-            return UNKNOWN_COMMIT
+            return unknown
         return _git(root, "describe", "--always", "--dirty")
     except (OSError, subprocess.CalledProcessError):
-        return UNKNOWN_COMMIT
+        return unknown
 
 
 def _git(root: Path, *arguments: str) -> str:

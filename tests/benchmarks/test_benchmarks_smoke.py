@@ -217,6 +217,8 @@ def test_rows_without_git_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Without a git program every benchmark ended in a traceback, after it had measured; so did two tests."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit_of(ROOT) == "unknown"
+    monkeypatch.setenv("DTI_COMMIT", "abc1234")
+    assert commit_of(ROOT) == "abc1234", "whoever carried a copy there knows"
 
 
 def test_rows_outside_of_a_repository_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from benchmarks.attention import parity
 from benchmarks.attention.workloads import Workload
 from benchmarks.gpu import device as device_gpu
 from benchmarks.gpu import ncu as ncu_gpu
+from benchmarks.gpu import precompile
 from benchmarks.gpu import smoke as smoke_gpu
+from benchmarks.measuring import stand_in
 from benchmarks.recording import DOUBTFUL, SKIPPED
 from dti_kernels import windowed_attn
 from tests.cases import CASES, Case, Inputs
@@ -190,6 +193,27 @@ def test_a_carried_cache_is_compared_with_its_stamp(tmp_path: Path, monkeypatch:
     assert device_gpu.cache_state(device_gpu.cache_folder()) == "1 entries, good"
     monkeypatch.setattr(device_gpu, "ROOT", tmp_path)
     assert device_gpu.cache_state(tmp_path) == "1 entries, other checkout, sources"
+
+
+def test_launchers_are_compiled_with_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 compiles C at the first launch of every signature: on a lent GPU that is time of the lease."""
+    if reason := stand_in.why_not_compiled():
+        pytest.skip(reason)
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    kernels: list[Any] = []
+
+    class Launcher:
+        def __init__(self, src: Any, metadata: Any) -> None:
+            kernels.append((src.fn.__name__, metadata.num_warps))
+            raise OSError("no libcuda.so.1")
+
+    monkeypatch.setattr(driver, "CudaLauncher", Launcher)
+    monkeypatch.setattr(driver, "make_launcher", None, raising=False)
+    with stand_in.driver_of("sm_90"):
+        launches = list(precompile.gather(["score"], "sm_90").values())[:2]
+        monkeypatch.setattr(precompile, "_launches", launches)
+        assert [precompile.compile_one(index)[2] for index in range(2)] == ["", ""]
+    assert kernels == [(launch.kernel.fn.__name__, launch.tile.warps) for launch in launches]
 
 
 def test_the_driver_of_either_vendor_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
