@@ -25,6 +25,8 @@ NOTHING = "**Nothing has been timed on a GPU yet.**"
 # The machine of a rehearsal's rows begins with this; a row of a CPU counts its threads.
 _IMAGINARY, _CPU = "rehearsal", re.compile(r", \d+ threads$")
 _LEFT_OUT = "left out: "
+HEADLINE = "llama8b_k50_16k"
+_TIMES = "forward ms (TFLOP/s) | backward ms (TFLOP/s) | both ms (TFLOP/s)"
 # Below this share of repeats with the host ahead, a time may have the host in it.
 _AHEAD = 0.9
 
@@ -109,28 +111,38 @@ def providers_of(rows: Rows) -> dict[tuple[str, str], dict[str, dict[str, dict[s
     return found
 
 
+def chosen(rows: Rows) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """Attention rows by workload, then provider and mode: of runs with the tiles that won on the card, where there are some."""
+    found = providers_of(rows)
+    tuned = {workload for workload, table in found if table != "frozen"}
+    return {
+        workload: providers
+        for (workload, table), providers in found.items()
+        if table != "frozen" or workload not in tuned
+    }
+
+
 def attention(rows: Rows) -> str:
-    """Tables of attention, one for each workload."""
-    by_workload: dict[str, list[str]] = {}
-    both_tables = len({table for _, table in providers_of(rows)}) > 1
-    for (workload, table), providers in providers_of(rows).items():
-        lines = by_workload.setdefault(workload, [])
-        own = providers.get(OURS, {}).get("forward+backward", {})
-        # Timed alone, ours is no denominator: nothing took turns with it.
-        ours = None if own.get("alone") else own.get("p50_ms")
-        for provider, modes in providers.items():
-            label = provider
-            if provider == OURS and both_tables:
-                label += ", tuned here" if table != "frozen" else ", tiles of the table"
-            lines.append(_provider_line(label, modes, ours))
-    head = "| | forward ms (TFLOP/s) | backward ms (TFLOP/s) | both ms (TFLOP/s) | both, over ours | MiB |"
-    parts = []
-    for workload, lines in by_workload.items():
+    """A table for each workload that others were timed on, and one of ours on all the rest."""
+    parts, alone = [], []
+    for workload, providers in chosen(rows).items():
         facts = next(row for row in _of(rows, "attention", workload=workload) if "provider" in row)
+        own = providers.get(OURS, {})
+        if providers.keys() == {OURS} and "failed" not in own:
+            size = f"{facts['rows']:,} | {facts['mean_span']:,.0f}"
+            alone.append(f"| `{workload}` | {size} | {' | '.join(_cells(own))} | {_mib(own)} |")
+            continue
+        both = own.get("forward+backward", {})
+        # Timed alone, ours is no denominator: nothing took turns with it.
+        ours = None if both.get("alone") else both.get("p50_ms")
         title = f"`{workload}`"
         if "rows" in facts:
             title += f": {facts['rows']:,} rows that see {facts['mean_span']:,.0f} keys each on average"
-        parts += [title, markdown_table(head, lines)]
+        lines = [_provider_line(provider, modes, ours) for provider, modes in providers.items()]
+        parts += [title, markdown_table(f"| | {_TIMES} | both, over ours | MiB |", lines)]
+    if alone:
+        head = f"| {OURS} | rows | keys a row | {_TIMES} | MiB |"
+        parts.append(markdown_table(head, alone, "Other workloads, ours alone:"))
     notes = (
         "P50 of the device's time; useful TFLOP/s count visible pairs only. No baseline has ALiBi or keys of [SUM] rows' own; those "
         "with a scalar window compute a cheaper, wrong mask: a lower bound on time."
@@ -140,13 +152,32 @@ def attention(rows: Rows) -> str:
     return "\n\n".join([*parts, notes])
 
 
+def headline(rows: Rows) -> str:
+    """Forward and backward of the first workload, beside the strongest baseline with its mask and beside that mask as a dense tensor."""
+    found = chosen(rows).get(HEADLINE, {})
+    own = found.get(OURS, {}).get("forward+backward", {})
+    if "p50_ms" not in own:
+        return ""
+    said = f"Forward and backward with Llama-3.1-8B's heads, 50 targets a prompt, {own['rows']:,} rows: {own['useful_tflops']:.0f} TFLOP/s"
+    heads = [row for row in _of(rows, "flex_options", heads=32, head_dim=128) if "failed" not in row]
+    tried = len(latest(heads, "options"))
+    names = {
+        "flex_tuned": f"FlexAttention with the best of {tried} settings",
+        "sdpa_dense_mask": "SDPA with a dense mask",
+    }
+    for provider, name in names.items():
+        row = found.get(provider, {}).get("forward+backward", {})
+        if "ours_p50_ms" in row and "p50_ms" in row:
+            said += f", {row['p50_ms'] / row['ours_p50_ms']:.1f} times as fast as {name}"
+    return f"{said}."
+
+
 def _host_in(row: dict[str, Any]) -> bool:
     return bool(row.get("host_ahead", 1.0) < _AHEAD)
 
 
-def _provider_line(label: str, modes: dict[str, dict[str, Any]], ours: float | None) -> str:
-    if "failed" in modes:
-        return f"| {label} | {_failed(modes['failed'])} | | | | |"
+def _cells(modes: dict[str, dict[str, Any]]) -> list[str]:
+    """Milliseconds and TFLOP/s of each mode."""
     cells = []
     for mode in MODES:
         row = modes.get(mode, {})
@@ -154,11 +185,21 @@ def _provider_line(label: str, modes: dict[str, dict[str, Any]], ours: float | N
             cells.append(f"{row['p50_ms']:.3f}{'*' if _host_in(row) else ''} ({row['useful_tflops']:.0f})")
         else:
             cells.append(_failed(row) if "failed" in row else "")
+    return cells
+
+
+def _mib(modes: dict[str, dict[str, Any]]) -> str:
+    both = modes.get("forward+backward", {})
+    return f"{both['peak_mib']:,.0f}" if "peak_mib" in both else ""
+
+
+def _provider_line(label: str, modes: dict[str, dict[str, Any]], ours: float | None) -> str:
+    if "failed" in modes:
+        return f"| {label} | {_failed(modes['failed'])} | | | | |"
     both = modes.get("forward+backward", {})
     ours = both.get("ours_p50_ms", ours)  # of the same turns, where the row has it
     over = f"{both['p50_ms'] / ours:.2f}" if ours and "p50_ms" in both else ""
-    memory = f"{both['peak_mib']:,.0f}" if "peak_mib" in both else ""
-    return f"| {label} | {' | '.join(cells)} | {over} | {memory} |"
+    return f"| {label} | {' | '.join(_cells(modes))} | {over} | {_mib(modes)} |"
 
 
 def _failed(row: dict[str, Any]) -> str:
@@ -235,8 +276,10 @@ def tile_table(rows: Rows) -> str:
             )
     if not lines:
         return ""
-    title = "Tiles (rows x keys, warps, stages; `ahead`: the next scores are computed ahead) that beat the table's:"
-    return markdown_table("| kernel | workload | tile of the table | ms | faster tile | ms |", lines, title)
+    title = "Tiles (rows x keys, warps, stages; `ahead`: the next scores are computed ahead) that beat those that the table had in the sweep:"
+    return markdown_table(
+        "| kernel | workload | tile of the table then | ms | faster tile | ms |", lines, title
+    )
 
 
 def _tile(row: dict[str, Any]) -> str:
@@ -293,13 +336,10 @@ def host(rows: Rows) -> str:
 
 
 def _points(rows: Rows) -> Rows:
-    """Attention rows of the roofline: ours with the best tiles there are, and everybody else's."""
-    found = providers_of(rows)
-    tuned = {workload for workload, table in found if table != "frozen"}
+    """Attention rows of the roofline."""
     return [
         row
-        for (workload, table), providers in found.items()
-        if table != "frozen" or workload not in tuned
+        for providers in chosen(rows).values()
         for modes in providers.values()
         for row in modes.values()
         if "useful_tflops" in row
@@ -326,7 +366,7 @@ def gpu(results: Path | None = None) -> str:
         title = f"**{made['machine']}** (torch {made['torch']}, triton {made.get('triton')}, commit {made['commit']}, {made['date']})"
         parts = [title, parity(rows)]
         if _of(rows, "attention"):
-            parts += [attention(rows), checks(rows)]
+            parts += [headline(rows), attention(rows), checks(rows)]
         if _points(rows):
             parts.append(f"![roofline of {card}](benchmarks/results/gpu-{card}.png)")
         parts += [tile_table(rows), training(rows), finetuned(rows), scoring(rows), host(rows)]
