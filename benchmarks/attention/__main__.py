@@ -1,4 +1,4 @@
-"""`python -m benchmarks.attention`: a process of `flex_tuned.warm`."""
+"""`python -m benchmarks.attention`: a process of `flex_tuned.Warming`."""
 
 from benchmarks.attention.flex_tuned import main
 

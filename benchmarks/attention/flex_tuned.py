@@ -5,7 +5,7 @@
 Why not `torch.compile(mode="max-autotune-no-cudagraphs")`: it compiles some twenty kernels per head_dim, times them on a made-up mask in
 which every block is visible, and cannot choose the blocks of the mask, which decide how much of a window's edge is computed in vain.
 
-Each set of options is a compilation of forward and, where PyTorch has one for its mask, backward. `warm` makes them in processes of their
+Each set of options is a compilation of forward and, where PyTorch has one for its mask, backward. `Warming` makes them in processes of their
 own, side by side, whose results wait in Inductor's and Triton's caches.
 """
 
@@ -193,33 +193,43 @@ class _Child:
         return True
 
 
-def warm(seconds: float, logs: Path | None = None) -> list[dict[str, Any]]:
-    """Compile all options for all heads in processes of their own; a row for each, with its seconds and status.
+class Warming:
+    """Processes that compile all options for all heads side by side, from when this is made; each takes half a minute or more.
 
     Args:
-        seconds: after which those that still run are ended.
         logs: folder for what they print; None: a temporary one. The end of what one prints that fails is printed here as well.
     """
-    names = [options.name for options in OPTIONS] + [_MASK]
-    heads = list(HEADS)
-    if REHEARSING:
-        names, heads = names[1:2], heads[:1]
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) if logs is None else logs
+
+    def __init__(self, logs: Path | None = None) -> None:
+        names = [options.name for options in OPTIONS] + [_MASK]
+        heads = list(HEADS)
+        if REHEARSING:
+            names, heads = names[1:2], heads[:1]
+        self._start = time.monotonic()
+        self._temporary = tempfile.TemporaryDirectory()
+        folder = Path(self._temporary.name) if logs is None else logs
         folder.mkdir(parents=True, exist_ok=True)
-        children = [_Child.start(head, name, folder) for head in heads for name in names]
-        running = children
+        self._children = [_Child.start(head, name, folder) for head in heads for name in names]
+
+    def wait(self, seconds: float) -> list[dict[str, Any]]:
+        """Wait until all have ended; a row for each, with its seconds and status.
+
+        Args:
+            seconds: from the start, after which those that still run are ended.
+        """
+        running = self._children
         try:
             while running:
-                took = time.monotonic() - start
+                took = time.monotonic() - self._start
                 running = [child for child in running if not child.end(took, stop=took > seconds)]
                 time.sleep(0.05 if running else 0.0)
         finally:
             for child in running:  # somebody interrupted this: they would go on without it
                 child.process.kill()
-    print(f"FlexAttention's options compiled side by side: {time.monotonic() - start:.1f} s", flush=True)
-    return [child.row for child in children]
+            self._temporary.cleanup()
+        took = time.monotonic() - self._start
+        print(f"FlexAttention's options compiled side by side: {took:.1f} s", flush=True)
+        return [child.row for child in self._children]
 
 
 def main() -> None:

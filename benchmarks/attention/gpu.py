@@ -21,7 +21,7 @@ import torch
 import benchmarks.attention.flex_tuned as flex_tuned
 from benchmarks.attention.parity import MOST_SHARE, gate
 from benchmarks.attention.providers import GPU_PROVIDERS, MODES, OURS, Unavailable, by_mode, settle
-from benchmarks.attention.rows import about_tiles, measured, printed, speeds
+from benchmarks.attention.rows import about_tiles, have_rows, measured, printed, speeds
 from benchmarks.attention.workloads import SHORT_TOKENS, AttentionInputs, Workload, gpu_workload
 from benchmarks.measuring import (
     DEVICE,
@@ -355,8 +355,10 @@ def _run_baselines(session: Session, todo: list[Plan], logs: Path | None) -> Non
         if plan.workload.name not in session.broken
     }
     left = session.deadline - time.monotonic()
-    if left > 0 and any(flex_tuned.NAME in names for names in missing.values()):
-        session.files.append(flex_tuned.warm(min(left, _WARM_SHARE * session.seconds), logs))
+    # `benchmarks.gpu.precompile --flex` has done it already where the file has rows about it.
+    warmed = have_rows(session.files.paths, "flex_warm")
+    if left > 0 and not warmed and any(flex_tuned.NAME in names for names in missing.values()):
+        session.files.append(flex_tuned.Warming(logs).wait(min(left, _WARM_SHARE * session.seconds)))
     for plan in todo:
         names = missing.get(plan.workload.name)
         if names:

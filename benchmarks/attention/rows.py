@@ -56,6 +56,13 @@ def measured(paths: Iterable[Path]) -> set[tuple[str, str]]:
     return {key for key, found in modes.items() if found.issuperset(MODES)}
 
 
+def have_rows(paths: Iterable[Path], benchmark: str) -> bool:
+    """Whether files have rows of a benchmark already."""
+    return any(
+        json.loads(line).get("benchmark") == benchmark for path in paths for line in row_lines(path)[0]
+    )
+
+
 def tiles_in_force(x: AttentionInputs, mode: str) -> dict[str, list[int]]:
     """The tiles of the kernels that a mode launches, as the tuner writes them."""
     about = x.q.device, x.q.shape[2], x.q.dtype, x.layout.mean_span

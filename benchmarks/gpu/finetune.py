@@ -39,11 +39,10 @@ from dti_model.training import RunLog, StreamTrainer, training_arguments
 INSTRUCTION = "Films that one user rated, and whether the user liked each of them:\n"
 # Targets of a prompt in validation and test; and how many test targets get a prompt of their own, whose rows are some ten times as many.
 STREAMING_K, ONE_PROMPT_EACH = 50, 6000
-# Above this many rows a second, two epochs of half of MovieLens-1M fit into a slot.
-ROWS_PER_S_FOR_TWO_EPOCHS = 120_000
-# `benchmarks.bench_train_gpu` has bfloat16 weights. Float32 ones under autocast are cast at every use, and the optimizer reads twice the
-# bytes. The share is a guess on the safe side: two epochs that do not fit cost more than one that leaves time over.
-SHARE_OF_BF16_SPEED = 0.6
+# The most epochs of a run that chooses their number, and the seconds that it keeps for scoring after each and at the end.
+MOST_EPOCHS, SCORING_S = 3, 20.0
+# Of the speed that `benchmarks.bench_train_gpu` measures with bfloat16 weights; float32 ones under autocast were as fast on a slow host.
+SHARE_OF_BF16_SPEED = 0.8
 WARMUP = 0.05
 
 
@@ -142,22 +141,47 @@ def settings(options: argparse.Namespace, epochs: int) -> TrainConfig:
     )
 
 
-def epochs_by_speed(rows: Path) -> int:
-    """Two where rows of `benchmarks.bench_train_gpu` say that streaming training of a model of this size is fast enough, else one."""
+def measured_speed(rows: Path) -> float:
+    """Rows a second of streaming training in the rows of `benchmarks.bench_train_gpu`; 0: there are none of a model of this size."""
     wanted = ["training", "smollm", STREAMING]
     found = [
         row.get("tokens_per_s") or 0
         for row in read_rows(rows)
         if [row.get(name) for name in ("benchmark", "model", "kind")] == wanted
     ]
-    return 2 if SHARE_OF_BF16_SPEED * max(found, default=0) > ROWS_PER_S_FOR_TWO_EPOCHS else 1
+    return float(max(found, default=0))
 
 
-def trainer_of(run: Run, limit: TimeLimit, watch: Watch, folder: str) -> TimedTrainer:
-    """Trainer over the run's packed prompts; it writes no checkpoints, into a folder that goes."""
+def epochs_that_fit(epoch_rows: int, rows_per_s: float, seconds: float) -> int:
+    """One to `MOST_EPOCHS`: as many as end in time at a measured speed."""
+    found = 1
+    while found < MOST_EPOCHS:
+        rows = (found + 1) * epoch_rows
+        if rows > SHARE_OF_BF16_SPEED * rows_per_s * (seconds - (found + 1) * SCORING_S):
+            break
+        found += 1
+    return found
+
+
+def trainer_of(
+    run: Run, limit: TimeLimit, watch: Watch, folder: str, speed: float | None = None
+) -> TimedTrainer:
+    """Trainer over the run's packed prompts; it writes no checkpoints, into a folder that goes.
+
+    Args:
+        run: its settings' epochs are replaced where there is a speed.
+        limit: when training ends.
+        watch: validates, tests and keeps the best weights.
+        folder: for what Trainer wants to write.
+        speed: rows a second, by which the epochs that fit are chosen; None: those of the settings.
+    """
     config, optim = run.config, run.config.optim
     prompts = Prompts.streaming(run.data, run.data.targets("train"), config.window, config.targets_per_prompt)
     dataset = PackedPrompts(run.builder, prompts, optim.token_budget, config.seed)
+    if speed is not None:
+        epochs = epochs_that_fit(int(dataset.num_rows.sum()), speed, limit.left_s())
+        optim = replace(optim, epochs=epochs)
+        run.config = config = replace(config, optim=optim)
     validation = eval_targets(run.data, "val", config)
     arguments = training_arguments(replace(config, out=Path(folder)))
     arguments.save_strategy, arguments.load_best_model_at_end = SaveStrategy.NO, False
@@ -188,8 +212,8 @@ def scored(run: Run, rows: np.ndarray, k: int) -> dict[str, float]:
     return {**metrics, "seconds": round(time.monotonic() - start, 2)}
 
 
-def finetune(config: TrainConfig, limit: TimeLimit, files: RowFiles) -> None:
-    """Train and score; every row says what the run is."""
+def finetune(config: TrainConfig, limit: TimeLimit, files: RowFiles, speed: float | None = None) -> None:
+    """Train and score; every row says what the run is. `speed`: as `trainer_of` takes it."""
     common = {"benchmark": "finetune", "model": Path(str(config.model.pretrained)).name, "k": config.k}
 
     def note(**row: Any) -> None:
@@ -200,7 +224,8 @@ def finetune(config: TrainConfig, limit: TimeLimit, files: RowFiles) -> None:
     run = Run.start(config)
     watch = Watch(limit, note, lambda: test(run, note, eval_targets(run.data, "test", config), STREAMING_K))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(run, limit, watch, folder)
+        trainer = trainer_of(run, limit, watch, folder, speed)
+        config = run.config
         dataset = trainer.train_dataset
         assert isinstance(dataset, PackedPrompts)
         optim, seconds = config.optim, round(limit.seconds - limit.left_s(), 1)
@@ -248,7 +273,7 @@ def main() -> None:
     add("--data", default="", help="folder made by `dti prepare`; a rehearsal can do without")
     add("--weights", default="", help="folder or GGUF file; a rehearsal can do without")
     add("--k", type=int, default=STREAMING_K, help="targets per prompt; 1: sliding windows")
-    add("--epochs", type=int, default=1, help="0: two where rows of bench_train_gpu say it is fast, else one")
+    add("--epochs", type=int, default=1, help="0: as many as fit by the speed in rows of bench_train_gpu")
     add("--seconds", type=float, default=200.0, help="training ends this long after the start")
     add("--tokens", type=int, default=16384, help="rows of a packed batch")
     add("--learning-rate", type=float, default=2e-4)
@@ -259,8 +284,10 @@ def main() -> None:
         if not (options.data and options.weights):
             options.data = options.data or made_up_data(Path(folder))
             options.weights = options.weights or made_up_model(Path(folder) / "model", Path(options.data))
-        config = settings(options, options.epochs or epochs_by_speed(options.rows.paths[0]))
-        finetune(config, TimeLimit(options.seconds, start), options.rows)
+        speed = None if options.epochs else measured_speed(options.rows.paths[0])
+        finetune(
+            settings(options, options.epochs or 1), TimeLimit(options.seconds, start), options.rows, speed
+        )
 
 
 if __name__ == "__main__":

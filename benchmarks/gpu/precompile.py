@@ -1,10 +1,12 @@
 """Compile every kernel that the GPU benchmarks and tests will launch into Triton's cache, in parallel, before the first is launched.
 
-    python -m benchmarks.gpu.precompile [--set smoke tests tune bench train score] [--jobs 16] [--arch sm_90] [--list] [--out ROWS.jsonl]
+    python -m benchmarks.gpu.precompile [--set smoke tests tune bench train score] [--jobs 16] [--arch sm_90] [--flex 90] [--list]
+        [--out ROWS.jsonl]
 
 Compiled one by one as they are met, they take minutes of a GPU that waits. Operators and models run on small CPU tensors with the heads,
 dtypes and tiles of the real ones; their launches go through Triton's just-in-time path up to the launch (`benchmarks/measuring/stand_in.py`), so
-the cache's keys are those of the real run. Needs no GPU where `--arch` says which one.
+the cache's keys are those of the real run. Needs no GPU where `--arch` says which one. `--flex` compiles the baseline's options at the same
+time, on the GPU: it takes longer than all of ours.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 
+import benchmarks.attention.flex_tuned as flex_tuned
 from benchmarks.attention import AttentionInputs, Workload, candidates_of
 from benchmarks.measuring import (
     REHEARSING,
@@ -232,9 +235,16 @@ def main() -> None:
     add("--jobs", type=int, default=os.cpu_count(), help="processes; default: %(default)s")
     add("--arch", choices=TABLE, help="default: this machine's GPU, or sm_90 without one")
     add("--list", action="store_true", help="only count")
+    add(
+        "--flex",
+        type=float,
+        default=0.0,
+        help="compile FlexAttention's options too, for so many seconds at most",
+    )
     options = parse_measuring(parser, "precompile")
     if reason := why_not_compiled():
         parser.error(reason)
+    warming = flex_tuned.Warming() if options.flex else None
     torch.set_num_threads(1)  # forked processes have no other threads
     arch = options.arch or architecture_here()
     start = time.monotonic()
@@ -244,7 +254,7 @@ def main() -> None:
         row["gathering_seconds"] = round(time.monotonic() - start, 1)
         row |= {"kernels": len(launches)} if options.list else compile_all(launches, options.jobs)
     print(row, flush=True)
-    options.rows.keep([row])
+    options.rows.keep([row, *(warming.wait(options.flex) if warming else ())])
     sys.exit(bool(set(options.set) != {"tune"} and any(row.get("failed", ()))))
 
 

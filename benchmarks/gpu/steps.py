@@ -90,17 +90,18 @@ _DEVICE = Step(
 )  # fmt: skip
 
 
-def _precompile(name: str, *sets: str) -> Step:
+def _precompile(name: str, *sets: str, flex: bool = False) -> Step:
+    more = ("--flex", "{seconds}") if flex else ()
     return Step(
-        name, "benchmarks.gpu.precompile", _rows("--set", *sets, "--jobs", "{jobs}"), 110,
-        "all kernels compiled in parallel, into Triton's cache",
+        name, "benchmarks.gpu.precompile", _rows("--set", *sets, "--jobs", "{jobs}", *more), 130,
+        "all kernels compiled in parallel, into Triton's cache", least=50 if flex else 10, spare=40 if flex else 0,
         rehearsed=_rows("--set", "smoke", "--jobs", "{jobs}"), always=True, jobs=15,
     )  # fmt: skip
 
 
 SLOT_A = (
     _DEVICE,
-    _precompile("precompile", "smoke", "tests", "tune", "bench", "train", "score"),
+    _precompile("precompile", "smoke", "tests", "tune", "bench", "train", "score", flex=True),
     Step(
         "smoke", "benchmarks.gpu.smoke", _rows(), 50,
         "does it work at all: three cases, output and gradients, error / budget", stops=True,
@@ -111,17 +112,12 @@ SLOT_A = (
         rehearsed=_rows("--select", "(one_token and bfloat16) or never_read", "--jobs", "1"), interpreted=True, jobs=10,
     ),
     Step(
-        "tiles", "benchmarks.tune_tiles", _rows("--slot", "--seconds", "{seconds}", "--winners", "{tiles}"), 50,
+        "tiles", "benchmarks.tune_tiles", _rows("--slot", "--seconds", "{seconds}", "--winners", "{tiles}"), 70,
         "the fastest tile of each kernel, for all steps after this", spare=25, least=35, old_table=True, interpreted=True,
     ),
     Step(
-        "attention", "benchmarks.bench_attention", _rows("--device", "cuda", "--seconds", "{seconds}"), 140,
+        "attention", "benchmarks.bench_attention", _rows("--device", "cuda", "--seconds", "{seconds}"), 170,
         "attention alone, beside all others", spare=30, least=45, resumed=("--resume",),
-    ),
-    Step(
-        "attention-old-table", "benchmarks.bench_attention",
-        _rows("--device", "cuda", "--seconds", "{seconds}", "--only", "ours"), 35,
-        "the same with the table's tiles: were the predictions right", spare=20, least=25, old_table=True,
     ),
     Step(
         "training", "benchmarks.bench_train_gpu",
@@ -132,7 +128,7 @@ SLOT_A = (
         "host", "benchmarks.gpu.host", _rows("--seconds", "{seconds}"), 45, "host microseconds a call", spare=15, least=20,
     ),
     Step(
-        "score", "benchmarks.bench_score", _rows("--part", "candidates", "--device", "cuda", "--shape", "smollm"), 55,
+        "score", "benchmarks.bench_score", _rows("--part", "candidates", "--device", "cuda", "--shape", "smollm"), 70,
         "milliseconds for 1, 100 and 500 candidates", least=20,
     ),
     Step(
@@ -140,7 +136,7 @@ SLOT_A = (
         least=20,
     ),
     Step(
-        "inductor", "benchmarks.gpu.tests", _rows("--select", "inductor", "--jobs", "1"), 75,
+        "inductor", "benchmarks.gpu.tests", _rows("--select", "inductor", "--jobs", "1"), 120,
         "torch.compile, where time is left", least=30,
     ),
 )  # fmt: skip

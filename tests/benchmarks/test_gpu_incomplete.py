@@ -116,7 +116,7 @@ def test_compilations_leave_rows_and_logs(
     monkeypatch.setattr(flex_tuned.sys, "executable", str(program))
     monkeypatch.setattr(flex_tuned, "HEADS", {"smollm": (9, 3, 64)})
     monkeypatch.setattr(flex_tuned, "OPTIONS", flex_tuned.OPTIONS[:2])
-    found = {row["options"]: row for row in flex_tuned.warm(1.0, tmp_path / "logs")}
+    found = {row["options"]: row for row in flex_tuned.Warming(tmp_path / "logs").wait(1.0)}
     assert {name: row["status"] for name, row in found.items()} == {
         "default": 0,
         "long rows": 3,
@@ -128,6 +128,38 @@ def test_compilations_leave_rows_and_logs(
     assert found["default"]["seconds"] < 1.0 <= found["mask"]["seconds"] < 30
     assert (tmp_path / "logs" / "flex-smollm-long-rows.txt").read_text() == "before\nRuntimeError: no\n"
     assert "before" in capsys.readouterr().out
+
+
+def test_compilations_run_beside_those_of_our_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One after the other they took half of the seconds of the attention step; whose rows are there compiles nothing again."""
+    if reason := stand_in.why_not_compiled():
+        pytest.skip(reason)
+    happened: list[str] = []
+
+    class Warming:
+        def __init__(self, logs: Path | None = None) -> None:
+            happened.append("started")
+
+        def wait(self, seconds: float) -> list[dict[str, Any]]:
+            happened.append(f"waited {seconds:.0f}")
+            return [{"benchmark": "flex_warm", "options": "default"}]
+
+    monkeypatch.setattr(flex_tuned, "Warming", Warming)
+    monkeypatch.setattr(precompile, "compile_all", lambda launches, jobs: happened.append("compiled") or {})
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--set", "score", "--arch", "sm_90", "--flex", "70", "--out", str(path)]
+    assert run_main(precompile, monkeypatch, *arguments) == 0
+    assert happened == ["started", "compiled", "waited 70"]
+    assert [row["benchmark"] for row in rows_of(path)] == ["precompile", "flex_warm"]
+    session = attention_gpu.Session(RowFiles((path,)), 100.0, set())
+    monkeypatch.setattr(session, "guarded", lambda *_: None)
+    attention_gpu._run_baselines(session, list(attention_gpu.plans()), None)
+    assert len(happened) == 3
+    path.unlink()
+    attention_gpu._run_baselines(session, list(attention_gpu.plans()), None)
+    assert happened[3:] == ["started", "waited 25"]
 
 
 def test_attention_without_time_is_incomplete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

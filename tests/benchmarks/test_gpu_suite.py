@@ -189,8 +189,7 @@ def test_environment_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     there.places.out.mkdir()
     there.places.tiles.write_text("[]")
     assert environment_of(by_name["training"], there)["DTI_TILES"] == str(there.places.tiles)
-    for name in ("tiles", "attention-old-table"):
-        assert "DTI_TILES" not in environment_of(by_name[name], there)
+    assert "DTI_TILES" not in environment_of(by_name["tiles"], there)
     rehearsal = environment_of(by_name["gpu-tests"], call(tmp_path, rehearse=True))
     assert (rehearsal["DTI_REHEARSE"], rehearsal["TRITON_INTERPRET"]) == ("1", "1")
 
