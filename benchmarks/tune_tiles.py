@@ -33,7 +33,6 @@ from benchmarks.attention import (
     candidates_of,
     gpu_workload,
     numbers_of,
-    predicted,
 )
 from benchmarks.measuring import DEVICE, REHEARSING, check_device, device_times
 from benchmarks.recording import INCOMPLETE, TIME_IS_UP, RowFiles, failure, make_parser, parse_measuring
@@ -104,13 +103,12 @@ class Sweep:
 
     def run(self, deadline: float) -> list[dict[str, Any]]:
         """Rows of all candidates; after `deadline` (of `time.monotonic`) no further one is compiled."""
-        of_old = predicted(self.kernel, self.x.q.shape[2])
         rows: dict[Tile, dict[str, Any]] = {}
         calls: dict[Tile, Callable[[], None]] = {}
         for tile in self.candidates():
             row = rows[tile] = {"benchmark": "tiles", "workload": self.workload, "kernel": self.kernel}
             row |= {"arch": self.arch, "head_dim": self.x.q.shape[2], "tile": numbers_of(tile)}
-            row |= {"in_table": tile == self.table_tile, "predicted": tile in of_old}
+            row["in_table"] = tile == self.table_tile
             if calls and time.monotonic() > deadline:
                 row["failed"] = TIME_IS_UP
                 continue

@@ -14,7 +14,7 @@ from benchmarks.attention.providers import (
     windowed,
 )
 from benchmarks.attention.rows import ratios
-from benchmarks.attention.tiles import candidates_of, numbers_of, predicted, useful_fraction
+from benchmarks.attention.tiles import candidates_of, numbers_of, useful_fraction
 from benchmarks.attention.workloads import (
     KINDS,
     SHORT_TOKENS,

@@ -119,9 +119,8 @@ def test_candidates_of_the_tuner_are_each_once() -> None:
             assert all(tiles_module._tuned_tile(numbers_of(tile)) == tile for tile in tiles)
     assert {tile.ahead for tile in candidates_of("ctx_fwd", 64)} == {True, False}
     assert not any(tile.ahead for tile in candidates_of("ctx_dkv", 64))
-    # Eight warps over 64 x 64 compute the same twice: only what was predicted of them is checked.
-    assert Tile(64, 64, 8, 3) not in candidates_of("ctx_dkv", 128)
-    assert Tile(64, 64, 8, 2) == candidates_of("ctx_dkv", 128)[-1]
+    # Eight warps over 64 x 64 compute the same twice.
+    assert not {Tile(64, 64, 8, 2), Tile(64, 64, 8, 3)} & set(candidates_of("ctx_dkv", 128))
 
 
 def test_tuner_launches_every_kernel() -> None:

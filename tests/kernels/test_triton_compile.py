@@ -1,7 +1,10 @@
-"""Every row of the tile table compiles ahead of time for its architecture: it fits, and it does not spill. Needs no GPU."""
+"""Every row of the tile table compiles ahead of time for its architecture: it fits, and it does not spill unless it is measured to be the
+fastest all the same. Needs no GPU."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.attention import useful_fraction
+from benchmarks.attention import numbers_of, useful_fraction
 from benchmarks.compile_report import (
     KEYS,
     QUOTED,
@@ -24,6 +27,7 @@ from benchmarks.compile_report import (
     rows_of_groups,
     table_rows,
 )
+from benchmarks.recording import RESULTS, read_rows
 from dti_kernels.gpu import tiles
 from dti_kernels.gpu.tiles import KERNELS, TABLE, Tile, table_tile
 
@@ -31,6 +35,8 @@ ROWS = [*table_rows(), *rows_of_groups()]
 # Shared memory that one program may have (CUDA programming guide, ISA manual of CDNA3).
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 MAX_SPILLED_BYTES = 64  # of a backward kernel; a forward spills nothing
+# Of a tile that was the fastest of its kernel on a card, spills counted: some versions of Triton spill it and some do not.
+MAX_SPILLED_BYTES_MEASURED = 160
 USEFUL = {"ctx": 0.8, "sum": 0.6}  # visible share of the visited tiles, at least
 # Of the instructions and registers that were recorded of this version of Triton. More is another kernel: record it, and say why.
 MAX_GROWTH = 1.03
@@ -39,6 +45,25 @@ MAX_GROWTH = 1.03
 def identify(row: TableRow) -> str:
     group = "" if row.group == 4 else f"-group{row.group}"
     return f"{row.arch}-{row.kernel}-{row.head_dim}-{row.bits}{'-short' if row.short_span else ''}{group}"
+
+
+@functools.cache
+def winners() -> set[tuple[str, str, int, tuple[int, ...]]]:
+    """Architecture, kernel, head_dim and numbers of every tile that won a sweep in the recorded rows of a card."""
+    rows = [row for path in sorted(RESULTS.glob("gpu-*.jsonl")) for row in read_rows(path) if row.get("won")]
+    return {(row["arch"], row["kernel"], row["head_dim"], tuple(row["tile"])) for row in rows}
+
+
+def won_on_a_card(row: TableRow) -> bool:
+    return (row.arch, row.kernel, row.head_dim, tuple(numbers_of(row.tile))) in winners()
+
+
+def test_only_recorded_winners_may_spill_more() -> None:
+    """The allowance is for the tile, kernel and head_dim of a row that was measured."""
+    won = TableRow("sm_90", "ctx_dkv", 128, 16, False, Tile(32, 64, 4, 3))
+    assert won_on_a_card(won)
+    for change in ({"tile": Tile(32, 64, 4, 2)}, {"head_dim": 64}, {"kernel": "ctx_dq"}, {"arch": "sm_80"}):
+        assert not won_on_a_card(dataclasses.replace(won, **change))
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="interpreted kernels are not compiled")
@@ -51,7 +76,8 @@ def test_row_fits_and_does_not_spill(row: TableRow) -> None:
         if TABLE[arch] is TABLE[row.arch]:
             assert result.shared_bytes <= SHARED_KIB[arch] << 10, arch
     if row.head_dim <= 128:
-        assert result.spilled_bytes <= (0 if row.kernel.endswith("fwd") else MAX_SPILLED_BYTES)
+        most = 0 if row.kernel.endswith("fwd") else MAX_SPILLED_BYTES
+        assert result.spilled_bytes <= (MAX_SPILLED_BYTES_MEASURED if won_on_a_card(row) else most)
     if row.arch == "sm_90" and row.kernel.startswith("ctx") and row.bits == 16:
         assert "wgmma.mma_async" in result.assembly  # Hopper's warp-group matrix instructions
         assert "ptxas" in result.log, "nothing to read the warnings from"
