@@ -9,6 +9,7 @@ import ctypes
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,13 @@ VARIANTS = {
     "256-bit vectors": ("-DDTI_VECTOR_BYTES=32", "-DDTI_TILE_ROWS=9", EMULATED),
     "512-bit vectors": ("-DDTI_VECTOR_BYTES=64", "-DDTI_TILE_ROWS=24", EMULATED),
     "widened bfloat16": ("-DDTI_WIDEN_BFLOAT16",),
+}
+# Matrix tiles in plain C++ where the processor has none, so that all processors test what is around them; blocks that fill them, and not.
+TILES = ("-DDTI_VECTOR_BYTES=64", "-DDTI_EMULATE_TILES", EMULATED)
+TILED_VARIANTS = {
+    "here": (),
+    "matrix tiles": TILES,
+    "few rows": (*TILES, "-DDTI_MATRIX_TILE_ROWS=21", "-DDTI_SEGMENT_ROWS=64"),
 }
 
 
@@ -70,6 +78,43 @@ def test_variants_on_random_prompts(flags: tuple[str, ...]) -> None:
         check()
 
 
+@pytest.mark.parametrize("flags", TILED_VARIANTS.values(), ids=TILED_VARIANTS)
+def test_parity_in_matrix_tiles(flags: tuple[str, ...]) -> None:
+    """They take head_dims that are whole tiles; one and a half pairs of tiles among them."""
+    with built_with(*flags) if flags else nullcontext():
+        for case in CASES:
+            for head_dim in (32, 96) if case.name == "several_blocks" else (32,):
+                check_parity(replace(case, head_dim=head_dim), torch.bfloat16, windowed_attn)
+        for head_dim in (64, 128):
+            check_parity(replace(LONG, head_dim=head_dim), torch.bfloat16, windowed_attn)
+
+
+@pytest.mark.parametrize("flags", TILED_VARIANTS.values(), ids=TILED_VARIANTS)
+def test_matrix_tiles_on_random_prompts(flags: tuple[str, ...]) -> None:
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(random_cases())
+    def check(case: Case) -> None:
+        check_parity(replace(case, head_dim=32), torch.bfloat16, windowed_attn)
+
+    with built_with(*flags) if flags else nullcontext():
+        check()
+
+
+def test_emulated_matrix_tiles_multiply_as_pairs_do() -> None:
+    """Both sum the same products in float32: results differ by roundings of sums alone, far less than bfloat16 rounds."""
+    x = replace(LONG, head_dim=64).inputs(torch.bfloat16)
+    results = []
+    for flags in (TILES, ("-DDTI_VECTOR_BYTES=64", EMULATED)):
+        with built_with(*flags):
+            results.append(x.run(windowed_attn))
+    assert not torch.equal(results[0]["dk"], results[1]["dk"]), "one order of sums: no tile was used"
+    for name, in_tiles in results[0].items():
+        in_pairs = results[1][name].float()
+        torch.testing.assert_close(
+            in_tiles.float(), in_pairs, rtol=0.01, atol=0.01 * in_pairs.abs().max().item()
+        )
+
+
 LONG = Case(
     "long",
     [[9, 4, 7, 12] * 20, [5, 8] * 15, [3] * 35],
@@ -87,16 +132,18 @@ def test_parity_over_several_segments(dtype: torch.dtype) -> None:
     check_parity(LONG, dtype, windowed_attn)
 
 
+@pytest.mark.parametrize("head_dim", [LONG.head_dim, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+def test_results_do_not_depend_on_threads(dtype: torch.dtype, head_dim: int) -> None:
     """Tasks and the order of sums are those of the layout: bitwise equal, on PyTorch's threads and on threads of its own."""
-    expected = LONG.inputs(dtype).run(windowed_attn)
+    case = replace(LONG, head_dim=head_dim)
+    expected = case.inputs(dtype).run(windowed_attn)
     for num_threads, parallel in ((2, True), (5, True), (3, False)):
         with pytest.MonkeyPatch.context() as monkeypatch:
             if not parallel:
                 monkeypatch.setattr(compiled, "_openmp_parallel", lambda: None)
             monkeypatch.setattr(torch, "get_num_threads", lambda n=num_threads: n)
-            results = LONG.inputs(dtype).run(windowed_attn)
+            results = case.inputs(dtype).run(windowed_attn)
         for name, value in expected.items():
             assert torch.equal(results[name], value), f"{name} with {num_threads} threads"
 

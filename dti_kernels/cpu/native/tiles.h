@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "products.h"
+#include "matrix_tiles.h"
 #include "segments.h"
 
 namespace dti {
@@ -12,6 +12,10 @@ namespace dti {
 #define DTI_TILE_ROWS 48
 #endif
 constexpr int TILE_ROWS = DTI_TILE_ROWS;  // times query heads of the group, of a tile
+#ifndef DTI_MATRIX_TILE_ROWS
+#define DTI_MATRIX_TILE_ROWS 64
+#endif
+constexpr int MATRIX_TILE_ROWS = DTI_MATRIX_TILE_ROWS;  // the same where products are of matrix tiles
 constexpr int CHUNK = 64;  // keys that a tile meets at a time: rows of values and their gradients stay in the L1 cache
 
 template <class S> class Tiles {
@@ -37,7 +41,7 @@ template <class S> class Tiles {
         std::vector<Step<S>> key_panels, value_panels, rows;
         F *d_keys, *d_values;
     };
-    // Up to MR rows of a tile, and the columns that any of them sees: as a prefix, and as a span.
+    // Up to `block_rows` rows of a tile, and the columns that any of them sees: as a prefix, and as a span.
     struct Block {
         Index first;
         int count;
@@ -48,6 +52,8 @@ template <class S> class Tiles {
     const bool backward;
     std::atomic<bool>& not_finite;
     const Index per_group, depth, steps;  // head_dim in whole vectors, in numbers and in steps
+    const bool tiled;  // products are of matrix tiles
+    const int block_rows, tile_rows;
     const Segment* s = nullptr;
     Index g = 0;  // key head
     bool two_streams = false;
@@ -64,7 +70,8 @@ template <class S> class Tiles {
 
     Tiles(const Arguments& arguments, bool with_gradients, std::atomic<bool>& not_finite)
         : x(arguments), backward(with_gradients), not_finite(not_finite), per_group(arguments.num_heads / arguments.num_groups),
-          depth(padded_depth<F>(arguments)), steps(depth / PER) {}
+          depth(padded_depth<F>(arguments)), steps(depth / PER), tiled(TILED<S> && steps % TILE == 0 && has_tiles()),
+          block_rows(tiled ? TILE : MR), tile_rows(tiled ? MATRIX_TILE_ROWS : TILE_ROWS) {}
 
     template <class T> static T* sized(std::vector<T>& memory, Index size) {
         if (Index(memory.size()) < size) memory.resize(size);
@@ -153,10 +160,12 @@ template <class S> class Tiles {
         else interleave(row, next, to, depth);
     }
 
-    // The other layout of a factor's `num_rows` numbers, after which room for a row of zeros is left.
+    // The other layout of a factor's `num_rows` numbers, after which room for a row of zeros is left; matrix tiles meet rows of zeros after it.
     void pair_rows(Factor& factor) const {
         if constexpr (PER > 1) {
-            sized(factor.pairs, (num_rows + 1) / PER * depth);
+            const Index size = (num_rows + 1) / PER * depth;
+            sized(factor.pairs, size + SPARE_ROWS<S> * depth);
+            std::memset(factor.pairs.data() + size, 0, SPARE_ROWS<S> * depth * sizeof(Step<S>));
             std::memset(factor.numbers.data() + num_rows * depth, 0, depth * sizeof(S));
             for (Index t = 0; t < num_rows; t += PER) {
                 const S* row = factor.numbers.data() + t * depth;
@@ -168,7 +177,7 @@ template <class S> class Tiles {
     // Begins the tile of rows from `first` on; returns where it stops. Few [SUM] rows where they lie far apart: a tile has a column for
     // every key between them.
     Index begin_tile(Index first) {
-        const Index most = min(s->stop - first, max<Index>(1, TILE_ROWS / per_group));
+        const Index most = min(s->stop - first, max<Index>(1, tile_rows / per_group));
         const Range own = Row{x, first}.span();
         tile_first = first;
         num_tokens = 1;
@@ -203,7 +212,7 @@ template <class S> class Tiles {
 
     // The tile's rows of a tensor like q.
     void copy_queries(Factor& factor, const void* tensor) const {
-        S* to = sized(factor.numbers, (num_rows + 1) * depth);
+        S* to = sized(factor.numbers, (num_rows + 1 + SPARE_ROWS<S>) * depth);
         for (Index t = 0; t < num_rows; t++)
             copy_padded(to + t * depth, query_row(tensor, tile_first + t / per_group, t % per_group));
     }
@@ -215,7 +224,7 @@ template <class S> class Tiles {
         for (Index t = 0; t < num_rows; t++) {
             const Range* own = &seen[t / per_group * 2];
             const Index own_size = own[0].size() + own[1].size();
-            if (!blocks.empty() && blocks.back().count < MR) {
+            if (!blocks.empty() && blocks.back().count < block_rows) {
                 Block& block = blocks.back();
                 const Range prefix = hull(block.columns[0], own[0]), span = hull(block.columns[1], own[1]);
                 if ((prefix.size() + span.size()) * (block.count + 1) <= 2 * (apart + own_size)) {

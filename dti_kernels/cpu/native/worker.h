@@ -16,7 +16,7 @@ template <class S> class Worker : Tiles<S> {
     using Base::PER;
     using Base::backward, Base::blocks, Base::current, Base::depth, Base::g, Base::initial, Base::not_finite, Base::num_columns;
     using Base::num_rows, Base::num_tokens, Base::per_group, Base::q, Base::s, Base::seen, Base::steps, Base::tile_first;
-    using Base::two_streams, Base::x;
+    using Base::tiled, Base::two_streams, Base::x;
     using Base::copy_queries, Base::for_chunks, Base::for_distances, Base::for_panels, Base::for_rows, Base::for_rows_that_see;
     using Base::key_of_column, Base::own_keys, Base::pair_rows, Base::query_at, Base::query_row, Base::row_of, Base::sees, Base::sized;
 
@@ -30,6 +30,7 @@ template <class S> class Worker : Tiles<S> {
         if (not_finite && !x.is_cleared) return;
         slope_gradients = segment.sums ? slopes : nullptr;
         this->pack(segment, key_head);
+        const TilesInUse tiles(tiled);
         for (Index row = s->first; row < s->stop;) {
             row = this->begin_tile(row);
             probabilities();
@@ -44,7 +45,8 @@ template <class S> class Worker : Tiles<S> {
     Factor d_out;
     std::vector<F> d_q, scores, scores_initial, ratio, own_p, inverse, delta, d_s, d_s_initial, p_chunk_initial, sums;
     std::vector<S> rounded_p, rounded_ds;
-    std::vector<Step<S>> pairs_of_panel;
+    std::vector<F> few_rows;
+    std::vector<Step<S>> pairs_of_panel, turned_columns;
 
     // float32 and float64 are added lane by lane, so that no instruction of one processor decides their order.
     static F total(V<F> x) {
@@ -65,12 +67,19 @@ template <class S> class Worker : Tiles<S> {
     void multiply(const Factor& a, const std::vector<Step<S>>& panels, Range chunk, F* to, Index ld) const {
         for (Index column = chunk.first; column < chunk.stop; column += NR<F>) {
             const Step<S>* panel = panels.data() + key_of_column(column) * steps;
-            for (const Block& block : blocks)
-                if (sees(block, column))
-                    with_rows(block.count, [&](auto m) {
-                        scores_block<S, m()>(a.along_depth() + block.first * steps, steps, panel, steps,
-                                             to + block.first * ld + column - chunk.first, ld);
-                    });
+            // In order: a matrix tile writes rows beyond its block's, which later blocks overwrite where they see the panel.
+            for (const Block& block : blocks) {
+                if (!sees(block, column)) continue;
+                const Step<S>* rows = a.along_depth() + block.first * steps;
+                F* scores_of_block = to + block.first * ld + column - chunk.first;
+                if constexpr (TILED<S>)
+                    if (tiled) {
+                        tile_scores(rows, steps, panel, steps, scores_of_block, ld);
+                        continue;
+                    }
+                with_rows(block.count,
+                          [&](auto m) { scores_block<S, m()>(rows, steps, panel, steps, scores_of_block, ld); });
+            }
         }
     }
 
@@ -82,7 +91,7 @@ template <class S> class Worker : Tiles<S> {
     };
     Weights weights(const F* p, Index ld, Range chunk, std::vector<S>& memory) const {
         if constexpr (ROUNDS<S>) {
-            S* to = sized(memory, num_rows * CHUNK);
+            S* to = sized(memory, (num_rows + SPARE_ROWS<S>) * CHUNK);
             for_rows(chunk, [&](Index t, Range columns) {
                 for (Index c = columns.first; c < columns.stop; c += LANES<F>) store(to + t * CHUNK + c, load(p + t * ld + c));
             });
@@ -98,10 +107,10 @@ template <class S> class Worker : Tiles<S> {
     // `scores` and `own_p` times the row's `inverse` are the softmax.
     void probabilities() {
         const Index ld = num_columns;
-        F* p = sized(scores, num_rows * ld);
+        F* p = sized(scores, (num_rows + SPARE_ROWS<S>) * ld);
         for_chunks([&](Range chunk) { multiply(q, current.key_panels, chunk, p + chunk.first, ld); });
         if (two_streams) {
-            F* p_initial = sized(scores_initial, num_rows * ld);
+            F* p_initial = sized(scores_initial, (num_rows + SPARE_ROWS<S>) * ld);
             for_chunks([&](Range chunk) { multiply(q, initial.key_panels, chunk, p_initial + chunk.first, ld); });
             fill_ratios();
             for_rows({0, ld}, [&](Index t, Range of_row) { blend(p + t * ld, p_initial + t * ld, ratio_of(t), of_row); });
@@ -230,8 +239,10 @@ template <class S> class Worker : Tiles<S> {
     }
 
     // to (rows x depth) += p (rows x columns of the chunk) . rows of its keys. In whole steps: beyond the columns that a block sees, p is 0.
-    void times_rows(const Weights& p, const std::vector<Step<S>>& rows, Range chunk, F* to) const {
+    void times_rows(const Weights& p, const std::vector<Step<S>>& rows, Range chunk, F* to) {
         const Step<S>* weights = reinterpret_cast<const Step<S>*>(p.numbers);
+        if constexpr (TILED<S>)
+            if (tiled) return times_rows_in_tiles(weights, p.ld / PER, rows, chunk, to);
         for (const Block& block : blocks)
             for (const Range& range : block.columns) {
                 const Range columns = common(range, chunk);
@@ -241,6 +252,22 @@ template <class S> class Worker : Tiles<S> {
                                      rows.data() + key_of_column(of_steps.first * PER) / PER * depth, of_steps.size(),
                                      to + block.first * depth, depth);
             }
+    }
+
+    // The same over whole panels, in which p is 0 where a row of the block sees nothing. Blocks of fewer rows than a tile have are summed apart.
+    void times_rows_in_tiles(const Step<S>* p, Index ldp, const std::vector<Step<S>>& rows, Range chunk, F* to) {
+        for (const Block& block : blocks)
+            for_panels(block, chunk, [&](Range columns) {
+                F *sums_of_block = to + block.first * depth, *sums_of_tile = sums_of_block;
+                if (block.count < TILE) {
+                    sums_of_tile = sized(few_rows, TILE * depth);
+                    std::memcpy(sums_of_tile, sums_of_block, block.count * depth * sizeof(F));
+                }
+                tile_accumulate(p + block.first * ldp + columns.first / PER, ldp,
+                                rows.data() + key_of_column(chunk.first + columns.first) / PER * depth, columns.size() / PER,
+                                sums_of_tile, depth);
+                if (block.count < TILE) std::memcpy(sums_of_block, sums_of_tile, block.count * depth * sizeof(F));
+            });
     }
 
     // A panel's columns (steps along some rows x NR) and the steps: where they are, or pairs of rows, in which rows outside are zeros.
@@ -255,7 +282,8 @@ template <class S> class Worker : Tiles<S> {
         } else {
             static constexpr S NONE[NR<F>] = {};
             const auto row = [&](Index t) { return rows.first <= t && t < rows.stop ? p.numbers + t * p.ld + column : NONE; };
-            const Range pairs = panels_of(rows, PER);
+            Range pairs = panels_of(rows, PER);
+            if (tiled) pairs.stop = pairs.first + round_up(pairs.size(), TILE);
             Step<S>* to = sized(pairs_of_panel, pairs.size() * NR<F>);
             for (Index i = 0; i < pairs.size(); i++)
                 interleave(row((pairs.first + i) * PER), row((pairs.first + i) * PER + 1), to + i * NR<F>, NR<F>);
@@ -269,10 +297,22 @@ template <class S> class Worker : Tiles<S> {
         for (Index panel = 0; panel < chunk.size(); panel += NR<F>)
             for_rows_that_see(chunk.first + panel, [&](Range rows) {
                 const Columns columns = columns_of(p, panel, rows);
+                if constexpr (TILED<S>)
+                    if (tiled) return times_columns_in_tiles(columns, a, to + panel * depth);
                 for (Index c = 0; c < NR<F>; c += MR)
                     accumulate<S, true>(int(min<Index>(MR, NR<F> - c)), columns.numbers + c, columns.ld,
                                         a.along_rows() + columns.of_rows.first * depth, columns.of_rows.size(), to + (panel + c) * depth, depth);
             });
+    }
+
+    // Steps along rows have to lie side by side in a tile, so columns are turned into rows.
+    void times_columns_in_tiles(const Columns& columns, const Factor& a, F* to) {
+        const Index count = columns.of_rows.size();
+        Step<S>* turned = sized(turned_columns, TILE * count);
+        for (Index c = 0; c < NR<F>; c += TILE) {
+            for (Index t = 0; t < count; t += TILE) transpose(columns.numbers + t * columns.ld + c, columns.ld, turned + t, count);
+            tile_accumulate(turned, count, a.along_rows() + columns.of_rows.first * depth, count, to + c * depth, depth);
+        }
     }
 
     void finish_with_gradients() {
@@ -304,7 +344,7 @@ template <class S> class Worker : Tiles<S> {
     // moves from `scores` and `d_s` to `p_chunk_initial` and `d_s_initial`.
     void score_gradients(Range chunk) {
         F *p = scores.data() + chunk.first, *p_initial = sized(p_chunk_initial, num_rows * CHUNK);
-        F *ds = sized(d_s, num_rows * CHUNK), *ds_initial = sized(d_s_initial, num_rows * CHUNK);
+        F *ds = sized(d_s, (num_rows + SPARE_ROWS<S>) * CHUNK), *ds_initial = sized(d_s_initial, (num_rows + SPARE_ROWS<S>) * CHUNK);
         multiply(d_out, current.value_panels, chunk, ds, CHUNK);
         if (two_streams) multiply(d_out, initial.value_panels, chunk, ds_initial, CHUNK);
         for_rows(chunk, [&](Index t, Range columns) {
