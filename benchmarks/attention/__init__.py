@@ -1,5 +1,6 @@
 """Attention alone: named workloads, the parity gate, all providers, and measuring them on a GPU."""
 
+from benchmarks.attention.flex_tuned import Warming
 from benchmarks.attention.gpu import run_on_gpu
 from benchmarks.attention.parity import MOST_SHARE, budget_shares, gate
 from benchmarks.attention.providers import (

@@ -25,8 +25,7 @@ from typing import Any
 
 import torch
 
-import benchmarks.attention.flex_tuned as flex_tuned
-from benchmarks.attention import AttentionInputs, Workload, candidates_of
+from benchmarks.attention import AttentionInputs, Warming, Workload, candidates_of
 from benchmarks.measuring import (
     REHEARSING,
     Key,
@@ -244,7 +243,7 @@ def main() -> None:
     options = parse_measuring(parser, "precompile")
     if reason := why_not_compiled():
         parser.error(reason)
-    warming = flex_tuned.Warming() if options.flex else None
+    warming = Warming() if options.flex else None
     torch.set_num_threads(1)  # forked processes have no other threads
     arch = options.arch or architecture_here()
     start = time.monotonic()

@@ -146,6 +146,7 @@ def test_compilations_run_beside_those_of_our_kernels(
             happened.append(f"waited {seconds:.0f}")
             return [{"benchmark": "flex_warm", "options": "default"}]
 
+    monkeypatch.setattr(precompile, "Warming", Warming)
     monkeypatch.setattr(flex_tuned, "Warming", Warming)
     monkeypatch.setattr(precompile, "compile_all", lambda launches, jobs: happened.append("compiled") or {})
     path = tmp_path / "rows.jsonl"
