@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
@@ -33,6 +33,7 @@ from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes, wi
 from dti_model.config import DTIConfig, check_reset_layers
 from dti_model.model.norms import added_and_normed, normed
 from dti_model.model.past import LayerKeys, Past
+from dti_model.model.rotation import rotate
 
 ATTENTION_NAME = "dti"
 # Decoder layers of this shape (norm, attention, residual, norm, MLP, residual) with Llama's projections, perhaps q/k norms.
@@ -136,12 +137,12 @@ class StreamAttention(nn.Module):
         cos, sin = (x[0, : layout.num_rows].to(q.dtype) for x in position_embeddings)
         k_sum = k
         if not (fix and sums_only):
-            k = _rotate(k, cos, sin)
-            q = _rotate(q, *(x[num_context:] if sums_only else x for x in (cos, sin)))
+            k = rotate(k, cos, sin)
+            q = rotate(q, *(x[num_context:] if sums_only else x for x in (cos, sin)))
         reset = None
         if k_initial is not None and v_initial is not None:
             if not fix:
-                k_initial = _rotate(k_initial, cos[:num_context], sin[:num_context])
+                k_initial = rotate(k_initial, cos[:num_context], sin[:num_context])
             reset = self._reset(k_initial, v_initial)
         slopes = self.alibi_slopes if fix else None
         out = windowed_attn(
@@ -174,13 +175,6 @@ class StreamAttention(nn.Module):
         if norm is not None:
             heads = norm(heads)
         return heads
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on `(rows, heads, D)`."""
-    cos, sin = cos[:, None], sin[:, None]
-    rotated: Tensor = x * cos + rotate_half(x) * sin
-    return rotated
 
 
 class StreamDecoderLayer(GradientCheckpointingLayer):
