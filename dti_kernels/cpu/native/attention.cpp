@@ -4,9 +4,9 @@
 //
 // Rows are cut into segments of neighbours; a task is one segment and one key head. It packs the keys and values that the segment
 // sees (once as rows, once transposed in panels of NR keys), then walks tiles of rows. The scores of a tile's rows with all of their
-// keys stay in the L2 cache, so softmax needs no running maximum. Six rows by NR keys are one register block (in
-// bfloat16, with matrix tiles, sixteen), and only blocks that some row sees are computed. Gradients of keys go to memory of their segment's own and are summed segment after segment: results do
-// not depend on the number of threads.
+// keys stay in the L2 cache, so softmax needs no running maximum. Six rows by NR keys are one register block (sixteen, where the
+// processor has matrix tiles), and only blocks that some row sees are computed. Gradients of keys go to memory of their segment's own
+// and are summed segment after segment: results do not depend on the number of threads.
 //
 // Time O(T (window + block)), memory O(T) beside a tile of scores per thread. Built by build.py, called by compiled.py.
 #include <atomic>
