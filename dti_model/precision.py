@@ -78,8 +78,15 @@ def resolve(precision: Precision, device: torch.device | str) -> Resolved:
     return precision
 
 
-def computing(resolved: Resolved, device: torch.device | str) -> AbstractContextManager[object]:
+def computing(
+    resolved: Resolved, device: torch.device | str, cached: bool = True
+) -> AbstractContextManager[object]:
     """The context that a model computes in, also within another autocast. Hold it over a whole loop of passes without gradients.
+
+    Args:
+        resolved: the precision.
+        device: of the model.
+        cached: keep weights that autocast casts for the next pass inside the context.
 
     Raises:
         ValueError: `resolved` is neither.
@@ -87,7 +94,9 @@ def computing(resolved: Resolved, device: torch.device | str) -> AbstractContext
     import torch
 
     _check(resolved, tuple(WORDS))
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=resolved == "bf16")
+    return torch.autocast(
+        torch.device(device).type, torch.bfloat16, enabled=resolved == "bf16", cache_enabled=cached
+    )
 
 
 def wants_few_shapes(resolved: Resolved, device: torch.device) -> bool:

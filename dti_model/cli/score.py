@@ -42,6 +42,12 @@ def make_parser() -> Parser:
         help="stop at a line that cannot be scored, or write its error in place of probabilities",
     )
     parser.add_argument("--token-budget", type=int, default=16384, help="tokens of a pass through the model")
+    parser.add_argument(
+        "--graphs",
+        type=bool,
+        default=True,
+        help="on a GPU, replay passes as CUDA graphs; no effect elsewhere",
+    )
     add_shared(parser, "--progress")
     return parser
 
@@ -58,6 +64,7 @@ def run(options: Namespace) -> None:
         options.other_data,
         options.base,
         options.precision,
+        options.graphs,
     )
     line = notice(options.precision, scorer.click_model.model.device, "--precision")
     if line is not None:

@@ -301,7 +301,7 @@ def token_logits(
     input_ids: Tensor,
     layout: StreamLayout,
     config: DTIConfig,
-    tokens: Sequence[int] = (),
+    tokens: Sequence[int] | Tensor = (),
     past: Past | None = None,
     recorded: list[LayerKeys] | None = None,
     few_shapes: bool = False,
@@ -314,7 +314,7 @@ def token_logits(
             that it lacks.
         layout: of the same batch, on the model's device.
         config: the one the model was made with.
-        tokens: token ids whose logits are wanted; empty: all.
+        tokens: token ids whose logits are wanted, as numbers or as int64 on the model's device; empty: all.
         past: context rows that need not be computed again.
         recorded: takes the keys of all context rows, layer after layer.
         few_shapes: add rows that nobody reads, so that matrix products of different batches have the same shapes (`padded`): for bfloat16 on
@@ -322,7 +322,9 @@ def token_logits(
     """
     inputs = model_inputs(input_ids, layout, config, past, recorded, few_shapes)
     logits: Tensor = model(**inputs).logits[0, : layout.num_sum]
-    return logits[:, list(tokens)] if len(tokens) else logits
+    if not len(tokens):
+        return logits
+    return logits[:, tokens if isinstance(tokens, Tensor) else list(tokens)]
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -6,9 +6,13 @@ W x  ->  W x + alpha / rank * B A dropout(x),    B = 0 at the start
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dti_model.config import LoraSettings
@@ -59,3 +63,25 @@ def merge(model: PeftModel) -> PreTrainedModel:
     merged: PreTrainedModel = model.merge_and_unload()
     merged.tie_weights()
     return merged
+
+
+def keep_token_indices(model: nn.Module) -> None:
+    """Let trained embedding rows find their place by an index that stays on the device; in place, and nothing that is computed changes.
+
+    peft makes it anew in every pass and copies it from the host, which cannot be captured in a CUDA graph.
+    """
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            vars(layer).update(get_merged_weights=MethodType(_merged_weights, layer), dti_indices={})
+
+
+def _merged_weights(layer: Any, active_adapters: list[str]) -> Tensor:
+    """As `TrainableTokensLayer.get_merged_weights`."""
+    weight: Tensor = layer.base_layer.weight
+    for name in active_adapters:
+        key = name, weight.device
+        if key not in layer.dti_indices:
+            layer.dti_indices[key] = torch.tensor(layer.token_indices[name], device=weight.device)
+        delta = layer.trainable_tokens_delta[name].to(weight)
+        weight = weight.index_copy(dim=0, index=layer.dti_indices[key], source=delta)
+    return weight

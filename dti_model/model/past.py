@@ -5,7 +5,7 @@ Keys are kept before rotation: one copy serves [SUM] rows, which read them as th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,8 +25,12 @@ class LayerKeys(NamedTuple):
 
     def rows(self, rows: slice) -> LayerKeys:
         """Some rows: views."""
-        initial = (None if x is None else x[rows] for x in self[2:])
-        return LayerKeys(self.k[rows], self.v[rows], *initial)
+        return self.mapped(lambda x: x[rows])
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> LayerKeys:
+        """What a function makes of each."""
+        initial = (None if x is None else function(x) for x in self[2:])
+        return LayerKeys(function(self.k), function(self.v), *initial)
 
     @property
     def num_bytes(self) -> int:

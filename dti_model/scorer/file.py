@@ -42,7 +42,8 @@ from dti_model.scorer.lines import (
     request_of,
     user_of,
 )
-from dti_model.scorer.scorer import Request, Scorer
+from dti_model.scorer.requests import Request
+from dti_model.scorer.scorer import Scorer
 from dti_model.shown import one_line
 
 CHUNK_LINES = 64
@@ -192,7 +193,9 @@ def _identity(scorer: Scorer, source: InputFile) -> dict[str, Any]:
         "encoding of item texts": ENCODING_VERSION,
         "item text template": None if model.item_text is None else dict(model.item_text),
         "token budget": scorer.token_budget,
-        "device": model.model.device.type + (" in bfloat16" if scorer.precision == "bf16" else ""),
+        "device": model.model.device.type
+        + (" in bfloat16" if scorer.precision == "bf16" else "")
+        + (" through CUDA graphs" if scorer.uses_graphs else ""),  # their padding rounds otherwise
         "chunk size": CHUNK_LINES,
     }
 

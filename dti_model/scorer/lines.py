@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from dti_model.error_lines import reason_of
 from dti_model.scorer.items import ItemError, check_text, user_text
-from dti_model.scorer.scorer import Request, Scorer
+from dti_model.scorer.requests import Request
+from dti_model.scorer.scorer import Scorer
 from dti_model.shown import one_line, shown
 
 JSON_SUFFIXES, PARQUET_SUFFIXES = (".jsonl", ".json", ".ndjson"), (".parquet", ".pq")

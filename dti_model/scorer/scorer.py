@@ -13,7 +13,7 @@ sliding-window prompt of its own. `encode` keeps the history for later calls; `a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from decimal import Decimal
 from numbers import Real
 from pathlib import Path
@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dti_kernels import candidate_layout
-from dti_model.model import ClickModel, LayerKeys, Past, Run, cast_once, concatenated, token_logits
-from dti_model.precision import DEFAULT, Precision, computing, resolve, wants_few_shapes
+from dti_model.model import ClickModel, GraphedPasses, LayerKeys, Run, cast_once, passes_of
+from dti_model.precision import DEFAULT, Precision, resolve
 from dti_model.prompts import IntArray, consecutive_batches
 from dti_model.scorer.items import Item, ItemError, ItemTokens, user_text
+from dti_model.scorer.requests import HistoryState, Request, Tokens, packed_pass
 from dti_model.shown import shown
 
 # How far a probability in bfloat16 may lie from the one in float32: several times the most that a small model shows which has learnt its
@@ -36,46 +36,6 @@ BFLOAT16_BOUND = 0.02
 
 Scores = npt.NDArray[np.float64]
 History = Sequence[tuple[Item, int]]
-
-
-_Tokens = tuple[IntArray, ...]  # of a history: of every interaction the item's tokens, then the label's one
-
-
-@dataclass(frozen=True, eq=False)
-class HistoryState:
-    """An encoded history: what later passes read of it. Made by `Scorer.encode` and `Scorer.append`, never changed.
-
-    Attributes:
-        origin: `encoded` from a history, `extended` by one interaction without computing the others again, or `re-encoded`: the
-            oldest interaction left the window, and the others' states had read it, so they were computed anew.
-        interactions: token ids of the last n interactions.
-        layers: keys and values of their rows, by layer.
-        owner: the scorer that made the state and can read it.
-    """
-
-    origin: Literal["encoded", "extended", "re-encoded"]
-    interactions: _Tokens
-    layers: tuple[LayerKeys, ...]
-    owner: Scorer
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the keys and values of all layers."""
-        return sum(layer.num_bytes for layer in self.layers)
-
-    @property
-    def num_interactions(self) -> int:
-        """Number of interactions it holds: the last n of the history."""
-        return len(self.interactions)
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A checked request in token ids, made by `Scorer.request`; `state` is the history's, where it is encoded already."""
-
-    history: _Tokens
-    candidates: Sequence[IntArray]
-    state: HistoryState | None
 
 
 class Scorer:
@@ -88,7 +48,11 @@ class Scorer:
     """
 
     def __init__(
-        self, run: Run | ClickModel, token_budget: int = 16384, precision: Precision = DEFAULT
+        self,
+        run: Run | ClickModel,
+        token_budget: int = 16384,
+        precision: Precision = DEFAULT,
+        graphs: bool = True,
     ) -> None:
         """Score with a run that is loaded already; its model is put into evaluation mode.
 
@@ -96,6 +60,9 @@ class Scorer:
             run: the run or export. In bfloat16 the scorer's model is another one, which shares what is not cast.
             token_budget: rows of a pass at most.
             precision: to compute in.
+            graphs: replay passes as CUDA graphs where the model is on a GPU (`dti_model.model.graphs`): sooner done, from the third pass of
+                a shape on, and for graphics memory. Passes are padded, by a quarter at most. No effect elsewhere, and on models that are
+                quantised or compiled.
 
         Raises:
             ValueError: the token budget is below 1, or float32 is asked of weights that another scorer has cast to bfloat16.
@@ -110,6 +77,7 @@ class Scorer:
             replace(run, model=model.model, precision=self.precision) if isinstance(run, Run) else None
         )
         self._format = model.prompt
+        self._passes = passes_of(model.model, model.dti, model.prompt.labels, self.precision, graphs)
         limit = model.prompt.max_item_tokens
         self._items = ItemTokens(model.tokenizer, limit, model.item_text, model.builder)
         users = [] if model.data is None else model.data.user_ids
@@ -126,6 +94,11 @@ class Scorer:
             raise ValueError("this scorer was made from an export, which has no run: see click_model")
         return self._run
 
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether passes are replayed as CUDA graphs, or would be if they could be captured."""
+        return isinstance(self._passes, GraphedPasses)
+
     @staticmethod
     def from_run(
         folder: str | Path,
@@ -135,6 +108,7 @@ class Scorer:
         other_data: bool = False,
         base: str | None = None,
         precision: Precision = DEFAULT,
+        graphs: bool = True,
     ) -> Scorer:
         """Load a run folder (safetensors, JSON and YAML; nothing is unpickled).
 
@@ -146,6 +120,7 @@ class Scorer:
             other_data: the prepared folder may be another one than the run was trained on.
             base: where the pretrained model of a LoRA run is now.
             precision: to compute in; it need not be that of the training.
+            graphs: replay CUDA graphs on a GPU.
 
         Raises:
             FileNotFoundError: no run folder, or its training has not ended.
@@ -153,7 +128,7 @@ class Scorer:
             ValueError: it is not the one that the run was trained on, and `other_data` is False; or there is no such device.
         """
         run = Run.load(Path(folder), None if data is None else Path(data), device, other_data, base)
-        return Scorer(run, token_budget, precision)
+        return Scorer(run, token_budget, precision, graphs)
 
     @staticmethod
     def from_export(
@@ -163,6 +138,7 @@ class Scorer:
         token_budget: int = 16384,
         other_data: bool = False,
         precision: Precision = DEFAULT,
+        graphs: bool = True,
     ) -> Scorer:
         """Load a folder that `dti export` made, in any mode (safetensors and JSON; nothing is unpickled).
 
@@ -174,7 +150,7 @@ class Scorer:
             folder: made by `dti export`.
             data: prepared folder that item ids and users are looked up in; default: none, and items are given by their fields or as
                 {"text": ...}, histories in full.
-            device, token_budget, other_data, precision: as in `from_run`.
+            device, token_budget, other_data, precision, graphs: as in `from_run`.
 
         Raises:
             FileNotFoundError: no folder made by `dti export`.
@@ -183,7 +159,8 @@ class Scorer:
             ValueError: there is no such device.
         """
         data = None if data is None else Path(data)
-        return Scorer(ClickModel.of_export(Path(folder), data, device, other_data), token_budget, precision)
+        model = ClickModel.of_export(Path(folder), data, device, other_data)
+        return Scorer(model, token_budget, precision, graphs)
 
     def score(self, history: History | HistoryState, candidates: Sequence[Item]) -> Scores:
         """Click probabilities of one user's candidates.
@@ -267,7 +244,7 @@ class Scorer:
         interactions = (*state.interactions, new)
         if len(interactions) > self._format.window:
             return self._encoded(interactions[1:], "re-encoded")
-        _, layers = self._forward([Request(state.interactions, [new], state)])
+        _, layers = self._forward([Request(state.interactions, [new], state)], records=True)
         return HistoryState("extended", interactions, tuple(layers), self)
 
     def history_of(self, user: str | int) -> list[tuple[str, int]]:
@@ -310,7 +287,7 @@ class Scorer:
         except ItemError as error:
             raise ItemError(f"requests[{place}]: {error}") from None
 
-    def _tokens(self, history: History) -> _Tokens:
+    def _tokens(self, history: History) -> Tokens:
         if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
             raise ItemError(f"history must be a list of (item, label) pairs, got {shown(history)}")
         interactions = []
@@ -357,44 +334,10 @@ class Scorer:
 
     # Parts to the model.
 
-    def _encoded(self, history: _Tokens, origin: Literal["encoded", "re-encoded"]) -> HistoryState:
-        _, layers = self._forward([Request(history, [], None)])
+    def _encoded(self, history: Tokens, origin: Literal["encoded", "re-encoded"]) -> HistoryState:
+        _, layers = self._forward([Request(history, [], None)], records=True)
         return HistoryState(origin, history, tuple(layers), self)
 
-    @torch.no_grad()
-    def _forward(self, parts: list[Request]) -> tuple[torch.Tensor, list[LayerKeys]]:
-        """Logits `(S, 2)` of the candidates of a packed pass; where there is one part only, also the keys of its rows."""
-        prefix = np.asarray(self._format.prefix, np.int64)
-        layout = candidate_layout(
-            [[len(tokens) - 1 for tokens in part.history] for part in parts],
-            [[1] * len(part.history) for part in parts],
-            [[len(tokens) for tokens in part.candidates] for part in parts],
-            self._format.window,
-            prefix_lengths=[len(prefix)] * len(parts),
-        )
-        sums = np.full(layout.num_sum, self._format.sum_token)
-        ids = [(prefix, *part.history, *part.candidates) for part in parts]
-        input_ids = np.concatenate([tokens for of_part in ids for tokens in of_part] + [sums])
-        known = np.zeros(len(input_ids), bool)  # rows whose keys a state holds
-        start = 0
-        for part, of_part in zip(parts, ids):
-            known[start : start + sum(map(len, of_part[: 1 + len(part.history)]))] = part.state is not None
-            start += sum(map(len, of_part))
-        device = self.click_model.model.device
-        past = None
-        if states := [part.state.layers for part in parts if part.state is not None]:
-            where = [torch.from_numpy(np.flatnonzero(mask)).to(device) for mask in (known, ~known)]
-            past = Past(concatenated(states), *where)
-        recorded: list[LayerKeys] | None = [] if len(parts) == 1 else None
-        with computing(self.precision, device):
-            logits = token_logits(
-                self.click_model.model,
-                torch.from_numpy(input_ids[~known]).to(device),
-                layout.to(device),
-                self.click_model.dti,
-                self._format.labels,
-                past=past,
-                recorded=recorded,
-                few_shapes=wants_few_shapes(self.precision, device),
-            )
-        return logits, recorded or []
+    def _forward(self, parts: list[Request], records: bool = False) -> tuple[torch.Tensor, list[LayerKeys]]:
+        """Logits `(S, 2)` of the candidates of a packed pass and, if they are wanted, the keys of its context rows by layer."""
+        return self._passes.compute(packed_pass(parts, self._format), records)

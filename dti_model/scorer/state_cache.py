@@ -12,7 +12,8 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 from dti_model.scorer.items import Item
-from dti_model.scorer.scorer import HistoryState, Scorer
+from dti_model.scorer.requests import HistoryState
+from dti_model.scorer.scorer import Scorer
 
 # Appends of one user wait for each other, those of other users seldom do: a lock is shared by one user in this many.
 _NUM_LOCKS = 256

@@ -136,8 +136,8 @@ def test_no_pass_is_larger_than_the_budget(small_folder: Path, monkeypatch: pyte
     small, sizes = scorer_of(small_folder, RESET, 120), []
     forward = small._forward
 
-    def watched(parts):
-        logits, recorded = forward(parts)
+    def watched(parts, **wanted):
+        logits, recorded = forward(parts, **wanted)
         sizes.append(sum(len(one) for part in parts for one in part.history) + len(parts))
         sizes[-1] += sum(len(tokens) + 1 for part in parts for tokens in part.candidates)
         return logits, recorded
