@@ -271,7 +271,7 @@ def position_ids(layout: StreamLayout, config: DTIConfig) -> Tensor:
     """
     positions = layout.position_ids.long()
     if config.position_fix:
-        positions[layout.num_context :] = 0
+        positions[layout.num_context :].zero_()  # the assignment of a number would make a tensor of it
     return positions
 
 

@@ -1,0 +1,393 @@
+"""Passes as CUDA graphs, with replays that compute again what was captured (`benchmarks.measuring.Rerun`): everything that differs between
+two requests reaches the model through buffers, and what is left of the last request there reaches nobody."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.measuring import Rerun
+from dti_model.config import MODES, DTIConfig, LoraSettings
+from dti_model.model import GraphedPasses, LayerKeys, PackedPass, Passes, add_lora, cast_once, graphs
+from dti_model.model.graphs import Bucket, Buffers, can_be_graphed, size_of
+from tests.model.packed_passes import LABELS, Part, a_model, a_pass, history_of
+
+TOLERANCE = 1e-4  # of logits of a few units, in float32
+RESET = DTIConfig(alpha_min=0.1, alpha_max=0.9, alpha_own=0.05, reset_layers=(1, 2))
+ONE: list[Part] = [([4, 7, 3], [5, 2, 6, 4, 4])]
+OTHER: list[Part] = [([6, 5, 2], [3, 3, 7, 5])]  # in the bucket of `ONE`
+TWO: list[Part] = [([4, 7, 3], [5, 2, 6]), ([2, 2], [4, 4]), ([], [3])]
+
+
+class Watched(Rerun):
+    """Remembers itself."""
+
+    made: list[Watched]
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.made.append(self)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
+    captures: list[Watched] = []
+    monkeypatch.setattr(Watched, "made", captures, raising=False)
+    return captures
+
+
+def graphed(model: Any, config: DTIConfig = RESET, most_graphs: int = 32) -> GraphedPasses:
+    return GraphedPasses(model, config, LABELS, "fp32", Watched, most_graphs)
+
+
+def uncaptured(model: Any, config: DTIConfig = RESET) -> GraphedPasses:
+    """Padded in the same way, from new buffers every time."""
+    passes = graphed(model, config)
+    passes._failed = True
+    return passes
+
+
+def poison(passes: GraphedPasses) -> None:
+    """What a request has left in buffers is of no use to the next one."""
+    for buffers, _ in passes._graphs.values():
+        buffers.numbers.fill_(1 << 29)
+        for layer in buffers.layers:
+            for x in layer:
+                if x is not None:
+                    x.fill_(torch.nan)
+
+
+def same_bits(found: tuple[torch.Tensor, list[LayerKeys]], expected: tuple[Any, list[LayerKeys]]) -> bool:
+    both = [[one[0], *(x for layer in one[1] for x in layer if x is not None)] for one in (found, expected)]
+    return len(both[0]) == len(both[1]) and all(map(torch.equal, *both))
+
+
+def requests(kind: str, passes: Passes) -> list[tuple[PackedPass, bool]]:
+    """Three of one bucket, of other ids and lengths, and of one kind; and whether keys are wanted."""
+    if kind == "one pass":
+        return [(a_pass(parts, seed), False) for seed, parts in enumerate((ONE, OTHER, ONE))]
+    if kind == "several users":
+        return [(a_pass(parts, seed), False) for seed, parts in enumerate((TWO, TWO[::-1], TWO))]
+    if kind == "history":
+        return [(a_pass([(parts[0][0], [])], seed), True) for seed, parts in enumerate((ONE, OTHER, ONE))]
+    if kind == "append":
+        found = []
+        for seed, (parts, new) in enumerate(((ONE, 4), (OTHER, 2), (ONE, 3))):
+            state = {0: history_of(parts[0], seed, passes)}
+            found.append((a_pass([(parts[0][0], [new])], seed, state), True))
+        return found
+    assert kind == "states"
+    found = []
+    for seed, places in enumerate(((0, 1), (1, 2), (0, 1))):
+        parts = TWO if seed != 1 else TWO[::-1]
+        states = {place: history_of(parts[place], 10 * seed + place, passes) for place in places}
+        found.append((a_pass(parts, seed, states), False))
+    return found
+
+
+KINDS = ("one pass", "several users", "history", "append", "states")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_replays_give_the_bits_of_eager_passes(mode: str, kind: str, made: list[Watched]) -> None:
+    config = DTIConfig(mode, **{name: getattr(RESET, name) for name in ("alpha_max", "reset_layers")})
+    model = a_model(config)
+    plain, padded = Passes(model, config, LABELS, "fp32"), uncaptured(model, config)
+    passes = graphed(model, config)
+    all_of_them = requests(kind, plain)
+    assert len({Bucket.of(*request) for request in all_of_them}) == 1
+    found = []
+    for packed, records in [*all_of_them, *all_of_them]:
+        poison(passes)
+        found.append(passes.compute(packed, records))
+        expected, near = padded.compute(packed, records), plain.compute(packed, records)
+        assert same_bits(found[-1], expected)
+        for one, other in zip([found[-1][0], *sum(found[-1][1], ())], [near[0], *sum(near[1], ())]):
+            assert (one is None) == (other is None)
+            if one is not None:
+                assert one.shape == other.shape
+                assert torch.allclose(one, other, atol=TOLERANCE, rtol=TOLERANCE)
+    # The first was computed, the second captured, the others replayed; and no result was overwritten by a later one.
+    assert (made[-1].captured, made[-1].replayed) == (1, 5)
+    for first, again in zip(found[:3], found[3:]):
+        assert same_bits(first, again)
+    assert found[0][0].numel() == 0 or not torch.equal(found[0][0][:1], found[1][0][:1])
+
+
+@pytest.mark.parametrize("part", ["input_ids", "rows", "known", "given", "layers"])
+def test_each_buffer_is_what_passes_read(
+    part: str, made: list[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the test above: a pass that kept one of them of an earlier request would give other numbers, or none."""
+    model = a_model(RESET)
+    passes, padded = graphed(model), uncaptured(model)
+    first, second, third = (request for request, _ in requests("states", Passes(model, RESET, LABELS, "fp32")))
+    passes.compute(first)
+    passes.compute(first)
+    ((buffers, _),) = passes._graphs.values()
+    kept = buffers.layout.rows if part == "rows" else getattr(buffers, part)
+    old = [layer.mapped(torch.clone) for layer in kept] if part == "layers" else kept.clone()
+    fill = Buffers.fill
+
+    def fill_without(self: Buffers, packed: PackedPass) -> None:
+        fill(self, packed)
+        if part == "layers":
+            graphs._copy(old, kept)
+        else:
+            kept.copy_(old)
+
+    assert torch.equal(passes.compute(second)[0], padded.compute(second)[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(Buffers, "fill", fill_without)
+        assert not torch.equal(passes.compute(second)[0], padded.compute(second)[0])
+    assert torch.equal(passes.compute(third)[0], padded.compute(third)[0])
+
+
+FORBIDDEN = {
+    *("_local_scalar_dense", "item", "is_nonzero", "equal"),  # read by the host
+    *("nonzero", "masked_select", "unique_dim", "_unique2", "bincount", "repeat_interleave"),  # a size that is
+    *("lift_fresh", "lift_fresh_copy", "scalar_tensor"),  # made on the host, to be copied
+    *("bernoulli_", "uniform_", "normal_", "native_dropout", "rand", "randn"),
+}
+
+
+class Capturing(TorchDispatchMode):
+    """Refuses what a capture forbids, as far as a CPU can tell."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in FORBIDDEN:
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        return function(*args, **(kwargs or {}))
+
+
+class Strict(Watched):
+    """Captures and replays as a device would."""
+
+    def capture(self, forward: Any) -> Any:
+        forward()
+
+        def strict() -> Any:
+            with pytest.MonkeyPatch.context() as patch, Capturing():
+                patch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)  # it asks the stream
+                return forward()
+
+        return super().capture(strict)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_nothing_in_a_pass_forbids_a_capture(
+    mode: str, kind: str, precision: Any, lora: bool, made: list[Watched]
+) -> None:
+    config = DTIConfig(mode, alpha_max=0.5)
+    model = with_lora(config) if lora else a_model(config)
+    model = cast_once(model, precision)
+    plain = Passes(model, config, LABELS, precision)
+    passes = GraphedPasses(model, config, LABELS, precision, Strict)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for packed, records in [*requests(kind, plain), *requests(kind, plain)]:
+            passes.compute(packed, records)
+    assert (made[-1].captured, made[-1].replayed) == (1, 5)
+
+
+def with_lora(config: DTIConfig) -> Any:
+    """A model whose updates are no zeros."""
+    model = add_lora(a_model(config), LoraSettings(rank=2), 96)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "tokens_delta" in name:
+                parameter.add_(torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "refused", [lambda x: x.logits.sum().item(), lambda x: x.logits[:, [0]], lambda x: x.logits.nonzero()]
+)
+def test_what_forbids_a_capture_is_noticed(refused: Any, made: list[Watched]) -> None:
+    """Of the test above. Without the index that stays on the device, peft's trained rows forbid it too."""
+    passes = GraphedPasses(a_model(RESET), RESET, LABELS, "fp32", Strict)
+    forward = passes._forward
+    calls = []
+
+    def reads(*arguments: Any) -> Any:
+        calls.append(refused(outputs := forward(*arguments)))
+        return outputs
+
+    passes._forward = reads  # type: ignore[method-assign]
+    passes.compute(a_pass(ONE, 0))
+    with pytest.warns(UserWarning, match="not permitted when stream is capturing"):
+        passes.compute(a_pass(ONE, 0))
+
+
+def test_trained_rows_find_their_place_on_the_device(
+    made: list[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_lora(RESET)
+    before = Passes(model, RESET, LABELS, "fp32").compute(a_pass(ONE, 0))[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "keep_token_indices", lambda model: None)
+        passes = GraphedPasses(model, RESET, LABELS, "fp32", Strict)
+        passes.compute(a_pass(ONE, 0))
+        with pytest.warns(UserWarning, match="lift_fresh"):
+            passes.compute(a_pass(ONE, 0))
+    graphs.keep_token_indices(model)
+    assert torch.equal(Passes(model, RESET, LABELS, "fp32").compute(a_pass(ONE, 0))[0], before)
+
+
+def test_a_capture_that_fails_is_the_last(made: list[Watched]) -> None:
+    class Failing(Watched):
+        def capture(self, forward: Any) -> Any:
+            self.captured += 1
+            try:
+                raise ValueError("the reason")
+            except ValueError:
+                raise RuntimeError("the capture was not begun") from None
+
+    model = a_model(RESET)
+    passes = GraphedPasses(model, RESET, LABELS, "fp32", Failing)
+    padded, packed = uncaptured(model), a_pass(ONE, 0)
+    expected = padded.compute(packed)
+    passes.compute(packed)
+    with pytest.warns(UserWarning, match=r"without CUDA graphs.*ValueError: the reason.*graphs=False"):
+        assert same_bits(passes.compute(packed), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for parts in (ONE, TWO, ONE, TWO):
+            passes.compute(a_pass(parts, 0))
+        assert same_bits(passes.compute(packed), expected)
+    assert made[0].captured == 1
+
+
+def sized(num_candidates: int) -> PackedPass:
+    return a_pass([([3], [4] * num_candidates)], num_candidates)
+
+
+def test_the_least_recently_used_graph_goes(made: list[Watched]) -> None:
+    model = a_model(RESET)
+    passes, padded = graphed(model, most_graphs=2), uncaptured(model)
+    capture = made[0]
+    a, b, c = map(sized, (2, 20, 40))
+    for packed in (a, a, b, b, a, c, c):  # drops b
+        assert same_bits(passes.compute(packed), padded.compute(packed))
+    assert (capture.captured, len(passes._graphs)) == (3, 2)
+    assert list(passes._graphs) == [Bucket.of(a, False), Bucket.of(c, False)]
+    # b needs four passes now, and drops a.
+    for _ in range(3):
+        assert same_bits(passes.compute(b), padded.compute(b))
+    assert capture.captured == 3
+    passes.compute(b)
+    assert capture.captured == 4
+    replayed = capture.replayed
+    for packed in (b, c, b):
+        assert same_bits(passes.compute(packed), padded.compute(packed))
+    assert capture.replayed == replayed + 3
+    for _ in range(3):
+        passes.compute(a)
+    assert capture.captured == 4
+
+
+def test_threads_take_turns(made: list[Watched]) -> None:
+    """`Rerun` raises where two passes run at a time, and results are each thread's own."""
+    model = a_model(RESET)
+    passes, padded = graphed(model, most_graphs=2), uncaptured(model)
+    wrong: list[object] = []
+
+    def work(thread: int) -> None:
+        try:
+            for packed in (a_pass(ONE, thread), sized(20), a_pass(OTHER, thread), sized(40)) * 4:
+                if not torch.equal(passes.compute(packed)[0], padded.compute(packed)[0]):
+                    wrong.append("another's")
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert made[0].replayed > 16
+
+
+def test_changes_of_the_model(made: list[Watched]) -> None:
+    model = a_model(RESET)
+    passes, packed = graphed(model), a_pass(ONE, 0)
+    for _ in range(3):
+        passes.compute(packed)
+    before = passes.compute(packed)[0]
+    with torch.no_grad():  # in place: seen
+        model.model.embed_tokens.weight.mul_(1.5)
+    assert not torch.equal(passes.compute(packed)[0], before)
+    assert torch.equal(passes.compute(packed)[0], uncaptured(model).compute(packed)[0])
+    assert len(made) == 2  # the other is the one without captures
+    model.double()  # weights lie elsewhere: from the beginning
+    assert torch.equal(passes.compute(packed)[0], uncaptured(model).compute(packed)[0])
+    assert passes.compute(packed)[0].dtype == torch.float64
+    assert len(made) == 4
+    model.train()  # random numbers: never captured
+    replayed = [capture.replayed for capture in made]
+    passes.compute(packed)
+    assert [capture.replayed for capture in made] == replayed
+
+
+def test_adapters_that_are_switched_or_merged(made: list[Watched]) -> None:
+    model = with_lora(RESET)
+    passes, packed = graphed(model), a_pass(ONE, 0)
+    for _ in range(3):
+        passes.compute(packed)
+    before = passes.compute(packed)[0]
+    with model.disable_adapter():
+        disabled = passes.compute(packed)[0]
+        assert torch.equal(disabled, uncaptured(model).compute(packed)[0])
+    assert not torch.allclose(disabled, before, atol=1e-2)
+    assert torch.equal(passes.compute(packed)[0], before)
+    for _ in range(3):
+        passes.compute(packed)
+    model.merge_adapter()
+    assert torch.allclose(passes.compute(packed)[0], before, atol=1e-3, rtol=1e-3)
+
+
+def test_callers_in_inference_mode(made: list[Watched]) -> None:
+    model = a_model(RESET)
+    passes, (request, *_) = graphed(model), requests("append", Passes(model, RESET, LABELS, "fp32"))
+    expected = uncaptured(model).compute(*request)
+    for inference in (True, True, False, True):
+        with torch.inference_mode(inference):
+            part = ONE[0]
+            packed = a_pass([(part[0], [4])], 0, {0: history_of(part, 0, passes)})
+            assert torch.allclose(passes.compute(packed)[0], expected[0], atol=TOLERANCE)
+            assert same_bits(passes.compute(*request), expected)
+
+
+def test_large_passes_are_not_padded(made: list[Watched], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = a_model(RESET)
+    passes, packed = graphed(model), a_pass(TWO, 0)
+    monkeypatch.setattr(graphs, "MOST_ROWS", packed.layout.num_rows - 1)
+    for _ in range(3):
+        assert same_bits(passes.compute(packed), Passes(model, RESET, LABELS, "fp32").compute(packed))
+    assert made[0].captured == 0
+
+
+def test_sizes_are_few_and_near() -> None:
+    sizes = np.array([size_of(n) for n in range(graphs.MOST_ROWS + 1)])
+    rows = np.arange(graphs.MOST_ROWS + 1)
+    assert (sizes >= np.maximum(rows, 1)).all()
+    assert (np.diff(sizes) >= 0).all()
+    assert (sizes - rows <= np.maximum(16, np.where(rows <= 512, rows / 4, rows / 8))).all()
+    assert len(set(sizes.tolist())) <= 60
+    assert [size_of(n) for n in (0, 1, 16, 17, 129, 512, 513, 16384)] == [16, 16, 16, 32, 160, 512, 576, 16384]
+
+
+def test_only_plain_models_on_one_gpu() -> None:
+    assert not can_be_graphed(a_model(RESET))
