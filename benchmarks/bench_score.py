@@ -5,7 +5,8 @@
 
 `candidates`: 1 to 500 candidates of a real user with a history of 20: one pass; an encoded history, with which only candidates are
 computed; and one sliding-window prompt per candidate, packed, with the same model and attention. On a CPU all of them take turns in float32
-and in bfloat16, with the same weights.
+and in bfloat16, with the same weights. On a GPU one pass and the encoded history are also replayed as CUDA graphs, and every way is repeated
+as often as some seconds allow.
 `evaluation`: targets of the test split (of every `--user-step`-th user): `score_targets` beside two Hugging Face loops
 (LlamaForCausalLM with the same weights, SDPA, one left-padded prompt per target, batches of 32), in mode dti-minus, which is what a
 plain model computes: one that takes the logits that the model returns, and a careful one that asks for those of the last position
@@ -54,14 +55,22 @@ def main() -> None:
             parser.error(
                 "--shape has random ids, which there is nothing to evaluate with: give --part candidates"
             )
-        rows = measure_shape(options.shape, options.device == "cuda", options.precision)
+        for rows in measure_shape(options.shape, options.device == "cuda", options.precision):
+            show(rows)
+            options.rows.append(rows)  # what is measured is kept where time is up before the end
+        print(f"rows: {options.rows}")
     else:
         rows = measure_data(options)
+        show(rows)
+        options.rows.keep(rows)
+
+
+def show(rows: Rows) -> None:
+    """A line a row."""
     for row in rows:
         task = f"{row['candidates']} candidates" if "candidates" in row else f"{row['targets']} targets"
         said = f"{task:>14}  {row['provider']:38} {row['precision']}  p50 {row['p50_ms']:9.1f} ms  {row['speedup']:6.2f} x"
-        print(said + (f"  {row['over_fp32']:.2f} x fp32" if "over_fp32" in row else ""))
-    options.rows.keep(rows)
+        print(said + (f"  {row['over_fp32']:.2f} x fp32" if "over_fp32" in row else ""), flush=True)
 
 
 def measure_data(options: argparse.Namespace) -> Rows:

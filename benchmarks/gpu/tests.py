@@ -19,7 +19,7 @@ import pytest
 from benchmarks.measuring import REHEARSING
 from benchmarks.recording import RowFiles, make_parser, parse_measuring
 
-TESTS = "tests/kernels/test_gpu.py"
+TESTS = ("tests/kernels/test_gpu.py", "tests/model/test_graphs_gpu.py")
 
 
 class TestRows:
@@ -87,7 +87,7 @@ def main() -> None:
     add("--jobs", type=int, default=1, help="processes")
     options = parse_measuring(parser, "gpu-tests")
     plugin = TestRows(options.rows)
-    arguments = ["-m", "gpu", TESTS, "-k", options.select, "--durations=10", "--tb=short"]
+    arguments = ["-m", "gpu", *TESTS, "-k", options.select, "--durations=10", "--tb=short"]
     if REHEARSING:
         arguments += ["-W", "ignore::RuntimeWarning"]  # the interpreter's NumPy: overflows in masked lanes
     if options.jobs > 1 and importlib.util.find_spec("xdist") is not None:

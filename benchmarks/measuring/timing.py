@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -15,7 +16,12 @@ P99_REPEATS = 100
 
 
 def interleaved_ms(
-    functions: Mapping[Name, Callable[[], Any]], repeats: int, warmup: int = 1, device: str = "cpu"
+    functions: Mapping[Name, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 1,
+    device: str = "cpu",
+    seconds: float = math.inf,
+    least: int = 1,
 ) -> dict[Name, np.ndarray]:
     """Milliseconds of every function, run by turns so that a slow moment of the machine hits all of them.
 
@@ -24,14 +30,18 @@ def interleaved_ms(
         repeats: timed rounds.
         warmup: rounds that are not counted.
         device: "cpu", or a CUDA device that is waited for before and after each call.
+        seconds: after so many of its own, timed ones, a function gets no more turns
+        least: unless it has had fewer than so many.
 
     Returns:
-        `(repeats,)` float64 per name.
+        `(repeats,)` float64 per name, or fewer where time was up.
     """
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     times: dict[Name, list[float]] = {name: [] for name in functions}
     for round_ in range(warmup + repeats):
         for name, function in functions.items():
+            if len(times[name]) >= least and sum(times[name]) >= 1e3 * seconds:
+                continue
             wait()
             start = time.perf_counter()
             function()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -15,6 +16,14 @@ from dti_model.precision import Resolved
 Provider = Callable[[], npt.NDArray[np.float64]]
 Providers = Mapping[str, Provider]
 ONE_PASS, ENCODED, ONE_EACH = "one pass", "encoded history", "one prompt each"
+# Of each provider on a GPU, and repeats however slow it is: the step of `benchmarks.gpu_suite` has less than half a minute beside its imports,
+# and a host may need ten times what another one needs.
+GPU_SECONDS, LEAST_REPEATS = 0.7, 5
+
+
+def of_graphs(provider: str) -> str:
+    """The name of a provider that replays CUDA graphs."""
+    return f"{provider}, graph"
 
 
 def difference(providers: Providers, expected: npt.NDArray[np.float64]) -> float:
@@ -42,12 +51,13 @@ def check_parity(providers: Mapping[Resolved, Providers], base: str, most: Mappi
 
 
 def candidate_rows(providers: Mapping[Resolved, Providers], count: int, repeats: int, device: str) -> Rows:
-    """A row per precision and provider for `count` candidates, timed by turns.
+    """A row per precision and provider for `count` candidates, timed by turns, on a GPU each for `GPU_SECONDS` at most.
 
     `speedup` is over a prompt each in the same precision, `over_fp32` over the same provider in float32.
     """
     calls = {(precision, name): call for precision, of in providers.items() for name, call in of.items()}
-    times = interleaved_ms(calls, repeats, warmup=2, device=device)
+    seconds = GPU_SECONDS if device.startswith("cuda") else math.inf
+    times = interleaved_ms(calls, repeats, 2, device, seconds, LEAST_REPEATS)
     p50s = {key: float(np.median(ms)) for key, ms in times.items()}
     rows = []
     for (precision, name), ms in times.items():
@@ -55,7 +65,7 @@ def candidate_rows(providers: Mapping[Resolved, Providers], count: int, repeats:
         row = {"benchmark": "score", "candidates": count, "provider": name, "precision": precision}
         row |= {"p50_ms": round(p50, 3), **slowest_ms(ms), "candidates_per_s": round(1e3 * count / p50, 1)}
         row |= {"speedup": round(p50s[precision, ONE_EACH] / p50, 2), **over_fp32(p50s, precision, name)}
-        rows.append({**row, "repeats": repeats})
+        rows.append({**row, "repeats": len(ms)})
     return rows
 
 

@@ -16,9 +16,11 @@ from benchmarks.scoring.candidates import (
     ENCODED,
     ONE_EACH,
     ONE_PASS,
+    Provider,
     Providers,
     candidate_rows,
     check_parity,
+    of_graphs,
     over_fp32,
 )
 from dti_model.config import DTIConfig, ModelConfig, TrainConfig
@@ -51,11 +53,13 @@ def measure_candidates(
     Raises:
         AssertionError: scores differ from those of a prompt each.
     """
-    scorers = {precision: Scorer(run, precision=precision) for precision in precisions}
+    scorers = {precision: Scorer(run, precision=precision, graphs=False) for precision in precisions}
+    replaying = {precision: Scorer(run, precision=precision) for precision in precisions}
     scorer = next(iter(scorers.values()))
     user = next(u for u in run.data.user_ids if len(scorer.history_of(u)) >= HISTORY)
     history = scorer.history_of(user)[-HISTORY:]
     states = {precision: scorer.encode(history) for precision, scorer in scorers.items()}
+    others = {precision: scorer.encode(history) for precision, scorer in replaying.items()}
     items = np.random.default_rng(0).permutation(run.data.item_ids).tolist()
 
     def one_each(scorer: Scorer, candidates: list[str]) -> np.ndarray:
@@ -66,11 +70,16 @@ def measure_candidates(
         candidates = items[:count]
         providers: dict[Resolved, Providers] = {}
         for precision, scorer in scorers.items():
-            providers[precision] = {
+            found: dict[str, Provider] = {
                 ONE_PASS: partial(scorer.score, history, candidates),
                 ENCODED: partial(scorer.score, states[precision], candidates),
                 ONE_EACH: partial(one_each, scorer, candidates),
             }
+            if replaying[precision].uses_graphs:
+                score = replaying[precision].score
+                found[of_graphs(ONE_PASS)] = partial(score, history, candidates)
+                found[of_graphs(ENCODED)] = partial(score, others[precision], candidates)
+            providers[precision] = found
         check_parity(providers, ONE_EACH, PARITY)
         facts = {"part": "candidates", "history": HISTORY}
         rows += [{**row, **facts} for row in candidate_rows(providers, count, repeats, device)]

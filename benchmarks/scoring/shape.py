@@ -10,7 +10,7 @@ float32 before anything is timed. On a GPU speed is measured with weights in bfl
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,23 +18,25 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.attention import SHORT_TOKENS
-from benchmarks.measuring import DEVICE, REHEARSING
+from benchmarks.measuring import CAPTURE, DEVICE, REHEARSING
 from benchmarks.recording import Rows
 from benchmarks.scoring.candidates import (
     ENCODED,
     ONE_EACH,
     ONE_PASS,
+    Provider,
     Providers,
     candidate_rows,
     check_parity,
     difference,
+    of_graphs,
 )
 from benchmarks.shapes import MODELS
 from benchmarks.synthetic import random_model
 from dti_kernels import candidate_layout
 from dti_model.config import DTIConfig
-from dti_model.model import LayerKeys, Past, apply_dti, cast_once, token_logits
-from dti_model.precision import Resolved, computing
+from dti_model.model import GraphedPasses, LayerKeys, PackedPass, Passes, apply_dti, cast_once
+from dti_model.precision import Resolved
 
 Ids = npt.NDArray[np.int64]
 HISTORY, WINDOW = 20, 20
@@ -72,11 +74,13 @@ class ShapeScorer:
         self.model = apply_dti(random_model(MODELS[shape], dtype, device), self.dti).eval()
         self.vocab_size: int = MODELS[shape]["vocab_size"]
         self.precision: Resolved = "fp32"
+        self.passes = Passes(self.model, self.dti, _LABELS, self.precision)
 
     def in_precision(self, precision: Resolved) -> ShapeScorer:
         """One with the same model that computes in a precision, as `dti_model.scorer.Scorer` does."""
         other = copy.copy(self)
         other.precision, other.model = precision, cast_once(self.model, precision)
+        other.passes = Passes(other.model, self.dti, _LABELS, precision)
         return other
 
     def texts(self, count: int, seed: int) -> list[Ids]:
@@ -86,9 +90,8 @@ class ShapeScorer:
         lengths = rng.normal(mean - 1, deviation, count)
         return [rng.integers(self.vocab_size, size=max(2, round(length))) for length in lengths]
 
-    @torch.no_grad()
-    def forward(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, list[LayerKeys]]:
-        """Logits `(S, 2)` of the candidates of a packed pass, and the keys of its context rows; only one prompt may have a state."""
+    def pack(self, prompts: Sequence[Prompt]) -> PackedPass:
+        """The pass of some prompts; only the first may have a state."""
         layout = candidate_layout(
             [[len(item) for item in prompt.history] for prompt in prompts],
             [[1] * len(prompt.history) for prompt in prompts],
@@ -101,25 +104,15 @@ class ShapeScorer:
             items = (np.append(item, _LABELS[i % 2]) for i, item in enumerate(prompt.history))
             ids += [np.zeros(1, np.int64), *items, *prompt.candidates]
         ids.append(np.full(layout.num_sum, _SUM))
-        given, past = torch.from_numpy(np.concatenate(ids)), None
-        (first, *_) = prompts
-        if first.state is not None:
-            num_known = len(first.state[0].k)
-            rows = torch.arange(layout.num_rows, device=self.device)
-            past = Past(first.state, rows[:num_known], rows[num_known:])
-            given = given[num_known:]
-        recorded: list[LayerKeys] = []
-        with computing(self.precision, self.device):
-            logits = token_logits(
-                self.model,
-                given.to(self.device),
-                layout.to(self.device),
-                self.dti,
-                _LABELS,
-                past=past,
-                recorded=recorded,
-            )
-        return logits, recorded
+        known, state = np.zeros(layout.num_rows, bool), prompts[0].state
+        known[: 0 if state is None else len(state[0].k)] = True
+        return PackedPass(np.concatenate(ids), layout, known, () if state is None else (state,))
+
+    def forward(
+        self, prompts: Sequence[Prompt], records: bool = True
+    ) -> tuple[torch.Tensor, list[LayerKeys]]:
+        """Logits `(S, 2)` of the candidates of a packed pass, and if they are wanted the keys of its context rows."""
+        return self.passes.compute(self.pack(prompts), records)
 
     def score(self, prompts: Sequence[Prompt]) -> npt.NDArray[np.float64]:
         """Probabilities of all candidates, in passes of at most `TOKEN_BUDGET` rows."""
@@ -128,26 +121,37 @@ class ShapeScorer:
             if passes[-1] and sum(p.num_rows for p in passes[-1]) + prompt.num_rows > TOKEN_BUDGET:
                 passes.append([])
             passes[-1].append(prompt)
-        logits = [self.forward(packed)[0] for packed in passes]
+        logits = [self.forward(packed, records=False)[0] for packed in passes]
         return np.concatenate([torch.softmax(x.double(), -1)[:, 1].cpu().numpy() for x in logits])
 
-    def providers(self, count: int) -> Providers:
-        """Three ways to score the same candidates."""
+    def through_graphs(self) -> ShapeScorer:
+        """One with the same model whose passes are CUDA graphs."""
+        other = copy.copy(self)
+        other.passes = GraphedPasses(self.model, self.dti, _LABELS, self.precision, CAPTURE)
+        return other
+
+    def providers(self, count: int, graphs: ShapeScorer | None = None) -> Providers:
+        """Ways to score the same candidates: three, and two more through the graphs of another scorer with the same model."""
         history, candidates = self.texts(HISTORY, 0), self.texts(count, 1)
         _, state = self.forward([Prompt(history, [])])
-        return {
+        found: dict[str, Provider] = {
             ONE_PASS: lambda: self.score([Prompt(history, candidates)]),
             ENCODED: lambda: self.score([Prompt(history, candidates, state)]),
             ONE_EACH: lambda: self.score([Prompt(history, [one]) for one in candidates]),
         }
+        if graphs is not None:
+            _, same = graphs.forward([Prompt(history, [])])
+            found[of_graphs(ONE_PASS)] = lambda: graphs.score([Prompt(history, candidates)])
+            found[of_graphs(ENCODED)] = lambda: graphs.score([Prompt(history, candidates, same)])
+        return found
 
 
-def measure_shape(shape: str, on_gpu: bool, precisions: Sequence[Resolved]) -> Rows:
-    """Rows of every number of candidates, provider and precision.
+def measure_shape(shape: str, on_gpu: bool, precisions: Sequence[Resolved]) -> Iterator[Rows]:
+    """Rows of every provider and precision, for one number of candidates after the other.
 
     Args:
         shape: a key of `MODELS`.
-        on_gpu: on the GPU, in bfloat16; otherwise on the CPU.
+        on_gpu: on the GPU, in bfloat16, through CUDA graphs too; otherwise on the CPU.
         precisions: on the CPU.
 
     Raises:
@@ -156,19 +160,24 @@ def measure_shape(shape: str, on_gpu: bool, precisions: Sequence[Resolved]) -> R
     device = DEVICE if on_gpu else "cpu"
     name = "tiny" if REHEARSING else shape
     scorer = ShapeScorer(name, device, torch.float32)
-    check_parity({"fp32": scorer.providers(8)}, ONE_EACH, {"fp32": PARITY})
+    graphs = {"fp32": scorer.through_graphs()} if on_gpu else {}
+    check_parity({"fp32": scorer.providers(8, graphs.get("fp32"))}, ONE_EACH, {"fp32": PARITY})
     scorers: Mapping[Resolved, ShapeScorer] = (
         {"bf16": ShapeScorer(name, device, torch.bfloat16)}
         if on_gpu
         else {precision: scorer.in_precision(precision) for precision in precisions}
     )
-    rows = []
+    if on_gpu:
+        graphs = {precision: scorer.through_graphs() for precision, scorer in scorers.items()}
     for count, repeats in REPEATS.items():
-        providers = {precision: scorer.providers(count) for precision, scorer in scorers.items()}
+        providers = {
+            precision: scorer.providers(count, graphs.get(precision)) for precision, scorer in scorers.items()
+        }
         differences = {
             precision: float(f"{difference(of, of[ONE_EACH]()):.3g}") for precision, of in providers.items()
         }
         facts = {"part": "shape", "model": shape, "history": HISTORY}
-        for row in candidate_rows(providers, count, repeats, "cuda" if on_gpu else "cpu"):
-            rows.append({**row, **facts, "max_difference": differences[row["precision"]]})
-    return rows
+        yield [
+            {**row, **facts, "max_difference": differences[row["precision"]]}
+            for row in candidate_rows(providers, count, repeats, "cuda" if on_gpu else "cpu")
+        ]

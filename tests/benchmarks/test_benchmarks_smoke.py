@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,7 @@ from benchmarks import (
     leak_meter,
     simulate,
 )
-from benchmarks.measuring import median_and_p99, slowest_ms
+from benchmarks.measuring import Rerun, interleaved_ms, median_and_p99, slowest_ms
 from benchmarks.recording import command, commit_of
 from benchmarks.scoring import shape as score_shape
 from benchmarks.scoring.candidates import check_parity
@@ -169,7 +170,8 @@ def test_scoring_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     state = [type(layer)(*(None if x is None else torch.roll(x, 1, 0) for x in layer)) for layer in right]
     scores = scorer.score([score_shape.Prompt(history, candidates, state)])
     assert np.abs(scores - providers["one pass"]()).max() > 10 * score_shape.PARITY
-    rows = score_shape.measure_shape("tiny", on_gpu=False, precisions=("fp32", "bf16"))
+    measured = score_shape.measure_shape("tiny", on_gpu=False, precisions=("fp32", "bf16"))
+    rows = [row for of_count in measured for row in of_count]
     assert [(row["candidates"], row["precision"], row["provider"]) for row in rows] == [
         (count, precision, provider)
         for count in (1, 5)
@@ -179,7 +181,37 @@ def test_scoring_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(("over_fp32" in row) == (row["precision"] == "bf16") for row in rows)
     monkeypatch.setattr(score_shape, "PARITY", -1.0)
     with pytest.raises(AssertionError, match="probabilities in fp32 differ"):
-        score_shape.measure_shape("tiny", on_gpu=False, precisions=("fp32",))
+        next(score_shape.measure_shape("tiny", on_gpu=False, precisions=("fp32",)))
+
+
+def test_scoring_of_a_shape_through_graphs() -> None:
+    """Two more ways to the same scores, which a replay of each request gives: passes of one shape share a bucket, not their ids."""
+    scorer = score_shape.ShapeScorer("tiny", "cpu", torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_shape, "CAPTURE", Rerun)
+        graphs = scorer.through_graphs()
+    first = scorer.providers(5, graphs)
+    assert list(first) == [
+        *("one pass", "encoded history", "one prompt each", "one pass, graph", "encoded history, graph")
+    ]
+    expected = first["one prompt each"]()
+    for _ in range(3):
+        assert score_shape.difference(first, expected) < score_shape.PARITY
+    assert len(graphs.passes._graphs) == 2  # one pass, and an encoded history: that was computed once
+    scorer.texts = lambda count, seed: score_shape.ShapeScorer.texts(scorer, count, seed + 7)
+    others = scorer.providers(5, graphs)
+    assert score_shape.difference(others, others["one prompt each"]()) < score_shape.PARITY
+    assert np.abs(others["one pass, graph"]() - expected).max() > 10 * score_shape.PARITY
+
+
+def test_slow_functions_are_repeated_less_often() -> None:
+    """Fixed numbers of repeats, of calls that take ten times as long on a slow host, were a step that timed out without a row."""
+    times = interleaved_ms(
+        {"slow": lambda: time.sleep(0.02), "fast": lambda: None}, 50, warmup=1, seconds=0.05, least=2
+    )
+    assert {name: len(ms) for name, ms in times.items()} == {"slow": 3, "fast": 50}
+    times = interleaved_ms({"slow": lambda: time.sleep(0.02)}, 50, warmup=0, seconds=0.001, least=4)
+    assert len(times["slow"]) == 4
 
 
 def test_no_row_of_scores_that_differ() -> None:

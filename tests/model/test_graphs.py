@@ -13,16 +13,26 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measuring import Rerun
-from dti_model.config import MODES, DTIConfig, LoraSettings
-from dti_model.model import GraphedPasses, LayerKeys, PackedPass, Passes, add_lora, cast_once, graphs
+from dti_model.config import MODES, DTIConfig
+from dti_model.model import GraphedPasses, PackedPass, Passes, cast_once, graphs
 from dti_model.model.graphs import Bucket, Buffers, can_be_graphed, size_of
-from tests.model.packed_passes import LABELS, Part, a_model, a_pass, history_of
+from tests.model.packed_passes import (
+    KINDS,
+    LABELS,
+    ONE,
+    OTHER,
+    TWO,
+    a_model,
+    a_pass,
+    history_of,
+    poison,
+    requests,
+    same_bits,
+    with_lora,
+)
 
 TOLERANCE = 1e-4  # of logits of a few units, in float32
 RESET = DTIConfig(alpha_min=0.1, alpha_max=0.9, alpha_own=0.05, reset_layers=(1, 2))
-ONE: list[Part] = [([4, 7, 3], [5, 2, 6, 4, 4])]
-OTHER: list[Part] = [([6, 5, 2], [3, 3, 7, 5])]  # in the bucket of `ONE`
-TWO: list[Part] = [([4, 7, 3], [5, 2, 6]), ([2, 2], [4, 4]), ([], [3])]
 
 
 class Watched(Rerun):
@@ -51,47 +61,6 @@ def uncaptured(model: Any, config: DTIConfig = RESET) -> GraphedPasses:
     passes = graphed(model, config)
     passes._failed = True
     return passes
-
-
-def poison(passes: GraphedPasses) -> None:
-    """What a request has left in buffers is of no use to the next one."""
-    for buffers, _ in passes._graphs.values():
-        buffers.numbers.fill_(1 << 29)
-        for layer in buffers.layers:
-            for x in layer:
-                if x is not None:
-                    x.fill_(torch.nan)
-
-
-def same_bits(found: tuple[torch.Tensor, list[LayerKeys]], expected: tuple[Any, list[LayerKeys]]) -> bool:
-    both = [[one[0], *(x for layer in one[1] for x in layer if x is not None)] for one in (found, expected)]
-    return len(both[0]) == len(both[1]) and all(map(torch.equal, *both))
-
-
-def requests(kind: str, passes: Passes) -> list[tuple[PackedPass, bool]]:
-    """Three of one bucket, of other ids and lengths, and of one kind; and whether keys are wanted."""
-    if kind == "one pass":
-        return [(a_pass(parts, seed), False) for seed, parts in enumerate((ONE, OTHER, ONE))]
-    if kind == "several users":
-        return [(a_pass(parts, seed), False) for seed, parts in enumerate((TWO, TWO[::-1], TWO))]
-    if kind == "history":
-        return [(a_pass([(parts[0][0], [])], seed), True) for seed, parts in enumerate((ONE, OTHER, ONE))]
-    if kind == "append":
-        found = []
-        for seed, (parts, new) in enumerate(((ONE, 4), (OTHER, 2), (ONE, 3))):
-            state = {0: history_of(parts[0], seed, passes)}
-            found.append((a_pass([(parts[0][0], [new])], seed, state), True))
-        return found
-    assert kind == "states"
-    found = []
-    for seed, places in enumerate(((0, 1), (1, 2), (0, 1))):
-        parts = TWO if seed != 1 else TWO[::-1]
-        states = {place: history_of(parts[place], 10 * seed + place, passes) for place in places}
-        found.append((a_pass(parts, seed, states), False))
-    return found
-
-
-KINDS = ("one pass", "several users", "history", "append", "states")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,7 +97,9 @@ def test_each_buffer_is_what_passes_read(
     """Of the test above: a pass that kept one of them of an earlier request would give other numbers, or none."""
     model = a_model(RESET)
     passes, padded = graphed(model), uncaptured(model)
-    first, second, third = (request for request, _ in requests("states", Passes(model, RESET, LABELS, "fp32")))
+    first, second, third = (
+        request for request, _ in requests("states", Passes(model, RESET, LABELS, "fp32"))
+    )
     passes.compute(first)
     passes.compute(first)
     ((buffers, _),) = passes._graphs.values()
@@ -152,7 +123,14 @@ def test_each_buffer_is_what_passes_read(
 
 FORBIDDEN = {
     *("_local_scalar_dense", "item", "is_nonzero", "equal"),  # read by the host
-    *("nonzero", "masked_select", "unique_dim", "_unique2", "bincount", "repeat_interleave"),  # a size that is
+    *(
+        "nonzero",
+        "masked_select",
+        "unique_dim",
+        "_unique2",
+        "bincount",
+        "repeat_interleave",
+    ),  # a size that is
     *("lift_fresh", "lift_fresh_copy", "scalar_tensor"),  # made on the host, to be copied
     *("bernoulli_", "uniform_", "normal_", "native_dropout", "rand", "randn"),
 }
@@ -190,7 +168,7 @@ def test_nothing_in_a_pass_forbids_a_capture(
     mode: str, kind: str, precision: Any, lora: bool, made: list[Watched]
 ) -> None:
     config = DTIConfig(mode, alpha_max=0.5)
-    model = with_lora(config) if lora else a_model(config)
+    model = with_lora(a_model(config)) if lora else a_model(config)
     model = cast_once(model, precision)
     plain = Passes(model, config, LABELS, precision)
     passes = GraphedPasses(model, config, LABELS, precision, Strict)
@@ -199,16 +177,6 @@ def test_nothing_in_a_pass_forbids_a_capture(
         for packed, records in [*requests(kind, plain), *requests(kind, plain)]:
             passes.compute(packed, records)
     assert (made[-1].captured, made[-1].replayed) == (1, 5)
-
-
-def with_lora(config: DTIConfig) -> Any:
-    """A model whose updates are no zeros."""
-    model = add_lora(a_model(config), LoraSettings(rank=2), 96)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name or "tokens_delta" in name:
-                parameter.add_(torch.randn_like(parameter))
-    return model.eval()
 
 
 @pytest.mark.parametrize(
@@ -233,7 +201,7 @@ def test_what_forbids_a_capture_is_noticed(refused: Any, made: list[Watched]) ->
 def test_trained_rows_find_their_place_on_the_device(
     made: list[Watched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = with_lora(RESET)
+    model = with_lora(a_model(RESET))
     before = Passes(model, RESET, LABELS, "fp32").compute(a_pass(ONE, 0))[0]
     with monkeypatch.context() as patch:
         patch.setattr(graphs, "keep_token_indices", lambda model: None)
@@ -342,7 +310,7 @@ def test_changes_of_the_model(made: list[Watched]) -> None:
 
 
 def test_adapters_that_are_switched_or_merged(made: list[Watched]) -> None:
-    model = with_lora(RESET)
+    model = with_lora(a_model(RESET))
     passes, packed = graphed(model), a_pass(ONE, 0)
     for _ in range(3):
         passes.compute(packed)
@@ -386,7 +354,16 @@ def test_sizes_are_few_and_near() -> None:
     assert (np.diff(sizes) >= 0).all()
     assert (sizes - rows <= np.maximum(16, np.where(rows <= 512, rows / 4, rows / 8))).all()
     assert len(set(sizes.tolist())) <= 60
-    assert [size_of(n) for n in (0, 1, 16, 17, 129, 512, 513, 16384)] == [16, 16, 16, 32, 160, 512, 576, 16384]
+    assert [size_of(n) for n in (0, 1, 16, 17, 129, 512, 513, 16384)] == [
+        16,
+        16,
+        16,
+        32,
+        160,
+        512,
+        576,
+        16384,
+    ]
 
 
 def test_only_plain_models_on_one_gpu() -> None:
