@@ -107,9 +107,9 @@ SLOT_A = (
         "does it work at all: three cases, output and gradients, error / budget", stops=True,
     ),
     Step(
-        "gpu-tests", "benchmarks.gpu.tests", _rows("--select", "not inductor", "--jobs", "{jobs}"), 100,
+        "gpu-tests", "benchmarks.gpu.tests", _rows("--of", "kernels", "--select", "not inductor", "--jobs", "{jobs}"), 100,
         "parity, equal runs, leaks, unwritten memory, offsets beyond 2**31",
-        rehearsed=_rows("--select", "(one_token and bfloat16) or never_read", "--jobs", "1"), interpreted=True, jobs=10,
+        rehearsed=_rows("--of", "kernels", "--select", "(one_token and bfloat16) or never_read", "--jobs", "1"), interpreted=True, jobs=10,
     ),
     Step(
         "tiles", "benchmarks.tune_tiles", _rows("--slot", "--seconds", "{seconds}", "--winners", "{tiles}"), 70,
@@ -132,11 +132,16 @@ SLOT_A = (
         "milliseconds for 1, 100 and 500 candidates", least=20,
     ),
     Step(
+        "graph-tests", "benchmarks.gpu.tests", _rows("--of", "graphs", "--jobs", "1"), 60,
+        "passes as CUDA graphs have the bits of eager ones", least=30,
+        rehearsed=_rows("--of", "graphs", "--select", "dti-one", "--jobs", "1"),
+    ),
+    Step(
         "ncu", "benchmarks.gpu.ncu", _rows("--kept", "{kept}"), 60, "why the context kernels are as fast as they are",
         least=20,
     ),
     Step(
-        "inductor", "benchmarks.gpu.tests", _rows("--select", "inductor", "--jobs", "1"), 120,
+        "inductor", "benchmarks.gpu.tests", _rows("--of", "kernels", "--select", "inductor", "--jobs", "1"), 120,
         "torch.compile, where time is left", least=30,
     ),
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """The tests that need a GPU, in several processes, with a row for each as it ends.
 
-    python -m benchmarks.gpu.tests [--select "not inductor"] [--jobs 10] [--out ROWS.jsonl]
+    python -m benchmarks.gpu.tests [--of kernels graphs] [--select "not inductor"] [--jobs 10] [--out ROWS.jsonl]
 
 A run that is ended halfway has the rows of the tests that were done. A row holds what the test recorded: of parity tests the share of
 its error budget that each tensor uses.
@@ -19,7 +19,7 @@ import pytest
 from benchmarks.measuring import REHEARSING
 from benchmarks.recording import RowFiles, make_parser, parse_measuring
 
-TESTS = ("tests/kernels/test_gpu.py", "tests/model/test_graphs_gpu.py")
+TESTS = {"kernels": "tests/kernels/test_gpu.py", "graphs": "tests/model/test_graphs_gpu.py"}
 
 
 class TestRows:
@@ -83,11 +83,20 @@ def main() -> None:
     """Run them; the exit status is pytest's, and 1 where no test ran."""
     parser = make_parser(__doc__)
     add = parser.add_argument
+    add("--of", nargs="+", choices=TESTS, default=list(TESTS), help="default: all")
     add("--select", default="", help="as pytest's -k")
     add("--jobs", type=int, default=1, help="processes")
     options = parse_measuring(parser, "gpu-tests")
     plugin = TestRows(options.rows)
-    arguments = ["-m", "gpu", *TESTS, "-k", options.select, "--durations=10", "--tb=short"]
+    arguments = [
+        "-m",
+        "gpu",
+        *(TESTS[name] for name in options.of),
+        "-k",
+        options.select,
+        "--durations=10",
+        "--tb=short",
+    ]
     if REHEARSING:
         arguments += ["-W", "ignore::RuntimeWarning"]  # the interpreter's NumPy: overflows in masked lanes
     if options.jobs > 1 and importlib.util.find_spec("xdist") is not None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.attention import SHORT_TOKENS
-from benchmarks.measuring import CAPTURE, DEVICE, REHEARSING
+from benchmarks.measuring import DEVICE, REHEARSING
 from benchmarks.recording import Rows
 from benchmarks.scoring.candidates import (
     ENCODED,
@@ -31,6 +31,7 @@ from benchmarks.scoring.candidates import (
     difference,
     of_graphs,
 )
+from benchmarks.scoring.rerun import CAPTURE
 from benchmarks.shapes import MODELS
 from benchmarks.synthetic import random_model
 from dti_kernels import candidate_layout

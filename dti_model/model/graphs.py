@@ -261,6 +261,11 @@ class GraphedPasses(Passes):
         return replay
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what `torch.compile` or its own `compile` made of it. (Asking PyTorch would import its compiler.)"""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
 def can_be_graphed(model: Any) -> bool:
     """Whether passes of a model may be captured: on one GPU, with plain weights, and not compiled, which launches graphs of its own."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -270,8 +275,7 @@ def can_be_graphed(model: Any) -> bool:
         and not any(isinstance(x, DTensor) for x in tensors)
         and all(x.is_floating_point() for x in model.parameters())
         and getattr(model, "quantization_method", None) is None
-        and all(module._compiled_call_impl is None for module in model.modules())
-        and not isinstance(model, torch._dynamo.OptimizedModule)
+        and not any(is_compiled(module) for module in model.modules())
     )
 
 

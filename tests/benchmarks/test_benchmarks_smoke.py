@@ -28,8 +28,9 @@ from benchmarks import (
     leak_meter,
     simulate,
 )
-from benchmarks.measuring import Rerun, interleaved_ms, median_and_p99, slowest_ms
+from benchmarks.measuring import interleaved_ms, median_and_p99, slowest_ms
 from benchmarks.recording import command, commit_of
+from benchmarks.scoring import Rerun
 from benchmarks.scoring import shape as score_shape
 from benchmarks.scoring.candidates import check_parity
 from benchmarks.synthetic import made_up_data

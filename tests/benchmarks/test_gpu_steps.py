@@ -86,7 +86,7 @@ def run_tests(tmp_path: Path, select: str, jobs: int) -> tuple[int, list[dict], 
     """`benchmarks.gpu.tests` over a file of tests of our own; its status, rows and output."""
     (tmp_path / "test_made_up.py").write_text(TESTS)
     code = (
-        f"import sys; from benchmarks.gpu import tests as gpu_tests; gpu_tests.TESTS = ({str(tmp_path / 'test_made_up.py')!r},); "
+        f"import sys; from benchmarks.gpu import tests as gpu_tests; gpu_tests.TESTS = {{'made_up': {str(tmp_path / 'test_made_up.py')!r}}}; "
         f"sys.argv = ['gpu_tests', '--select', {select!r}, '--jobs', '{jobs}', '--out', {str(tmp_path / 'rows.jsonl')!r}]; "
         "gpu_tests.main()"
     )

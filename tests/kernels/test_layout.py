@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dti_kernels import StreamLayout, candidate_layout
-from dti_kernels.layout import ROW_STOP, SUM_START, SUM_STOP
+from dti_kernels import StreamLayout, candidate_layout, padded_layout
+from dti_kernels.layout import ROW_STOP, SUM_START, SUM_STOP, check_spans
 from dti_kernels.reference import alibi_distance
 from tests.cases import CASES, Case, random_cases
 
@@ -134,3 +134,36 @@ def test_bad_candidates_name_the_place(kwargs: dict, message: str) -> None:
     good = {"item_lengths": [[2], [3, 1]], "label_lengths": [[1], [1, 1]], "candidate_lengths": [[1], [2, 2]]}
     with pytest.raises(ValueError, match=message):
         candidate_layout(**({"window": 2} | good | kwargs))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(random_cases(), st.integers(1, 9), st.integers(0, 5))
+def test_rows_of_padding_are_a_layout_and_change_no_other_row(
+    case: Case, more_context: int, more_sums: int
+) -> None:
+    old = case.layout()
+    num_context, num_sum = old.num_context + more_context, old.num_sum + more_sums
+    new = padded_layout(old, num_context, num_sum)
+    check_spans(new.rows, new.keys)
+    check(new)
+    assert (new.num_context, new.num_sum) == (num_context, num_sum)
+    assert (new.window, new.reset_window, new.mean_span) == (old.window, old.reset_window, old.mean_span)
+    kept = [*range(old.num_context), *range(num_context, num_context + old.num_sum)]
+    assert torch.equal(new.rows[:, kept], old.rows)
+    assert torch.equal(new.keys[:, : old.num_context], old.keys)
+    # Nobody who was there sees or is seen by who has come, and a row of padding sees one key: tiles of them are short.
+    seen = visible_by_spans(new)
+    padding = [row for row in range(new.num_rows) if row not in kept]
+    assert not seen[kept][:, old.num_context :].any()
+    assert (seen[padding].sum(1) == 1).all()
+    assert not seen[padding][:, : old.num_context].any()
+
+
+def test_padding_needs_a_context_row() -> None:
+    layout = candidate_layout([[2]], [[1]], [[2, 1]], window=20)
+    for numbers, name in (
+        ((6, 2), "num_context must be more than the layout's 6, got 6"),
+        ((7, 1), "num_sum"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            padded_layout(layout, *numbers)

@@ -1,4 +1,4 @@
-"""Passes as CUDA graphs, with replays that compute again what was captured (`benchmarks.measuring.Rerun`): everything that differs between
+"""Passes as CUDA graphs, with replays that compute again what was captured (`benchmarks.scoring.Rerun`): everything that differs between
 two requests reaches the model through buffers, and what is left of the last request there reaches nobody."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measuring import Rerun
+from benchmarks.scoring import Rerun
 from dti_model.config import MODES, DTIConfig
 from dti_model.model import GraphedPasses, PackedPass, Passes, cast_once, graphs
 from dti_model.model.graphs import Bucket, Buffers, can_be_graphed, size_of

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.measuring import CAPTURE, DEVICE, Rerun
+from benchmarks.measuring import DEVICE
+from benchmarks.scoring import CAPTURE, Rerun
 from benchmarks.shapes import HEADS
 from dti_model.config import DTIConfig
 from dti_model.model import GraphedPasses, Passes, cast_once, passes_of
