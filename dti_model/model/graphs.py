@@ -39,7 +39,7 @@ from dti_model.model.passes import PackedPass, Passes
 from dti_model.model.past import LayerKeys, Past
 from dti_model.precision import Resolved, computing
 
-# Beyond this a pass keeps the device busy for longer than the host needs to launch it, and padding costs more than it saves.
+# Beyond this, the default token budget, a pass keeps the device busy while the host launches it, and padding costs more than it saves.
 MOST_ROWS = 16384
 # Graphs that are kept; the least recently used is dropped. Each has its buffers, its outputs and a few MB of its nodes.
 MOST_GRAPHS = 32
@@ -172,7 +172,7 @@ class GraphedPasses(Passes):
         self._lock = threading.Lock()
         self._weights = [*model.parameters(), *model.buffers()]
         self._adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        self._failed = False
+        self._failed, self._kind = False, self.device.type
         self._start()
 
     def _start(self) -> None:
@@ -189,8 +189,8 @@ class GraphedPasses(Passes):
         return tuple(x.data_ptr() for x in self._weights), tuple(adapters)
 
     def compute(self, packed: PackedPass, records: bool = False) -> tuple[Tensor, list[LayerKeys]]:
-        """As `Passes.compute`, padded, unless there are more than `MOST_ROWS` rows."""
-        if packed.layout.num_rows > MOST_ROWS or self.model.training:
+        """As `Passes.compute`, padded, unless there are more than `MOST_ROWS` rows. A model in training mode, or on a CPU by now, is not padded."""
+        if packed.layout.num_rows > MOST_ROWS or self.model.training or self.device.type != self._kind:
             return super().compute(packed, records)
         bucket = Bucket.of(packed, records)
         # Tensors that a caller's inference mode made could not be written outside it.

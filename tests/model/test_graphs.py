@@ -347,6 +347,16 @@ def test_large_passes_are_not_padded(made: list[Watched], monkeypatch: pytest.Mo
     assert made[0].captured == 0
 
 
+def test_a_model_that_has_left_the_gpu(made: list[Watched]) -> None:
+    """There is nothing to capture with."""
+    model = a_model(RESET)
+    passes, packed = graphed(model), a_pass(TWO, 0)
+    passes._kind = "cuda"
+    for _ in range(3):
+        assert same_bits(passes.compute(packed), Passes(model, RESET, LABELS, "fp32").compute(packed))
+    assert made[0].captured == 0
+
+
 def test_sizes_are_few_and_near() -> None:
     sizes = np.array([size_of(n) for n in range(graphs.MOST_ROWS + 1)])
     rows = np.arange(graphs.MOST_ROWS + 1)
