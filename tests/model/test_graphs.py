@@ -347,6 +347,18 @@ def test_large_passes_are_not_padded(made: list[Watched], monkeypatch: pytest.Mo
     assert made[0].captured == 0
 
 
+def test_no_pass_finds_what_autocast_has_cast_in_another(made: list[Watched]) -> None:
+    """Inside a caller's autocast, its cache kept a capture's weights: memory of graphs, that the next replay writes to."""
+    model = a_model(RESET)
+    passes, packed = GraphedPasses(model, RESET, LABELS, "bf16", Watched), a_pass(ONE, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = passes.compute(packed)[0]
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.down_proj.weight.neg_()
+        assert not torch.equal(passes.compute(packed)[0], before)
+
+
 def test_a_model_that_has_left_the_gpu(made: list[Watched]) -> None:
     """There is nothing to capture with."""
     model = a_model(RESET)
