@@ -4,7 +4,7 @@ A graph launches the same kernels on the same grids, so passes are padded to few
 differs between two passes of a bucket reaches the model through its `Buffers`: one array of integers and the keys of encoded histories.
 
     1st pass of a bucket     is computed from new buffers, kernel by kernel
-    2nd pass                 is captured, and its buffers are kept
+    2nd pass                 is captured, its replay is compared with the pass itself, and its buffers are kept
     others                   fill the buffers, and one launch replays all
 
 Every pass of a bucket gives the same bits, whether it is replayed or not. They differ from those of a pass without padding by rounding,
@@ -212,7 +212,11 @@ class GraphedPasses(Passes):
             buffers = Buffers(bucket, packed, self._tokens, self.device)
             buffers.fill(packed)
             forward = partial(self._forward, buffers, bucket.records)
-            outputs = (self._captured(bucket, buffers, forward) or forward)()
+            captured = self._captured(bucket, buffers, forward)
+            outputs = (captured or forward)()
+            if captured and not _agree(outputs, eager := forward()):
+                self._give_up(RuntimeError("its replay computes something else than the pass itself"))
+                outputs = eager
         rows = slice(packed.layout.num_context)
         theirs = [layer.rows(rows) for layer in outputs.recorded]
         recorded = [layer.mapped(torch.empty_like) for layer in theirs]
@@ -243,15 +247,7 @@ class GraphedPasses(Passes):
         try:
             replay = self._capture.capture(forward)
         except Exception as error:  # of PyTorch, the driver, or a module of the model that reads the device
-            self._failed = True
-            self._capture.wait()
-            self._graphs.clear()
-            first = error.__context__ or error  # the end of a capture that failed fails too
-            warnings.warn(
-                f"scoring goes on without CUDA graphs, which makes requests slower: a pass could not be captured "
-                f"({type(first).__name__}: {' '.join(str(first).split())[:200]}). Scorer(..., graphs=False) never tries.",
-                stacklevel=2,
-            )
+            self._give_up(error.__context__ or error)  # the end of a capture that failed fails too
             return None
         self._graphs[bucket] = buffers, replay
         if len(self._graphs) > self._most_graphs:
@@ -259,6 +255,24 @@ class GraphedPasses(Passes):
             dropped, _ = self._graphs.popitem(last=False)
             self._needed[dropped], self._seen[dropped] = 2 * self._needed.get(dropped, _FIRST), 0
         return replay
+
+    def _give_up(self, error: BaseException) -> None:
+        """Capture nothing any more, and say so once."""
+        self._failed = True
+        self._capture.wait()
+        self._graphs.clear()
+        warnings.warn(
+            f"scoring goes on without CUDA graphs, which makes requests slower: a pass could not be captured "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Scorer(..., graphs=False) never tries.",
+            stacklevel=2,
+        )
+
+
+def _agree(outputs: Outputs, eager: Outputs) -> bool:
+    """Whether a graph's first replay is right: logits within 2 % of the largest, since libraries may multiply in another order in a capture."""
+    actual, expected = outputs.logits.float(), eager.logits.float()
+    bound = 0.02 * float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    return torch.allclose(actual, expected, rtol=0.0, atol=bound, equal_nan=True)
 
 
 def is_compiled(module: nn.Module) -> bool:
