@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,6 +24,16 @@ class Inputs(NamedTuple):
     mean_span: int
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the numbers, in order."""
+        tensors: tuple[Any, ...] = self[:NUM_TENSORS]
+        return tensors
+
+    def of_tensors(self, tensors: tuple[Any, ...]) -> Inputs:
+        """The same numbers with other tensors, in order."""
+        return Inputs._make((*tensors, *self[NUM_TENSORS:]))
+
+    @property
     def num_context(self) -> int:
         """`C`."""
         return self.keys.shape[1]
@@ -37,6 +47,9 @@ class Inputs(NamedTuple):
         """The inputs that get a gradient, in the order of `Gradients`; None for slopes whose gradient nobody asks for."""
         x = self if slopes_grad else self._replace(slopes=None)
         return [getattr(x, name[1:]) for name in Gradients._fields]
+
+
+NUM_TENSORS = Inputs._fields.index("scale")  # they come before the numbers
 
 
 class Gradients(NamedTuple):

@@ -62,16 +62,11 @@ def _widened(values: Iterable[Any]) -> list[Any]:
 
 
 def _fwd_gpu(*args: Any) -> tuple[Tensor, Tensor]:
-    x = Inputs(*args)
-    check_inputs(x)
-    return _triton()[0](x)
+    return _triton()[0](Inputs(*args))  # which checks
 
 
 def _bwd_gpu(*args: Any) -> Gradients:
-    x, others = Inputs(*args[:_NUM_INPUTS]), args[_NUM_INPUTS:]
-    check_inputs(x)
-    check_saved(x, *others[:3])
-    return _triton()[1](x, *others)
+    return _triton()[1](Inputs(*args[:_NUM_INPUTS]), *args[_NUM_INPUTS:])
 
 
 def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor]:

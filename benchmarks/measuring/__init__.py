@@ -2,6 +2,7 @@
 
 from benchmarks.measuring.clocks import card_state
 from benchmarks.measuring.device_time import DeviceLost, Timing, check_device, device_times
+from benchmarks.measuring.launching import Door, launches_at_the_door
 from benchmarks.measuring.precision import DTYPES, PRECISIONS, add_precision, precision_of, precisions_here
 from benchmarks.measuring.rehearsal import DEVICE
 from benchmarks.measuring.stand_in import (

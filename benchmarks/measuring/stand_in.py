@@ -29,10 +29,10 @@ def target_of(arch: str) -> Any:
 class _Driver:
     """The driver's part that the just-in-time compiler asks before it launches."""
 
-    def __init__(self, arch: str) -> None:
+    def __init__(self, arch: str, device: int | None) -> None:
         self._target = target_of(arch)
         # Compiled kernels are kept by device: one device an architecture.
-        self._device = list(gpu.TABLE).index(arch)
+        self._device = list(gpu.TABLE).index(arch) if device is None else device
 
     def get_current_device(self) -> int:
         return self._device
@@ -54,16 +54,30 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def driver_of(arch: str) -> Iterator[None]:
-    """Kernels are compiled for `arch` inside."""
+def driver_of(arch: str, device: int | None = None) -> Iterator[None]:
+    """Kernels are compiled for `arch` inside. `device`: its number; None: one for each architecture."""
     from triton.runtime import driver
 
     before = driver._active
-    driver.set_active(_Driver(arch))
+    driver.set_active(_Driver(arch, device))
     try:
         yield
     finally:
         driver._active = before
+
+
+@contextlib.contextmanager
+def table_tiles(arch: str) -> Iterator[None]:
+    """Batches on CPUs get the tiles of `arch` inside."""
+
+    def choose(batch: gpu.Batch, kernel: Any) -> gpu.Tile:
+        name, q = kernel.fn.__name__.removesuffix("_kernel"), batch.x.q
+        return gpu.forced_tile(name) or gpu.table_tile(
+            arch, name, q.shape[2], q.dtype.itemsize * 8, batch.x.mean_span
+        )
+
+    with mock.patch.object(gpu.Batch, "tile", choose):
+        yield
 
 
 @contextlib.contextmanager
@@ -72,15 +86,13 @@ def recorded_launches(arch: str) -> Iterator[list[Any]]:
     launched: outputs hold anything."""
     launches: list[Any] = []
 
-    def choose(batch: gpu.Batch, kernel: Any) -> gpu.Tile:
-        name, q = kernel.fn.__name__.removesuffix("_kernel"), batch.x.q
-        return gpu.forced_tile(name) or gpu.table_tile(
-            arch, name, q.shape[2], q.dtype.itemsize * 8, batch.x.mean_span
-        )
+    def record(_: gpu.Batch, new: list[Any]) -> list[Any]:
+        launches.extend(new)
+        return [None] * len(new)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(gpu.Batch, "run", lambda _, new: launches.extend(new)))
-        stack.enter_context(mock.patch.object(gpu.Batch, "tile", choose))
+        stack.enter_context(mock.patch.object(gpu.Batch, "run", record))
+        stack.enter_context(table_tiles(arch))
         stack.enter_context(mock.patch.object(ops, "_interpreting", return_value=True))
         stack.enter_context(mock.patch.object(ops, "_widened", list))
         yield launches

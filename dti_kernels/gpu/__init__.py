@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from dti_kernels.gpu.backward import Buffers, backward_launches, run_backward
     from dti_kernels.gpu.forward import forward_launches, run_forward
     from dti_kernels.gpu.launch import Batch, Launch, interpreting
+    from dti_kernels.gpu.replay import forget_plans
 
 _WITH_TRITON = {
     **dict.fromkeys(("Batch", "Launch", "interpreting"), "launch"),
     **dict.fromkeys(("Buffers", "backward_launches", "run_backward"), "backward"),
     **dict.fromkeys(("forward_launches", "run_forward"), "forward"),
+    "forget_plans": "replay",
 }
 
 

@@ -14,6 +14,8 @@ Cost: the keys of a tile's span are read once per tile of rows; scores never lea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from dti_kernels.gpu.isolation import ROWS_TILE, isolated_rows_kernel, mark
 from dti_kernels.gpu.launch import Arguments, Batch, Launch, strides
+from dti_kernels.gpu.replay import distinct, plan_of
 from dti_kernels.gpu.tile import (
     LN2,
     PER_BATCH,
@@ -190,11 +193,11 @@ def sum_fwd_kernel(
     mark(row_marks_ptr, offs_row, valid, out)
 
 
-def forward_launches(batch: Batch, out: Tensor, lse: Tensor) -> list[Launch]:
-    """The launches that fill `out` and `lse`; both must be contiguous."""
-    num_queries, num_heads, _ = out.shape
-    arguments: Arguments = {"out_ptr": out, "lse_ptr": lse, **strides(o=out)}
-    arguments["row_marks_ptr"] = batch.empty(num_heads, num_queries, dtype=torch.int8)
+def forward_launches(batch: Batch, out: Tensor, lse: Tensor, row_marks: Tensor | None = None) -> list[Launch]:
+    """The launches that fill `out` and `lse`; both must be contiguous. `row_marks`: memory for a byte a row and head; None: new memory."""
+    if row_marks is None:
+        row_marks = torch.empty_like(lse, dtype=torch.int8)
+    arguments: Arguments = {"out_ptr": out, "lse_ptr": lse, "row_marks_ptr": row_marks, **strides(o=out)}
     # Without `do` rows are isolated in the output, with it in dq.
     arguments |= {"written_ptr": out, "do_ptr": None, "delta_ptr": None, **strides(do=None)}
     launches = []
@@ -202,13 +205,24 @@ def forward_launches(batch: Batch, out: Tensor, lse: Tensor) -> list[Launch]:
         launches.append(batch.over_rows(ctx_fwd_kernel, batch.num_context, arguments))
     if batch.num_sum:
         launches.append(batch.over_rows(sum_fwd_kernel, batch.num_sum, arguments))
-    return [*launches, batch.over_rows(isolated_rows_kernel, num_queries, arguments, ROWS_TILE)]
+    return [*launches, batch.over_rows(isolated_rows_kernel, len(out), arguments, ROWS_TILE)]
 
 
 def run_forward(x: Inputs) -> tuple[Tensor, Tensor]:
-    """`out (T or S, H, D)` in q's dtype and the natural log-sum-exp `(H, T or S)` in float32."""
-    batch, (num_queries, num_heads, head_dim) = Batch(x), x.q.shape
-    out = batch.empty(num_queries, num_heads, head_dim, dtype=x.q.dtype)
-    lse = batch.empty(num_heads, num_queries)
-    batch.run(forward_launches(batch, out, lse))
+    """`out (T or S, H, D)` in q's dtype and the natural log-sum-exp `(H, T or S)` in float32.
+
+    Raises:
+        TypeError, ValueError: as `check_inputs`, or no kernel takes q's dtype or head_dim.
+    """
+    plan = plan_of("forward", x)
+    tensors = plan.addressable(x.tensors)
+    q: Any = tensors[0]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    row_marks = torch.empty_like(lse, dtype=torch.int8)
+    if not plan.run_again((*tensors, out, lse, row_marks)):
+        tensors = distinct(tensors)
+        batch = Batch(x.of_tensors(tensors))
+        launches = forward_launches(batch, out, lse, row_marks)
+        plan.keep((*tensors, out, lse, row_marks), launches, batch.run(launches))
     return out, lse

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,9 @@ class Launch:
         # Triton announces another default for fp fusion; a * b - c is one instruction here whatever the default.
         return {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
 
-    def run(self) -> None:
-        """Launch on the current stream of the current device."""
-        self.kernel[self.grid](**self.arguments, **self.options)
+    def run(self) -> Any:
+        """Launch on the current stream of the current device; the compiled kernel, nothing from the interpreter."""
+        return self.kernel[self.grid](**self.arguments, **self.options)
 
 
 class Batch:
@@ -90,7 +90,7 @@ class Batch:
             "GROUP": self.group,
             "HEAD_DIM": head_dim,
             # A tile holds a power of two; matrix units need 16.
-            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
             # float32 inputs get float32 digits; elsewhere the rounding of scale * log2(e) is nothing.
             "NATURAL": x.q.dtype == torch.float32,
         }
@@ -106,13 +106,13 @@ class Batch:
         """
         tile = tile or self.tile(kernel)
         pack = tile.heads(self.group)
-        grid = triton.cdiv(num_rows, tile.block_m // pack), self.x.q.shape[1] // pack
+        grid = -(-num_rows // (tile.block_m // pack)), self.x.q.shape[1] // pack
         return self._launch(kernel, grid, others, tile)
 
     def over_keys(self, kernel: Any, num_keys: int, others: Arguments, tile: Tile | None = None) -> Launch:
         """A program for each tile of keys and key head; arguments as `over_rows`."""
         tile = tile or self.tile(kernel)
-        grid = triton.cdiv(num_keys, tile.block_n), self.x.k.shape[1]
+        grid = -(-num_keys // tile.block_n), self.x.k.shape[1]
         return self._launch(kernel, grid, others, tile)
 
     def _launch(self, kernel: Any, grid: tuple[int, int], others: Arguments, tile: Tile) -> Launch:
@@ -129,14 +129,20 @@ class Batch:
         """Memory on the batch's device that a kernel fills."""
         return torch.empty(shape, dtype=dtype, device=self.x.q.device)
 
-    def run(self, launches: list[Launch]) -> None:
-        """Launch in order on the batch's device; a CPU means Triton's interpreter."""
+    def run(self, launches: list[Launch]) -> list[Any]:
+        """Launch in order on the batch's device; a CPU means Triton's interpreter. What `Launch.run` gives for each."""
         device = self.x.q.device
         if device.type == "cpu" and not interpreting():
             raise RuntimeError("set TRITON_INTERPRET=1 before the first kernel is launched, or not at all")
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            for launch in launches:
-                launch.run()
+        with on(device):
+            return [launch.run() for launch in launches]
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current device inside. Costs nothing where it is already, or for a CPU."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def addressable(x: Tensor) -> Tensor:

@@ -240,6 +240,11 @@ def architecture(device: torch.device) -> str:
     return safe
 
 
+def all_forced() -> tuple[tuple[str, Tile], ...]:
+    """The tiles of `forced`, none where it is not in use."""
+    return tuple(_forced.items())
+
+
 def forced_tile(kernel: str) -> Tile | None:
     """The tile of `forced`, where one is."""
     return _forced.get(kernel)

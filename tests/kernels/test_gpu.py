@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.attention.workloads import AttentionInputs, Workload
 from benchmarks.measuring.rehearsal import DEVICE
@@ -143,6 +144,23 @@ def test_unwritten_memory_is_never_read() -> None:
         torch.use_deterministic_algorithms(False)
     for name in plain:
         assert torch.equal(plain[name], poisoned[name]), name
+
+
+def moved(x: Tensor, elements: int) -> Tensor:
+    """The same so many elements behind an address that is a multiple of 16."""
+    return x.detach().new_empty(x.numel() + elements)[elements:].view(x.shape).copy_(x).requires_grad_()
+
+
+def test_calls_launch_again_what_fits_their_addresses() -> None:
+    """A batch at aligned and at odd addresses in turns: the second time launches kernels of the first, and gives the same, bitwise."""
+    case = SMOLLM if DEVICE == "cuda" else named("window_0")
+    x = case.inputs(torch.bfloat16, DEVICE)
+    first: dict[int, dict[str, Tensor]] = {0: x.run(windowed_attn)}
+    for elements in (1, 0, 1, 0):
+        leaves = {name: moved(leaf, elements) for name, leaf in x.leaves.items()}
+        again = dataclasses.replace(x, leaves=leaves).run(windowed_attn)
+        for name, expected in first.setdefault(elements, again).items():
+            assert torch.equal(again[name], expected), name
 
 
 MEMORY = Workload(

@@ -189,7 +189,7 @@ def test_unwritten_memory_is_nan() -> None:
 
 def scratch_is_read_within(heads: int, tile: Tile) -> None:
     """The smallest batches: a tile of keys and heads is far larger than what there is of delta and the log-sum-exp."""
-    from dti_kernels.gpu.backward import Batch, Buffers
+    from dti_kernels.gpu.backward import Batch, Buffers, Memory
 
     make = Buffers.of
 
@@ -198,8 +198,8 @@ def scratch_is_read_within(heads: int, tile: Tile) -> None:
         buffer[: len(x)] = x
         return buffer[: len(x)]
 
-    def make_guarded(batch: Batch) -> Buffers:
-        buffers = make(batch)
+    def make_guarded(batch: Batch, memory: Memory) -> Buffers:
+        buffers = make(batch, memory)
         return buffers._replace(delta=guarded(buffers.delta), lse_tile=guarded(buffers.lse_tile))
 
     case = Case("tiny", [[1], [3]], [[0], [1]], [0, 1], window=2, num_heads=heads)
