@@ -19,6 +19,7 @@ from dti_kernels.reset import HiddenStateReset
 
 # Inputs that callers know by another name.
 PUBLIC_NAMES = {"k_initial": "reset.k_initial", "v_initial": "reset.v_initial", "slopes": "alibi_slopes"}
+_PUBLIC_FIELDS = tuple(PUBLIC_NAMES.get(name, name) for name in Inputs._fields)
 _AUTOCAST_FROM = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -74,14 +75,15 @@ def checked_inputs(
     if reset is not None:
         dtype = accumulation_dtype(q.dtype)
         given["ratios"] = reset.ratios(layout.reset_window, dtype, layout.device, farthest=layout.num_context)
-    given |= {"rows": layout.rows, "keys": layout.keys, "scale": 1.0, "mean_span": layout.mean_span}
-    in_order: Any = [given.get(PUBLIC_NAMES.get(name, name)) for name in Inputs._fields]
-    x = Inputs(*in_order)
+    given["rows"], given["keys"], given["mean_span"] = layout.rows, layout.keys, layout.mean_span
+    given["scale"] = 1.0
+    x = Inputs._make(map(given.get, _PUBLIC_FIELDS))
     check_inputs(x)
     number = x.q.shape[2] ** -0.5 if scale is None else real("scale", scale)
     if not 0.0 <= number < math.inf:
         raise ValueError(f"scale must be finite and >= 0, got {shown(scale)}")
-    return x._replace(scale=number)
+    given["scale"] = number
+    return Inputs._make(map(given.get, _PUBLIC_FIELDS))
 
 
 def check_inputs(x: Inputs) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dti_kernels import ops  # noqa: F401  registers the operators
 from dti_kernels.contract import checked_inputs
@@ -67,8 +68,23 @@ def windowed_attn(
     matter, except in the PyTorch implementation, which serves where there is no compiler.
     """
     tensors = {"q": q, "k": k, "v": v, "k_sum": k_sum, "alibi_slopes": alibi_slopes}
-    out: Tensor = _WindowedAttn.apply(*checked_inputs(tensors, layout, reset, scale, autocast=True))
+    x = checked_inputs(tensors, layout, reset, scale, autocast=True)
+    out: Tensor = _WindowedAttn.apply(*x) if _recorded() else _forward(*x)[0]
     return out
+
+
+_SLOPES = Inputs._fields.index("slopes")
+# Which of the gradients each input gets; the last, None, where it gets none.
+_GRADIENT_OF = [
+    Gradients._fields.index(f"d{name}") if f"d{name}" in Gradients._fields else -1 for name in Inputs._fields
+]
+_forward, _backward = torch.ops.dti.windowed_attn_fwd.default, torch.ops.dti.windowed_attn_bwd.default
+
+
+def _recorded() -> bool:
+    """Whether autograd looks on, in reverse or forward mode; the operators know nothing of it. If it does not, its functions cost the host
+    as much as an operator."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 class _WindowedAttn(torch.autograd.Function):
@@ -77,7 +93,7 @@ class _WindowedAttn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         x = Inputs(*args)
-        out, lse = torch.ops.dti.windowed_attn_fwd(*x)
+        out, lse = _forward(*x)
         *tensors, scale, mean_span = x
         ctx.save_for_backward(*tensors, out, lse)
         ctx.numbers = scale, mean_span
@@ -89,10 +105,11 @@ class _WindowedAttn(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         x = Inputs(*tensors, *ctx.numbers)
         # The gradient of slopes costs time on CPUs, so it is computed on request only.
-        slopes_grad = ctx.needs_input_grad[Inputs._fields.index("slopes")]
-        grads = _WindowedAttnGrad.apply(*x, grad_out, out, lse, slopes_grad)
-        by_name = dict(zip(Gradients._fields, grads))
-        return tuple(None if of is None else by_name.get(f"d{name}") for name, of in zip(Inputs._fields, x))
+        slopes_grad = ctx.needs_input_grad[_SLOPES]
+        differentiate = _WindowedAttnGrad.apply if _recorded() else _backward
+        grads = differentiate(*x, grad_out, out, lse, slopes_grad)
+        grads = *grads, None
+        return tuple([None if of is None else grads[i] for i, of in zip(_GRADIENT_OF, x)])
 
 
 class _WindowedAttnGrad(torch.autograd.Function):
@@ -100,7 +117,7 @@ class _WindowedAttnGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = torch.ops.dti.windowed_attn_bwd(*args)
+        grads: tuple[Tensor, ...] = _backward(*args)
         return grads
 
     @staticmethod

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from dti_kernels import (
@@ -137,6 +138,28 @@ def test_second_derivative_is_not_asked_for_by_accident() -> None:
     graph = torch.autograd.grad(x.call(windowed_attn).sum(), x.leaves["k"], create_graph=True)[0]
     plain = torch.autograd.grad(x.call(windowed_attn).sum(), x.leaves["k"])[0]
     assert (graph - plain).abs().max() <= FLOAT64_RELATIVE
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused(grad: bool) -> None:
+    """The operators know no tangents and would drop them: without gradients, autograd's functions are left out."""
+    x = named("prefix").inputs(torch.float64)
+    q = x.leaves["q"].detach()
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        dual = dataclasses.replace(x, leaves=x.leaves | {"q": forward_ad.make_dual(q, torch.ones_like(q))})
+        with pytest.raises(NotImplementedError, match="jvp"):
+            dual.call(windowed_attn)
+
+
+def test_without_gradients_the_output_is_the_same() -> None:
+    x = named("prefix").inputs(torch.float32)
+    expected = x.call(windowed_attn)
+    assert expected.requires_grad
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            out = x.call(windowed_attn)
+            assert not out.requires_grad
+            assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("scale", [-1.0, float("inf"), float("nan")])
