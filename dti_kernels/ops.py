@@ -62,7 +62,7 @@ def _widened(values: Iterable[Any]) -> list[Any]:
 
 
 def _fwd_gpu(*args: Any) -> tuple[Tensor, Tensor]:
-    return _triton()[0](Inputs(*args))  # which checks
+    return _triton()[0](Inputs(*args))  # checks what it has not seen the like of
 
 
 def _bwd_gpu(*args: Any) -> Gradients:

@@ -125,10 +125,6 @@ class Batch:
         name, q = kernel.fn.__name__.removesuffix("_kernel"), self.x.q
         return choose_tile(name, q.device, q.shape[2], q.dtype, self.x.mean_span)
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory on the batch's device that a kernel fills."""
-        return torch.empty(shape, dtype=dtype, device=self.x.q.device)
-
     def run(self, launches: list[Launch]) -> list[Any]:
         """Launch in order on the batch's device; a CPU means Triton's interpreter. What `Launch.run` gives for each."""
         device = self.x.q.device

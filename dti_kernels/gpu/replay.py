@@ -5,7 +5,10 @@ numbers, and which addresses are multiples of 16. A plan keeps what follows from
 no tensor and no address. The first call of its kind goes the long way, through `Launch.run` and Triton's binder, which stays the only place
 that knows what Triton specialises on: a plan's description is finer.
 
-Cost: about a microsecond of the host per launch, beside the launch itself.
+Addresses go to the driver as numbers: of a tensor, Triton would ask it whether it is a GPU's, which the contract has checked.
+
+Triton's hooks of launches are called; `JITFunction.pre_run_hooks` see only the first call of a kind. A plan does not notice kernels' globals
+that change in a running process, nor variables of Triton's that do, except for those in `_settings`.
 """
 
 from __future__ import annotations
@@ -175,8 +178,8 @@ def _alignment(pointers: list[int]) -> Hashable:
 
 def _hooked() -> bool:
     """Whether somebody listens to launches, as profilers do."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _settings() -> Hashable:
