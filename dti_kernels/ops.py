@@ -2,7 +2,8 @@
 
 `dti::windowed_attn_fwd` and `dti::windowed_attn_bwd` take the fields of `Inputs`: tensors and numbers only, so that they trace, compile
 and checkpoint like any other operator. Anybody may call them, so they check their arguments: kinds, shapes and devices always, spans on
-CPUs only. On a GPU a check of spans would wait for the device in every call; `StreamLayout` checks arrays that it has not made.
+CPUs only. On a GPU a check of spans would wait for the device in every call; `StreamLayout` checks arrays that it has not made. There, a call
+like one that has been checked is not checked again: `gpu/replay.py`.
 
 CUDA and ROCm tensors run the Triton kernels of `gpu/`, CPU tensors the implementations of `cpu/`. With TRITON_INTERPRET=1 in the
 environment CPU tensors run the Triton kernels too, in Triton's interpreter. Triton is imported at the first launch, not before.

@@ -223,6 +223,20 @@ def test_nothing_is_kept_alive() -> None:
         assert table is ratios
 
 
+def test_spans_of_another_layout_are_not_kept() -> None:
+    """Two layouts of equal lengths share a plan: their arrays are addresses like all others."""
+    x, grad_out = inputs()
+    layout = CASE.layout()
+    other = x._replace(rows=layout.rows, keys=layout.keys)
+    with launches_at_the_door("sm_90") as door, compared(door) as again:
+        call(x, grad_out)
+        call(other, grad_out)
+        assert again == [False, False, True, True]
+        arguments = {value for _, _, values in door.launched[-10:] for value in values}
+        assert {other.rows.data_ptr(), other.keys.data_ptr()} <= arguments
+        assert not {x.rows.data_ptr(), x.keys.data_ptr()} & arguments
+
+
 def test_plans_are_dropped() -> None:
     x, grad_out = inputs()
     with launches_at_the_door("sm_90"), mock.patch.object(replay, "_MOST_PLANS", 3):
