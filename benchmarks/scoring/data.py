@@ -54,7 +54,7 @@ def measure_candidates(
         AssertionError: scores differ from those of a prompt each.
     """
     scorers = {precision: Scorer(run, precision=precision, graphs=False) for precision in precisions}
-    replaying = {precision: Scorer(run, precision=precision) for precision in precisions}
+    replaying = {precision: Scorer(run, precision=precision, graphs=True) for precision in precisions}
     scorer = next(iter(scorers.values()))
     user = next(u for u in run.data.user_ids if len(scorer.history_of(u)) >= HISTORY)
     history = scorer.history_of(user)[-HISTORY:]

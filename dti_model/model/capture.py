@@ -67,7 +67,7 @@ class CudaCapture:
         with _CAPTURING:
             self._stream.wait_stream(current)
             # A capture that fails stays on its stream: the outer context is what leaves it. What other threads do on other streams
-            # does not disturb a capture of this thread.
+            # does not disturb a capture of this thread, unless they wait for the whole device.
             with torch.cuda.stream(self._stream):
                 forward()
                 with torch.cuda.graph(
@@ -93,5 +93,6 @@ class CudaCapture:
                 self._done.record()
 
     def wait(self) -> None:
-        """Wait for the device."""
-        torch.cuda.synchronize(self._device)
+        """Wait for the device, while nobody captures: that would end a capture."""
+        with _CAPTURING:
+            torch.cuda.synchronize(self._device)

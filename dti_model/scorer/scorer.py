@@ -52,7 +52,7 @@ class Scorer:
         run: Run | ClickModel,
         token_budget: int = 16384,
         precision: Precision = DEFAULT,
-        graphs: bool = True,
+        graphs: bool = False,
     ) -> None:
         """Score with a run that is loaded already; its model is put into evaluation mode.
 
@@ -60,9 +60,9 @@ class Scorer:
             run: the run or export. In bfloat16 the scorer's model is another one, which shares what is not cast.
             token_budget: rows of a pass at most.
             precision: to compute in.
-            graphs: replay passes as CUDA graphs where the model is on a GPU (`dti_model.model.graphs`): sooner done, from the third pass of
-                a shape on, and for graphics memory. Passes are padded, by a quarter at most. No effect elsewhere, and on models that are
-                quantised or compiled.
+            graphs: replay passes as CUDA graphs where the model is on a GPU (`dti_model.model.graphs`): the host does less, from the third
+                pass of a shape on, and graphs hold memory. Passes are padded, small ones by up to 16 rows, others by a quarter at most. No
+                effect elsewhere, and on models that are quantised or compiled.
 
         Raises:
             ValueError: the token budget is below 1, or float32 is asked of weights that another scorer has cast to bfloat16.
@@ -108,7 +108,7 @@ class Scorer:
         other_data: bool = False,
         base: str | None = None,
         precision: Precision = DEFAULT,
-        graphs: bool = True,
+        graphs: bool = False,
     ) -> Scorer:
         """Load a run folder (safetensors, JSON and YAML; nothing is unpickled).
 
@@ -138,7 +138,7 @@ class Scorer:
         token_budget: int = 16384,
         other_data: bool = False,
         precision: Precision = DEFAULT,
-        graphs: bool = True,
+        graphs: bool = False,
     ) -> Scorer:
         """Load a folder that `dti export` made, in any mode (safetensors and JSON; nothing is unpickled).
 

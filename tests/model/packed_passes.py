@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.scoring import Rerun
 from benchmarks.shapes import shape
 from benchmarks.synthetic import random_model
 from dti_kernels import candidate_layout
@@ -113,9 +114,34 @@ KINDS = ("one pass", "several users", "history", "append", "states")
 
 def poison(passes: GraphedPasses, number: float = torch.nan) -> None:
     """What a request has left in buffers is of no use to the next one."""
-    for buffers, _ in passes._graphs.values():
+    for graph in passes._graphs.values():
+        buffers = graph.buffers
         buffers.numbers.fill_(1 << 29)
         for layer in buffers.layers:
             for x in layer:
                 if x is not None:
                     x.fill_(number)
+
+
+RESET = DTIConfig(alpha_min=0.1, alpha_max=0.9, alpha_own=0.05, reset_layers=(1, 2))
+
+
+class Watched(Rerun):
+    """Remembers itself."""
+
+    made: list[Watched]
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.made.append(self)
+
+
+def graphed(model: Any, config: DTIConfig = RESET, most_graphs: int = 32) -> GraphedPasses:
+    return GraphedPasses(model, config, LABELS, "fp32", Watched, most_graphs)
+
+
+def uncaptured(model: Any, config: DTIConfig = RESET) -> GraphedPasses:
+    """Padded in the same way, from new buffers every time."""
+    passes = graphed(model, config)
+    passes._failed = True
+    return passes

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.scoring import Rerun
 from dti_model.config import MODES, DTIConfig
 from dti_model.model import GraphedPasses, PackedPass, Passes, cast_once, graphs
 from dti_model.model.graphs import Bucket, Buffers
@@ -20,46 +19,21 @@ from tests.model.packed_passes import (
     LABELS,
     ONE,
     OTHER,
+    RESET,
     TWO,
+    Watched,
     a_model,
     a_pass,
+    graphed,
     history_of,
     poison,
     requests,
     same_bits,
+    uncaptured,
     with_lora,
 )
 
 TOLERANCE = 1e-4  # of logits of a few units, in float32
-RESET = DTIConfig(alpha_min=0.1, alpha_max=0.9, alpha_own=0.05, reset_layers=(1, 2))
-
-
-class Watched(Rerun):
-    """Remembers itself."""
-
-    made: list[Watched]
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.made.append(self)
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
-    captures: list[Watched] = []
-    monkeypatch.setattr(Watched, "made", captures, raising=False)
-    return captures
-
-
-def graphed(model: Any, config: DTIConfig = RESET, most_graphs: int = 32) -> GraphedPasses:
-    return GraphedPasses(model, config, LABELS, "fp32", Watched, most_graphs)
-
-
-def uncaptured(model: Any, config: DTIConfig = RESET) -> GraphedPasses:
-    """Padded in the same way, from new buffers every time."""
-    passes = graphed(model, config)
-    passes._failed = True
-    return passes
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,7 +75,8 @@ def test_each_buffer_is_what_passes_read(
     )
     passes.compute(first)
     passes.compute(first)
-    ((buffers, _),) = passes._graphs.values()
+    (graph,) = passes._graphs.values()
+    buffers = graph.buffers
     kept = buffers.layout.rows if part == "rows" else getattr(buffers, part)
     old = [layer.mapped(torch.clone) for layer in kept] if part == "layers" else kept.clone()
     fill = Buffers.fill
@@ -210,57 +185,6 @@ def test_trained_rows_find_their_place_on_the_device(
             passes.compute(a_pass(ONE, 0))
     graphs.keep_token_indices(model)
     assert torch.equal(Passes(model, RESET, LABELS, "fp32").compute(a_pass(ONE, 0))[0], before)
-
-
-def test_a_capture_that_fails_is_the_last(made: list[Watched]) -> None:
-    class Failing(Watched):
-        def capture(self, forward: Any) -> Any:
-            self.captured += 1
-            try:
-                raise ValueError("the reason")
-            except ValueError:
-                raise RuntimeError("the capture was not begun") from None
-
-    model = a_model(RESET)
-    passes = GraphedPasses(model, RESET, LABELS, "fp32", Failing)
-    padded, packed = uncaptured(model), a_pass(ONE, 0)
-    expected = padded.compute(packed)
-    passes.compute(packed)
-    with pytest.warns(UserWarning, match=r"without CUDA graphs.*ValueError: the reason.*graphs=False"):
-        assert same_bits(passes.compute(packed), expected)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for parts in (ONE, TWO, ONE, TWO):
-            passes.compute(a_pass(parts, 0))
-        assert same_bits(passes.compute(packed), expected)
-    assert made[0].captured == 1
-
-
-def test_a_replay_that_is_wrong_is_the_last(made: list[Watched]) -> None:
-    """It is compared with the pass itself, whose scores are what the caller gets."""
-
-    class Wrong(Watched):
-        def capture(self, forward: Any) -> Any:
-            replay = super().capture(forward)
-
-            def wrong() -> Any:
-                outputs = replay()
-                outputs.logits[0, 0] += 0.05 * outputs.logits.abs().max()
-                return outputs
-
-            return wrong
-
-    model = a_model(RESET)
-    passes = GraphedPasses(model, RESET, LABELS, "fp32", Wrong)
-    packed = a_pass(ONE, 0)
-    expected = uncaptured(model).compute(packed)
-    passes.compute(packed)
-    with pytest.warns(UserWarning, match=r"without CUDA graphs.*something else"):
-        assert same_bits(passes.compute(packed), expected)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert same_bits(passes.compute(packed), expected)
-    assert made[0].captured == 1
 
 
 def sized(num_candidates: int) -> PackedPass:
