@@ -1,6 +1,6 @@
 """Everything that needs a GPU, without a network, in two calls that together take less than fifteen minutes of an H100.
 
-    python -m benchmarks.gpu_suite --slot A --out DIR                                   the kernels: 420 s
+    python -m benchmarks.gpu_suite --slot A --out DIR                                   the kernels: 480 s at most
     python -m benchmarks.gpu_suite --slot B --out DIR --data DATA --weights WEIGHTS     a language model fine-tuned: 280 s
     python -m benchmarks.gpu_suite --rehearse --out DIR                                 both without a GPU, at toy size
 
@@ -224,7 +224,7 @@ def suite_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, help="slot B: folder made by `dti prepare`")
     add("--weights", type=Path, help="slot B: pretrained model, a folder or a GGUF file")
     add("--k", type=int, default=50, help="slot B: targets per prompt, 1 for sliding windows")
-    add("--epochs", type=int, default=0, help="slot B; 0: one or two, by slot A's training speed")
+    add("--epochs", type=int, default=0, help="slot B; 0: one to three, by slot A's training speed")
     add(
         "--deadline",
         type=seconds,

@@ -39,7 +39,7 @@ from dti_model.training import RunLog, StreamTrainer, training_arguments
 INSTRUCTION = "Films that one user rated, and whether the user liked each of them:\n"
 # Targets of a prompt in validation and test; and how many test targets get a prompt of their own, whose rows are some ten times as many.
 STREAMING_K, ONE_PROMPT_EACH = 50, 6000
-# The most epochs of a run that chooses their number, and the seconds that it keeps for scoring after each and at the end.
+# The most epochs of a run that chooses their number, and the seconds that it keeps for scoring after each.
 MOST_EPOCHS, SCORING_S = 3, 20.0
 # Of the speed that `benchmarks.bench_train_gpu` measures with bfloat16 weights; float32 ones under autocast were as fast on a slow host.
 SHARE_OF_BF16_SPEED = 0.8
@@ -142,14 +142,14 @@ def settings(options: argparse.Namespace, epochs: int) -> TrainConfig:
 
 
 def measured_speed(rows: Path) -> float:
-    """Rows a second of streaming training in the rows of `benchmarks.bench_train_gpu`; 0: there are none of a model of this size."""
+    """Rows a second of streaming training in the last row of `benchmarks.bench_train_gpu`; 0: there is none of a model of this size."""
     wanted = ["training", "smollm", STREAMING]
     found = [
         row.get("tokens_per_s") or 0
         for row in read_rows(rows)
         if [row.get(name) for name in ("benchmark", "model", "kind")] == wanted
     ]
-    return float(max(found, default=0))
+    return float(found[-1]) if found else 0.0
 
 
 def epochs_that_fit(epoch_rows: int, rows_per_s: float, seconds: float) -> int:

@@ -362,8 +362,8 @@ def gpu(results: Path | None = None) -> str:
     """The README's part: a section for every card, or that nothing has been measured."""
     sections = []
     for card, rows in recorded(results).items():
-        made = rows[-1]
-        title = f"**{made['machine']}** (torch {made['torch']}, triton {made.get('triton')}, commit {made['commit']}, {made['date']})"
+        made, commits = rows[-1], ", ".join(dict.fromkeys(row["commit"] for row in rows))
+        title = f"**{made['machine']}** (torch {made['torch']}, triton {made.get('triton')}, commit {commits}, {made['date']})"
         parts = [title, parity(rows)]
         if _of(rows, "attention"):
             parts += [headline(rows), attention(rows), checks(rows)]
