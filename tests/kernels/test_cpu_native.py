@@ -104,7 +104,7 @@ def test_emulated_matrix_tiles_multiply_as_pairs_do() -> None:
     """Both sum the same products in float32: results differ by roundings of sums alone, far less than bfloat16 rounds."""
     x = replace(LONG, head_dim=64).inputs(torch.bfloat16)
     results = []
-    for flags in (TILES, ("-DDTI_VECTOR_BYTES=64", EMULATED)):
+    for flags in (TILES, ("-DDTI_VECTOR_BYTES=64", "-DDTI_NO_TILES", EMULATED)):
         with built_with(*flags):
             results.append(x.run(windowed_attn))
     assert not torch.equal(results[0]["dk"], results[1]["dk"]), "one order of sums: no tile was used"

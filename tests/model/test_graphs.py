@@ -3,7 +3,6 @@ two requests reaches the model through buffers, and what is left of the last req
 
 from __future__ import annotations
 
-import threading
 import warnings
 from typing import Any
 
@@ -32,6 +31,7 @@ from tests.model.packed_passes import (
     uncaptured,
     with_lora,
 )
+from tests.threads import in_threads
 
 TOLERANCE = 1e-4  # of logits of a few units, in float32
 
@@ -222,18 +222,11 @@ def test_threads_take_turns(made: list[Watched]) -> None:
     wrong: list[object] = []
 
     def work(thread: int) -> None:
-        try:
-            for packed in (a_pass(ONE, thread), sized(20), a_pass(OTHER, thread), sized(40)) * 4:
-                if not torch.equal(passes.compute(packed)[0], padded.compute(packed)[0]):
-                    wrong.append("another's")
-        except BaseException as error:
-            wrong.append(error)
+        for packed in (a_pass(ONE, thread), sized(20), a_pass(OTHER, thread), sized(40)) * 4:
+            if not torch.equal(passes.compute(packed)[0], padded.compute(packed)[0]):
+                wrong.append("another's")
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert wrong == []
     assert made[0].replayed > 16
 

@@ -5,7 +5,6 @@ In a rehearsal (`benchmarks.measuring.rehearsal`) the same tests run on a CPU, w
 
 from __future__ import annotations
 
-import threading
 import warnings
 from typing import Any
 
@@ -31,6 +30,7 @@ from tests.model.packed_passes import (
     same_bits,
     with_lora,
 )
+from tests.threads import in_threads
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,20 +128,13 @@ def test_threads_on_streams_of_their_own() -> None:
     wrong: list[object] = []
 
     def work(thread: int) -> None:
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                for turn in range(40):
-                    place = (5 * thread + turn) % len(passes)
-                    if not same_bits(captured.compute(passes[place]), expected[place]):
-                        wrong.append((thread, turn))
-        except BaseException as error:
-            wrong.append(error)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for turn in range(40):
+                place = (5 * thread + turn) % len(passes)
+                if not same_bits(captured.compute(passes[place]), expected[place]):
+                    wrong.append((thread, turn))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert wrong == []
 
 

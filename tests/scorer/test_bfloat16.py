@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from dti_model.training import train
 from tests.config.test_precision import use_processor
 from tests.model.pretrained_files import pretrained_folder
 from tests.scorer.scoring_jobs import broken_off, requests, score, write_jsonl
+from tests.threads import in_threads
 from tests.training.small_runs import small_run
 
 CANDIDATES: list[Any] = ["1", "2", "9", "10", "100", {"text": "Two Stories (1995); War"}]
@@ -160,14 +160,10 @@ def test_threads_compute_in_bfloat16_each(trained: Path) -> None:
     scorer = Scorer.from_run(trained, precision="bf16")
     expected, results = scorer.score([], CANDIDATES), []
 
-    def work() -> None:
+    def work(_: int) -> None:
         results.append(scorer.score([], CANDIDATES))
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 3)
     assert len(results) == 3
     assert all(np.array_equal(scores, expected) for scores in results)
 

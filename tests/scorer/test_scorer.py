@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from dti_model.scorer import History, Scorer
 from dti_model.scorer.items import ItemError
 from dti_model.scorer.state_cache import StateCache
 from tests.numerics import FLOAT64_RELATIVE
+from tests.threads import in_threads
 
 WINDOW, MAX_ITEM_TOKENS = 4, 12
 TOLERANCE = 1e-5  # float32, as the scorer promises
@@ -249,11 +249,7 @@ def test_threads_share_a_scorer_and_a_cache(scorer: Scorer) -> None:
         cache.append("shared", "101", 1)
         results[thread] = scorer.score(cache.get(thread), CANDIDATES)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(WINDOW)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, WINDOW)
     expected = scorer.score(events, CANDIDATES)
     assert len(results) == WINDOW
     assert all(np.abs(scores - expected).max() < TOLERANCE for scores in results.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from dti_model.model import GraphedPasses
 from dti_model.scorer import Scorer, StateCache
 from tests.scorer.scoring_jobs import broken_off, score
 from tests.scorer.test_scorer import CANDIDATES, HISTORY, RESET, TOLERANCE, WINDOW, alone, scorer_of
+from tests.threads import in_threads
 
 
 def through_graphs(scorer: Scorer) -> Scorer:
@@ -85,24 +85,17 @@ def test_threads_share_a_scorer_and_a_cache(scorer: Scorer) -> None:
     wrong: list[object] = []
 
     def work(thread: int) -> None:
-        try:
-            for turn in range(3):
-                user = thread, turn
-                cache.put(user, scorer.encode([]))
-                for count, (item, label) in enumerate(events, 1):
-                    state = cache.append(user, item, label)
-                    assert state is not None
-                    if np.abs(scorer.score(state, CANDIDATES) - expected[count]).max() > TOLERANCE:
-                        wrong.append((user, count))
-        except BaseException as error:
-            wrong.append(error)
+        for turn in range(3):
+            user = thread, turn
+            cache.put(user, scorer.encode([]))
+            for count, (item, label) in enumerate(events, 1):
+                state = cache.append(user, item, label)
+                assert state is not None
+                if np.abs(scorer.score(state, CANDIDATES) - expected[count]).max() > TOLERANCE:
+                    wrong.append((user, count))
 
     expected = [alone(scorer, events[:count], CANDIDATES) for count in range(WINDOW + 1)]
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert wrong == []
     assert replayed(scorer) > 40
 
