@@ -7,14 +7,14 @@ differs between two passes of a bucket reaches the model through its `Buffers`: 
     2nd pass                 is captured, and its buffers are kept
     others                   fill the buffers, and one launch replays all
 
-The first three replays are compared with the pass itself.
+The first three replays are compared with the pass itself. Every pass of a bucket should give the same bits, whether it is replayed or not
+(`tests/model/test_graphs_gpu.py` asks a GPU). Those of a pass without padding differ by rounding, where a matrix product of another shape
+is summed in another order.
 
-Every pass of a bucket should give the same bits, whether it is replayed or not (`tests/model/test_graphs_gpu.py` asks a GPU). They differ from those of a pass without padding by rounding,
-where a matrix product of another shape is summed in another order.
-
-Weights are read where they lie, so values that are changed in place count. Graphs are dropped where weights have moved (`model.to`, another
-dtype), and where adapters are switched, merged or disabled. Anything else that changes what the model computes is for a new scorer: modules
-that are exchanged, hooks, PyTorch's switches of precision and determinism.
+Weights are read where they lie, so values that are changed in place count. Graphs are dropped where weights have moved or others have taken
+their place (`model.to`, another dtype, `load_state_dict(assign=True)`), and where adapters are switched, merged, disabled or scaled. Anything
+else that changes what the model computes is for a new scorer: modules that are exchanged, hooks, PyTorch's switches of precision and
+determinism.
 """
 
 from __future__ import annotations
