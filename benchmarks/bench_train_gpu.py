@@ -3,7 +3,7 @@
     python -m benchmarks.bench_train_gpu [--model llama8b-slice] [--device cuda] [--seconds 80] [--profile TRACE.json.gz] [--out ROWS.jsonl]
 
 Both kinds get the same model, the same packed batches of about as many tokens, the same attention and the same optimizer; steps
-are interleaved. `llama8b-slice` is Llama-3.1-8B's shape with two layers, `smollm` all of SmolLM2-135M's, in bfloat16. Beside the ratio of
+are interleaved. Each is timed kernel by kernel and, padded, as a CUDA graph (`dti_model/training/graphed_steps.py`). `llama8b-slice` is Llama-3.1-8B's shape with two layers, `smollm` all of SmolLM2-135M's, in bfloat16. Beside the ratio of
 targets/s stands that of FLOPs per target, counted as the training's own MFU is (`dti_model/training/flops.py`).
 """
 
@@ -21,23 +21,29 @@ import torch
 from benchmarks.attention import KINDS, STREAMING, Workload
 from benchmarks.measuring import DEVICE, REHEARSING, check_device, percentiles_ms
 from benchmarks.recording import failure, make_parser, parse_measuring
+from benchmarks.scoring import CAPTURE
 from benchmarks.shapes import MODELS
 from benchmarks.synthetic import random_model
-from dti_kernels import StreamLayout
 from dti_model.config import DTIConfig
 from dti_model.model import apply_dti, token_logits
-from dti_model.training import StepCost, peak_flops
+from dti_model.prompts import StreamBatch
+from dti_model.training import NO_LABEL, StepCost, StepGraphs, padded_batch, peak_flops
 
 # Of a step's kernels, the longest ones that a profile's row names.
 _LONGEST = 10
 _ATTENTION = ("ctx_fwd", "ctx_dq", "ctx_dkv", "sum_fwd", "sum_dq", "sum_dkv", "sum_self")
 
 
-def batch(kind: str, num_tokens: int, device: str, vocab_size: int) -> tuple[torch.Tensor, StreamLayout]:
-    """Token ids and layout of one packed batch."""
-    layout = Workload(kind, num_tokens, KINDS[kind], 1, 1, 1).layout(device)
-    generator = torch.Generator(device).manual_seed(0)
-    return torch.randint(vocab_size, (layout.num_rows,), device=device, generator=generator), layout
+EAGER, GRAPH = "eager", "graph"
+
+
+def batch(kind: str, num_tokens: int, vocab_size: int) -> StreamBatch:
+    """A packed batch of random tokens, on the CPU."""
+    layout = Workload(kind, num_tokens, KINDS[kind], 1, 1, 1).layout()
+    ids = torch.randint(vocab_size, (layout.num_rows,), generator=torch.Generator().manual_seed(0))
+    return StreamBatch(
+        ids, layout, torch.zeros(layout.num_sum, dtype=torch.long), torch.arange(layout.num_sum)
+    )
 
 
 class Bench:
@@ -45,9 +51,9 @@ class Bench:
 
     Attributes:
         name: a key of `MODELS`.
-        on_gpu: bfloat16, fused optimizer and peak memory; otherwise float32.
+        on_gpu: bfloat16, fused optimizer, CUDA graphs and peak memory; otherwise float32, kernel by kernel.
         cost: FLOPs of a step.
-        batches: token ids and layout by kind.
+        batches: by kind, on the CPU.
     """
 
     def __init__(self, name: str, on_gpu: bool, num_tokens: int) -> None:
@@ -58,22 +64,38 @@ class Bench:
         self.model = apply_dti(model, self.dti).train()
         self.cost = StepCost.of(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=on_gpu)
-        self.batches = {kind: batch(kind, num_tokens, device, model.config.vocab_size) for kind in KINDS}
-        self.times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        self.peak_mib = dict.fromkeys(KINDS, 0.0)
+        self.batches = {kind: batch(kind, num_tokens, model.config.vocab_size) for kind in KINDS}
+        self.graphs = StepGraphs(self.model, CAPTURE)
+        self._given = {
+            (kind, way): (padded_batch(x) if way == GRAPH else x).to(device)
+            for kind, x in self.batches.items()
+            for way in ((EAGER, GRAPH) if on_gpu else (EAGER,))
+        }
+        self._counts = {
+            kind: torch.tensor(x.layout.num_sum, device=device) for kind, x in self.batches.items()
+        }
+        self.times: dict[tuple[str, str], list[float]] = {turn: [] for turn in self._given}
+        self.peak_mib = dict.fromkeys(self._given, 0.0)
 
-    def step(self, kind: str) -> float:
-        """Forward, backward and update; the loss, for which the device is waited for."""
-        ids, layout = self.batches[kind]
-        logits = token_logits(self.model, ids, layout, self.dti)
-        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+    def gradients(self, given: StreamBatch, count: torch.Tensor) -> torch.Tensor:
+        """Forward and backward; the mean loss of the batch."""
+        logits = token_logits(self.model, given.input_ids, given.layout, self.dti)
+        entropy = torch.nn.functional.cross_entropy(
+            logits.float(), given.labels, reduction="sum", ignore_index=NO_LABEL
+        )
+        loss = entropy / count
         loss.backward()
+        return loss.detach()
+
+    def step(self, kind: str, way: str = EAGER) -> float:
+        """Forward, backward and update; the loss, for which the device is waited for."""
+        given, count = self._given[kind, way], self._counts[kind]
+        loss = self.graphs.run(given, count, self.gradients) if way == GRAPH else self.gradients(given, count)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach())
+        return float(loss)
 
-    def timed_step(self, kind: str) -> float:
+    def timed_step(self, kind: str, way: str) -> float:
         """Milliseconds of a step, from a device at rest to a device at rest.
 
         Raises:
@@ -83,51 +105,62 @@ class Bench:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        loss = self.step(kind)
+        loss = self.step(kind, way)
         ms = 1e3 * (time.perf_counter() - start)
         if not np.isfinite(loss):
             raise RuntimeError(f"{self.name}, {kind}: loss {loss}")
         if self.on_gpu:
-            self.peak_mib[kind] = torch.cuda.max_memory_allocated() / 2**20
+            self.peak_mib[kind, way] = torch.cuda.max_memory_allocated() / 2**20
         return ms
 
     def run(self, num_steps: int, seconds: float) -> None:
-        """Steps of all kinds by turns, two of which are not counted."""
+        """Steps of all kinds by turns, two of which are not counted: a graph is captured in its second."""
         deadline = time.monotonic() + seconds
         for step in range(num_steps + 2):
             if step > 3 and time.monotonic() > deadline:
                 break
-            for kind in KINDS:
-                ms = self.timed_step(kind)
+            for kind, way in self._given:
+                ms = self.timed_step(kind, way)
                 if step > 1:
-                    self.times[kind].append(ms)
+                    self.times[kind, way].append(ms)
 
     def flops(self, kind: str) -> int:
         """Of a step."""
-        return self.cost.flops(self.batches[kind][1].to("cpu"))
+        return self.cost.flops(self.batches[kind].layout)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per kind; that of streaming prompts has its ratios to sliding windows."""
-        rows = [self._row(kind) for kind in KINDS]
-        streaming, sliding = rows
-        speedup = streaming["targets_per_s"] / sliding["targets_per_s"]
-        flops_ratio = sliding["gflop_per_target"] / streaming["gflop_per_target"]
-        streaming |= {"speedup": round(speedup, 2), "flops_ratio": round(flops_ratio, 2)}
-        streaming["share_of_flops_ratio"] = round(speedup / flops_ratio, 3)
-        return rows
+        """One row per kind and way; that of streaming prompts has its ratios to sliding windows, that of a graph its ratio to eager steps."""
+        rows = {turn: self._row(*turn) for turn in self._given}
+        for (kind, way), row in rows.items():
+            if way == GRAPH:
+                eager = rows[kind, EAGER]
+                row["speedup_over_eager"] = round(eager["p50_ms"] / row["p50_ms"], 2)
+            if kind == STREAMING:
+                (sliding,) = (rows[other, way] for other in KINDS if other != STREAMING)
+                speedup = row["targets_per_s"] / sliding["targets_per_s"]
+                flops_ratio = sliding["gflop_per_target"] / row["gflop_per_target"]
+                row |= {"speedup": round(speedup, 2), "flops_ratio": round(flops_ratio, 2)}
+                row["share_of_flops_ratio"] = round(speedup / flops_ratio, 3)
+        return list(rows.values())
 
-    def _row(self, kind: str) -> dict[str, Any]:
-        ids, layout = self.batches[kind]
-        timing = percentiles_ms(np.asarray(self.times[kind]))
+    def _row(self, kind: str, way: str) -> dict[str, Any]:
+        layout = self.batches[kind].layout
+        timing = percentiles_ms(np.asarray(self.times[kind, way]))
         seconds, flops = timing["p50_ms"] / 1e3, self.flops(kind)
         peak = peak_flops(torch.device(DEVICE), bf16=True) if self.on_gpu else None
-        row = {"benchmark": "training", "model": self.name, "kind": kind, "tokens": len(ids)}
-        row |= {"targets": layout.num_sum, "steps": len(self.times[kind]), **timing}
+        row = {
+            "benchmark": "training",
+            "model": self.name,
+            "kind": kind,
+            "way": way,
+            "tokens": layout.num_rows,
+        }
+        row |= {"targets": layout.num_sum, "steps": len(self.times[kind, way]), **timing}
         row["targets_per_s"] = round(layout.num_sum / seconds, 1)
-        row["tokens_per_s"] = round(len(ids) / seconds)
+        row["tokens_per_s"] = round(layout.num_rows / seconds)
         row["gflop_per_target"] = round(flops / layout.num_sum / 1e9, 6)
         mfu = None if peak is None else round(flops / seconds / peak, 4)
-        return {**row, "mfu": mfu, "peak_mib": round(self.peak_mib[kind])}
+        return {**row, "mfu": mfu, "peak_mib": round(self.peak_mib[kind, way])}
 
 
 def profile(step: Callable[[], Any], path: Path) -> dict[str, Any]:
@@ -202,7 +235,12 @@ def main() -> None:
     for name in options.model:
         try:
             rows = measure(name, options, options.seconds / len(options.model))
-            print(f"{name}: streaming over sliding window {rows[0]['speedup']:.2f} x", flush=True)
+            for row in rows:
+                if "speedup" in row:
+                    print(
+                        f"{name}, {row['way']}: streaming over sliding window {row['speedup']:.2f} x",
+                        flush=True,
+                    )
         except Exception as error:  # one model does not fit: the other is still measured
             check_device(error)
             rows, failed = [{"benchmark": "training", "model": name, "failed": failure(error)}], True

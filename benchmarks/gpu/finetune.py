@@ -1,8 +1,10 @@
 """A pretrained language model fine-tuned on clicks within a time limit: what streaming prompts cost and what comes of them on a GPU.
 
-    python -m benchmarks.gpu.finetune --data DATA --weights FOLDER_OR_GGUF [--k 50] [--epochs 1] [--seconds 200] [--out ROWS.jsonl]
+    python -m benchmarks.gpu.finetune --data DATA --weights FOLDER_OR_GGUF [--k 50] [--epochs 1] [--seconds 200] [--graphs]
+        [--targets 75000] [--accumulation 15] [--out ROWS.jsonl]
 
-All weights are trained, in float32 with bfloat16 products. Validation comes before the first step and after every epoch. Whenever it is the
+All weights are trained, in float32 with bfloat16 products. With `--targets` they are some targets, whole prompts of 50 of them, and the
+same ones for every k: so streaming prompts and sliding windows are compared at equal targets, and with `--accumulation` at equal steps. Validation comes before the first step and after every epoch. Whenever it is the
 best so far, all test targets are scored at once, in prompts of 50 targets: a process that is ended later has its result, and the last such
 row is that of the best epoch. At the end some test targets get a prompt each. Rows are appended as they come. The learning rate falls to
 zero at the last step or at the time limit, whichever comes first, so a run that is cut short ends well too.
@@ -37,8 +39,10 @@ from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.training import RunLog, StreamTrainer, training_arguments
 
 INSTRUCTION = "Films that one user rated, and whether the user liked each of them:\n"
-# Targets of a prompt in validation and test; and how many test targets get a prompt of their own, whose rows are some ten times as many.
-STREAMING_K, ONE_PROMPT_EACH = 50, 6000
+# Targets of a prompt in validation and test.
+STREAMING_K = 50
+# Rows of a batch of scoring, which has no gradients: more than in training, so that the device is busy.
+SCORED_TOKENS = 65536
 # The most epochs of a run that chooses their number, and the seconds that it keeps for scoring after each.
 MOST_EPOCHS, SCORING_S = 3, 20.0
 # Of the speed that `benchmarks.bench_train_gpu` measures with bfloat16 weights; float32 ones under autocast were as fast on a slow host.
@@ -136,19 +140,22 @@ def settings(options: argparse.Namespace, epochs: int) -> TrainConfig:
             learning_rate=options.learning_rate,
             weight_decay=0.01,
             token_budget=4096 if REHEARSING else options.tokens,
+            accumulation=options.accumulation,
+            graphs=options.graphs,
             precision="bf16" if DEVICE == "cuda" else "fp32",
         ),
     )
 
 
-def measured_speed(rows: Path) -> float:
+def measured_speed(rows: Path, graphs: bool) -> float:
     """Rows a second of streaming training in the last row of `benchmarks.bench_train_gpu`; 0: there is none of a model of this size."""
-    wanted = ["training", "smollm", STREAMING]
-    found = [
-        row.get("tokens_per_s") or 0
-        for row in read_rows(rows)
-        if [row.get(name) for name in ("benchmark", "model", "kind")] == wanted
-    ]
+    wanted = {
+        "benchmark": "training",
+        "model": "smollm",
+        "kind": STREAMING,
+        "way": "graph" if graphs else "eager",
+    }
+    found = [row.get("tokens_per_s") or 0 for row in read_rows(rows) if wanted.items() <= row.items()]
     return float(found[-1]) if found else 0.0
 
 
@@ -164,7 +171,7 @@ def epochs_that_fit(epoch_rows: int, rows_per_s: float, seconds: float) -> int:
 
 
 def trainer_of(
-    run: Run, limit: TimeLimit, watch: Watch, folder: str, speed: float | None = None
+    run: Run, limit: TimeLimit, watch: Watch, folder: str, rows: np.ndarray, speed: float | None = None
 ) -> TimedTrainer:
     """Trainer over the run's packed prompts; it writes no checkpoints, into a folder that goes.
 
@@ -173,11 +180,14 @@ def trainer_of(
         limit: when training ends.
         watch: validates, tests and keeps the best weights.
         folder: for what Trainer wants to write.
+        rows: `(S,)` targets to train on.
         speed: rows a second, by which the epochs that fit are chosen; None: those of the settings.
     """
     config, optim = run.config, run.config.optim
-    prompts = Prompts.streaming(run.data, run.data.targets("train"), config.window, config.targets_per_prompt)
-    dataset = PackedPrompts(run.builder, prompts, optim.token_budget, config.seed)
+    prompts = Prompts.streaming(run.data, rows, config.window, config.targets_per_prompt)
+    dataset = PackedPrompts(
+        run.builder, prompts, optim.token_budget, config.seed, batch_multiple=optim.accumulation
+    )
     if speed is not None:
         epochs = epochs_that_fit(int(dataset.num_rows.sum()), speed, limit.left_s())
         optim = replace(optim, epochs=epochs)
@@ -196,25 +206,55 @@ def trainer_of(
         dti=config.dti,
         answers=run.builder.format.labels,
         validate=lambda: scored(run, validation, STREAMING_K),
+        graphs=optim.graphs,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
 
 
+def some_targets(run: Run, num_targets: int) -> np.ndarray:
+    """`(S,)` training targets: whole streaming prompts of a seed, about so many targets; 0: all."""
+    rows = run.data.targets("train")
+    if not num_targets:
+        return rows
+    prompts = Prompts.streaming(run.data, rows, run.config.window, STREAMING_K)
+    order = np.random.default_rng(run.config.seed).permutation(len(prompts))
+    last = int(np.searchsorted(np.cumsum(prompts.num_targets[order]), num_targets)) + 1
+    chosen = prompts[np.sort(order[:last])]
+    return np.concatenate([np.arange(a, b) for a, b in zip(chosen.first_target, chosen.stop)])
+
+
 def scored(run: Run, rows: np.ndarray, k: int) -> dict[str, float]:
     """Metrics of targets, `k` of them a prompt, and seconds."""
     start = time.monotonic()
-    budget = run.config.optim.token_budget
+    budget = max(SCORED_TOKENS, run.config.optim.token_budget)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
         scores = score_targets(run.model, run.config.dti, run.builder, rows, budget, k)
     metrics = click_metrics(run.data.label[rows], scores, run.data.users_of(rows))
     return {**metrics, "seconds": round(time.monotonic() - start, 2)}
 
 
-def finetune(config: TrainConfig, limit: TimeLimit, files: RowFiles, speed: float | None = None) -> None:
-    """Train and score; every row says what the run is. `speed`: as `trainer_of` takes it."""
+def finetune(
+    config: TrainConfig,
+    limit: TimeLimit,
+    files: RowFiles,
+    num_targets: int,
+    one_prompt_each: int,
+    speed: float | None = None,
+) -> None:
+    """Train and score; every row says what the run is.
+
+    Args:
+        config: of the run.
+        limit: when training ends.
+        files: for the rows.
+        num_targets: about how many training targets, 0 for all.
+        one_prompt_each: how many test targets get a prompt of their own at the end, 0 for all.
+        speed: as `trainer_of` takes it.
+    """
     common = {"benchmark": "finetune", "model": Path(str(config.model.pretrained)).name, "k": config.k}
+    common |= {"graphs": config.optim.graphs, "wanted_targets": num_targets}
 
     def note(**row: Any) -> None:
         files.append([{**common, **row}])
@@ -222,9 +262,10 @@ def finetune(config: TrainConfig, limit: TimeLimit, files: RowFiles, speed: floa
 
     set_seed(config.seed)
     run = Run.start(config)
+    rows = some_targets(run, num_targets)
     watch = Watch(limit, note, lambda: test(run, note, eval_targets(run.data, "test", config), STREAMING_K))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(run, limit, watch, folder, speed)
+        trainer = trainer_of(run, limit, watch, folder, rows, speed)
         config = run.config
         dataset = trainer.train_dataset
         assert isinstance(dataset, PackedPrompts)
@@ -233,7 +274,8 @@ def finetune(config: TrainConfig, limit: TimeLimit, files: RowFiles, speed: floa
         facts |= {
             "parameters": run.model.num_parameters(),
             "epochs": optim.epochs,
-            "epoch_steps": len(dataset),
+            "epoch_steps": len(dataset) // optim.accumulation,
+            "accumulation": optim.accumulation,
         }
         facts |= {"train_targets": int(dataset.prompts.num_targets.sum())}
         facts |= {"epoch_rows": int(dataset.num_rows.sum()), "learning_rate": optim.learning_rate}
@@ -243,7 +285,7 @@ def finetune(config: TrainConfig, limit: TimeLimit, files: RowFiles, speed: floa
         trainer.train()
         note(part="training", cut_by_time=watch.cut, **trained(trainer, time.monotonic() - start))
     run.model.load_state_dict(watch.best)
-    few = 100 if REHEARSING else ONE_PROMPT_EACH
+    few = 100 if REHEARSING else one_prompt_each
     test(run, note, eval_targets(run.data, "test", replace(config, max_eval_targets=few)), 1)
 
 
@@ -254,6 +296,7 @@ def trained(trainer: TimedTrainer, seconds: float) -> dict[str, Any]:
     for name in ("targets_per_s", "tokens_per_s", "mfu"):
         values = [line[name] for line in lines if name in line]
         row[name] = round(float(np.median(values)), 4) if values else None
+    row["graphs_captured"] = 0 if trainer.graphs is None else trainer.graphs.num_graphs
     row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     row["losses"] = [[line["step"], round(line["loss"], 4)] for line in lines]
     return row
@@ -277,6 +320,10 @@ def main() -> None:
     add("--seconds", type=float, default=200.0, help="training ends this long after the start")
     add("--tokens", type=int, default=16384, help="rows of a packed batch")
     add("--learning-rate", type=float, default=2e-4)
+    add("--graphs", action="store_true", help="replay steps as CUDA graphs")
+    add("--targets", type=int, default=0, help="about so many training targets; 0: all")
+    add("--accumulation", type=int, default=1, help="packed batches per step")
+    add("--one-prompt-each", type=int, default=6000, help="test targets with a prompt each; 0: all")
     options = parse_measuring(parser, "finetune-gpu")
     if not REHEARSING and not (options.data and options.weights):
         parser.error("--data and --weights are needed")
@@ -284,9 +331,14 @@ def main() -> None:
         if not (options.data and options.weights):
             options.data = options.data or made_up_data(Path(folder))
             options.weights = options.weights or made_up_model(Path(folder) / "model", Path(options.data))
-        speed = None if options.epochs else measured_speed(options.rows.paths[0])
+        speed = None if options.epochs else measured_speed(options.rows.paths[0], options.graphs)
         finetune(
-            settings(options, options.epochs or 1), TimeLimit(options.seconds, start), options.rows, speed
+            settings(options, options.epochs or 1),
+            TimeLimit(options.seconds, start),
+            options.rows,
+            options.targets,
+            options.one_prompt_each,
+            speed,
         )
 
 

@@ -128,9 +128,9 @@ SLOT_A = (
         "host", "benchmarks.gpu.host", _rows("--seconds", "{seconds}"), 45, "host microseconds a call", spare=15, least=20,
     ),
     Step(
-        "graph-tests", "benchmarks.gpu.tests", _rows("--of", "graphs", "--jobs", "1"), 60,
-        "passes as CUDA graphs have the bits of eager ones", least=30,
-        rehearsed=_rows("--of", "graphs", "--select", "dti-one", "--jobs", "1"),
+        "graph-tests", "benchmarks.gpu.tests", _rows("--of", "graphs", "steps", "--jobs", "2"), 80,
+        "passes and training steps as CUDA graphs have the bits of eager ones", least=30,
+        rehearsed=_rows("--of", "graphs", "steps", "--select", "dti-one or several_shapes", "--jobs", "1"),
     ),
     Step(
         "score", "benchmarks.bench_score", _rows("--part", "candidates", "--device", "cuda", "--shape", "smollm"), 70,

@@ -1,6 +1,6 @@
 """The tests that need a GPU, in several processes, with a row for each as it ends.
 
-    python -m benchmarks.gpu.tests [--of kernels graphs] [--select "not inductor"] [--jobs 10] [--out ROWS.jsonl]
+    python -m benchmarks.gpu.tests [--of kernels graphs steps] [--select "not inductor"] [--jobs 10] [--out ROWS.jsonl]
 
 A run that is ended halfway has the rows of the tests that were done. A row holds what the test recorded: of parity tests the share of
 its error budget that each tensor uses.
@@ -19,7 +19,11 @@ import pytest
 from benchmarks.measuring import REHEARSING
 from benchmarks.recording import RowFiles, make_parser, parse_measuring
 
-TESTS = {"kernels": "tests/kernels/test_gpu.py", "graphs": "tests/model/test_graphs_gpu.py"}
+TESTS = {
+    "kernels": "tests/kernels/test_gpu.py",
+    "graphs": "tests/model/test_graphs_gpu.py",
+    "steps": "tests/training/test_graphed_steps_gpu.py",
+}
 
 
 class TestRows:

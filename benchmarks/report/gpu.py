@@ -289,7 +289,8 @@ def _tile(row: dict[str, Any]) -> str:
 
 def training(rows: Rows) -> str:
     """Targets/s of both kinds of prompts, and the ratio beside that of FLOPs."""
-    found = latest(_of(rows, "training"), "model", "kind")
+    # Rows before there were graphs do not say that they were launched kernel by kernel.
+    found = latest([{"way": "eager", **row} for row in _of(rows, "training")], "model", "kind", "way")
     if not found:
         return ""
     head = "| model | prompts | targets/s | tokens/s | MFU | MiB | times sliding windows | by FLOPs |"
@@ -301,7 +302,7 @@ def training(rows: Rows) -> str:
         mfu = "" if row.get("mfu") is None else f"{row['mfu']:.1%}"
         ratio = f"{row['speedup']:.1f} | {row['flops_ratio']:.1f}" if "speedup" in row else " | "
         lines.append(
-            f"| {row['model']} | {row['kind'].replace('_', ' ')} | {row['targets_per_s']:,.0f} | {row['tokens_per_s']:,.0f} | "
+            f"| {row['model']} | {row['kind'].replace('_', ' ')}{', as a graph' if row['way'] == 'graph' else ''} | {row['targets_per_s']:,.0f} | {row['tokens_per_s']:,.0f} | "
             f"{mfu} | {row['peak_mib']:,} | {ratio} |"
         )
     return markdown_table(head, lines, "Training steps in bfloat16, random weights:")

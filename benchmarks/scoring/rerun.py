@@ -7,20 +7,23 @@ they lay. Otherwise than with a graph, the host's code runs again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
 from benchmarks.recording import REHEARSING
-from dti_model.model import CudaCapture, Forward, Outputs
+from dti_model.model import CudaCapture, Outputs
+
+Result = TypeVar("Result")
 
 
 class Rerun:
     """A `Capture` without a GPU.
 
     Attributes:
-        captured: passes that were captured.
+        captured: computations that were captured.
         replayed: calls of their replays.
     """
 
@@ -28,16 +31,16 @@ class Rerun:
         self.captured = self.replayed = 0
         self._turn = threading.Lock()
 
-    def capture(self, forward: Forward) -> Forward:
-        """Runs `forward`, and again for each replay."""
-        assert self._turn.locked(), "a pass is captured out of turn"
+    def capture(self, computation: Callable[[], Result]) -> Callable[[], Result]:
+        """Runs it, and again for each replay."""
+        assert self._turn.locked(), "something is captured out of turn"
         self.captured += 1
-        outputs = forward()
+        outputs = computation()
 
-        def replay() -> Outputs:
-            assert self._turn.locked(), "a pass is replayed out of turn"
+        def replay() -> Result:
+            assert self._turn.locked(), "something is replayed out of turn"
             self.replayed += 1
-            again = forward()
+            again = computation()
             for old, new in zip(_tensors(outputs), _tensors(again), strict=True):
                 old.copy_(new)
             return outputs
@@ -47,7 +50,7 @@ class Rerun:
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """Two at a time are an error, not a wait: whoever calls has a lock."""
-        assert self._turn.acquire(blocking=False), "two passes at a time"
+        assert self._turn.acquire(blocking=False), "two computations at a time"
         try:
             yield
         finally:
@@ -57,7 +60,10 @@ class Rerun:
         """Nothing is under way."""
 
 
-def _tensors(outputs: Outputs) -> list[torch.Tensor]:
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    assert isinstance(outputs, Outputs)
     return [outputs.logits, *(x for layer in outputs.recorded for x in layer if x is not None)]
 
 

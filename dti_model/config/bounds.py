@@ -163,6 +163,7 @@ RULES: Mapping[str, Rule] = {
     "optim.precision": choice(*PRECISIONS),
     "optim.activation_checkpointing": _truth,
     "optim.fsdp": _truth,
+    "optim.graphs": _truth,
     "optim.save_steps": integer(0),
 }
 # Those that hold settings themselves.

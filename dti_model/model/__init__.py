@@ -9,8 +9,8 @@ from dti_model.model.click_model import ClickModel
 from dti_model.model.export import export_run
 from dti_model.model.fetch import fetch_model
 from dti_model.model.fingerprints import OtherOriginError, Provenance
-from dti_model.model.graphs import GraphedPasses, passes_of
-from dti_model.model.lora import add_lora
+from dti_model.model.graphs import GraphedPasses, can_be_graphed, passes_of
+from dti_model.model.lora import add_lora, keep_token_indices
 from dti_model.model.passes import PackedPass, Passes
 from dti_model.model.past import LayerKeys, Past, concatenated
 from dti_model.model.run import Run, llama_config, tokenizer_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,19 +25,20 @@ class Outputs(NamedTuple):
 
 
 Forward = Callable[[], Outputs]
+Result = TypeVar("Result")
 
 
 class Capture(Protocol):
-    """How passes are captured and replayed. Calls come one at a time, `capture` and its results inside `in_turn`."""
+    """How computations are captured and replayed. Calls come one at a time, `capture` and its results inside `in_turn`."""
 
-    def capture(self, forward: Forward) -> Forward:
-        """A call that computes `forward` again from what its inputs hold then. Its outputs lie where they lay before."""
+    def capture(self, computation: Callable[[], Result]) -> Callable[[], Result]:
+        """A call that computes it again from what its inputs hold then. Its outputs lie where they lay before."""
 
     def in_turn(self) -> AbstractContextManager[object]:
-        """A context for everything that reads or writes the inputs and outputs of captured passes."""
+        """A context for everything that reads or writes the inputs and outputs of captured computations."""
 
     def wait(self) -> None:
-        """Wait until the device is done with all passes, so that they can be dropped."""
+        """Wait until the device is done with all of them, so that they can be dropped."""
 
 
 # PyTorch captures one graph at a time.
@@ -57,8 +58,8 @@ class CudaCapture:
             self._pool = torch.cuda.graph_pool_handle()
             self._done = torch.cuda.Event()
 
-    def capture(self, forward: Forward) -> Forward:
-        """A replay of `forward`, which is run twice: once to warm up caches, workspaces and compilers, which a capture cannot.
+    def capture(self, computation: Callable[[], Result]) -> Callable[[], Result]:
+        """A replay of a computation, which is run twice: once to warm up caches, workspaces and compilers, which a capture cannot.
 
         Raises:
             RuntimeError: something in it cannot be captured.
@@ -69,14 +70,14 @@ class CudaCapture:
             # A capture that fails stays on its stream: the outer context is what leaves it. What other threads do on other streams
             # does not disturb a capture of this thread, unless they wait for the whole device.
             with torch.cuda.stream(self._stream):
-                forward()
+                computation()
                 with torch.cuda.graph(
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
                 ):
-                    outputs = forward()
+                    outputs = computation()
             current.wait_stream(self._stream)
 
-        def replay() -> Outputs:
+        def replay() -> Result:
             graph.replay()
             return outputs
 

@@ -52,6 +52,7 @@ def trainer_of(run: Run, arguments: TrainingArguments) -> StreamTrainer:
         dti=config.dti,
         answers=run.builder.format.labels,
         validate=validate,
+        graphs=optim.graphs and not optim.activation_checkpointing and not optim.fsdp,
     )
     trainer.provenance = asdict(run.provenance)
     trainer.add_callback(SaveInTime(trainer, optim.save_steps))
@@ -97,6 +98,7 @@ def training_arguments(config: TrainConfig, precision: Resolved | None = None) -
         metric_for_best_model="auc",
         greater_is_better=True,
         logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # `StreamTrainer` stops there; Trainer would wait for the device twice a step
         logging_first_step=True,
         report_to="none",  # see curves.py
         ddp_find_unused_parameters=False,

@@ -18,12 +18,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
 from dti_model.config import DTIConfig
-from dti_model.model import token_logits
+from dti_model.model import can_be_graphed, token_logits
 from dti_model.precision import wants_few_shapes
 from dti_model.prompts import PackedPrompts, StreamBatch
 from dti_model.ranks import world_size
 from dti_model.training.flops import Speed, StepCost, peak_flops
+from dti_model.training.graphed_steps import StepGraphs, padded_batch
 from dti_model.training.resumable import ResumableTrainer
+
+# What `torch.nn.functional.cross_entropy` leaves out.
+NO_ANSWER = -100
 
 
 class NonFiniteLossError(RuntimeError):
@@ -39,6 +43,7 @@ class StreamTrainer(ResumableTrainer):
         dti: DTIConfig,
         answers: tuple[int, int],
         validate: Callable[[], dict[str, float]],
+        graphs: bool = False,
         **kwargs: Any,
     ) -> None:
         """As Trainer's, and:
@@ -47,23 +52,30 @@ class StreamTrainer(ResumableTrainer):
             dti: what the model was made with.
             answers: token of a negative and of a positive label.
             validate: scores the validation targets with the model as it is; metrics by name.
+            graphs: replay steps as CUDA graphs where the model can be captured (`graphed_steps.py`).
             kwargs: keyword arguments of Trainer; `train_dataset` is a `PackedPrompts`.
         """
         kwargs["args"].train_sampling_strategy = "sequential"  # the data set shuffles itself, by epoch
         super().__init__(data_collator=self._collate, **kwargs)
         self.dti, self.validate = dti, validate
-        self.answers = torch.tensor(answers, device=self.args.device)
+        # The last one is `NO_LABEL`'s, which cross-entropy leaves out.
+        self.answers = torch.tensor((*answers, NO_ANSWER), device=self.args.device)
         self.loss_is_scaled_for_ga = True
         peak = peak_flops(self.args.device, self.args.bf16)
         self.speed = Speed(peak and peak * world_size())
         self.add_callback(self.speed)
         assert isinstance(self.model, (PreTrainedModel, PeftModel))
         self.step_cost = StepCost.of(self.model)
+        alone = world_size() == 1 and self.args.n_gpu <= 1
+        self.graphs = StepGraphs(self.model) if graphs and alone and can_be_graphed(self.model) else None
 
     def _collate(self, batches: list[StreamBatch]) -> dict[str, Any]:
-        """The one batch, and its FLOPs while the layout is on the CPU: accelerate moves the batch to the device."""
+        """The one batch, padded for graphs, and its FLOPs, rows and targets while the layout is on the CPU: accelerate moves the batch to the
+        device."""
         (batch,) = batches
-        return {"batch": batch, "flops": self.step_cost.flops(batch.layout)}
+        counts = {"flops": self.step_cost.flops(batch.layout), "rows": batch.layout.num_rows}
+        counts["targets"] = batch.layout.num_sum
+        return {"batch": batch if self.graphs is None else padded_batch(batch), **counts}
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """FLOPs of a batch, forward and backward."""
@@ -76,13 +88,8 @@ class StreamTrainer(ResumableTrainer):
         """The batches of one optimizer step and the number of their targets over all devices."""
         self.speed.begin()
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        layouts = [sample["batch"].layout for sample in samples]
-        mine = [
-            sum(layout.num_sum for layout in layouts),
-            sum(layout.num_rows for layout in layouts),
-            sum(sample["flops"] for sample in samples),
-            int(self.terminate),
-        ]
+        mine = [sum(sample[name] for sample in samples) for name in ("targets", "rows", "flops")]
+        mine.append(int(self.terminate))
         # One exchange a step: float64 holds these integers exactly.
         counts = self.accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=device)).sum(0)
         targets, tokens, flops, num_terminated = counts.tolist()
@@ -113,26 +120,33 @@ class StreamTrainer(ResumableTrainer):
         loss = (
             total
             * self.accelerator.num_processes
-            / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+            / ((labels != NO_ANSWER).sum() if num_items_in_batch is None else num_items_in_batch)
         )
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Trainer's, and stop at the first loss that is not finite."""
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        loss: Tensor
+        if self.graphs is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            step = super().training_step
+            loss = self.graphs.run(
+                inputs["batch"], num_items_in_batch, lambda batch, count: step(model, {"batch": batch}, count)
+            )
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(self._where(inputs["batch"]))
+            raise NonFiniteLossError(self._where(inputs))
         return loss
 
-    def _where(self, batch: StreamBatch) -> str:
+    def _where(self, inputs: Mapping[str, Any]) -> str:
         state, dataset = self.state, self.train_dataset
         epoch = int(state.epoch or 0)
         assert isinstance(dataset, PackedPrompts)
         return (
             f"the loss is not finite at optimizer step {state.global_step + 1} (epoch {epoch + 1}), in a batch of "
-            f"{batch.layout.num_sum} targets and {batch.layout.num_rows} rows. The last checkpoint is good: lower "
+            f"{inputs['targets']} targets and {inputs['rows']} rows. The last checkpoint is good: lower "
             "the learning rate (--optim.learning-rate), or look at the batch with the same --seed"
         )
 

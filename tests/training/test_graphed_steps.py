@@ -1,0 +1,272 @@
+"""Steps as CUDA graphs, without a GPU: a replay computes the captured step again. What is padded, captured, given up and left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.scoring import Rerun
+from dti_model.config import OptimConfig, TrainConfig
+from dti_model.model import Run
+from dti_model.prompts import StreamBatch
+from dti_model.training import (
+    NO_LABEL,
+    StepGraphs,
+    StreamTrainer,
+    padded_batch,
+    trainer_of,
+    training_arguments,
+)
+from tests.training.small_runs import small_model, small_run
+
+
+@pytest.fixture
+def config(small_folder: Path, tmp_path: Path) -> TrainConfig:
+    optim = OptimConfig(epochs=3, token_budget=120, patience=0, precision="fp32")
+    model = small_model(layers=2, dropout=0.1)
+    return small_run(small_folder, tmp_path / "run", model=model, optim=optim)
+
+
+class Counted(Rerun):
+    """Like a capture on a GPU it runs the step twice: to warm up, whose gradients are to be forgotten, and to record."""
+
+    def capture(self, computation: Any) -> Any:
+        computation()
+        return super().capture(computation)
+
+
+def trainer_with(config: TrainConfig, graphs: StepGraphs | None = None, padded: bool = True) -> StreamTrainer:
+    """A trainer whose batches are padded; `graphs`: of a model of the same seed."""
+    torch.manual_seed(0)
+    run = Run.start(config)
+    trainer = trainer_of(run, training_arguments(config))
+    assert trainer.graphs is None, "there is no GPU"
+    if padded:
+        trainer.graphs = graphs or never(run.model)
+    return trainer
+
+
+def never(model: torch.nn.Module) -> StepGraphs:
+    graphs = StepGraphs(model, Counted)
+    graphs._failed = True
+    return graphs
+
+
+def trained(config: TrainConfig, make: Any) -> tuple[list[float], dict[str, torch.Tensor], StreamTrainer]:
+    """Losses of all steps, weights at the end."""
+    trainer = trainer_with(config)
+    trainer.graphs = make(trainer.model)
+    losses = []
+    step = trainer.training_step
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(*args, **kwargs)
+        losses.append(float(loss))
+        return loss
+
+    trainer.training_step = noted  # type: ignore[method-assign]
+    trainer.train()
+    assert trainer.model is not None
+    return losses, {name: x.detach().clone() for name, x in trainer.model.state_dict().items()}, trainer
+
+
+def counts_of(graphs: Any) -> tuple[int, int]:
+    return graphs._capture.captured, graphs._capture.replayed
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_run_with_graphs_has_the_bits_of_one_without(config: TrainConfig, accumulation: int) -> None:
+    """Losses and weights, with dropout, whose random numbers a capture must not use up."""
+    optim = dataclasses.replace(config.optim, accumulation=accumulation)
+    config = dataclasses.replace(config, optim=optim)
+    losses, weights, _ = trained(config, never)
+    again, same, trainer = trained(config, lambda model: StepGraphs(model, Counted))
+    captured, replayed = counts_of(trainer.graphs)
+    assert captured >= 1
+    assert replayed > captured
+    assert again == losses
+    for name, weight in weights.items():
+        assert torch.equal(weight, same[name]), name
+
+
+def test_padding_changes_loss_and_gradients_by_rounding_only(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, model=small_model(layers=2, dropout=0.0))
+    found = []
+    for padded in (False, True):
+        trainer = trainer_with(config, padded=padded)
+        (sample,), count = trainer.get_batch_samples(
+            iter(trainer.get_train_dataloader()), 1, torch.device("cpu")
+        )
+        assert (sample["batch"].layout.num_rows > sample["rows"]) is padded
+        loss = trainer.training_step(trainer.model, sample, num_items_in_batch=count)
+        assert int(count) == sample["targets"]
+        found.append((loss, [parameter.grad for parameter in trainer.model.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_padded_batches_have_few_shapes(config: TrainConfig) -> None:
+    run = Run.start(config)
+    dataset = trainer_of(run, training_arguments(config)).train_dataset
+    shapes = set()
+    for batch in dataset:  # type: ignore[attr-defined]
+        padded = padded_batch(batch)
+        layout, old = padded.layout, batch.layout
+        shapes.add((layout.num_context, layout.num_sum))
+        assert old.num_context < layout.num_context <= old.num_context + 16
+        assert old.num_sum <= layout.num_sum < old.num_sum + 16
+        assert len(padded.input_ids) == layout.num_rows
+        assert torch.equal(padded.labels[: old.num_sum], batch.labels)
+        assert (padded.labels[old.num_sum :] == NO_LABEL).all()
+        context = padded.input_ids[: old.num_context]
+        assert torch.equal(context, batch.input_ids[: old.num_context])
+        sums = padded.input_ids[layout.num_context :][: old.num_sum]
+        assert torch.equal(sums, batch.input_ids[old.num_context :])
+    assert len(shapes) < len(dataset) / 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("number", "parts", "rounded"), [
+    (1, 32, 16), (16, 32, 16), (17, 32, 32), (15_871, 32, 15_872), (15_873, 32, 16_128), (700, 8, 704), (705, 8, 768), (64, 8, 64),
+])  # fmt: skip
+def test_rounding(number: int, parts: int, rounded: int) -> None:
+    from dti_model.training.graphed_steps import _rounded
+
+    assert _rounded(number, parts) == rounded
+    assert rounded - number < max(16, number / parts)
+
+
+class Steps:
+    """A model of one weight, and steps over batches of one shape: the gradient is the sum of the ids over the number of targets."""
+
+    def __init__(self, batch: StreamBatch) -> None:
+        self.batch = batch
+        self.model = torch.nn.Linear(1, 1)
+        with torch.no_grad():
+            self.model.weight.fill_(1.0)
+        self.unused = self.model.bias
+        self.fails: Exception | None = None
+
+    def step(self, batch: StreamBatch, count: torch.Tensor) -> torch.Tensor:
+        if self.fails is not None:
+            error, self.fails = self.fails, None
+            self.model.weight.sum().backward()  # gradients of half a step
+            raise error
+        loss = self.model.weight.sum() * batch.input_ids.sum() / count
+        loss.backward()
+        return loss.detach()
+
+    def run(self, graphs: StepGraphs, first: bool = True) -> tuple[float, float]:
+        """Loss and gradient of a batch with other ids each time."""
+        if first:
+            self.model.zero_grad()
+        self.batch.input_ids.add_(1)
+        loss = graphs.run(self.batch, torch.tensor(2), self.step)
+        assert self.model.bias.grad is None, "has no part in the loss"
+        assert self.model.weight.grad is not None
+        return float(loss), float(self.model.weight.grad)
+
+    def expected(self) -> float:
+        return float(self.batch.input_ids.sum()) / 2
+
+
+@pytest.fixture
+def steps(config: TrainConfig) -> Steps:
+    run = Run.start(config)
+    dataset = trainer_of(run, training_arguments(config)).train_dataset
+    return Steps(padded_batch(dataset[0]))  # type: ignore[index]
+
+
+@pytest.fixture(autouse=True)
+def no_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="training goes on without")
+        yield
+
+
+def test_gradients_add_up_within_a_step_and_begin_anew_with_the_next(steps: Steps) -> None:
+    graphs = StepGraphs(steps.model, Counted)
+    for turn in range(6):
+        assert steps.run(graphs) == (steps.expected(), steps.expected())
+        before = steps.expected()
+        assert steps.run(graphs, first=False) == (steps.expected(), before + steps.expected())
+        assert counts_of(graphs)[0] == int(turn > 0), "a second batch of a step is not captured"
+    assert counts_of(graphs)[1] == 10
+
+
+def test_a_capture_that_fails_is_the_last(steps: Steps) -> None:
+    class Failing(Counted):
+        def capture(self, computation: Any) -> Any:
+            computation()
+            steps.model.weight.grad.add_(1e9)  # type: ignore[union-attr]
+            try:
+                raise ValueError("the reason")
+            except ValueError:
+                raise RuntimeError("the capture was not begun") from None
+
+    graphs = StepGraphs(steps.model, Failing)
+    steps.run(graphs)
+    with pytest.warns(
+        UserWarning, match=r"without CUDA graphs.*ValueError: the reason.*--optim.graphs false"
+    ):
+        assert steps.run(graphs) == (steps.expected(), steps.expected())
+    for _ in range(3):
+        assert steps.run(graphs) == (steps.expected(), steps.expected())
+
+
+def test_a_replay_that_is_wrong_is_the_last(steps: Steps) -> None:
+    class Wrong(Counted):
+        def capture(self, computation: Any) -> Any:
+            replay = super().capture(computation)
+
+            def wrong() -> Any:
+                loss = replay()
+                steps.model.weight.grad.mul_(1.05)  # type: ignore[union-attr]
+                return loss
+
+            return wrong
+
+    graphs = StepGraphs(steps.model, Wrong)
+    steps.run(graphs)
+    with pytest.warns(UserWarning, match="something else than the step itself"):
+        assert steps.run(graphs) == (steps.expected(), steps.expected())
+    assert steps.run(graphs) == (steps.expected(), steps.expected())
+
+
+def test_weights_that_move_end_graphs(steps: Steps) -> None:
+    graphs = StepGraphs(steps.model, Counted)
+    for _ in range(3):
+        steps.run(graphs)
+    steps.model.weight.data = steps.model.weight.data.clone()
+    with pytest.warns(UserWarning, match="the weights have moved"):
+        assert steps.run(graphs) == (steps.expected(), steps.expected())
+
+
+def test_graphs_give_way_where_memory_ends(steps: Steps, config: TrainConfig) -> None:
+    """A batch of another shape finds no memory beside the graphs: it is computed without them. Without graphs the error is the caller's."""
+    graphs = StepGraphs(steps.model, Counted, most_graphs=1)
+    for _ in range(3):
+        steps.run(graphs)
+    steps.batch = padded_batch(
+        dataclasses.replace(steps.batch, input_ids=steps.batch.input_ids, layout=steps.batch.layout)
+    )
+    assert counts_of(graphs)[0] == 1
+    steps.fails = torch.OutOfMemoryError("no memory")
+    with pytest.warns(UserWarning, match="memory does not suffice"):
+        assert steps.run(graphs) == (steps.expected(), steps.expected())
+    steps.fails = torch.OutOfMemoryError("no memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        steps.run(graphs)
+
+
+def test_no_more_graphs_than_are_wanted(steps: Steps) -> None:
+    graphs = StepGraphs(steps.model, Counted, most_graphs=1)
+    small, large = steps.batch, padded_batch(steps.batch)
+    for batch in (small, large, small, large, large, small):
+        steps.batch = batch
+        assert steps.run(graphs) == (steps.expected(), steps.expected())
+    assert counts_of(graphs) == (1, 2)
