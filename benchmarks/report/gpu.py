@@ -92,16 +92,20 @@ def _of(rows: Rows, benchmark: str, **fields: Any) -> Rows:
     return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
 
 
-def providers_of(rows: Rows) -> dict[tuple[str, str], dict[str, dict[str, dict[str, Any]]]]:
-    """Attention rows by workload and table of tiles, then provider, then mode; "failed" is the mode of one that did not run.
+def chosen(rows: Rows) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """Attention rows by workload, then provider, then mode; "failed" is the mode of one that did not run.
 
-    A later row replaces an earlier one; a later success replaces a failure and the other way round.
+    A later row replaces an earlier one; a later success replaces a failure and the other way round. Of one commit's rows those with the
+    tiles that won on the card are the later ones.
     """
-    found: dict[tuple[str, str], dict[str, dict[str, dict[str, Any]]]] = {}
-    for row in _of(rows, "attention"):
+    commits = {row.get("commit"): place for place, row in reversed(list(enumerate(rows)))}
+    found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    for row in sorted(
+        _of(rows, "attention"), key=lambda row: (commits[row.get("commit")], row.get("table") != "frozen")
+    ):
         if "check" in row or "provider" not in row:
             continue
-        modes = found.setdefault((row["workload"], row["table"]), {}).setdefault(row["provider"], {})
+        modes = found.setdefault(row["workload"], {}).setdefault(row["provider"], {})
         if "failed" in row and "mode" not in row:
             modes.clear()
             modes["failed"] = row
@@ -109,17 +113,6 @@ def providers_of(rows: Rows) -> dict[tuple[str, str], dict[str, dict[str, dict[s
             modes.pop("failed", None)
             modes[row["mode"]] = row
     return found
-
-
-def chosen(rows: Rows) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """Attention rows by workload, then provider and mode: of runs with the tiles that won on the card, where there are some."""
-    found = providers_of(rows)
-    tuned = {workload for workload, table in found if table != "frozen"}
-    return {
-        workload: providers
-        for (workload, table), providers in found.items()
-        if table != "frozen" or workload not in tuned
-    }
 
 
 def attention(rows: Rows) -> str:
@@ -249,15 +242,25 @@ def parity(rows: Rows) -> str:
 
 def finetuned(rows: Rows) -> str:
     """A pretrained model fine-tuned within the suite's time, scored on the test targets."""
-    tested = latest(_of(rows, "finetune", part="test"), "model", "k", "test_k")
+    # Rows before some targets could be chosen are of all.
+    found = [{"wanted_targets": 0, **row} for row in _of(rows, "finetune")]
+    tested = latest(_of(found, "finetune", part="test"), "model", "k", "wanted_targets", "test_k")
     if not tested:
         return ""
-    head = "| model | trained at k | scored at k | targets | AUC | log loss | AUC of item and user means |"
-    lines = [
-        f"| {row['model']} | {row['k']} | {row['test_k']} | {row['targets']:,} | {row['auc']:.4f} | {row['log_loss']:.4f} | "
-        f"{row['item_user_auc']:.4f} |"
-        for row in tested
-    ]
+    lines = []
+    for row in tested:
+        run = {name: row[name] for name in ("model", "k", "wanted_targets")}
+        last = {part: (_of(found, "finetune", part=part, **run) or [{}])[-1] for part in ("start", "training")}
+        trained = last["start"].get("train_targets")
+        seconds = last["training"].get("seconds")
+        cells = [row["model"], row["k"], "" if trained is None else f"{trained:,}"]
+        cells += ["" if seconds is None else f"{seconds:.0f}", row["test_k"], f"{row['targets']:,}"]
+        cells += [f"{row[name]:.4f}" for name in ("auc", "log_loss", "item_user_auc")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    head = (
+        "| model | trained at k | on targets | seconds of training | scored at k | targets | AUC | log loss | "
+        "AUC of item and user means |"
+    )
     return markdown_table(head, lines, "A pretrained model, fine-tuned in full within the suite's minutes:")
 
 
