@@ -190,10 +190,18 @@ class StreamLayout:
         return int(spans.sum()) + self.num_sum
 
     def to(self, device: torch.device | str) -> StreamLayout:
-        """The same layout on another device."""
+        """The same layout on another device; the host does not wait for a copy from memory that is pinned."""
         if torch.device(device) == self.device:
             return self
-        rows, keys = self.rows.to(device), self.keys.to(device)
+        to_host = torch.device(device).type == "cpu"  # whose next line may read what has not come yet
+        return self._of(*(x.to(device, non_blocking=not to_host) for x in (self.rows, self.keys)))
+
+    def pin_memory(self) -> StreamLayout:
+        """The same layout in memory that a GPU reads itself; on the CPU, where there is a GPU."""
+        return self._of(self.rows.pin_memory(), self.keys.pin_memory())
+
+    def _of(self, rows: Tensor, keys: Tensor) -> StreamLayout:
+        """The same layout, its arrays elsewhere."""
         return StreamLayout(rows, keys, self.window, self.reset_window, self.mean_span, checked=True)
 
     def dense_visibility(self) -> Tensor:

@@ -250,7 +250,9 @@ def finetuned(rows: Rows) -> str:
     lines = []
     for row in tested:
         run = {name: row[name] for name in ("model", "k", "wanted_targets")}
-        last = {part: (_of(found, "finetune", part=part, **run) or [{}])[-1] for part in ("start", "training")}
+        last = {
+            part: (_of(found, "finetune", part=part, **run) or [{}])[-1] for part in ("start", "training")
+        }
         trained = last["start"].get("train_targets")
         seconds = last["training"].get("seconds")
         cells = [row["model"], row["k"], "" if trained is None else f"{trained:,}"]

@@ -45,7 +45,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--graphs",
         type=bool,
-        default=False,
+        default=True,
         help="on a GPU, replay passes as CUDA graphs; no effect elsewhere",
     )
     add_shared(parser, "--progress")

@@ -196,8 +196,8 @@ class OptimConfig:
             else in float32 (auto). Weights and optimizer stay in the precision that they have.
         activation_checkpointing: recompute activations in the backward to save memory.
         fsdp: on several devices, shard weights, gradients and moments over them (FSDP2); otherwise every device has all (DDP).
-        graphs: on one GPU, replay steps as CUDA graphs: small models train faster, and graphs hold memory. Batches are padded by a few percent,
-            so results differ by rounding. No effect on CPUs, on several GPUs, with activation_checkpointing and with quantised weights.
+        graphs: on one GPU, replay steps of small models as CUDA graphs, which hold memory. Batches are padded by a few percent for it, so
+            results differ by rounding. No effect on CPUs, several GPUs and large models, with activation_checkpointing and quantised weights.
         save_steps: also write a checkpoint every this many optimizer steps; 0: only after every epoch.
     """
 
@@ -214,7 +214,7 @@ class OptimConfig:
     precision: Precision = DEFAULT
     activation_checkpointing: bool = False
     fsdp: bool = False
-    graphs: bool = False
+    graphs: bool = True
     save_steps: int = 0
 
     def __post_init__(self) -> None:

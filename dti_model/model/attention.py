@@ -264,6 +264,12 @@ def apply_dti(model: PreTrainedModel, config: DTIConfig, dropout: float = 0.0) -
     return model
 
 
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of the result of `apply_dti`, perhaps wrapped by peft or a distributed engine."""
+    lists = (x for x in model.modules() if isinstance(x, nn.ModuleList))
+    return next(x for x in lists if len(x) and isinstance(x[0], StreamDecoderLayer))
+
+
 def position_ids(layout: StreamLayout, config: DTIConfig) -> Tensor:
     """`(T,)` int64 rotary positions: context tokens count from 0 in their prompt.
 

@@ -35,15 +35,16 @@ from torch.distributed.tensor import DTensor
 
 from dti_kernels import StreamLayout, padded_layout
 from dti_model.config import DTIConfig
-from dti_model.model.attention import token_logits
+from dti_model.model.attention import layers_of, token_logits
 from dti_model.model.capture import Capture, CudaCapture, Forward, Outputs
 from dti_model.model.lora import keep_token_indices
 from dti_model.model.passes import PackedPass, Passes
 from dti_model.model.past import LayerKeys, Past
 from dti_model.precision import Resolved, computing
 
-# Beyond this, the default token budget, a pass keeps the device busy while the host launches it, and padding costs more than it saves.
-MOST_ROWS = 16384
+# Rows, and FLOPs in each layer, beyond which a pass keeps the device busy while the host launches it, and padding costs more than it saves.
+# On an H200 the host takes 1.2 ms a layer. The rows are those of the default token budget.
+MOST_ROWS, MOST_FLOPS = 16384, 2e11
 # Graphs that are kept; the least recently used is dropped. Each has its buffers, its outputs and a few MB of its nodes.
 MOST_GRAPHS = 32
 # Passes of a bucket before one is captured, which takes as long as several of them. A bucket whose graph was dropped needs twice as many as
@@ -192,6 +193,8 @@ class GraphedPasses(Passes):
         self._lock = threading.Lock()
         self._adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         self._failed, self._kind = False, self.device.type
+        layers = layers_of(model)
+        self._flops_per_row = 2 * sum(x.numel() for x in layers.parameters()) / len(layers)
         self._start()
 
     def _start(self) -> None:
@@ -215,8 +218,9 @@ class GraphedPasses(Passes):
         return tuple([0 if x is None else x.data_ptr() for x in weights]), tuple(adapters)
 
     def compute(self, packed: PackedPass, records: bool = False) -> tuple[Tensor, list[LayerKeys]]:
-        """As `Passes.compute`, padded, unless there are more than `MOST_ROWS` rows. A model in training mode, or on a CPU by now, is not padded."""
-        if packed.layout.num_rows > MOST_ROWS or self.model.training or self.device.type != self._kind:
+        """As `Passes.compute`, padded, unless there are many rows or FLOPs. A model in training mode, or on a CPU by now, is not padded."""
+        is_long = packed.layout.num_rows > min(MOST_ROWS, MOST_FLOPS / self._flops_per_row)
+        if is_long or self.model.training or self.device.type != self._kind:
             return super().compute(packed, records)
         bucket = Bucket.of(packed, records)
         # Tensors that a caller's inference mode made could not be written outside it.

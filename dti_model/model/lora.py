@@ -6,7 +6,6 @@ W x  ->  W x + alpha / rank * B A dropout(x),    B = 0 at the start
 from __future__ import annotations
 
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -71,17 +70,22 @@ def keep_token_indices(model: nn.Module) -> None:
     peft makes it anew in every pass and copies it from the host, which cannot be captured in a CUDA graph.
     """
     for layer in model.modules():
-        if isinstance(layer, TrainableTokensLayer):
-            vars(layer).update(get_merged_weights=MethodType(_merged_weights, layer), dti_indices={})
+        if type(layer) is TrainableTokensLayer:
+            layer.__class__ = _KeptIndicesLayer
+            vars(layer)["dti_indices"] = {}
 
 
-def _merged_weights(layer: Any, active_adapters: list[str]) -> Tensor:
-    """As `TrainableTokensLayer.get_merged_weights`."""
-    weight: Tensor = layer.base_layer.weight
-    for name in active_adapters:
-        key = name, weight.device
-        if key not in layer.dti_indices:
-            layer.dti_indices[key] = torch.tensor(layer.token_indices[name], device=weight.device)
-        delta = layer.trainable_tokens_delta[name].to(weight)
-        weight = weight.index_copy(dim=0, index=layer.dti_indices[key], source=delta)
-    return weight
+class _KeptIndicesLayer(TrainableTokensLayer):
+    """A class of a module, so that a model can be pickled."""
+
+    def get_merged_weights(self, active_adapters: list[str]) -> Tensor:
+        """As that of its base."""
+        layer: Any = self
+        weight: Tensor = layer.base_layer.weight
+        for name in active_adapters:
+            key = name, weight.device
+            if key not in layer.dti_indices:
+                layer.dti_indices[key] = torch.tensor(layer.token_indices[name], device=weight.device)
+            delta = layer.trainable_tokens_delta[name].to(weight)
+            weight = weight.index_copy(dim=0, index=layer.dti_indices[key], source=delta)
+        return weight

@@ -52,7 +52,7 @@ class Scorer:
         run: Run | ClickModel,
         token_budget: int = 16384,
         precision: Precision = DEFAULT,
-        graphs: bool = False,
+        graphs: bool = True,
     ) -> None:
         """Score with a run that is loaded already; its model is put into evaluation mode.
 
@@ -62,7 +62,7 @@ class Scorer:
             precision: to compute in.
             graphs: replay passes as CUDA graphs where the model is on a GPU (`dti_model.model.graphs`): the host does less, from the third
                 pass of a shape on, and graphs hold memory. Passes are padded, small ones by up to 16 rows, others by a quarter at most. No
-                effect elsewhere, and on models that are quantised or compiled.
+                effect elsewhere, on models that are quantised or compiled, and on passes so large that the device takes longer than its host.
 
         Raises:
             ValueError: the token budget is below 1, or float32 is asked of weights that another scorer has cast to bfloat16.
@@ -108,7 +108,7 @@ class Scorer:
         other_data: bool = False,
         base: str | None = None,
         precision: Precision = DEFAULT,
-        graphs: bool = False,
+        graphs: bool = True,
     ) -> Scorer:
         """Load a run folder (safetensors, JSON and YAML; nothing is unpickled).
 
@@ -138,7 +138,7 @@ class Scorer:
         token_budget: int = 16384,
         other_data: bool = False,
         precision: Precision = DEFAULT,
-        graphs: bool = False,
+        graphs: bool = True,
     ) -> Scorer:
         """Load a folder that `dti export` made, in any mode (safetensors and JSON; nothing is unpickled).
 

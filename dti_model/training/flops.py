@@ -85,6 +85,7 @@ class Speed(TrainerCallback):
         """`peak`: FLOP/s of all devices together, None where it is not known."""
         self.peak = peak
         self._began: float | None = None
+        self._ended: float | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -102,13 +103,17 @@ class Speed(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         if self._began is not None:
-            self.seconds += time.perf_counter() - self._began
+            self._ended = time.perf_counter()
+            self.seconds += self._ended - self._began
             self._began = None
 
     def report(self) -> dict[str, float]:
-        """Rates since the last report."""
+        """Rates since the last report. Call it once the device has done the last step, which its host may have ended early."""
         if not self.seconds:
             return {}
+        if self._ended is not None:
+            self.seconds += time.perf_counter() - self._ended
+            self._ended = None
         rates = {"targets_per_s": self.targets / self.seconds, "tokens_per_s": self.tokens / self.seconds}
         if self.peak is not None:
             rates["mfu"] = self.flops / self.seconds / self.peak

@@ -6,7 +6,7 @@ gradients are zero. A step has the same bits whether it is replayed or not, so a
 does.
 
     1st batch of a shape     is computed kernel by kernel
-    2nd batch                too, then its step is captured and replayed; the gradients are compared
+    2nd batch                too, then its step is captured and replayed, and the gradients are compared
     others                   one launch each
 
 Gradients are accumulated in tensors that stay where they are. The clipping and the optimizer stay outside.
@@ -29,6 +29,9 @@ from dti_kernels import StreamLayout, padded_layout
 from dti_model.model import Capture, CudaCapture, keep_token_indices
 from dti_model.prompts import StreamBatch
 
+# FLOPs of a step in each layer, beyond which a GPU takes longer than its host, and batches stay as they are. On an H200 SmolLM2-135M's steps
+# have 4e11 and take a third of what their host takes; two layers of Llama-3.1-8B have 1e13, and a graph makes them 4 % slower.
+MOST_FLOPS = 1e12
 # The label of a [SUM] that stands for no target.
 NO_LABEL = -1
 # Graphs that are kept, of the shapes that came first; each has its nodes, and the memory between inputs and gradients is theirs together.

@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
 from dti_model.config import DTIConfig
-from dti_model.model import can_be_graphed, token_logits
+from dti_model.model import can_be_graphed, layers_of, token_logits
 from dti_model.precision import wants_few_shapes
 from dti_model.prompts import PackedPrompts, StreamBatch
 from dti_model.ranks import world_size
 from dti_model.training.flops import Speed, StepCost, peak_flops
-from dti_model.training.graphed_steps import StepGraphs, padded_batch
+from dti_model.training.graphed_steps import MOST_FLOPS, StepGraphs, padded_batch
 from dti_model.training.resumable import ResumableTrainer
 
 # What `torch.nn.functional.cross_entropy` leaves out.
@@ -32,6 +32,31 @@ NO_ANSWER = -100
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; the message names the step and the batch."""
+
+
+class _LossCheck:
+    """Whether a loss is finite, asked on the device when it is made and read later: nobody waits for the device meanwhile."""
+
+    def __init__(self, loss: Tensor, where: str) -> None:
+        """`where`: what is said if it is not."""
+        self._where, self._event = where, None
+        self._finite = torch.isfinite(loss)
+        if loss.is_cuda:
+            on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._finite = on_host.copy_(self._finite, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> None:
+        """Wait for the loss.
+
+        Raises:
+            NonFiniteLossError: it is not finite.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        if not self._finite:
+            raise NonFiniteLossError(self._where)
 
 
 class StreamTrainer(ResumableTrainer):
@@ -61,11 +86,13 @@ class StreamTrainer(ResumableTrainer):
         # The last one is `NO_LABEL`'s, which cross-entropy leaves out.
         self.answers = torch.tensor((*answers, NO_ANSWER), device=self.args.device)
         self.loss_is_scaled_for_ga = True
+        self._last_loss: _LossCheck | None = None
         peak = peak_flops(self.args.device, self.args.bf16)
         self.speed = Speed(peak and peak * world_size())
         self.add_callback(self.speed)
         assert isinstance(self.model, (PreTrainedModel, PeftModel))
         self.step_cost = StepCost.of(self.model)
+        self._num_layers = len(layers_of(self.model))
         alone = world_size() == 1 and self.args.n_gpu <= 1
         self.graphs = StepGraphs(self.model) if graphs and alone and can_be_graphed(self.model) else None
 
@@ -75,7 +102,8 @@ class StreamTrainer(ResumableTrainer):
         (batch,) = batches
         counts = {"flops": self.step_cost.flops(batch.layout), "rows": batch.layout.num_rows}
         counts["targets"] = batch.layout.num_sum
-        return {"batch": batch if self.graphs is None else padded_batch(batch), **counts}
+        is_graphed = self.graphs is not None and counts["flops"] <= MOST_FLOPS * self._num_layers
+        return {"batch": padded_batch(batch) if is_graphed else batch, "is_graphed": is_graphed, **counts}
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """FLOPs of a batch, forward and backward."""
@@ -90,12 +118,16 @@ class StreamTrainer(ResumableTrainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         mine = [sum(sample[name] for sample in samples) for name in ("targets", "rows", "flops")]
         mine.append(int(self.terminate))
-        # One exchange a step: float64 holds these integers exactly.
-        counts = self.accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=device)).sum(0)
-        targets, tokens, flops, num_terminated = counts.tolist()
+        if world_size() > 1:
+            # One exchange a step: float64 holds these integers exactly.
+            counts = self.accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=device)).sum(0)
+            mine = [int(count) for count in counts.tolist()]
+        targets, tokens, flops, num_terminated = mine
         self.speed.add(targets, tokens, flops)
         self.stopping = num_terminated > 0
-        return samples, counts[0].long()
+        return samples, torch.full(
+            (), targets, device=device
+        )  # written there: a copy would wait for the device
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's, and how fast the steps since the last line were."""
@@ -127,18 +159,38 @@ class StreamTrainer(ResumableTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Trainer's, and stop at the first loss that is not finite."""
+        """Trainer's, and stop at the first loss that is not finite, once the next batch is under way: so the device never waits for the host."""
         loss: Tensor
-        if self.graphs is None:
+        if self.graphs is None or not inputs["is_graphed"]:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             step = super().training_step
             loss = self.graphs.run(
                 inputs["batch"], num_items_in_batch, lambda batch, count: step(model, {"batch": batch}, count)
             )
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(self._where(inputs))
+        before, self._last_loss = self._last_loss, _LossCheck(loss, self._where(inputs))
+        if before is not None:
+            before.read()
         return loss
+
+    def _check_last_loss(self) -> None:
+        """Before anything is made of the weights that the last step has left."""
+        if self._last_loss is not None:
+            self._last_loss.read()
+            self._last_loss = None
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save:
+            self._check_last_loss()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; every loss has been finite."""
+        self._last_loss = None
+        result = super().train(*args, **kwargs)
+        self._check_last_loss()
+        return result
 
     def _where(self, inputs: Mapping[str, Any]) -> str:
         state, dataset = self.state, self.train_dataset

@@ -3,6 +3,8 @@ two requests reaches the model through buffers, and what is left of the last req
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -184,7 +186,8 @@ def test_trained_rows_find_their_place_on_the_device(
         with pytest.warns(UserWarning, match="lift_fresh"):
             passes.compute(a_pass(ONE, 0))
     graphs.keep_token_indices(model)
-    assert torch.equal(Passes(model, RESET, LABELS, "fp32").compute(a_pass(ONE, 0))[0], before)
+    for same in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(Passes(same, RESET, LABELS, "fp32").compute(a_pass(ONE, 0))[0], before)
 
 
 def sized(num_candidates: int) -> PackedPass:
@@ -281,10 +284,16 @@ def test_callers_in_inference_mode(made: list[Watched]) -> None:
             assert same_bits(passes.compute(*request), expected)
 
 
-def test_large_passes_are_not_padded(made: list[Watched], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", ["rows", "FLOPs"])
+def test_large_passes_are_not_padded(
+    limit: str, made: list[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = a_model(RESET)
     passes, packed = graphed(model), a_pass(TWO, 0)
-    monkeypatch.setattr(graphs, "MOST_ROWS", packed.layout.num_rows - 1)
+    rows = packed.layout.num_rows - 1
+    weights = sum(x.numel() for x in model.model.layers[0].parameters())
+    name, most = ("MOST_ROWS", rows) if limit == "rows" else ("MOST_FLOPS", 2.0 * weights * rows)
+    monkeypatch.setattr(graphs, name, most)
     for _ in range(3):
         assert same_bits(passes.compute(packed), Passes(model, RESET, LABELS, "fp32").compute(packed))
     assert made[0].captured == 0

@@ -110,6 +110,25 @@ def test_padding_changes_loss_and_gradients_by_rounding_only(config: TrainConfig
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
+def test_large_steps_stay_as_they_are(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of more FLOPs a layer than a GPU's host has time for: neither padded nor captured."""
+    trainer = trainer_with(config)
+    assert trainer.model is not None
+    trainer.graphs = StepGraphs(trainer.model, Counted)
+    samples = list(trainer.get_train_dataloader())
+    flops = sorted(sample["flops"] for sample in samples)
+    limit = flops[len(flops) // 2]
+    assert flops[0] < limit < flops[-1]
+    monkeypatch.setattr("dti_model.training.trainer.MOST_FLOPS", limit / 2)  # two layers
+    for sample in trainer.get_train_dataloader():
+        is_small = sample["flops"] <= limit
+        assert sample["is_graphed"] is is_small
+        assert (sample["batch"].layout.num_rows > sample["rows"]) is is_small
+    trainer.train()
+    seen = sum(trainer.graphs._seen.values())
+    assert 0 < seen < trainer.state.global_step
+
+
 def test_padded_batches_have_few_shapes(config: TrainConfig) -> None:
     run = Run.start(config)
     dataset = trainer_of(run, training_arguments(config)).train_dataset

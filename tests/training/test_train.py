@@ -145,20 +145,30 @@ def test_scores_do_not_depend_on_batches(config: TrainConfig) -> None:
     assert abs(scores - other).max() < 1e-6
 
 
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 8, 12])
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    step: int, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The loss of a step is read when the next one is under way, and before a log line, a validation, a checkpoint and the end."""
     compute_loss = StreamTrainer.compute_loss
 
     def broken(self: StreamTrainer, *args, **kwargs) -> torch.Tensor:
         loss = compute_loss(self, *args, **kwargs)
-        return loss * float("nan") if self.state.global_step == 2 else loss
+        return loss * float("nan") if self.state.global_step == step - 1 else loss
 
     monkeypatch.setattr(StreamTrainer, "compute_loss", broken)
+    optim = dataclasses.replace(config.optim, max_steps=12, validate_every=5, save_steps=3)
+    config = dataclasses.replace(config, optim=optim, logging_steps=4)
     with pytest.raises(
-        NonFiniteLossError, match=r"not finite at optimizer step 3 \(epoch 1\), in a batch of \d+ targets"
+        NonFiniteLossError,
+        match=rf"not finite at optimizer step {step} \(epoch \d\), in a batch of \d+ targets",
     ):
         train(config)
+    saved = [
+        int(path.name.removeprefix("checkpoint-")) for path in config.out.glob("checkpoints/checkpoint-*")
+    ]
+    assert max(saved, default=0) < step
+    assert not (config.out / "model").exists()
 
 
 def test_a_run_folder_of_other_settings_is_refused(config: TrainConfig) -> None:
