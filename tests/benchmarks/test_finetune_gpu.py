@@ -81,8 +81,8 @@ def test_epochs_are_those_that_fit() -> None:
     million = 1_000_000
     assert epochs_that_fit(8 * million, 0, 200) == 1
     assert epochs_that_fit(8 * million, 77_000, 150) == 1
-    assert epochs_that_fit(8 * million, 124_000, 200) == 1
-    assert epochs_that_fit(8 * million, 126_000, 200) == 2
+    assert epochs_that_fit(8 * million, 152_000, 200) == 1
+    assert epochs_that_fit(8 * million, 155_000, 200) == 2
     assert epochs_that_fit(8 * million, 10 * million, 200) == 3
 
 

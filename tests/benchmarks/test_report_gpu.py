@@ -116,7 +116,7 @@ def test_recorded_rows_make_the_part_and_the_plot(tmp_path: Path) -> None:
         "| ctx_dkv | smollm_k50_16k | 64 x 64, 4, 2 | 0.300 | 32 x 64, 4, 3 | 0.200 |",
         "| smollm | streaming k50 | 4,000 | 100,000 | 31.0% | 9,000 | 12.5 | 13.1 |",
         "| smollm2-135m | 50 |  |  | 50 | 6,000 | 0.8012 | 0.5432 | 0.7797 |",
-        "1 of 2 tests of the kernels passed on this card. `test_b`: failed: AssertionError: no. The largest error against the float64 "
+        "1 of 2 tests passed on this card. `test_b`: failed: AssertionError: no. The largest error against the float64 "
         "reference is 1.50 of its budget.",
         "| 100 | one pass | 9.5 / 11.0 | 10,526 | 8.0 x |",
         "| 100 | encoded history | 5.5 | 2 | 9.0 x |",
