@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import tempfile
+import time
 from collections import Counter
 from typing import Any
 
@@ -32,7 +33,7 @@ class TestRows:
     __test__ = False  # pytest looks for tests in classes of such names
 
     def __init__(self, files: RowFiles) -> None:
-        self.files = files
+        self.files, self._start = files, time.monotonic()
         self.outcomes: Counter[str] = Counter()
         self.largest: dict[str, float] = {}
 
@@ -58,6 +59,9 @@ class TestRows:
 
     def _note(self, row: dict[str, Any]) -> None:
         self.outcomes[row["outcome"]] += 1
+        row["after_s"] = round(
+            time.monotonic() - self._start, 1
+        )  # of the start of all: where a run that is ended was waiting
         self.files.append([{"benchmark": "gpu_tests", **row}])
         print(f"\n{line_of(row)}", end=" ", flush=True)
 

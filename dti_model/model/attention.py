@@ -18,7 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -77,7 +80,7 @@ def padded(num_rows: int) -> int:
     PyTorch multiplies bfloat16 on CPUs with oneDNN, which generates code for every shape that it has not seen lately, .6 ms or more a product,
     and every packed batch has another number of rows.
     """
-    step = max(64, 1 << max(num_rows // 32, 1).bit_length() - 1)
+    step = max(32, 1 << max(num_rows // 32, 1).bit_length() - 1)
     return -(-num_rows // step) * step
 
 
@@ -320,17 +323,46 @@ def token_logits(
             that it lacks.
         layout: of the same batch, on the model's device.
         config: the one the model was made with.
-        tokens: token ids whose logits are wanted, as numbers or as int64 on the model's device; empty: all.
+        tokens: token ids whose logits are wanted, as numbers or as int64 on the model's device; empty: all. Without gradients, and on a
+            plain head, the others are not computed, and these are in float32.
         past: context rows that need not be computed again.
         recorded: takes the keys of all context rows, layer after layer.
         few_shapes: add rows that nobody reads, so that matrix products of different batches have the same shapes (`padded`): for bfloat16 on
             CPUs. Without effect where there is a past.
     """
     inputs = model_inputs(input_ids, layout, config, past, recorded, few_shapes)
-    logits: Tensor = model(**inputs).logits[0, : layout.num_sum]
-    if not len(tokens):
-        return logits
-    return logits[:, tokens if isinstance(tokens, Tensor) else list(tokens)]
+    parts = _decoder_and_head(model) if len(tokens) and not torch.is_grad_enabled() else None
+    if parts is None:
+        logits: Tensor = model(**inputs).logits[0, : layout.num_sum]
+        if not len(tokens):
+            return logits
+        return logits[:, tokens if isinstance(tokens, Tensor) else list(tokens)]
+    decoder, head = parts
+    rows = decoder(**inputs).last_hidden_state[0, : layout.num_sum]
+    wanted = tokens if isinstance(tokens, Tensor) else list(tokens)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    with torch.autocast(rows.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias[wanted].to(dtype)
+        return F.linear(rows.to(dtype), head.weight[wanted].to(dtype), bias)
+
+
+def _decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
+    """What a causal LM is made of, where logits of a few tokens need only their rows of the head, in float32: a vocabulary may be most of
+    what a small request multiplies. None: something listens to the model, or its head is wrapped, quantised or sharded."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel) or is_compiled(inner) or is_compiled(model):
+        return None
+    decoder, head = inner.get_decoder(), inner.get_output_embeddings()
+    heard = (x._forward_hooks or x._forward_pre_hooks or hasattr(x, "_hf_hook") for x in (model, inner, head))
+    if not isinstance(head, nn.Linear) or isinstance(head.weight, DTensor) or any(heard):
+        return None
+    is_plain = head.weight.is_floating_point() and next(decoder.parameters()).device == head.weight.device
+    return (decoder, head) if is_plain and not is_compiled(head) else None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what `torch.compile` or its own `compile` made of it. (Asking PyTorch would import its compiler.)"""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

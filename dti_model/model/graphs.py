@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from dti_kernels import StreamLayout, padded_layout
 from dti_model.config import DTIConfig
-from dti_model.model.attention import layers_of, token_logits
+from dti_model.model.attention import is_compiled, layers_of, token_logits
 from dti_model.model.capture import Capture, CudaCapture, Forward, Outputs
 from dti_model.model.lora import keep_token_indices
 from dti_model.model.passes import PackedPass, Passes
@@ -319,11 +319,6 @@ def _agree(outputs: Outputs, eager: Outputs, packed: PackedPass) -> bool:
 def _are_close(actual: Tensor, expected: Tensor) -> bool:
     bound = 0.02 * float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
     return torch.allclose(actual, expected, rtol=0.0, atol=bound, equal_nan=True)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is what `torch.compile` or its own `compile` made of it. (Asking PyTorch would import its compiler.)"""
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def can_be_graphed(model: Any) -> bool:
