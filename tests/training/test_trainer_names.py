@@ -16,6 +16,7 @@ OVERRIDDEN = {
     "_load_from_checkpoint": "self, resume_from_checkpoint, model=None",
     "_load_optimizer_and_scheduler": "self, checkpoint",
     "_load_rng_state": "self, checkpoint",
+    "_maybe_log_save_evaluate": "self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None",
     "_run_epoch": "self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, ignore_keys_for_eval, "
     "start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",
     "_save_checkpoint": "self, model, trial",
