@@ -164,8 +164,9 @@ class StreamBatch:
 
     def to(self, device: torch.device | str) -> StreamBatch:
         """The same batch on another device."""
-        moved = (x.to(device, non_blocking=True) for x in (self.input_ids, self.labels, self.targets))
-        input_ids, labels, targets = moved
+        to_host = torch.device(device).type == "cpu"  # whose next line may read what has not come yet
+        tensors = self.input_ids, self.labels, self.targets
+        input_ids, labels, targets = (x.to(device, non_blocking=not to_host) for x in tensors)
         return StreamBatch(input_ids, self.layout.to(device), labels, targets)
 
     def pin_memory(self) -> StreamBatch:

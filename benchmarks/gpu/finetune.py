@@ -229,8 +229,9 @@ def scored(run: Run, rows: np.ndarray, k: int) -> dict[str, float]:
     """Metrics of targets, `k` of them a prompt, and seconds."""
     start = time.monotonic()
     budget = max(SCORED_TOKENS, run.config.optim.token_budget)
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-        scores = score_targets(run.model, run.config.dti, run.builder, rows, budget, k)
+    precision = run.config.optim.precision
+    assert precision != "auto"
+    scores = score_targets(run.model, run.config.dti, run.builder, rows, budget, k, precision=precision)
     metrics = click_metrics(run.data.label[rows], scores, run.data.users_of(rows))
     return {**metrics, "seconds": round(time.monotonic() - start, 2)}
 

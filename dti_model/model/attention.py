@@ -18,10 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -34,6 +31,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes, windowed_attn
 from dti_model.config import DTIConfig, check_reset_layers
+from dti_model.model.head import let_head_know_tokens, only_tokens
 from dti_model.model.norms import added_and_normed, normed
 from dti_model.model.past import LayerKeys, Past
 from dti_model.model.rotation import rotate
@@ -257,6 +255,7 @@ def apply_dti(model: PreTrainedModel, config: DTIConfig, dropout: float = 0.0) -
             "positions do not have: use mode dti-minus or dti-reset, or a model with rope type default, linear or llama3"
         )
     check_reset_layers(config, len(layers))
+    let_head_know_tokens(model)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
     AttentionInterface.register(ATTENTION_NAME, _not_reached)
     model.set_attn_implementation(ATTENTION_NAME)
@@ -323,41 +322,24 @@ def token_logits(
             that it lacks.
         layout: of the same batch, on the model's device.
         config: the one the model was made with.
-        tokens: token ids whose logits are wanted, as numbers or as int64 on the model's device; empty: all. Without gradients, and on a
-            plain head, the others are not computed, and these are in float32.
+        tokens: token ids whose logits are wanted, as numbers or as int64 on the model's device; empty: all. Without gradients a plain head
+            computes no others, and these in float32.
         past: context rows that need not be computed again.
         recorded: takes the keys of all context rows, layer after layer.
         few_shapes: add rows that nobody reads, so that matrix products of different batches have the same shapes (`padded`): for bfloat16 on
             CPUs. Without effect where there is a past.
     """
     inputs = model_inputs(input_ids, layout, config, past, recorded, few_shapes)
-    parts = _decoder_and_head(model) if len(tokens) and not torch.is_grad_enabled() else None
-    if parts is None:
-        logits: Tensor = model(**inputs).logits[0, : layout.num_sum]
-        if not len(tokens):
-            return logits
-        return logits[:, tokens if isinstance(tokens, Tensor) else list(tokens)]
-    decoder, head = parts
-    rows = decoder(**inputs).last_hidden_state[0, : layout.num_sum]
-    wanted = tokens if isinstance(tokens, Tensor) else list(tokens)
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    with torch.autocast(rows.device.type, enabled=False):
-        bias = None if head.bias is None else head.bias[wanted].to(dtype)
-        return F.linear(rows.to(dtype), head.weight[wanted].to(dtype), bias)
+    if not len(tokens):
+        return _logits(model, inputs, layout)
+    with only_tokens(tokens) as wanted:
+        logits = _logits(model, inputs, layout)
+    return logits if wanted.were_alone else logits[:, wanted.tokens]
 
 
-def _decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
-    """What a causal LM is made of, where logits of a few tokens need only their rows of the head, in float32: a vocabulary may be most of
-    what a small request multiplies. None: something listens to the model, or its head is wrapped, quantised or sharded."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(inner, PreTrainedModel) or is_compiled(inner) or is_compiled(model):
-        return None
-    decoder, head = inner.get_decoder(), inner.get_output_embeddings()
-    heard = (x._forward_hooks or x._forward_pre_hooks or hasattr(x, "_hf_hook") for x in (model, inner, head))
-    if not isinstance(head, nn.Linear) or isinstance(head.weight, DTensor) or any(heard):
-        return None
-    is_plain = head.weight.is_floating_point() and next(decoder.parameters()).device == head.weight.device
-    return (decoder, head) if is_plain and not is_compiled(head) else None
+def _logits(model: nn.Module, inputs: dict[str, Any], layout: StreamLayout) -> Tensor:
+    logits: Tensor = model(**inputs).logits[0, : layout.num_sum]
+    return logits
 
 
 def is_compiled(module: nn.Module) -> bool:

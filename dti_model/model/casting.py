@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
+from dti_model.model.head import Float32Head, keep_head_in_float32
 from dti_model.precision import Resolved
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,33 +51,12 @@ def cast_once(model: Model, precision: Resolved) -> Model:
                 rounded = parameter.detach().to(torch.bfloat16)
                 setattr(layer, name, nn.Parameter(rounded, requires_grad=False))
     keep_head_in_float32(cast)
-    wrapped = not isinstance(head, _Float32Head)  # by peft
+    wrapped = not isinstance(head, Float32Head)  # by peft
     if wrapped and all(parameter.dtype == torch.float32 for parameter in head.parameters()):
         head.forward = _in_float32(head.forward)
     setattr(cast, _IS_CAST, True)
     result: Model = cast
     return result
-
-
-class _Float32Head(nn.Linear):
-    """A head that computes in float32 under autocast too, if its weights are float32."""
-
-    def forward(self, rows: Tensor) -> Tensor:
-        if self.weight.dtype != torch.float32:  # of `model.dtype`, or FSDP2 has gathered it in bfloat16
-            return super().forward(rows)
-        with torch.autocast(rows.device.type, enabled=False):
-            return super().forward(rows.float())
-
-
-def keep_head_in_float32(model: PreTrainedModel) -> None:
-    """Let a model compute its logits in float32 under autocast, in place; heads that are wrapped or quantised stay as they are.
-
-    A bfloat16 logit of 8 is off by up to .016. The head of [SUM] rows is a few percent of a training step's products on a CPU; GPUs multiply
-    float32 too slowly for it.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        head.__class__ = _Float32Head
 
 
 def _in_float32(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -219,7 +219,8 @@ class GraphedPasses(Passes):
 
     def compute(self, packed: PackedPass, records: bool = False) -> tuple[Tensor, list[LayerKeys]]:
         """As `Passes.compute`, padded, unless there are many rows or FLOPs. A model in training mode, or on a CPU by now, is not padded."""
-        is_long = packed.layout.num_rows > min(MOST_ROWS, MOST_FLOPS / self._flops_per_row)
+        computed = packed.layout.num_rows - int(packed.known.sum())
+        is_long = packed.layout.num_rows > MOST_ROWS or computed * self._flops_per_row > MOST_FLOPS
         if is_long or self.model.training or self.device.type != self._kind:
             return super().compute(packed, records)
         bucket = Bucket.of(packed, records)

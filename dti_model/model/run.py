@@ -33,8 +33,8 @@ from dti_model.data import PreparedData
 from dti_model.devices import device_named
 from dti_model.files import whole_folder, write_checksums
 from dti_model.model.attention import apply_dti
-from dti_model.model.casting import keep_head_in_float32
 from dti_model.model.fingerprints import OtherOriginError, Provenance
+from dti_model.model.head import keep_head_in_float32
 from dti_model.model.lora import add_lora, save_adapter
 from dti_model.model.model_card import CARD_FILE, Description, write_card
 from dti_model.model.pretrained import load_causal_lm, load_tokenizer

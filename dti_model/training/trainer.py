@@ -161,11 +161,12 @@ class StreamTrainer(ResumableTrainer):
     ) -> Tensor:
         """Trainer's, and stop at the first loss that is not finite, once the next batch is under way: so the device never waits for the host."""
         loss: Tensor
-        if self.graphs is None or not inputs["is_graphed"]:
+        if self.graphs is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             step = super().training_step
-            loss = self.graphs.run(
+            run = self.graphs.run if inputs["is_graphed"] else self.graphs.as_it_is
+            loss = run(
                 inputs["batch"], num_items_in_batch, lambda batch, count: step(model, {"batch": batch}, count)
             )
         before, self._last_loss = self._last_loss, _LossCheck(loss, self._where(inputs))
@@ -188,7 +189,11 @@ class StreamTrainer(ResumableTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; every loss has been finite."""
         self._last_loss = None
-        result = super().train(*args, **kwargs)
+        try:
+            result = super().train(*args, **kwargs)
+        finally:
+            if self.graphs is not None:
+                self.graphs.end()
         self._check_last_loss()
         return result
 

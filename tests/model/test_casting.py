@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dti_model.model.casting import cast_once, keep_head_in_float32
+from dti_model.model.casting import cast_once
+from dti_model.model.head import keep_head_in_float32
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
