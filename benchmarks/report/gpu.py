@@ -292,10 +292,19 @@ def _tile(row: dict[str, Any]) -> str:
     return f"{rows} x {keys}, {warps}, {stages}{', ahead' if any(ahead) else ''}"
 
 
+def _eager_mib(row: dict[str, Any]) -> int | None:
+    """The peak of steps that are launched kernel by kernel. Rows of the first commit with graphs have them in it, and a graph's kernels share
+    what was allocated at its capture, which no replay's peak shows."""
+    name = "eager_peak_mib" if row.get("way_was_said") else "peak_mib"
+    found: int | None = row.get(name)
+    return found
+
+
 def training(rows: Rows) -> str:
     """Targets/s of both kinds of prompts, and the ratio beside that of FLOPs."""
     # Rows before there were graphs do not say that they were launched kernel by kernel.
-    found = latest([{"way": "eager", **row} for row in _of(rows, "training")], "model", "kind", "way")
+    said = [{"way": "eager", **row, "way_was_said": "way" in row} for row in _of(rows, "training")]
+    found = latest(said, "model", "kind", "way")
     if not found:
         return ""
     head = "| model | prompts | targets/s | tokens/s | MFU | MiB | times sliding windows | by FLOPs |"
@@ -305,8 +314,7 @@ def training(rows: Rows) -> str:
             lines.append(f"| {row['model']} | {_failed(row)} | | | | | | |")
             continue
         mfu = "" if row.get("mfu") is None else f"{row['mfu']:.1%}"
-        # A graph's kernels share what was allocated at its capture, which no replay's peak shows.
-        memory = "" if row["way"] == "graph" else f"{row['peak_mib']:,}"
+        memory = "" if (peak := _eager_mib(row)) is None else f"{peak:,}"
         ratio = f"{row['speedup']:.1f} | {row['flops_ratio']:.1f}" if "speedup" in row else " | "
         lines.append(
             f"| {row['model']} | {row['kind'].replace('_', ' ')}{', as a graph' if row['way'] == 'graph' else ''} | {row['targets_per_s']:,.0f} | {row['tokens_per_s']:,.0f} | "

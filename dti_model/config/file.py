@@ -23,7 +23,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from dti_model.config.bounds import as_yaml
-from dti_model.config.older import newer_spelling
+from dti_model.config.older import as_it_began, newer_spelling
 from dti_model.config.strict_yaml import parse_settings, read_text
 from dti_model.files import whole_file
 
@@ -73,7 +73,7 @@ def read_config(path: Path, kind: type[Settings], sealed: bool = False) -> Setti
         raw = newer_spelling(parse_settings(text, path))
         if seal is None and not raw.keys() >= _OLD_SETTINGS:
             raise ValueError(f"{path} does not hold the settings of a run")
-        return _built(kind, raw, "")
+        return _built(kind, as_it_began(raw), "")
     except (ValueError, TypeError) as error:
         message = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise ConfigFileError(

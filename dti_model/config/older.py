@@ -1,7 +1,8 @@
-"""The older spelling of a setting, which command lines, YAML files, grids and run folders may have.
+"""The older spelling of a setting, which command lines, YAML files, grids and run folders may have, and what a run folder leaves out.
 
-optim.bf16: true         optim.precision: bf16
-optim.bf16: false        optim.precision: fp32
+optim.bf16: true                                  optim.precision: bf16
+optim.bf16: false                                 optim.precision: fp32
+no optim.graphs in the config.yaml of a run       optim.graphs: false, since the run began before there were any
 """
 
 from __future__ import annotations
@@ -54,6 +55,12 @@ def newer_spelling(settings: Mapping[str, Any], group: str = "") -> dict[str, An
         else:
             newer[name] = value
     return newer
+
+
+def as_it_began(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a run's config.yaml, with those that its version did not have as it computed without them."""
+    optim = settings.get("optim")
+    return {**settings, "optim": {"graphs": False, **optim}} if isinstance(optim, Mapping) else dict(settings)
 
 
 def both_given(older: str, newer: str) -> str:

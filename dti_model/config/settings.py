@@ -288,14 +288,15 @@ class TrainConfig:
     def first_difference(self, other: TrainConfig, places: bool) -> str | None:
         """The first setting that keeps a run with these settings from going on with the other ones, in words; None: it can go on.
 
-        Progress bars change nothing, nor where the run folder is now.
+        Progress bars change nothing, nor where the run folder is now. Graphs may be left out where they were not, if memory was short.
 
         Args:
             other: the settings of the later call.
             places: compare where data and pretrained model are; False: their fingerprints say whether they are the same.
         """
         mine, others = self.located(), other.located()
-        mine = replace(mine, out=others.out, progress=others.progress)
+        optim = replace(mine.optim, graphs=others.optim.graphs)
+        mine = replace(mine, out=others.out, progress=others.progress, optim=optim)
         if not places:
             model = replace(mine.model, pretrained=mine.model.pretrained and others.model.pretrained)
             mine = replace(mine, data=others.data, model=model)

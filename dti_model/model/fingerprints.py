@@ -130,7 +130,7 @@ def _optim_as_ever(optim: Mapping[str, Any]) -> dict[str, Any]:
 
     So fingerprints of older runs hold, and those of newer ones do not depend on which precision is the default.
     """
-    kept = {name: value for name, value in optim.items() if name not in ("save_steps", "precision")}
+    kept = {name: value for name, value in optim.items() if name not in ("save_steps", "precision", "graphs")}
     precision = optim["precision"]
     said: dict[str, Any] = {"bf16": {"bf16": True}, "fp32": {}}.get(precision, {"precision": precision})
     return kept | said

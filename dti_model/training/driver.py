@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ def _train_in(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """`train`, in a run folder that is ours alone."""
     checkpoint = first_rank_does(lambda: find_checkpoint(config))
     began = None if checkpoint is None else precision_of(checkpoint)
+    if checkpoint is not None and not TrainConfig.load(config.out).optim.graphs:
+        # It goes on bit for bit, without padding.
+        config = replace(config, optim=replace(config.optim, graphs=False))
     precision = precision_of_ranks(config.optim.precision, device, "--optim.precision", began)
     arguments = training_arguments(config, precision)
     set_seed(config.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,11 @@ from dti_model.training import (
     StepGraphs,
     StreamTrainer,
     padded_batch,
+    train,
     trainer_of,
     training_arguments,
 )
-from tests.training.small_runs import small_model, small_run
+from tests.training.small_runs import small_model, small_run, train_until
 
 
 @pytest.fixture
@@ -344,3 +346,24 @@ def test_no_more_graphs_than_are_wanted(steps: Steps) -> None:
         steps.batch = batch
         assert steps.run(graphs) == (steps.expected(), steps.expected())
     assert counts() == (1, 1)
+
+
+def test_a_run_from_before_there_were_graphs_goes_on_without(config: TrainConfig) -> None:
+    """Its config.yaml has no such setting. A run that began with graphs may go on without them, where memory was short."""
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, save_steps=2))
+    train_until(3, config)
+    path = config.out / "config.yaml"
+    text = path.read_text()
+    assert "\n  graphs: true\n" in text
+    body = text[: text.rindex("# sha256")].replace("  graphs: true\n", "")
+    path.write_text(f"{body}# sha256 {hashlib.sha256(body.encode()).hexdigest()}\n")
+    assert not TrainConfig.load(config.out).optim.graphs
+    assert config.first_difference(TrainConfig.load(config.out), places=True) is None
+    train(config)
+    assert not TrainConfig.load(config.out).optim.graphs
+
+    without = dataclasses.replace(config.optim, graphs=False)
+    other = dataclasses.replace(config, out=config.out.with_name("other"))
+    train_until(3, other)
+    train(dataclasses.replace(other, optim=without))
+    assert not TrainConfig.load(other.out).optim.graphs
