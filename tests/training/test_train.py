@@ -145,9 +145,11 @@ def test_scores_do_not_depend_on_batches(config: TrainConfig) -> None:
     assert abs(scores - other).max() < 1e-6
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 8, 12])
+@pytest.mark.parametrize(
+    ("step", "accumulation"), [*((step, 1) for step in (1, 2, 3, 4, 5, 8, 12)), (1, 2), (3, 2)]
+)
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(
-    step: int, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    step: int, accumulation: int, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of a step is read when the next one is under way, and before a log line, a validation, a checkpoint and the end."""
     compute_loss = StreamTrainer.compute_loss
@@ -158,6 +160,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(
 
     monkeypatch.setattr(StreamTrainer, "compute_loss", broken)
     optim = dataclasses.replace(config.optim, max_steps=12, validate_every=5, save_steps=3)
+    optim = dataclasses.replace(optim, accumulation=accumulation, token_budget=300 // accumulation)
     config = dataclasses.replace(config, optim=optim, logging_steps=4)
     with pytest.raises(
         NonFiniteLossError,
