@@ -260,8 +260,13 @@ def tidy(folder: Path, keep: set[Path]) -> None:
     for path in checkpoints_in(folder).values():
         if path not in keep and foreign_in(path) is None:
             remove_folder(path)
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half written or half removed. Who trains here holds the run folder's lock: nobody is writing one."""
     for path in folder.glob(".checkpoint-*"):
-        if is_temporary(path):  # who trains here holds the run folder's lock: nobody is writing one
+        if is_temporary(path):
             remove_tree(path)
 
 

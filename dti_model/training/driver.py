@@ -16,9 +16,16 @@ from dti_model.launch import let_settings_rule
 from dti_model.model import MODEL_FOLDER, Run
 from dti_model.output import unbreakable_output
 from dti_model.ranks import first_rank_does, join_ranks, rank
+from dti_model.training.checkpoint import remove_leftovers
 from dti_model.training.results import finish
 from dti_model.training.setup import trainer_of, training_arguments
-from dti_model.training.start import check_same_origin, find_checkpoint, precision_of, run_folder_of
+from dti_model.training.start import (
+    CHECKPOINTS_FOLDER,
+    check_same_origin,
+    find_checkpoint,
+    precision_of,
+    run_folder_of,
+)
 from dti_model.training.trainer import StreamTrainer
 
 
@@ -54,6 +61,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def _train_in(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """`train`, in a run folder that is ours alone."""
     checkpoint = first_rank_does(lambda: find_checkpoint(config))
+    if checkpoint is not None:  # a run that goes on from its last step saves no more, and tidies no more
+        first_rank_does(lambda: remove_leftovers(config.out / CHECKPOINTS_FOLDER))
     began = None if checkpoint is None else precision_of(checkpoint)
     if checkpoint is not None and not TrainConfig.load(config.out).optim.graphs:
         # It goes on bit for bit, without padding.

@@ -170,6 +170,19 @@ def test_sigkill_at_random_moments(config: TrainConfig, whole: dict[str, Any], t
     assert_ends_like(broken, whole)
 
 
+def test_what_a_kill_after_the_last_checkpoint_left_is_removed(
+    config: TrainConfig, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    """No checkpoint follows that would tidy: the process was killed while it removed an older one, or while it scored."""
+    ended = dataclasses.replace(config, out=tmp_path / "ended")
+    train(ended)
+    (ended.out / METRICS_FILE).unlink()
+    leftover = ended.out / CHECKPOINTS_FOLDER / ".checkpoint-2.dti-0123456789abcdef.removed"
+    leftover.mkdir()
+    (leftover / "model.safetensors").write_bytes(b"half")
+    assert_ends_like(ended, whole)
+
+
 def test_sigterm_writes_a_checkpoint_and_says_so(
     config: TrainConfig, whole: dict[str, Any], tmp_path: Path
 ) -> None:
