@@ -1,15 +1,13 @@
 """Targets per second of training steps at several numbers of targets per prompt and in several precisions, in one process.
 
 Every k gets everything we have: packed batches, [SUM]-only head, the same attention, the same optimizer. Steps are interleaved,
-so that a slow moment of the machine hits all of them. Where a precision takes its turn, a first step is not counted: it pays for memory that
-the other one has given back to the system, and a run has one precision. k = 1 is the sliding-window baseline. Weights, gradients and moments are float32 in
+so that a slow moment of the machine hits all of them. k = 1 is the sliding-window baseline. Weights, gradients and moments are float32 in
 every precision, and the optimizer is the one that a training run has: Trainer's default, which is fused AdamW in its present versions.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,10 +60,8 @@ def measure_training(
         (k, name): [] for k in ks for name in precisions
     }
     peak: dict[tuple[int | None, Resolved], float] = {}
-    for step, precision in itertools.product(range(num_steps + 1), precisions):
-        if step and len(precisions) > 1:
-            timed_step(run, model, optimizer, datasets[ks[-1]], step, precision)
-        for k in ks:
+    for step in range(num_steps + 1):
+        for k, precision in speeds:
             rows, _, seconds, mib = timed_step(run, model, optimizer, datasets[k], step, precision)
             peak[k, precision] = mib
             if step:
