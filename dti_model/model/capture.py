@@ -41,6 +41,21 @@ class Capture(Protocol):
         """Wait until the device is done with all of them, so that they can be dropped."""
 
 
+def are_close(actual: Tensor, expected: Tensor) -> bool:
+    """Whether a replay's numbers are right: within 2 % of the largest, since libraries may multiply in another order in a capture."""
+    if not expected.numel():
+        return True
+    actual, expected = actual.float(), expected.float()
+    bound = 0.02 * float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    return torch.allclose(actual, expected, rtol=0.0, atol=bound, equal_nan=True)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a capture failed, in a line: the end of one that failed fails too, so the cause is what came before."""
+    cause = error.__context__ or error
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+
+
 # PyTorch captures one graph at a time.
 _CAPTURING = threading.Lock()
 

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from dti_kernels import StreamLayout, padded_layout
 from dti_model.config import DTIConfig
 from dti_model.model.attention import is_compiled, layers_of, token_logits
-from dti_model.model.capture import Capture, CudaCapture, Forward, Outputs
+from dti_model.model.capture import Capture, CudaCapture, Forward, Outputs, are_close, reason_of
 from dti_model.model.lora import keep_token_indices
 from dti_model.model.passes import PackedPass, Passes
 from dti_model.model.past import LayerKeys, Past
@@ -286,7 +286,7 @@ class GraphedPasses(Passes):
         try:
             replay = self._capture.capture(forward)
         except Exception as error:  # of PyTorch, the driver, or a module of the model that reads the device
-            self._give_up(error.__context__ or error)  # the end of a capture that failed fails too
+            self._give_up(error)
             return None
         graph = self._graphs[bucket] = _Graph(buffers, forward, replay)
         if len(self._graphs) > self._most_graphs:
@@ -302,24 +302,18 @@ class GraphedPasses(Passes):
         self._graphs.clear()
         warnings.warn(
             f"scoring goes on without CUDA graphs, which makes requests slower: a pass could not be captured "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Scorer(..., graphs=False) never tries.",
+            f"({reason_of(error)}). Scorer(..., graphs=False) never tries.",
             stacklevel=2,
         )
 
 
 def _agree(outputs: Outputs, eager: Outputs, packed: PackedPass) -> bool:
-    """Whether a replay is right in the rows of a pass: logits and keys within 2 % of the largest of their kind, since libraries may
-    multiply in another order in a capture."""
+    """Whether a replay is right in the rows of a pass: its logits, and the keys of each layer."""
     pairs = [(outputs.logits[: packed.layout.num_sum], eager.logits[: packed.layout.num_sum])]
     for layers in zip(outputs.recorded, eager.recorded, strict=True):
         ours, theirs = (layer.rows(slice(packed.layout.num_context)) for layer in layers)
         pairs += [(x, y) for x, y in zip(ours, theirs) if x is not None and y is not None]
-    return all(_are_close(x.float(), y.float()) for x, y in pairs if x.numel())
-
-
-def _are_close(actual: Tensor, expected: Tensor) -> bool:
-    bound = 0.02 * float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
-    return torch.allclose(actual, expected, rtol=0.0, atol=bound, equal_nan=True)
+    return all(are_close(x, y) for x, y in pairs)
 
 
 def can_be_graphed(model: Any) -> bool:

@@ -125,9 +125,8 @@ class StreamTrainer(ResumableTrainer):
         targets, tokens, flops, num_terminated = mine
         self.speed.add(targets, tokens, flops)
         self.stopping = num_terminated > 0
-        return samples, torch.full(
-            (), targets, device=device
-        )  # written there: a copy would wait for the device
+        # Written there: a copy would wait for the device.
+        return samples, torch.full((), targets, device=device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's, and how fast the steps since the last line were."""

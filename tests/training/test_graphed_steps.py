@@ -246,14 +246,17 @@ def test_a_capture_that_fails_is_the_last(steps: Steps) -> None:
         assert steps.run(graphs) == (steps.expected(), steps.expected())
 
 
-def test_a_replay_that_is_wrong_is_the_last(steps: Steps) -> None:
+@pytest.mark.parametrize("factor", [1.05, float("nan")])
+def test_a_replay_that_is_wrong_is_the_last(factor: float, steps: Steps) -> None:
+    """A gradient that is no number passed for one of zeros."""
+
     class Wrong(Counted):
         def capture(self, computation: Any) -> Any:
             replay = super().capture(computation)
 
             def wrong() -> Any:
                 loss = replay()
-                steps.model.weight.grad.mul_(1.05)  # type: ignore[union-attr]
+                steps.model.weight.grad.mul_(factor)  # type: ignore[union-attr]
                 return loss
 
             return wrong
