@@ -3,8 +3,9 @@
     python -m benchmarks.bench_train_gpu [--model llama8b-slice] [--device cuda] [--seconds 80] [--profile TRACE.json.gz] [--out ROWS.jsonl]
 
 Both kinds get the same model, the same packed batches of about as many tokens, the same attention and the same optimizer; steps
-are interleaved. Each is timed kernel by kernel and, padded, as a CUDA graph (`dti_model/training/graphed_steps.py`). `llama8b-slice` is Llama-3.1-8B's shape with two layers, `smollm` all of SmolLM2-135M's, in bfloat16. Beside the ratio of
-targets/s stands that of FLOPs per target, counted as the training's own MFU is (`dti_model/training/flops.py`).
+are interleaved. Each is timed kernel by kernel and, padded, as a CUDA graph (`dti_model/training/graphed_steps.py`). `llama8b-slice` is
+Llama-3.1-8B's shape with two layers, `smollm` all of SmolLM2-135M's, in bfloat16. Beside the ratio of targets/s stands that of FLOPs per
+target, counted as the training's own MFU is (`dti_model/training/flops.py`).
 """
 
 from __future__ import annotations
@@ -151,24 +152,16 @@ class Bench:
         timing = percentiles_ms(np.asarray(self.times[kind, way]))
         seconds, flops = timing["p50_ms"] / 1e3, self.flops(kind)
         peak = peak_flops(torch.device(DEVICE), bf16=True) if self.on_gpu else None
-        row = {
-            "benchmark": "training",
-            "model": self.name,
-            "kind": kind,
-            "way": way,
-            "tokens": layout.num_rows,
-        }
-        row |= {"targets": layout.num_sum, "steps": len(self.times[kind, way]), **timing}
+        row: dict[str, Any] = {"benchmark": "training", "model": self.name, "kind": kind, "way": way}
+        row |= {"tokens": layout.num_rows, "targets": layout.num_sum}
+        row |= {"steps": len(self.times[kind, way]), **timing}
         row["targets_per_s"] = round(layout.num_sum / seconds, 1)
         row["tokens_per_s"] = round(layout.num_rows / seconds)
         row["gflop_per_target"] = round(flops / layout.num_sum / 1e9, 6)
-        mfu = None if peak is None else round(flops / seconds / peak, 4)
+        row["mfu"] = None if peak is None else round(flops / seconds / peak, 4)
         # What a graph's kernels share was allocated at its capture: no replay's peak shows it.
-        return {
-            **row,
-            "mfu": mfu,
-            "eager_peak_mib": None if way == GRAPH else round(self.eager_peak_mib[kind]),
-        }
+        row["eager_peak_mib"] = None if way == GRAPH else round(self.eager_peak_mib[kind])
+        return row
 
 
 def profile(step: Callable[[], Any], path: Path) -> dict[str, Any]:

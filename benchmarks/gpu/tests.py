@@ -59,9 +59,8 @@ class TestRows:
 
     def _note(self, row: dict[str, Any]) -> None:
         self.outcomes[row["outcome"]] += 1
-        row["after_s"] = round(
-            time.monotonic() - self._start, 1
-        )  # of the start of all: where a run that is ended was waiting
+        # Since the start of all: it tells where a run that is ended was waiting.
+        row["after_s"] = round(time.monotonic() - self._start, 1)
         self.files.append([{"benchmark": "gpu_tests", **row}])
         print(f"\n{line_of(row)}", end=" ", flush=True)
 

@@ -292,19 +292,15 @@ def _tile(row: dict[str, Any]) -> str:
     return f"{rows} x {keys}, {warps}, {stages}{', ahead' if any(ahead) else ''}"
 
 
-def _eager_mib(row: dict[str, Any]) -> int | None:
-    """The peak of steps that are launched kernel by kernel. Rows of the first commit with graphs have them in it, and a graph's kernels share
-    what was allocated at its capture, which no replay's peak shows."""
-    name = "eager_peak_mib" if row.get("way_was_said") else "peak_mib"
-    found: int | None = row.get(name)
-    return found
-
-
 def training(rows: Rows) -> str:
     """Targets/s of both kinds of prompts, and the ratio beside that of FLOPs."""
-    # Rows before there were graphs do not say that they were launched kernel by kernel.
-    said = [{"way": "eager", **row, "way_was_said": "way" in row} for row in _of(rows, "training")]
-    found = latest(said, "model", "kind", "way")
+    # Rows before there were graphs are of steps that were launched kernel by kernel; in those of the first commit with graphs the peak has
+    # the graphs' buffers in it, so it has another name since.
+    newer = [
+        row if "way" in row else {**row, "way": "eager", "eager_peak_mib": row.get("peak_mib")}
+        for row in _of(rows, "training")
+    ]
+    found = latest(newer, "model", "kind", "way")
     if not found:
         return ""
     head = "| model | prompts | targets/s | tokens/s | MFU | MiB | times sliding windows | by FLOPs |"
@@ -314,7 +310,7 @@ def training(rows: Rows) -> str:
             lines.append(f"| {row['model']} | {_failed(row)} | | | | | | |")
             continue
         mfu = "" if row.get("mfu") is None else f"{row['mfu']:.1%}"
-        memory = "" if (peak := _eager_mib(row)) is None else f"{peak:,}"
+        memory = "" if row.get("eager_peak_mib") is None else f"{row['eager_peak_mib']:,}"
         ratio = f"{row['speedup']:.1f} | {row['flops_ratio']:.1f}" if "speedup" in row else " | "
         lines.append(
             f"| {row['model']} | {row['kind'].replace('_', ' ')}{', as a graph' if row['way'] == 'graph' else ''} | {row['targets_per_s']:,.0f} | {row['tokens_per_s']:,.0f} | "

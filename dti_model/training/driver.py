@@ -61,12 +61,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def _train_in(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """`train`, in a run folder that is ours alone."""
     checkpoint = first_rank_does(lambda: find_checkpoint(config))
-    if checkpoint is not None:  # a run that goes on from its last step saves no more, and tidies no more
+    began = None
+    if checkpoint is not None:
+        # A run that goes on from its last step saves no more, and tidies no more.
         first_rank_does(lambda: remove_leftovers(config.out / CHECKPOINTS_FOLDER))
-    began = None if checkpoint is None else precision_of(checkpoint)
-    if checkpoint is not None and not TrainConfig.load(config.out).optim.graphs:
-        # It goes on bit for bit, without padding.
-        config = replace(config, optim=replace(config.optim, graphs=False))
+        began = precision_of(checkpoint)
+        if not TrainConfig.load(config.out).optim.graphs:  # it goes on bit for bit, without padding
+            config = replace(config, optim=replace(config.optim, graphs=False))
     precision = precision_of_ranks(config.optim.precision, device, "--optim.precision", began)
     arguments = training_arguments(config, precision)
     set_seed(config.seed)
