@@ -1,14 +1,14 @@
 """Training steps on real prompts: targets per second over k, beside what the rows alone would give.
 
-    python -m benchmarks.bench_train --data DIR [--k 1 5 10 20 50 200 all] [--precision fp32 bf16] [--layers 4 --width 128] [--out ROWS.jsonl]
-                                     [--record] [--size smoke]
+    python -m benchmarks.bench_train --data DIR [--k 1 5 10 20 50 200 all] [--precision fp32 bf16] [--compile]
+                                     [--layers 4 --width 128] [--out ROWS.jsonl] [--record] [--size smoke]
 
 All k and precisions run in one process by turns, with the same model, packing, attention and optimizer (`dti_model/training/compare.py`):
 Trainer's own, which is fused AdamW, on float32 weights and moments in both precisions. k = 1 is the sliding-window baseline.
 Each row holds the ratio of targets/s to k = 1 in its precision beside three predictions: the ratio of rows per target (context tokens and
 [SUM]s), the ratio of FLOPs per target, counted from the lengths of the first batches, and the paper's equation 3, k N / (N + K) with n and
-k interactions for N and K. A row in bfloat16 also holds `over_fp32`, the ratio of its targets/s to those in float32 at its k. One more step
-of every kind runs under PyTorch's profiler: its share of attention, and on a CPU the most memory that it allocates beside weights and
+k interactions for N and K. A row in bfloat16 also holds `over_fp32`, the ratio of its targets/s to those in float32 at its k. With --compile
+a row also holds `over_eager`, the ratio that `optim.compile` gives at its k in its precision. One more step of every kind runs under PyTorch's profiler: its share of attention, and on a CPU the most memory that it allocates beside weights and
 moments (on a GPU: in all).
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,33 @@ from benchmarks.synthetic import made_up_data
 from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
 from dti_model.model import Run
 from dti_model.precision import Resolved
-from dti_model.training import StepCost, measure_training, packed_epoch, small_steps, timed_step
+from dti_model.training import (
+    Kind,
+    StepCost,
+    measure_training,
+    packed_epoch,
+    small_steps,
+    timed_step,
+)
 
 
 def measure(
-    config: TrainConfig, ks: list[int | None], num_steps: int, precisions: Sequence[Resolved]
+    config: TrainConfig,
+    ks: list[int | None],
+    num_steps: int,
+    precisions: Sequence[Resolved],
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per precision and k."""
     run = Run.start(config)
-    measured = measure_training(run, ks, num_steps, precisions)
+    ways = (False, True) if compiled else (False,)
+    measured = measure_training(run, list(map(Kind._make, product(ks, precisions, ways))), num_steps)
     flops = {k: flops_per_target(run, k) for k in ks}
     window = config.window
     rows = []
     for precision, k in [(precision, k) for precision in precisions for k in ks]:
-        value, base = measured[k, precision], measured.get((1, precision))
-        in_float32 = measured.get((k, "fp32"))
+        value, base = measured[Kind(k, precision)], measured.get(Kind(1, precision))
+        in_float32, faster = measured.get(Kind(k, "fp32")), measured.get(Kind(k, precision, compiled=True))
         attention_share, step_mib = profiled_step(run, k, precision)
         row: dict[str, Any] = {"benchmark": "train", "data": run.data.stats["source"]["name"]}
         row["model"] = f"{config.model.layers} x {config.model.width}"
@@ -62,6 +75,8 @@ def measure(
             row["speedup_over_rows_ratio"] = round(row["speedup"] / row["rows_ratio"], 2)
         if precision != "fp32" and in_float32 is not None:
             row["over_fp32"] = round(value.targets_per_s / in_float32.targets_per_s, 2)
+        if faster is not None:
+            row["over_eager"] = round(faster.targets_per_s / value.targets_per_s, 3)
         rows.append(row)
     return rows
 
@@ -102,6 +117,7 @@ def main() -> None:
     add("--data", type=Path, help="folder made by `dti prepare`; default: made-up data of MovieLens' shape")
     add("--k", nargs="+", default=["1", "5", "10", "20", "30", "50", "100", "200", "all"])
     add_precision(parser)
+    add("--compile", action="store_true", help="measure `optim.compile` too")
     add("--layers", type=int, default=4)
     add("--width", type=int, default=128)
     add("--heads", type=int, default=4)
@@ -128,13 +144,14 @@ def main() -> None:
         optim=OptimConfig(token_budget=options.token_budget),
     )
     ks = [None if k == "all" else int(k) for k in options.k]
-    rows = measure(config, ks, options.steps, options.precision)
+    rows = measure(config, ks, options.steps, options.precision, options.compile)
     for row in rows:
         print(
             f"{row['precision']}  k {row['k']!s:>4}  {row['targets_per_s']:9.1f} targets/s  {row['tokens_per_s']:8,} tokens/s  "
             f"{row.get('speedup', 1):6.2f} x (rows {row.get('rows_ratio', 1):.2f} x, FLOPs {row.get('flops_ratio', 1):.2f} x, equation 3 {row['equation_3']}; "
             f"attention {row['attention_share']:.0%}, {row['peak_mib']:.0f} MiB)"
             + (f"  {row['over_fp32']:.2f} x fp32" if "over_fp32" in row else "")
+            + (f"  {row['over_eager']:.3f} x if compiled" if "over_eager" in row else "")
         )
     options.rows.keep(rows)
 

@@ -164,6 +164,7 @@ RULES: Mapping[str, Rule] = {
     "optim.activation_checkpointing": _truth,
     "optim.fsdp": _truth,
     "optim.graphs": _truth,
+    "optim.compile": _truth,
     "optim.save_steps": integer(0),
 }
 # Those that hold settings themselves.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dti_model.model.attention import apply_dti, layers_of, model_inputs, token_logits
+from dti_model.model.attention import apply_dti, layers_of, model_inputs, token_logits, with_padding
 from dti_model.model.capture import Capture, CudaCapture, Forward, Outputs, are_close, reason_of
 from dti_model.model.casting import cast_once
 from dti_model.model.click_model import ClickModel
@@ -11,6 +11,7 @@ from dti_model.model.fetch import fetch_model
 from dti_model.model.fingerprints import OtherOriginError, Provenance
 from dti_model.model.graphs import GraphedPasses, can_be_graphed, passes_of
 from dti_model.model.lora import add_lora, keep_token_indices
+from dti_model.model.parts import EAGER, Parts, compiled_parts
 from dti_model.model.passes import PackedPass, Passes
 from dti_model.model.past import LayerKeys, Past, concatenated
 from dti_model.model.run import Run, llama_config, tokenizer_of

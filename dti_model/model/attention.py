@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -29,12 +30,17 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from dti_kernels import HiddenStateReset, StreamLayout, default_alibi_slopes, windowed_attn
+from dti_kernels import (
+    HiddenStateReset,
+    StreamLayout,
+    default_alibi_slopes,
+    padded_layout,
+    windowed_attn,
+)
 from dti_model.config import DTIConfig, check_reset_layers
 from dti_model.model.head import let_head_know_tokens, only_tokens
-from dti_model.model.norms import added_and_normed, normed
+from dti_model.model.parts import EAGER, Parts
 from dti_model.model.past import LayerKeys, Past
-from dti_model.model.rotation import rotate
 
 ATTENTION_NAME = "dti"
 # Decoder layers of this shape (norm, attention, residual, norm, MLP, residual) with Llama's projections, perhaps q/k norms.
@@ -57,7 +63,7 @@ class Stream:
         context_outputs: keep the last layer's context rows; False: only [SUM] rows leave the model.
         past: rows that an earlier pass has computed; None: the model is given all rows.
         recorded: a list that every layer adds the keys of all context rows to; None: they are not kept.
-        padding: rows after the layout's that the model is given and nobody reads, see `padded`.
+        parts: what computes the layers around their attention.
     """
 
     layout: StreamLayout
@@ -65,20 +71,16 @@ class Stream:
     context_outputs: bool = False
     past: Past | None = None
     recorded: list[LayerKeys] | None = None
-    padding: int = 0
-
-    def padded(self, num_rows: int) -> int:
-        """Rows that stand for so many in matrix products."""
-        return padded(num_rows) if self.padding else num_rows
+    parts: Parts = EAGER
 
 
 def padded(num_rows: int) -> int:
-    """Up to a thirty-second more rows, of which few numbers exist.
+    """Up to a sixty-fourth more rows, of which few numbers exist.
 
     PyTorch multiplies bfloat16 on CPUs with oneDNN, which generates code for every shape that it has not seen lately, .6 ms or more a product,
     and every packed batch has another number of rows.
     """
-    step = max(32, 1 << max(num_rows // 32, 1).bit_length() - 1)
+    step = max(16, 1 << max(num_rows // 64, 1).bit_length() - 1)
     return -(-num_rows // step) * step
 
 
@@ -119,15 +121,11 @@ class StreamAttention(nn.Module):
         layout, past = stream.layout, stream.past
         num_context, fix = layout.num_context, self.config.position_fix
         rows = hidden_states[0]
-        num_rows = len(rows) - stream.padding
-        given_context = num_rows - layout.num_sum
-        queries, num_queries = rows, num_rows
-        if sums_only:
-            queries, num_queries = rows[given_context:][: stream.padded(layout.num_sum)], layout.num_sum
-        q = self._heads("q", queries)[:num_queries]
-        keys = LayerKeys(*(self._heads(name, rows)[:num_rows] for name in ("k", "v")))
+        given_context = len(rows) - layout.num_sum
+        q = self._heads("q", rows[given_context:] if sums_only else rows)
+        keys = LayerKeys(*(self._heads(name, rows) for name in ("k", "v")))
         if initial_states is not None:
-            initial = (self._heads(name, initial_states[0])[:given_context] for name in ("k", "v"))
+            initial = (self._heads(name, initial_states[0]) for name in ("k", "v"))
             keys = LayerKeys(*keys[:2], *initial)
         if past is not None:
             keys = past.merge(self.layer_idx, keys, layout)
@@ -135,15 +133,15 @@ class StreamAttention(nn.Module):
         if stream.recorded is not None:
             stream.recorded.append(keys.rows(slice(num_context)))
         k, v, k_initial, v_initial = keys
-        cos, sin = (x[0, : layout.num_rows].to(q.dtype) for x in position_embeddings)
+        cos, sin = (x[0].to(q.dtype) for x in position_embeddings)
         k_sum = k
         if not (fix and sums_only):
-            k = rotate(k, cos, sin)
-            q = rotate(q, *(x[num_context:] if sums_only else x for x in (cos, sin)))
+            k = stream.parts.rotate(k, cos, sin)
+            q = stream.parts.rotate(q, *(x[num_context:] if sums_only else x for x in (cos, sin)))
         reset = None
         if k_initial is not None and v_initial is not None:
             if not fix:
-                k_initial = rotate(k_initial, cos[:num_context], sin[:num_context])
+                k_initial = stream.parts.rotate(k_initial, cos[:num_context], sin[:num_context])
             reset = self._reset(k_initial, v_initial)
         slopes = self.alibi_slopes if fix else None
         out = windowed_attn(
@@ -159,8 +157,6 @@ class StreamAttention(nn.Module):
         if past is not None and not sums_only:
             out = out[past.given]
         o_proj: nn.Module = self.get_submodule("o_proj")
-        if stream.padding:
-            out = F.pad(out, (0, 0, 0, 0, 0, len(queries) - len(out)))
         projected: Tensor = o_proj(out.flatten(1))
         return projected[None]
 
@@ -204,25 +200,21 @@ class StreamDecoderLayer(GradientCheckpointingLayer):
                 "a model with DTI attention reads packed streaming prompts: call it with stream=Stream(layout), "
                 "and build the layout with StreamLayout.build or dti_model.prompts"
             )
-        num_sum = stream.layout.num_sum
-        num_context = hidden_states.shape[1] - stream.padding - num_sum
+        num_context, parts = hidden_states.shape[1] - stream.layout.num_sum, stream.parts
         if self.is_first:
             hidden_states = self.dropout(hidden_states)
-            stream.initial_states = hidden_states[:, : stream.padded(num_context)]
+            stream.initial_states = hidden_states[:, :num_context]
         sums_only = self.is_last and not stream.context_outputs
         initial = None
         if self.self_attn.resets and stream.initial_states is not None:
-            initial = normed(self.input_layernorm, stream.initial_states)
-        rows = normed(self.input_layernorm, hidden_states)
+            initial = parts.normed(self.input_layernorm, stream.initial_states)
+        rows = parts.normed(self.input_layernorm, hidden_states)
         attended = self.self_attn(rows, position_embeddings, stream, initial, sums_only)
-        residual = hidden_states
-        if sums_only:
-            residual = hidden_states[:, num_context:][:, : stream.padded(num_sum)]
-        hidden_states, rows = added_and_normed(
+        residual = hidden_states[:, num_context:] if sums_only else hidden_states
+        hidden_states, rows = parts.added_and_normed(
             residual, self.dropout(attended), self.post_attention_layernorm
         )
-        mixed: Tensor = self.dropout(self.mlp(rows))
-        return hidden_states + mixed
+        return hidden_states + self.dropout(parts.mixed(self.mlp, rows))
 
 
 def apply_dti(model: PreTrainedModel, config: DTIConfig, dropout: float = 0.0) -> PreTrainedModel:
@@ -289,17 +281,13 @@ def model_inputs(
     config: DTIConfig,
     past: Past | None = None,
     recorded: list[LayerKeys] | None = None,
-    few_shapes: bool = False,
+    parts: Parts = EAGER,
 ) -> dict[str, Any]:
-    """Keyword arguments of the model for a packed batch; see `token_logits`. With `few_shapes` logits of padding follow those of the [SUM] rows."""
-    stream, positions = Stream(layout, past=past, recorded=recorded), position_ids(layout, config)
-    if few_shapes and past is None:
-        stream.padding = padded(layout.num_context + padded(layout.num_sum)) - layout.num_rows
-        input_ids, positions = (F.pad(x, (0, stream.padding)) for x in (input_ids, positions))
+    """Keyword arguments of the model for a packed batch; see `token_logits`."""
     return {
         "input_ids": input_ids[None],
-        "position_ids": positions[None],
-        "stream": stream,
+        "position_ids": position_ids(layout, config)[None],
+        "stream": Stream(layout, past=past, recorded=recorded, parts=parts),
         "use_cache": False,
     }
 
@@ -313,6 +301,7 @@ def token_logits(
     past: Past | None = None,
     recorded: list[LayerKeys] | None = None,
     few_shapes: bool = False,
+    parts: Parts = EAGER,
 ) -> Tensor:
     """Logits at the [SUM] rows: `(S, V)`, or `(S, len(tokens))` for some tokens of the vocabulary.
 
@@ -326,20 +315,37 @@ def token_logits(
             computes no others, and these in float32.
         past: context rows that need not be computed again.
         recorded: takes the keys of all context rows, layer after layer.
-        few_shapes: add rows that nobody reads, so that matrix products of different batches have the same shapes (`padded`): for bfloat16 on
-            CPUs. Without effect where there is a past.
+        few_shapes: add rows that nobody reads (`padded_layout`), so that matrix products of different batches have the same shapes
+            (`padded`): for bfloat16 on CPUs. Without effect where there is a past.
+        parts: what computes the layers around their attention.
     """
-    inputs = model_inputs(input_ids, layout, config, past, recorded, few_shapes)
+    num_context, num_sum = layout.num_context, layout.num_sum
+    if few_shapes and past is None:
+        input_ids, layout = _of_few_shapes(input_ids, layout)
+    inputs = model_inputs(input_ids, layout, config, past, recorded, parts)
     if not len(tokens):
-        return _logits(model, inputs, layout)
-    with only_tokens(tokens) as wanted:
-        logits = _logits(model, inputs, layout)
-    return logits if wanted.were_alone else logits[:, wanted.tokens]
-
-
-def _logits(model: nn.Module, inputs: dict[str, Any], layout: StreamLayout) -> Tensor:
-    logits: Tensor = model(**inputs).logits[0, : layout.num_sum]
+        logits: Tensor = model(**inputs).logits[0, :num_sum]
+    else:
+        with only_tokens(tokens) as wanted:
+            logits = model(**inputs).logits[0, :num_sum]
+        logits = logits if wanted.were_alone else logits[:, wanted.tokens]
+    if recorded is not None:
+        recorded[:] = [keys.rows(slice(num_context)) for keys in recorded]
     return logits
+
+
+def _of_few_shapes(input_ids: Tensor, layout: StreamLayout) -> tuple[Tensor, StreamLayout]:
+    num_sum = padded(layout.num_sum)
+    return with_padding(input_ids, layout, padded(layout.num_context + 1 + num_sum) - num_sum, num_sum)
+
+
+def with_padding(
+    input_ids: Tensor, layout: StreamLayout, num_context: int, num_sum: int
+) -> tuple[Tensor, StreamLayout]:
+    """A batch on the CPU with rows of token 0 that nobody reads, and its layout: see `padded_layout`."""
+    context, sums = input_ids.split([layout.num_context, layout.num_sum])
+    context, sums = F.pad(context, (0, num_context - len(context))), F.pad(sums, (0, num_sum - len(sums)))
+    return torch.cat([context, sums]), padded_layout(layout, num_context, num_sum)
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -61,9 +61,9 @@ def _in_blocks(norm: nn.Module, x: Tensor) -> bool:
     )
 
 
-def _blocks(rows: Tensor) -> Iterator[slice]:
-    step = max(1, _BLOCK // rows.shape[-1])
-    return (slice(first, first + step) for first in range(0, len(rows), step))
+def _num_rows(rows: Tensor) -> int:
+    """Of a block."""
+    return max(1, _BLOCK // rows.shape[-1])
 
 
 def _norm_forward(h: Tensor, weight: Tensor, eps: float, scale: Tensor, rows: Tensor) -> None:
@@ -73,19 +73,29 @@ def _norm_forward(h: Tensor, weight: Tensor, eps: float, scale: Tensor, rows: Te
     rows.copy_(torch.mul(h, scale).mul_(weight))
 
 
-def _norm_backward(
-    grad: Tensor, h: Tensor, scale: Tensor, weight: Tensor, dh: Tensor, dweight: Tensor
-) -> None:
-    """A block: fills `dh`, adds to `dweight`.
+class _NormBackward:
+    """The gradient of blocks, with what they share.
 
-    With n = scale h:  dweight = sum over rows of grad n;  dh = scale (grad weight - n mean(grad weight n)).
+    With scaled = scale grad:  dweight = sum over rows of scaled h;  dh = scaled weight - h scale^2 mean(scaled h weight).
     """
-    grad = grad.float()
-    n = torch.mul(h, scale)
-    products = grad * n
-    dweight += products.sum(0)
-    mean = torch.mv(products, weight).div_(h.shape[-1]).unsqueeze(-1)
-    torch.mul(grad.mul_(weight).addcmul_(n, mean, value=-1), scale, out=dh)
+
+    def __init__(self, h: Tensor, weight: Tensor) -> None:
+        self.weight, self.dweight = weight, torch.zeros_like(weight)
+        self._share = weight / len(weight)
+        self._scratch = h.new_empty(2, min(_num_rows(h), len(h)), h.shape[-1])
+
+    def block(self, grad: Tensor, h: Tensor, scale: Tensor, of_h: Tensor | None, dh: Tensor) -> None:
+        """Fill `dh (B, E)`, which is added to `of_h`, and add to `dweight`."""
+        scaled, products = self._scratch[:, : len(h)]
+        torch.mul(grad, scale, out=scaled)
+        torch.mul(scaled, h, out=products)
+        self.dweight += products.sum(0)
+        mean = torch.mv(products, self._share).unsqueeze(-1).mul_(scale).mul_(scale)
+        if of_h is None:
+            torch.mul(scaled, self.weight, out=dh)
+        else:
+            torch.addcmul(of_h, scaled, self.weight, out=dh)
+        dh.addcmul_(h, mean, value=-1)
 
 
 class _Norm(torch.autograd.Function):
@@ -93,8 +103,8 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         h = x.reshape(-1, x.shape[-1])
         rows, scale = torch.empty(h.shape, dtype=torch.bfloat16), h.new_empty(len(h), 1)
-        for block in _blocks(h):
-            _norm_forward(h[block], weight, eps, scale[block], rows[block])
+        for block in _blocks(h, scale, rows):
+            _norm_forward(block[0], weight, eps, *block[1:])
         ctx.save_for_backward(h, weight, scale)
         return rows.view(x.shape)
 
@@ -102,10 +112,10 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         h, weight, scale = ctx.saved_tensors
-        of_rows, dh, dweight = grad.reshape(h.shape), torch.empty_like(h), torch.zeros_like(weight)
-        for block in _blocks(h):
-            _norm_backward(of_rows[block], h[block], scale[block], weight, dh[block], dweight)
-        return dh.view(grad.shape), dweight, None
+        dh, gradient = torch.empty_like(h), _NormBackward(h, weight)
+        for of_rows, *given, to in _blocks(grad.reshape(h.shape), h, scale, dh):
+            gradient.block(of_rows, *given, None, to)
+        return dh.view(grad.shape), gradient.dweight, None
 
 
 class _AddedNorm(torch.autograd.Function):
@@ -116,9 +126,9 @@ class _AddedNorm(torch.autograd.Function):
         shape = x.shape
         x, added = x.reshape(-1, shape[-1]), added.reshape(-1, shape[-1])
         h, rows, scale = torch.empty_like(x), torch.empty_like(added), x.new_empty(len(x), 1)
-        for block in _blocks(x):
-            torch.add(x[block], added[block], out=h[block])
-            _norm_forward(h[block], weight, eps, scale[block], rows[block])
+        for old, more, new, *filled in _blocks(x, added, h, scale, rows):
+            torch.add(old, more, out=new)
+            _norm_forward(new, weight, eps, *filled)
         ctx.save_for_backward(h, weight, scale)
         return h.view(shape), rows.view(shape)
 
@@ -127,8 +137,13 @@ class _AddedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         h, weight, scale = ctx.saved_tensors
         of_h, of_rows = grad_h.reshape(h.shape), grad.reshape(h.shape)
-        dx, dadded, dweight = torch.empty_like(h), torch.empty_like(of_rows), torch.zeros_like(weight)
-        for block in _blocks(h):
-            _norm_backward(of_rows[block], h[block], scale[block], weight, dx[block], dweight)
-            dadded[block] = dx[block].add_(of_h[block])
-        return dx.view(grad.shape), dadded.view(grad.shape), dweight, None
+        dx, dadded, gradient = torch.empty_like(h), torch.empty_like(of_rows), _NormBackward(h, weight)
+        for *given, to, in_16_bits in _blocks(of_rows, h, scale, of_h, dx, dadded):
+            gradient.block(*given, to)
+            in_16_bits.copy_(to)
+        return dx.view(grad.shape), dadded.view(grad.shape), gradient.dweight, None
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of each at a time."""
+    return zip(*(x.split(_num_rows(tensors[0])) for x in tensors))

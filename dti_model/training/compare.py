@@ -11,20 +11,35 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from dti_model.model import Run, token_logits
+from dti_model.model import EAGER, Parts, Run, compiled_parts, token_logits
 from dti_model.precision import Resolved, computing, wants_few_shapes
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.training.setup import training_arguments
 from dti_model.training.trainer import StreamTrainer
 
 
+class Kind(NamedTuple):
+    """Training steps that are measured.
+
+    Attributes:
+        k: targets per prompt, None for whole histories.
+        precision: to compute in.
+        compiled: whether the layers' parts are (`optim.compile`).
+    """
+
+    k: int | None
+    precision: Resolved
+    compiled: bool = False
+
+
 @dataclass(frozen=True)
 class Throughput:
-    """Training steps at one k, in one precision.
+    """Training steps of one kind.
 
     Attributes:
         targets_per_s: `rows_per_s / rows_per_target`. The targets of a few batches vary by several percent more than an epoch's.
@@ -39,41 +54,39 @@ class Throughput:
     peak_mib: float | None
 
 
-def measure_training(
-    run: Run, ks: Sequence[int | None], num_steps: int, precisions: Sequence[Resolved]
-) -> dict[tuple[int | None, Resolved], Throughput]:
+def measure_training(run: Run, kinds: Sequence[Kind], num_steps: int) -> dict[Kind, Throughput]:
     """Time `num_steps` training steps (forward, backward, optimizer) of every kind on a copy of the model, after one warm-up each.
 
     Args:
         run: model, data and format; its model is not changed.
-        ks: targets per prompt, None for whole histories.
+        kinds: of steps.
         num_steps: timed steps of every kind, >= 1.
-        precisions: to compute in.
 
     Returns:
-        From k and precision to what was measured.
+        From the kind to what was measured.
+
+    Raises:
+        ValueError: a kind is compiled, and PyTorch cannot compile on this machine.
     """
     model = copy.deepcopy(run.model).train()
     optimizer = small_steps(run, model)
-    datasets = {k: packed_epoch(run, k) for k in ks}
-    speeds: dict[tuple[int | None, Resolved], list[float]] = {
-        (k, name): [] for k in ks for name in precisions
-    }
-    peak: dict[tuple[int | None, Resolved], float] = {}
+    datasets = {k: packed_epoch(run, k) for k in dict.fromkeys(kind.k for kind in kinds)}
+    speeds: dict[Kind, list[float]] = {kind: [] for kind in kinds}
+    peak: dict[Kind, float] = {}
     for step in range(num_steps + 1):
-        for k, precision in speeds:
-            rows, _, seconds, mib = timed_step(run, model, optimizer, datasets[k], step, precision)
-            peak[k, precision] = mib
+        for kind in speeds:
+            parts = compiled_parts(model.device) if kind.compiled else EAGER
+            of_kind = datasets[kind.k], step, kind.precision, parts
+            rows, _, seconds, peak[kind] = timed_step(run, model, optimizer, *of_kind)
             if step:
-                speeds[k, precision].append(rows / seconds)
+                speeds[kind].append(rows / seconds)
     cuda = model.device.type == "cuda"
     results = {}
-    for (k, precision), measured in speeds.items():
-        dataset, rows_per_s = datasets[k], float(np.median(measured))
+    for kind, measured in speeds.items():
+        dataset, rows_per_s = datasets[kind.k], float(np.median(measured))
         rows_per_target = float(dataset.num_rows.sum() / dataset.prompts.num_targets.sum())
-        peak_mib = round(peak[k, precision], 1) if cuda else None
-        found = Throughput(rows_per_s / rows_per_target, rows_per_s, rows_per_target, peak_mib)
-        results[k, precision] = found
+        peak_mib = round(peak[kind], 1) if cuda else None
+        results[kind] = Throughput(rows_per_s / rows_per_target, rows_per_s, rows_per_target, peak_mib)
     return results
 
 
@@ -98,6 +111,7 @@ def timed_step(
     dataset: PackedPrompts,
     step: int,
     precision: Resolved,
+    parts: Parts = EAGER,
 ) -> tuple[int, int, float, float]:
     """One timed step: rows, targets, seconds and peak MiB."""
     device = run.model.device
@@ -109,7 +123,8 @@ def timed_step(
     start = time.perf_counter()
     with computing(precision, device):
         few_shapes = wants_few_shapes(precision, device)
-        logits = token_logits(model, batch.input_ids, batch.layout, run.config.dti, few_shapes=few_shapes)
+        inputs = batch.input_ids, batch.layout, run.config.dti
+        logits = token_logits(model, *inputs, few_shapes=few_shapes, parts=parts)
         loss = torch.nn.functional.cross_entropy(logits.float(), labels)
     loss.backward()
     optimizer.step()

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dti_kernels import StreamLayout, padded_layout
-from dti_model.model import Capture, CudaCapture, are_close, keep_token_indices, reason_of
+from dti_kernels import StreamLayout
+from dti_model.model import Capture, CudaCapture, are_close, keep_token_indices, reason_of, with_padding
 from dti_model.prompts import StreamBatch
 
 # FLOPs of a step in each layer, beyond which a GPU takes longer than its host, and batches stay as they are. On an H200 SmolLM2-135M's steps
@@ -56,11 +56,9 @@ def padded_batch(batch: StreamBatch) -> StreamBatch:
     """
     layout = batch.layout
     num_context, num_sum = _rounded(layout.num_context + 1, 32), _rounded(layout.num_sum, 8)
-    more = num_context - layout.num_context, num_sum - layout.num_sum
-    context, sums = batch.input_ids.split([layout.num_context, layout.num_sum])
-    ids = torch.cat([F.pad(context, (0, more[0])), F.pad(sums, (0, more[1]))])
-    labels = F.pad(batch.labels, (0, more[1]), value=NO_LABEL)
-    return StreamBatch(ids, padded_layout(layout, num_context, num_sum), labels, batch.targets)
+    labels = F.pad(batch.labels, (0, num_sum - layout.num_sum), value=NO_LABEL)
+    ids, padded = with_padding(batch.input_ids, layout, num_context, num_sum)
+    return StreamBatch(ids, padded, labels, batch.targets)
 
 
 def _rounded(number: int, parts: int) -> int:

@@ -26,7 +26,7 @@ from dti_model.files import CHECKSUMS_FILE, sha256_of, whole_file, without_nan, 
 from dti_model.model import Run
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import first_rank_does, world_size
-from dti_model.training.compare import measure_training
+from dti_model.training.compare import Kind, measure_training
 from dti_model.training.start import METRICS_FILE, REPORT_FILE, check_results_are_ours
 from dti_model.training.trainer import StreamTrainer
 
@@ -108,10 +108,10 @@ def _training_facts(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
         "tokens_sliding_window": int(epochs * sliding),
     }
     if config.compare_steps:
-        precision = run.precision
-        measured = measure_training(run, [config.targets_per_prompt, 1], config.compare_steps, [precision])
-        names = {"streaming": config.targets_per_prompt, "sliding_window": 1}
-        facts["throughput"] = {name: asdict(measured[k, precision]) for name, k in names.items()}
+        ks = {"streaming": config.targets_per_prompt, "sliding_window": 1}
+        kinds = {name: Kind(k, run.precision, config.optim.compile) for name, k in ks.items()}
+        measured = measure_training(run, list(kinds.values()), config.compare_steps)
+        facts["throughput"] = {name: asdict(measured[kind]) for name, kind in kinds.items()}
     return facts
 
 

@@ -15,7 +15,7 @@ from dti_model.config import TrainConfig
 from dti_model.devices import device_named
 from dti_model.evaluation import eval_targets, item_user_auc, score_split, split_metrics
 from dti_model.launch import let_settings_rule
-from dti_model.model import Run
+from dti_model.model import EAGER, Run, compiled_parts
 from dti_model.precision import Resolved, resolve
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.ranks import world_size
@@ -53,6 +53,7 @@ def trainer_of(run: Run, arguments: TrainingArguments) -> StreamTrainer:
         answers=run.builder.format.labels,
         validate=validate,
         graphs=optim.graphs and not optim.activation_checkpointing and not optim.fsdp,
+        parts=compiled_parts(arguments.device) if optim.compile else EAGER,
     )
     trainer.provenance = asdict(run.provenance)
     trainer.add_callback(SaveInTime(trainer, optim.save_steps))

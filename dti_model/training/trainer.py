@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
 from dti_model.config import DTIConfig
-from dti_model.model import can_be_graphed, layers_of, token_logits
+from dti_model.model import EAGER, Parts, can_be_graphed, layers_of, token_logits
 from dti_model.precision import wants_few_shapes
 from dti_model.prompts import PackedPrompts, StreamBatch
 from dti_model.ranks import world_size
@@ -69,6 +69,7 @@ class StreamTrainer(ResumableTrainer):
         answers: tuple[int, int],
         validate: Callable[[], dict[str, float]],
         graphs: bool = False,
+        parts: Parts = EAGER,
         **kwargs: Any,
     ) -> None:
         """As Trainer's, and:
@@ -78,11 +79,12 @@ class StreamTrainer(ResumableTrainer):
             answers: token of a negative and of a positive label.
             validate: scores the validation targets with the model as it is; metrics by name.
             graphs: replay steps as CUDA graphs where the model can be captured (`graphed_steps.py`).
+            parts: what computes the layers around their attention in training steps.
             kwargs: keyword arguments of Trainer; `train_dataset` is a `PackedPrompts`.
         """
         kwargs["args"].train_sampling_strategy = "sequential"  # the data set shuffles itself, by epoch
         super().__init__(data_collator=self._collate, **kwargs)
-        self.dti, self.validate = dti, validate
+        self.dti, self.validate, self.parts = dti, validate, parts
         # The last one is `NO_LABEL`'s, which cross-entropy leaves out.
         self.answers = torch.tensor((*answers, NO_ANSWER), device=self.args.device)
         self.loss_is_scaled_for_ga = True
@@ -144,7 +146,9 @@ class StreamTrainer(ResumableTrainer):
         """Summed cross-entropy over the targets of the whole optimizer step."""
         batch: StreamBatch = inputs["batch"]
         few_shapes = wants_few_shapes("bf16" if self.args.bf16 else "fp32", batch.input_ids.device)
-        logits = token_logits(model, batch.input_ids, batch.layout, self.dti, few_shapes=few_shapes)
+        logits = token_logits(
+            model, batch.input_ids, batch.layout, self.dti, few_shapes=few_shapes, parts=self.parts
+        )
         labels = self.answers[batch.labels]
         total = F.cross_entropy(logits.float(), labels, reduction="sum")
         # Gradients are averaged over devices, but every target weighs the same whatever device it is on.
