@@ -110,6 +110,9 @@ def train_cpu() -> str:
     precisions = precisions_in(last)
     if len(precisions) > 1:
         head = head.replace("| times k = 1", "| times float32 | times k = 1")
+    compiled = any("over_eager" in row for row in last)
+    if compiled:
+        head = head.replace("| times k = 1", "| times as it is, compiled | times k = 1")
     lines = []
     for of in by_precision(last, "model", "k"):
         row = next(iter(of.values()))
@@ -117,12 +120,16 @@ def train_cpu() -> str:
         cells = [row["model"], str(row["k"]), _each(of, precisions, "targets_per_s", ",.0f")]
         if len(precisions) > 1:
             cells.append(f"{of['bf16']['over_fp32']:.2f}" if "over_fp32" in of.get("bf16", {}) else "")
+        if compiled:
+            cells.append(_each(of, precisions, "over_eager", ".2f") if "over_eager" in row else "")
         cells += [_each(of, precisions, "speedup", ".1f"), f"{row['rows_ratio']:.1f}"]
         cells += [f"{row['flops_ratio']:.1f}", equation, _each(of, precisions, "attention_share", ".0%")]
         lines.append(f"| {' | '.join([*cells, _each(of, precisions, 'peak_mib', ',.0f')])} |")
     made = last[-1]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in last))
     about = f"({made['machine']}, {made['data']}, mode {made['mode']}, commit {commits}.)"
+    if compiled:
+        about = f"Compiled: with `--optim.compile true`. {about}"
     if len(precisions) > 1:
         about = f"Two figures are of float32 and of bfloat16. {about}"
     return f"{markdown_table(head, lines)}\n\n{about}"

@@ -198,8 +198,8 @@ class OptimConfig:
         fsdp: on several devices, shard weights, gradients and moments over them (FSDP2); otherwise every device has all (DDP).
         graphs: on one GPU, replay steps of small models as CUDA graphs, which hold memory. Batches are padded by a few percent for it, so
             results differ by rounding. No effect on CPUs, several GPUs and large models, with activation_checkpointing and quantised weights.
-        compile: let torch.compile make the parts of a training step around its attention (norms, rotary positions, MLPs). It takes 12 to 25 s at
-            the start, and steps on a CPU 7 to 12 % less time; results differ by rounding.
+        compile: let torch.compile make the parts of a training step around its attention (norms, rotary positions, MLPs). It needs a C++
+            compiler, half a minute when a model's sizes are new to a machine and some seconds later; results differ by rounding.
         save_steps: also write a checkpoint every this many optimizer steps; 0: only after every epoch.
     """
 

@@ -1,8 +1,8 @@
 """What a decoder layer computes around its attention, as PyTorch's operators or compiled.
 
 Norms, rotary positions and SwiGLU are passes over memory, each of which reads and writes tensors as large as the hidden states. torch.compile
-makes one pass of several, forward and backward. Compiling takes 12 to 25 s when a run starts, so it pays in runs of more than a few minutes:
-see `optim.compile`. Attention stays as it is.
+makes one pass of several, forward and backward. That takes half a minute where a model's sizes are new to a machine, and some seconds where
+PyTorch's cache knows them, so it is for runs of more than a few minutes: see `optim.compile`. Attention stays as it is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Targets per second of training steps at several numbers of targets per prompt and in several precisions, in one process.
 
 Every k gets everything we have: packed batches, [SUM]-only head, the same attention, the same optimizer. Steps are interleaved,
-so that a slow moment of the machine hits all of them. k = 1 is the sliding-window baseline. Weights, gradients and moments are float32 in
+so that a slow moment of the machine hits all of them, to and fro, since a step also depends on the memory that the one before it left. k = 1 is the sliding-window baseline. Weights, gradients and moments are float32 in
 every precision, and the optimizer is the one that a training run has: Trainer's default, which is fused AdamW in its present versions.
 """
 
@@ -74,7 +74,7 @@ def measure_training(run: Run, kinds: Sequence[Kind], num_steps: int) -> dict[Ki
     speeds: dict[Kind, list[float]] = {kind: [] for kind in kinds}
     peak: dict[Kind, float] = {}
     for step in range(num_steps + 1):
-        for kind in speeds:
+        for kind in list(speeds)[:: -1 if step % 2 else 1]:
             parts = compiled_parts(model.device) if kind.compiled else EAGER
             of_kind = datasets[kind.k], step, kind.precision, parts
             rows, _, seconds, peak[kind] = timed_step(run, model, optimizer, *of_kind)

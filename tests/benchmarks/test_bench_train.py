@@ -72,3 +72,9 @@ def test_rows_of_every_k(config: TrainConfig) -> None:
     assert rows[1]["equation_3"] == 1.2
     assert rows[2]["rows_ratio"] > rows[1]["rows_ratio"] > 1
     assert rows[2]["flops_ratio"] > rows[1]["flops_ratio"] > rows[0]["flops_ratio"] == 1
+
+
+def test_rows_of_compiled_steps(config: TrainConfig) -> None:
+    rows = measure(config, [2], 1, ["fp32", "bf16"], compiled=True)
+    assert [row["precision"] for row in rows] == ["fp32", "bf16"]
+    assert all(row["over_eager"] > 0 for row in rows)

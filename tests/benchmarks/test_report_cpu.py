@@ -106,6 +106,17 @@ def test_tables(older: bool) -> None:
         assert line in made[name]
 
 
+def test_a_table_of_compiled_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a precision has been measured compiled, its figure stands beside the other's."""
+    rows = [row | {"over_eager": 1.1 if row["precision"] == "fp32" else 1.2} for row in train_rows()]
+    (tmp_path / "rows").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    monkeypatch.setattr(report, "TRAIN_CPU", tmp_path / "rows")
+    table = report.train_cpu()
+    assert "| 4 x 128 | 50 | 1,200 / 1,800 | 1.50 | 1.10 / 1.20 | 12.0 / 12.0 |" in table
+    assert "Compiled: with `--optim.compile true`." in table
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+
+
 def test_plots(older: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every line of a plot that has rows is drawn: zipped with five markers, a sixth provider was left out."""
     drawn: list[str] = []
