@@ -214,7 +214,8 @@ class StreamDecoderLayer(GradientCheckpointingLayer):
         hidden_states, rows = parts.added_and_normed(
             residual, self.dropout(attended), self.post_attention_layernorm
         )
-        return hidden_states + self.dropout(parts.mixed(self.mlp, rows))
+        mixed: Tensor = self.dropout(parts.mixed(self.mlp, rows))
+        return hidden_states + mixed
 
 
 def apply_dti(model: PreTrainedModel, config: DTIConfig, dropout: float = 0.0) -> PreTrainedModel:

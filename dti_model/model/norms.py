@@ -113,8 +113,8 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         h, weight, scale = ctx.saved_tensors
         dh, gradient = torch.empty_like(h), _NormBackward(h, weight)
-        for of_rows, *given, to in _blocks(grad.reshape(h.shape), h, scale, dh):
-            gradient.block(of_rows, *given, None, to)
+        for of_rows, rows, by, to in _blocks(grad.reshape(h.shape), h, scale, dh):
+            gradient.block(of_rows, rows, by, None, to)
         return dh.view(grad.shape), gradient.dweight, None
 
 
@@ -138,8 +138,8 @@ class _AddedNorm(torch.autograd.Function):
         h, weight, scale = ctx.saved_tensors
         of_h, of_rows = grad_h.reshape(h.shape), grad.reshape(h.shape)
         dx, dadded, gradient = torch.empty_like(h), torch.empty_like(of_rows), _NormBackward(h, weight)
-        for *given, to, in_16_bits in _blocks(of_rows, h, scale, of_h, dx, dadded):
-            gradient.block(*given, to)
+        for of_block, rows, by, more, to, in_16_bits in _blocks(of_rows, h, scale, of_h, dx, dadded):
+            gradient.block(of_block, rows, by, more, to)
             in_16_bits.copy_(to)
         return dx.view(grad.shape), dadded.view(grad.shape), gradient.dweight, None
 

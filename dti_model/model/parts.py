@@ -58,7 +58,7 @@ def compiled_parts(device: torch.device) -> Parts:
             f"optim.compile: torch.compile does not work on this machine ({reason[:200]}). For CPUs it needs a C++ compiler: install "
             "g++, or name one in CXX; or leave optim.compile out"
         ) from error
-    return Parts(*(torch.compile(part, dynamic=True) for part in EAGER))
+    return Parts._make(torch.compile(part, dynamic=True) for part in EAGER)
 
 
 def _probe(x: Tensor) -> Tensor:
