@@ -113,7 +113,7 @@ def test_a_table_of_compiled_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(report, "TRAIN_CPU", tmp_path / "rows")
     table = report.train_cpu()
     assert "| 4 x 128 | 50 | 1,200 / 1,800 | 1.50 | 1.10 / 1.20 | 12.0 / 12.0 |" in table
-    assert "Compiled: with `--optim.compile true`." in table
+    assert "Compiled: times as many targets/s with `--optim.compile true`." in table
     assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
 
 
