@@ -8,8 +8,8 @@ Trainer's own, which is fused AdamW, on float32 weights and moments in both prec
 Each row holds the ratio of targets/s to k = 1 in its precision beside three predictions: the ratio of rows per target (context tokens and
 [SUM]s), the ratio of FLOPs per target, counted from the lengths of the first batches, and the paper's equation 3, k N / (N + K) with n and
 k interactions for N and K. A row in bfloat16 also holds `over_fp32`, the ratio of its targets/s to those in float32 at its k. With --compile
-a row also holds `over_eager`, the ratio that `optim.compile` gives at its k in its precision. One more step of every kind runs under PyTorch's profiler: its share of attention, and on a CPU the most memory that it allocates beside weights and
-moments (on a GPU: in all).
+a row also holds `over_eager`, the ratio that `optim.compile` gives at its k in its precision. One more step of every kind runs under
+PyTorch's profiler: its share of attention, and on a CPU the most memory that it allocates beside weights and moments (on a GPU: in all).
 """
 
 from __future__ import annotations

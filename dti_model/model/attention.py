@@ -336,6 +336,7 @@ def token_logits(
 
 
 def _of_few_shapes(input_ids: Tensor, layout: StreamLayout) -> tuple[Tensor, StreamLayout]:
+    """Of all rows and of [SUM] rows there are few numbers; of context rows, whose initial states layers that reset multiply, some more."""
     num_sum = padded(layout.num_sum)
     return with_padding(input_ids, layout, padded(layout.num_context + 1 + num_sum) - num_sum, num_sum)
 

@@ -47,17 +47,25 @@ def added_and_normed(x: Tensor, added: Tensor, norm: nn.Module) -> tuple[Tensor,
     return x, normed(norm, x)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to the calls of a module or of a part of it."""
+    return any(
+        x._forward_hooks or x._forward_pre_hooks or x._backward_hooks or x._backward_pre_hooks
+        for x in module.modules()
+    )
+
+
 def _in_blocks(norm: nn.Module, x: Tensor) -> bool:
     """Whether a norm of a known formula, to which nobody listens, reads the residual stream of a bfloat16 pass on a CPU."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and type(norm) in _NORMS
         and norm.weight.dtype == torch.float32
-        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)
+        and not has_hooks(norm)
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dti_model.model.norms import added_and_normed, normed
+from dti_model.model.norms import added_and_normed, has_hooks, normed
 from dti_model.model.rotation import rotate
 
 
@@ -41,11 +41,17 @@ def _mixed(mlp: nn.Module, rows: Tensor) -> Tensor:
 EAGER = Parts(normed, added_and_normed, rotate, _mixed)
 
 
+# Variants of a part in one process: a width or a precision that is new makes one, and so do few other things. Beyond PyTorch's limit of 8 a part
+# would be computed as it is, and results would depend on what the process has computed before.
+_MOST_VARIANTS = 256
+
+
 @cache
 def compiled_parts(device: torch.device) -> Parts:
-    """The parts by torch.compile, for any number of rows; compiled when they are first called, and kept by PyTorch in its own cache.
+    """The parts by torch.compile, for batches of any size; compiled when they are first called, and kept by PyTorch in its own cache.
 
-    Results differ from those of `EAGER` by rounding, and are the same from run to run.
+    Results differ from those of `EAGER` by rounding, and are the same from run to run. Modules with hooks are computed as `EAGER` does. The
+    process's limit of variants per compiled function (`torch._dynamo.config`) is raised.
 
     Raises:
         ValueError: PyTorch cannot compile on this machine, as without a C++ compiler.
@@ -58,7 +64,22 @@ def compiled_parts(device: torch.device) -> Parts:
             f"optim.compile: torch.compile does not work on this machine ({reason[:200]}). For CPUs it needs a C++ compiler: install "
             "g++, or name one in CXX; or leave optim.compile out"
         ) from error
-    return Parts._make(torch.compile(part, dynamic=True) for part in EAGER)
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_VARIANTS)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * _MOST_VARIANTS)
+    return Parts._make(_compiled(part) for part in EAGER)
+
+
+def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
+    # LoRA's dropout draws what it draws without compiling.
+    fast = torch.compile(part, dynamic=True, options={"fallback_random": True})
+
+    def compute(*arguments: Any) -> Any:
+        # PyTorch does not look whether a module has got hooks since it was compiled.
+        heard = any(isinstance(x, nn.Module) and has_hooks(x) for x in arguments)
+        return (part if heard else fast)(*arguments)
+
+    return compute
 
 
 def _probe(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Targets per second of training steps at several numbers of targets per prompt and in several precisions, in one process.
 
 Every k gets everything we have: packed batches, [SUM]-only head, the same attention, the same optimizer. Steps are interleaved,
-so that a slow moment of the machine hits all of them, to and fro, since a step also depends on the memory that the one before it left. k = 1 is the sliding-window baseline. Weights, gradients and moments are float32 in
-every precision, and the optimizer is the one that a training run has: Trainer's default, which is fused AdamW in its present versions.
+so that a slow moment of the machine hits all of them, to and fro, since a step also depends on the memory that the one before it left.
+k = 1 is the sliding-window baseline. Weights, gradients and moments are float32 in every precision, and the optimizer is the one that a
+training run has: Trainer's default, which is fused AdamW in its present versions.
 """
 
 from __future__ import annotations
