@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 torch.set_num_threads(int(os.environ.get("DTI_TEST_THREADS", "1")))
 
 ROOT = Path(__file__).resolve().parents[1]
+# What torch.compile takes by itself is g++.
+needs_torch_compile = pytest.mark.skipif(
+    shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]) is None,
+    reason="no C++ compiler for torch.compile",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,6 +13,7 @@ from dti_model.data import prepare
 from dti_model.model.run import Run
 from dti_model.prompts import Prompts
 from dti_model.training import packed_epoch, small_steps, timed_step, trainer_of, training_arguments
+from tests.conftest import needs_torch_compile
 from tests.data.movielens_files import some_ratings, write_1m
 
 
@@ -74,6 +75,7 @@ def test_rows_of_every_k(config: TrainConfig) -> None:
     assert rows[2]["flops_ratio"] > rows[1]["flops_ratio"] > rows[0]["flops_ratio"] == 1
 
 
+@needs_torch_compile
 def test_rows_of_compiled_steps(config: TrainConfig) -> None:
     rows = measure(config, [2], 1, ["fp32", "bf16"], compiled=True)
     assert [row["precision"] for row in rows] == ["fp32", "bf16"]

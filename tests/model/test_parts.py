@@ -22,7 +22,7 @@ from dti_model.model import EAGER, Parts, add_lora, apply_dti, compiled_parts, t
 from dti_model.model.run import Run
 from dti_model.precision import Resolved, computing
 from dti_model.training import train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, needs_torch_compile
 from tests.model.test_attention import llama
 from tests.training.small_runs import small_run, train_until
 
@@ -75,6 +75,7 @@ def with_lora() -> Any:
     return model
 
 
+@needs_torch_compile
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["whole", "lora", "lora with dropout"])
 def test_same_results(kind: str, precision: Resolved, model: LlamaForCausalLM, parts: Parts) -> None:
@@ -92,6 +93,7 @@ def mean_error(results: list[Tensor], exact: list[Tensor]) -> float:
     return float(torch.stack([(x - y).norm() / y.norm() for x, y in zip(results, exact, strict=True)]).mean())
 
 
+@needs_torch_compile
 def test_batches_of_other_sizes_use_what_is_compiled(model: LlamaForCausalLM, parts: Parts) -> None:
     """There is another variant for more than 4,096 rows."""
     for num_items in (7, 20, 500):
@@ -101,6 +103,7 @@ def test_batches_of_other_sizes_use_what_is_compiled(model: LlamaForCausalLM, pa
             results(model, num_items, "bf16", parts)
 
 
+@needs_torch_compile
 def test_models_of_many_widths(parts: Parts) -> None:
     """As a search over widths has them in one process: PyTorch compiles eight variants, and computes others as they are with a warning."""
     with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -109,6 +112,7 @@ def test_models_of_many_widths(parts: Parts) -> None:
             torch.testing.assert_close(parts.normed(norm, x), norm(x))
 
 
+@needs_torch_compile
 def test_hooks_are_called(model: LlamaForCausalLM, parts: Parts) -> None:
     """Also those that came after compiling, and those within the MLP."""
     mlp, norm = copy.deepcopy(model.model.layers[0].mlp), LlamaRMSNorm(32)
@@ -124,6 +128,7 @@ def test_hooks_are_called(model: LlamaForCausalLM, parts: Parts) -> None:
     assert len(heard) == len(calls)
 
 
+@needs_torch_compile
 def test_a_run_that_is_broken_off_ends_like_a_whole_one(small_folder: Path, tmp_path: Path) -> None:
     """Bit for bit, though the first batch that another process compiles for is another one."""
     optim = OptimConfig(epochs=1, token_budget=600, save_steps=1, precision="fp32", compile=True)
