@@ -50,7 +50,8 @@ def measure(
     """One row per precision and k."""
     run = Run.start(config)
     ways = (False, True) if compiled else (False,)
-    measured = measure_training(run, list(map(Kind._make, product(ks, precisions, ways))), num_steps)
+    kinds = [Kind(k, precision, way) for k, precision, way in product(ks, precisions, ways)]
+    measured = measure_training(run, kinds, num_steps)
     flops = {k: flops_per_target(run, k) for k in ks}
     window = config.window
     rows = []

@@ -6,8 +6,9 @@
 All weights are trained, in float32 with bfloat16 products. With `--targets` they are some targets, whole prompts of 50 of them, and the
 same ones for every k: so streaming prompts and sliding windows are compared at equal targets, and with `--accumulation` at equal steps.
 Validation comes before the first step and after every epoch. Whenever it is the best so far, all test targets are scored at once, in prompts
-of 50 targets: a process that is ended later has its result, and the last such row is that of the best epoch. At the end some test targets get a prompt each. Rows are appended as they come. The learning rate falls to
-zero at the last step or at the time limit, whichever comes first, so a run that is cut short ends well too.
+of 50 targets: a process that is ended later has its result, and the last such row is that of the best epoch. At the end some test targets
+get a prompt each. Rows are appended as they come. The learning rate falls to zero at the last step or at the time limit, whichever comes
+first, so a run that is cut short ends well too.
 """
 
 from __future__ import annotations

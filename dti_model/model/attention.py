@@ -62,7 +62,7 @@ class Stream:
         initial_states: `(1, C, E)` token embeddings of the context rows, filled in by the first layer.
         context_outputs: keep the last layer's context rows; False: only [SUM] rows leave the model.
         past: rows that an earlier pass has computed; None: the model is given all rows.
-        recorded: a list that every layer adds the keys of all context rows to; None: they are not kept.
+        recorded: a list that every layer adds the keys of all rows to; None: they are not kept.
         parts: what computes the layers around their attention.
     """
 
@@ -131,7 +131,7 @@ class StreamAttention(nn.Module):
             keys = past.merge(self.layer_idx, keys, layout)
             q = q if sums_only else past.spread(q, layout.num_rows)
         if stream.recorded is not None:
-            stream.recorded.append(keys.rows(slice(num_context)))
+            stream.recorded.append(keys)
         k, v, k_initial, v_initial = keys
         cos, sin = (x[0].to(q.dtype) for x in position_embeddings)
         k_sum = k

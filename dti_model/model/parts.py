@@ -40,7 +40,6 @@ def _mixed(mlp: nn.Module, rows: Tensor) -> Tensor:
 
 EAGER = Parts(normed, added_and_normed, rotate, _mixed)
 
-
 # Variants of a part in one process: a width or a precision that is new makes one, and so do few other things. Beyond PyTorch's limit of 8 a part
 # would be computed as it is, and results would depend on what the process has computed before.
 _MOST_VARIANTS = 256
