@@ -10,7 +10,7 @@ would tell the next one's. Time is compared at the full precision of the source.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ from dti_model.data.sources import RawData
 class Indexed:
     """A data set by index: users and items in id order, rows in (user, time, item, file) order.
 
-    `duplicate_pairs` counts the (user, item) pairs that occur more than once, `duplicate_interactions` their rows
+    `extra` holds, of every extra column of the log, the number of each row's value, int32, and the values by number, of which some may
+    have lost their rows. `duplicate_pairs` counts the (user, item) pairs that occur more than once, `duplicate_interactions` their rows
     after the first; both before pruning.
     """
 
@@ -38,6 +39,7 @@ class Indexed:
     num_pruned: int
     duplicate_pairs: int
     duplicate_interactions: int
+    extra: dict[str, tuple[npt.NDArray[np.int32], pl.Series]] = field(default_factory=dict)
 
 
 def index_rows(raw: RawData, min_item_count: int) -> Indexed:
@@ -63,6 +65,7 @@ def index_rows(raw: RawData, min_item_count: int) -> Indexed:
     counts = np.bincount(columns.pop("user"), minlength=len(users))
     for name in columns:
         columns[name] = columns[name][order]
+    extra = {name: (columns.pop(f"={name}"), values) for name, values in raw.extra.items()}
     texts = items.to_frame("item").join(raw.items, on="item", how="left", maintain_order="left")
     if texts["text"].null_count() == texts.height:
         raise DataError(
@@ -77,6 +80,7 @@ def index_rows(raw: RawData, min_item_count: int) -> Indexed:
         num_pruned=num_rows - order.size,
         duplicate_pairs=duplicates[0],
         duplicate_interactions=duplicates[1],
+        extra=extra,
     )
 
 

@@ -1,7 +1,7 @@
 """Rows on their way in: whole lines in batches, ids as numbers, and a list of the rows that were rejected.
 
-A loader reads a file once, batch by batch, so its memory is the finished columns (20 bytes a row), one entry per
-distinct id, and one batch. Every row of a file is kept or rejected, and a rejected row is listed with its line.
+A loader reads a file once, batch by batch, so its memory is the finished columns (20 bytes a row, and 4 for each extra column), one
+entry per distinct id or extra value, and one batch. Every row of a file is kept or rejected, and a rejected row is listed with its line.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gzip
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -139,21 +139,46 @@ class IdTable:
 
 
 class Interactions:
-    """Collects the interactions of a source, batch by batch."""
+    """Collects the interactions of a source, batch by batch.
+
+    Attributes:
+        users, items: the ids.
+        extra: the values of each extra column, by its name.
+    """
 
     def __init__(self) -> None:
         self.users, self.items = IdTable(), IdTable()
+        self.extra: dict[str, IdTable] = {}
         self._batches: list[pl.DataFrame] = []
 
-    def add(self, users: list[str], items: list[str], timestamps: pl.Series, ratings: pl.Series) -> None:
-        """Append rows: ids as text, times as integers, ratings as numbers."""
+    def add(
+        self,
+        users: list[str],
+        items: list[str],
+        timestamps: pl.Series,
+        ratings: pl.Series,
+        extra: Mapping[str, pl.Series] | None = None,
+    ) -> None:
+        """Append rows: ids as text, times as integers, ratings as numbers, and the same `extra` columns every time, as text (null is "").
+
+        Extra columns are kept as numbers of their distinct values: what decides is how many of those there are.
+        """
         columns = {
             "user": self.users.encode(users),
             "item": self.items.encode(items),
             "timestamp": timestamps.cast(pl.Int64),
             "rating": ratings.cast(pl.Float32),
         }
-        self._batches.append(pl.DataFrame(columns, schema=INTERACTION_SCHEMA))
+        frame = pl.DataFrame(columns, schema=INTERACTION_SCHEMA)
+        coded = [self._coded(name, values) for name, values in (extra or {}).items()]
+        self._batches.append(frame.with_columns(coded))
+
+    def _coded(self, name: str, values: pl.Series) -> pl.Series:
+        texts = values.cast(pl.String).fill_null("")
+        distinct = texts.unique(maintain_order=True)
+        codes = self.extra.setdefault(name, IdTable()).encode(distinct.to_list())
+        found = texts.replace_strict(distinct, pl.Series(codes), return_dtype=pl.Int32)
+        return found.alias(f"={name}")
 
     def frame(self) -> pl.DataFrame:
         """All rows, one chunk per batch: joining them would hold everything twice."""

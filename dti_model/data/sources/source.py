@@ -2,7 +2,8 @@
 
 A new data set is one file with a `Source` and one row of `names.py`; labels, order, split, storage and tokens are shared.
 
-    interactions: user, item (Int32, numbers of `users` and `rated`), timestamp (Int64), rating (Float32)
+    interactions: user, item (Int32, numbers of `users` and `rated`), timestamp (Int64), rating (Float32); and a column "=name" (Int32,
+                  numbers of `extra[name]`) of every extra column of the log that something asked for
     items:        item (String), text (String, "" where nothing is known), titled (Boolean)
 
 Every row of the source that is not in `rejected` is a row here, repeated (user, item) pairs included. Interactions are in the
@@ -24,7 +25,7 @@ import polars as pl
 
 from dti_model.data.errors import DataError
 from dti_model.data.sources.item_frames import ItemTexts
-from dti_model.data.sources.rows import INTERACTION_SCHEMA, Interactions, Rejected
+from dti_model.data.sources.rows import Interactions, Rejected
 from dti_model.files import sha256_of
 
 STARS = (1, 5)  # ratings of MovieLens and Amazon
@@ -76,6 +77,7 @@ class RawData:
         subset: a part of the published set is enough.
         users: the user ids by number.
         rated: the item ids by number.
+        extra: of each extra column its values by number.
         repeated_items: rows of the item file that repeat an item with interactions.
         texts_cut: values of item texts that were cut because of their length.
         checksums: SHA-256 by file name.
@@ -97,6 +99,7 @@ class RawData:
     interactions: pl.DataFrame = field(init=False)
     users: pl.Series = field(init=False)
     rated: pl.Series = field(init=False)
+    extra: Mapping[str, pl.Series] = field(init=False)
     items: pl.DataFrame = field(init=False)
     repeated_items: int = field(init=False)
     texts_cut: int = field(init=False)
@@ -105,6 +108,7 @@ class RawData:
     def __post_init__(self, collected: Interactions, texts: ItemTexts) -> None:
         self.interactions, self.items = collected.frame(), texts.frame()
         self.users, self.rated = collected.users.names(), collected.items.names()
+        self.extra = {name: values.names() for name, values in collected.extra.items()}
         self.repeated_items, self.texts_cut = texts.num_repeated, texts.num_cut
         self.checksums = {path.name: sha256_of(path) for path in (self.interactions_path, self.items_path)}
         lost = self.num_rows - self.num_rejected[0] - self.interactions.height
@@ -136,7 +140,7 @@ class RawData:
         """The columns of the interactions, which are given up: a large source does not fit into memory twice."""
         frame, self.interactions = self.interactions, self.interactions.clear()
         columns = {}
-        for name in INTERACTION_SCHEMA:
+        for name in frame.columns:
             columns[name] = frame[name].to_numpy()
             frame = frame.drop(name)
         return columns
