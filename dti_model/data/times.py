@@ -2,8 +2,8 @@
 
 A source says its unit. Times of a log that only says "integers" or "numbers" are told by their size: a log lies in the years 1980 to
 2100, and in no more than one of seconds, milliseconds, microseconds and nanoseconds since 1970 its first and last time both do.
-Where none fits, such as counts or 1 to 9, the times are no dates: an error says so, and nothing is guessed. A unit that is
-said and that another one contradicts by this rule is an error too.
+Where none fits, such as counts or 1 to 9, the times are no dates: an error says so, and nothing is guessed. Where a unit is said, an
+error names the one that fits if dates are asked for and the said one gives years beyond 9999.
 """
 
 from __future__ import annotations
@@ -78,19 +78,38 @@ class Clock:
         """The name in `UNITS` of what the file's numbers count.
 
         Raises:
-            DataError: nobody said it and the times fit none, or they contradict what was said.
+            DataError: nobody said it and the times fit none, or as what was said they are of no year that dates have.
         """
-        likely = self.likely
-        if self.said != OF_FILE:
-            self._check_said(likely)
-            return self.said
-        if likely is None:
+        if self.said == OF_FILE:
+            if self.likely is None:
+                raise DataError(
+                    f"{self._prefix}the time stamps, {self._span}, are of 1980 to 2100 neither as seconds nor as "
+                    f"{', '.join(list(UNITS)[1:])} since 1970, so they cannot be read as dates. Say their unit with timestamp_unit "
+                    "(--timestamp-unit), or give numbers like theirs instead of dates"
+                )
+            return self.likely
+        steps = UNITS[self.said] * self.scale
+        if not _YEAR_1 * steps <= self.first <= self.last < _YEAR_10_000 * steps:
+            self.check_said()
             raise DataError(
-                f"{self._prefix}the time stamps, {self._span}, are of 1980 to 2100 neither as seconds nor as "
-                f"{', '.join(list(UNITS)[1:])} since 1970, so they cannot be read as dates. Say their unit with timestamp_unit "
-                "(--timestamp-unit), or give numbers like theirs instead of dates"
+                f"{self._prefix}the time stamps, {self._span}, are not of the years 1 to 9999 as {self.said}, so they cannot be read as "
+                "dates. Mend them, or give numbers like theirs instead of dates"
             )
-        return likely
+        return self.said
+
+    def check_said(self) -> None:
+        """Compare the unit that was said with the one that fits.
+
+        Raises:
+            DataError: another one fits.
+        """
+        if self.likely not in (None, self.said):
+            steps = UNITS[self.said] * self.scale
+            raise DataError(
+                f"{self._prefix}the time stamps, {self._span}, are {self.likely}, not {self.said}: as {self.said} the last would be of "
+                f"the year {1970 + self.last // steps // _YEAR}. Say timestamp_unit {self.likely} (--timestamp-unit, of your own log), or "
+                "give numbers like theirs instead of dates"
+            )
 
     def per_second(self) -> int:
         """Time stamps that make a second.
@@ -109,22 +128,15 @@ class Clock:
         per_second = self.per_second()
         return timestamps if per_second == 1 else timestamps // per_second
 
-    def stamp(self, moment: Moment, name: str) -> int:
-        """The first time stamp that is not before a moment.
-
-        Args:
-            moment: a number counts the file's unit; a date is midnight, and UTC unless it names an offset.
-            name: of the argument, for messages.
+    def stamp(self, moment: datetime.datetime | Fraction) -> int:
+        """The first time stamp that is not before a moment of `parsed_moment`.
 
         Raises:
             DataError: it is a date, and the unit is not known (see `file_unit`).
-            ValueError: it is neither a number nor a date.
         """
-        number = _number(moment)
-        if number is not None:
-            return _ceil(number * self.scale)
-        since_1970 = _date(moment, name) - _EPOCH
-        microseconds = since_1970 // datetime.timedelta(microseconds=1)
+        if isinstance(moment, Fraction):
+            return _ceil(moment * self.scale)
+        microseconds = (moment - _EPOCH) // datetime.timedelta(microseconds=1)
         return _ceil(Fraction(microseconds * self.per_second(), 10**6))
 
     def shown(self, timestamp: int) -> str:
@@ -144,20 +156,6 @@ class Clock:
     def _span(self) -> str:
         return f"{self.first / self.scale:.15g} to {self.last / self.scale:.15g}"
 
-    def _check_said(self, likely: str | None) -> None:
-        steps = UNITS[self.said] * self.scale
-        if likely not in (None, self.said):
-            raise DataError(
-                f"{self._prefix}the time stamps, {self._span}, are {likely}, not {self.said}: as {self.said} the last would be of the "
-                f"year {1970 + self.last // steps // _YEAR}. Say --timestamp-unit {likely} (of your own log), or give numbers like "
-                "theirs instead of dates"
-            )
-        if not _YEAR_1 * steps <= self.first <= self.last < _YEAR_10_000 * steps:
-            raise DataError(
-                f"{self._prefix}the time stamps, {self._span}, are not of the years 1 to 9999 as {self.said}, so they cannot be read as "
-                "dates. Mend them, or give numbers like theirs instead of dates"
-            )
-
 
 def seconds_of(timestamps: npt.NDArray[np.int64], unit: str, place: str = "") -> npt.NDArray[np.int64]:
     """Whole seconds since 1970 (UTC) of all time stamps of a data set, rounded down.
@@ -174,35 +172,38 @@ def seconds_of(timestamps: npt.NDArray[np.int64], unit: str, place: str = "") ->
     return Clock(unit, int(timestamps.min()), int(timestamps.max()), place).seconds(timestamps)
 
 
-def _number(moment: Moment) -> Fraction | None:
-    """A moment that is a number; None where it is not."""
-    if isinstance(moment, datetime.date):
-        return None
+def parsed_moment(moment: Moment, name: str) -> datetime.datetime | Fraction:
+    """A date or date-time, midnight and UTC unless it says otherwise, or a number in the unit of the file.
+
+    Raises:
+        ValueError: it is neither; the message says so of the argument `name`.
+    """
     try:
-        number = Decimal(str(moment).strip())
+        if isinstance(moment, datetime.datetime):
+            date = moment
+        elif isinstance(moment, datetime.date):
+            date = datetime.datetime.combine(moment, datetime.time())
+        else:
+            text = str(moment).strip()
+            number = _number(text)
+            if number is not None:
+                return number
+            date = datetime.datetime.fromisoformat(text)
+        return date.replace(tzinfo=datetime.UTC) if date.tzinfo is None else date.astimezone(datetime.UTC)
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"{name} must be a date or date-time of ISO 8601, such as 2024-05-31 or 2024-05-31T18:00+02:00, or a number in the unit of "
+            f"the time stamps, but is {moment or 'empty'}"
+        ) from None
+
+
+def _number(text: str) -> Fraction | None:
+    try:
+        number = Decimal(text)
     except InvalidOperation:
         return None
     is_plain = number.is_finite() and -_MOST_DIGITS < number.adjusted() < _MOST_DIGITS
     return Fraction(number) if is_plain and len(number.as_tuple().digits) <= 2 * _MOST_DIGITS else None
-
-
-def _date(moment: Moment, name: str) -> datetime.datetime:
-    try:
-        if isinstance(moment, datetime.date) and not isinstance(moment, datetime.datetime):
-            moment = datetime.datetime.combine(moment, datetime.time())
-        date = (
-            moment
-            if isinstance(moment, datetime.datetime)
-            else datetime.datetime.fromisoformat(str(moment).strip())
-        )
-        if date.tzinfo is None:
-            return date.replace(tzinfo=datetime.UTC)
-        return date.astimezone(datetime.UTC)
-    except (ValueError, OverflowError):
-        raise ValueError(
-            f"{name} must be a date or date-time of ISO 8601, such as 2024-05-31 or 2024-05-31T18:00+02:00, or a number in the unit of "
-            f"the time stamps, but is {moment}"
-        ) from None
 
 
 def _ceil(number: Fraction) -> int:
