@@ -125,14 +125,18 @@ def _validation_examples(run: Run, num_targets: int) -> Iterator[Example]:
     for row in rows[::step][:num_targets].tolist():
         user_first = int(data.history_offsets[data.users_of(np.array([row]))[0]])
         start = max(user_first, row - (run.config.model.layers + 1) * window)
-        prompt = Prompts(np.array([start]), np.array([row]), np.array([row + 1]))
+        prompt = Prompts.of(np.array([start]), np.array([row]), np.array([row + 1]))
         batch = builder.batch(prompt)
-        prefix = len(builder.format.prefix)
+        prefix = int(builder.prefix_lengths(prompt)[0])
         end = np.array([row - window])
-        before = int(builder.num_rows(Prompts(np.array([start]), end, end))[0])
+        before = int(builder.num_rows(Prompts.of(np.array([start]), end, end))[0])
         position = torch.arange(batch.layout.num_context)
         # num_rows counts no label after a prompt's last interaction; here that label is read.
-        yield batch.input_ids, batch.layout, (position >= prefix) & (position < before + 1)
+        yield (
+            batch.input_ids,
+            batch.layout,
+            (position >= prefix) & (position < before + builder.format.label_length),
+        )
 
 
 def _row(weights: str, num_layers: int, reset: str, found: list[float]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def make_parser(name: str) -> Parser:
         parser.add_argument("--max-rejected", type=number, default=0.01, help=text)
         text = "longest value in an item text; longer ones are cut at a word"
         parser.add_argument("--max-chars", type=int, default=200, help=text)
+    _add_texts(parser, name)
     _add_protocol(parser, source.min_item_count)
     return parser
 
@@ -70,6 +71,30 @@ def _add_custom(parser: Parser) -> None:
     parser.add_argument("--threshold", type=number, help="with --rating: a rating above it is a click")
 
 
+def _add_texts(parser: Parser, name: str) -> None:
+    parser.add_argument(
+        "--context-text",
+        type=str,
+        metavar="TEMPLATE",
+        help='text behind every item: columns of the log, and {hour} {weekday} {gap} {item_rate} {user_rate}: "{weekday}, {hour}; {gap}"',
+    )
+    parser.add_argument(
+        "--timezone", type=str, default="UTC", metavar="NAME", help="time zone of {hour} and {weekday}"
+    )
+    if SOURCES[name].is_published:
+        text = "begin every prompt with the user's gender, age and occupation, of the data set's users' file"
+        parser.add_argument("--profile", action="store_true", help=text)
+    if name == "custom":
+        text = "one row a user: .csv, .tsv (also .gz) or .parquet; goes with --user-text"
+        parser.add_argument("--users", type=Path, metavar="FILE", help=text)
+        text = (
+            'begin every prompt with this text of its user, columns of --users in braces: "{gender}, {age}"'
+        )
+        parser.add_argument("--user-text", type=str, metavar="TEMPLATE", help=text)
+        text = "column of the users' file with the user; default: as in --user"
+        parser.add_argument("--users-key", type=str, metavar="COLUMN", help=text)
+
+
 def _add_protocol(parser: Parser, min_item_count: int) -> None:
     text = "8:1:1 over global time, or within each user"
     parser.add_argument("--split", type=Literal["global", "user"], default="global", help=text)
@@ -86,7 +111,8 @@ def run(name: str, options: Namespace) -> None:
     from dti_model.data import named_source, prepare
 
     settings = options.as_dict()  # vars() would show `items` under another name: Namespace has a method of it
-    protocol = {key: settings.pop(key) for key in ("split", "min_context", "min_item_count", "vocab_size")}
+    rules = ("split", "min_context", "min_item_count", "vocab_size", "context_text", "timezone")
+    protocol = {key: settings.pop(key) for key in rules}
     out = settings.pop("out")
     if SOURCES[name].threshold is not None:
         protocol["threshold"] = settings.pop("threshold")

@@ -17,8 +17,10 @@ _FORMAT = """Score candidates of users, a request per line (JSON lines, or Parqu
 
   {"user": "5", "candidates": ["50", "172"]}
   {"history": [["50", 1], ["172", 0]], "candidates": ["181", {"title": "Brazil (1985)", "genres": ["Sci-Fi"]}]}
+  {"user": "5", "context": {"timestamp": 893286638}, "candidates": ["50"], "profile": {"gender": "F", "age": "25-34"}}
 
-A user without a history has the one of the prepared data. An item is an id of the prepared data, the fields that its
+A user without a history has the one of the prepared data, and one without a profile has the profile there. Context and profile have
+the fields that the data was prepared with (--context-text, --user-text). An item is an id of the prepared data, the fields that its
 item texts are made of, or its finished text, {"text": "..."}; a label is 1 (or true) for a click and 0 (or false) for none, oldest
 interaction first. In Parquet, history is a list of structs (item, label).
 

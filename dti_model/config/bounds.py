@@ -22,6 +22,8 @@ MOST = 10**9
 LARGEST_SEED = 2**32 - 1
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODES = ("dti", "dti-minus", "dti-position", "dti-reset")
+ITEM, LABEL = "{item}", "{label}"
+GLUED = ITEM + LABEL  # the template of models from scratch, whose labels are words of their own anyway
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,17 @@ def _is_text(value: Any) -> bool:
     return "\0" not in value
 
 
+def _is_template(value: Any) -> bool:
+    if not _is_text(value) or value.count(ITEM) != 1 or value.count(LABEL) != 1:
+        return False
+    rest = value.replace(ITEM, "", 1).replace(LABEL, "", 1)
+    return bool(value.index(ITEM) < value.index(LABEL)) and "{" not in rest and "}" not in rest
+
+
+_template = Rule(
+    "text that holds {item} and then {label}, once each, and no other braces, such as '{item}. Liked: {label}\\n'",
+    _is_template,
+)
 _truth = Rule("true or false", lambda value: isinstance(value, bool))
 _text = Rule("text", _is_text)
 _folder = Rule("a folder's path", lambda value: isinstance(value, (str, Path)) and _is_text(str(value)))
@@ -150,6 +163,7 @@ RULES: Mapping[str, Rule] = {
     "model.quantize": Rule("0, 4 or 8 bits", lambda value: _is_integer(value) and value in (0, 4, 8)),
     "model.liger": _truth,
     "model.instruction": _text,
+    "model.template": optional(_template),
     "optim.epochs": integer(1, 10**6),
     "optim.max_steps": integer(0),
     "optim.validate_every": integer(0),

@@ -3,6 +3,7 @@
 optim.bf16: true                                  optim.precision: bf16
 optim.bf16: false                                 optim.precision: fp32
 no optim.graphs in the config.yaml of a run       optim.graphs: false, since the run began before there were any
+no model.template in that of a pretrained model   model.template: "{item}{label}", as all prompts were then
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from dti_model.config.bounds import GROUPS, as_yaml
+from dti_model.config.bounds import GLUED, GROUPS, as_yaml
 
 OLDER, NEWER = "optim.bf16", "optim.precision"
 
@@ -59,8 +60,13 @@ def newer_spelling(settings: Mapping[str, Any], group: str = "") -> dict[str, An
 
 def as_it_began(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a run's config.yaml, with those that its version did not have as it computed without them."""
-    optim = settings.get("optim")
-    return {**settings, "optim": {"graphs": False, **optim}} if isinstance(optim, Mapping) else dict(settings)
+    began = dict(settings)
+    optim, model = settings.get("optim"), settings.get("model")
+    if isinstance(optim, Mapping):
+        began["optim"] = {"graphs": False, **optim}
+    if isinstance(model, Mapping) and model.get("pretrained") is not None:
+        began["model"] = {"template": GLUED, **model}
+    return began
 
 
 def both_given(older: str, newer: str) -> str:

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dti_model.config.bounds import PROJECTIONS, as_yaml, check_settings
+from dti_model.config.bounds import GLUED, PROJECTIONS, as_yaml, check_settings
 from dti_model.config.file import CONFIG_FILE, read_config, write_config
 from dti_model.config.references import located
 from dti_model.precision import DEFAULT, Precision
+
+# All families of pretrained models have read running text: an arrow asks for the answer, and a line feed ends it, one token each.
+LLM_TEMPLATE = "{item} ->{label}\n"
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ class ModelConfig:
         quantize: keep a pretrained model's projections in 8 or 4 bits (bitsandbytes), with lora only; 0: no.
         liger: use Liger's kernels for the norms and MLPs of a pretrained model (liger-kernel, on a GPU).
         instruction: text before the first interaction of every prompt of a pretrained model.
+        template: text around every item and its label, such as '{item}. Liked: {label}\\n'; [SUM] stands where the target's label
+            would. Default: '{item} ->{label}\\n' for a pretrained model, '{item}{label}' from scratch, where a label is a word of its own.
     """
 
     layers: int = 4
@@ -133,6 +138,7 @@ class ModelConfig:
     quantize: Literal[0, 4, 8] = 0
     liger: bool = False
     instruction: str = ""
+    template: str | None = None
 
     def __post_init__(self) -> None:
         check_settings(self, "model.")
@@ -170,6 +176,13 @@ class ModelConfig:
         if self.dropout is not None:
             return self.dropout
         return 0.1 if self.pretrained is None else 0.0
+
+    @property
+    def prompt_template(self) -> str:
+        """`template`, or its default."""
+        if self.template is not None:
+            return self.template
+        return GLUED if self.pretrained is None else LLM_TEMPLATE
 
     @property
     def uses_lora(self) -> bool:

@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from dti_model.data.arrow_file import write_table
+from dti_model.data.contexts import FIRST, gap_text, moment_texts, rate_text
 from dti_model.data.errors import DataError, OneLineError
 from dti_model.data.folder import STATS_FILE, write_stats
 from dti_model.data.sources import SOURCES, loaded, named_source
 from dti_model.data.split import CONTEXT, SPLIT_CODES, TEST, TRAIN, VAL
 from dti_model.data.store import COLUMNS, PreparedData
-from dti_model.data.text_encoder import ENCODING_VERSION, TextEncoder
-from dti_model.data.texts import FINISHED, MAX_CHARS, TEMPLATE, Template, template_text
+from dti_model.data.text_encoder import ENCODING_VERSION, TextEncoder, TokenIds
+from dti_model.data.texts import FINISHED, MAX_CHARS, TEMPLATE, Template, field_text, template_text
 from dti_model.data.tokens import LABEL_TEXTS, SUM, label_tokens, plain_backend
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "CONTEXT",
     "ENCODING_VERSION",
     "FINISHED",
+    "FIRST",
     "LABEL_TEXTS",
     "MAX_CHARS",
     "SOURCES",
@@ -38,10 +40,15 @@ __all__ = [
     "PreparedData",
     "Template",
     "TextEncoder",
+    "TokenIds",
+    "field_text",
+    "gap_text",
     "label_tokens",
+    "moment_texts",
     "named_source",
     "plain_backend",
     "prepare",
+    "rate_text",
     "template_text",
     "write_stats",
     "write_table",

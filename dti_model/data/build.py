@@ -22,6 +22,8 @@ import polars as pl
 import pyarrow as pa
 
 from dti_model.data.arrow_file import write_table
+from dti_model.data.coded_texts import CodedTexts
+from dti_model.data.contexts import RowFacts, check_timezone
 from dti_model.data.errors import DataError
 from dti_model.data.folder import (
     FORMAT_VERSION,
@@ -31,6 +33,7 @@ from dti_model.data.folder import (
     write_stats,
 )
 from dti_model.data.index import Indexed, index_rows
+from dti_model.data.row_texts import context_template, contexts_of
 from dti_model.data.sources import RawData, Source, source_in_folder
 from dti_model.data.split import CONTEXT, SPLIT_CODES, SplitKind, assign_split
 from dti_model.data.store import COLUMNS, PreparedData
@@ -40,6 +43,7 @@ from dti_model.files import WriteError, locked_beside, whole_folder, write_seale
 
 DEFAULT_VOCAB_SIZE = 4096
 REJECTED_FILE = "rejected.csv"
+MAX_LEARNT = 100_000  # texts of contexts, and of profiles, that the tokenizer is trained on
 MAX_COUNT = 2**31 - 1  # nobody has more interactions; beyond 64 bits NumPy cannot compare
 
 
@@ -54,6 +58,8 @@ def prepare(
     min_item_count: int | None = None,
     subset: bool = False,
     vocab_size: int = DEFAULT_VOCAB_SIZE,
+    context_text: str | None = None,
+    timezone: str = "UTC",
 ) -> dict[str, Any]:
     """Read a data set and write a prepared folder, all of it or nothing.
 
@@ -66,7 +72,10 @@ def prepare(
         min_context: earlier interactions that a target needs.
         min_item_count: items with fewer interactions are dropped; None takes the data set's default.
         subset: accept a part of MovieLens: counts are reported, not compared with the full set's.
-        vocab_size: largest vocabulary of the tokenizer trained on the item texts.
+        vocab_size: largest vocabulary of the tokenizer trained on the texts.
+        context_text: template of a text that stands behind the item's in every interaction, of columns of the log and of the facts in
+            `contexts.py`, such as "{weekday}, {hour}; {gap}"; None: there is none.
+        timezone: IANA name of the time zone of hours and weekdays.
 
     Returns:
         The content of stats.json, without its own sha256.
@@ -84,11 +93,12 @@ def prepare(
         raise ValueError(f"raw_dir does not apply to {source.name}: its files have their own paths")
     elif subset:
         raise ValueError(f"subset does not apply to {source.name}: it has no published counts")
-    rules = _Rules(split, threshold, min_context, min_item_count, vocab_size)
+    rules = _Rules(split, threshold, min_context, min_item_count, vocab_size, context_text, timezone)
     rules.check(source)
     check_replaceable(out)
     with _locked(out):
-        return _prepared(source.name, source.load(), rules, out)
+        context = None if context_text is None else context_template(context_text)
+        return _prepared(source.name, source.load([] if context is None else context.columns), rules, out)
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,8 @@ class _Rules:
     min_context: int
     min_item_count: int | None
     vocab_size: int
+    context_text: str | None
+    timezone: str
 
     def check(self, source: Source) -> None:
         """Raise a ValueError at an impossible value."""
@@ -119,6 +131,9 @@ class _Rules:
             if value is not None and not least <= value <= MAX_COUNT:
                 raise ValueError(f"{name} must be at least {least} and at most {MAX_COUNT:,}, but is {value}")
         check_vocab_size(self.vocab_size)
+        check_timezone(self.timezone)
+        if self.context_text is not None:
+            context_template(self.context_text)
 
 
 def _prepared(name: str, raw: RawData, rules: _Rules, out: Path) -> dict[str, Any]:
@@ -135,6 +150,8 @@ def _prepared(name: str, raw: RawData, rules: _Rules, out: Path) -> dict[str, An
     min_item_count = raw.min_item_count if rules.min_item_count is None else rules.min_item_count
     indexed = index_rows(raw, min_item_count)
     columns = _columns(indexed, threshold, rules.split, rules.min_context)
+    row_texts = _row_texts(raw, indexed, columns, rules)
+    provenance |= {name: rule for name, (_, rule) in row_texts.items()}
     stats = {
         "format_version": FORMAT_VERSION,
         "source": provenance,
@@ -148,7 +165,8 @@ def _prepared(name: str, raw: RawData, rules: _Rules, out: Path) -> dict[str, An
     }
     try:
         with whole_folder(out, lambda: check_replaceable(out)) as folder:
-            _write(folder, raw, indexed, columns, stats, rules.vocab_size)
+            coded = {name: texts for name, (texts, _) in row_texts.items()}
+            _write(folder, raw, indexed, columns, coded, stats, rules.vocab_size)
     except WriteError:
         raise
     except OSError as error:
@@ -186,6 +204,29 @@ def _columns(
         "split": assign_split(data.offsets, by_time, split, min_context),
         "order": order,
     }
+
+
+def _row_texts(
+    raw: RawData, data: Indexed, columns: Mapping[str, npt.NDArray[Any]], rules: _Rules
+) -> dict[str, tuple[CodedTexts, dict[str, Any]]]:
+    """Contexts of interactions and profiles of users, each with its rule, where there are any."""
+    found: dict[str, tuple[CodedTexts, dict[str, Any]]] = {}
+    if rules.context_text is not None:
+        facts = RowFacts(
+            offsets=data.offsets,
+            item=columns["item"],
+            label=columns["label"],
+            timestamp=columns["timestamp"],
+            by_time=np.argsort(columns["order"]),
+            unit=raw.timestamp_unit,
+            timezone=rules.timezone,
+            place=str(raw.interactions_path),
+        )
+        found["context"] = contexts_of(context_template(rules.context_text), facts, data.extra)
+    if raw.profiles is not None:
+        profiles, without = raw.profiles.coded(data.users)
+        found["profile"] = profiles, {**raw.profiles.rule, "users_without": without}
+    return found
 
 
 def _counts(raw: RawData, data: Indexed, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
@@ -233,6 +274,7 @@ def _write(
     raw: RawData,
     data: Indexed,
     columns: Mapping[str, npt.NDArray[Any]],
+    row_texts: Mapping[str, CodedTexts],
     stats: dict[str, Any],
     vocab_size: int,
 ) -> None:
@@ -250,7 +292,11 @@ def _write(
         write_table(pa.table(table), folder / name)
     if any(raw.num_rejected):
         pl.concat([rejected.frame() for rejected in raw.rejected]).write_csv(folder / REJECTED_FILE)
-    tokenizer = train_tokenizer(texts, vocab_size)
+    learnt = texts
+    for name, coded in row_texts.items():
+        coded.write(folder, f"{name}s")
+        learnt = learnt + [f"; {text}" for text in coded.texts[:MAX_LEARNT]]
+    tokenizer = train_tokenizer(learnt, vocab_size)
     save_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
     stats["tokenizer"] = {"vocab_size": tokenizer.get_vocab_size()}
     write_stats(folder, stats)

@@ -29,10 +29,14 @@ from dti_model.files import (
 )
 
 FORMAT_VERSION = 2
+EXTENDED_VERSION = (
+    3  # of folders with one of `OPTIONAL_TABLES`, which a reader of version 2 would leave out without a word
+)
 STATS_FILE = "stats.json"
 TOKENIZER_FOLDER = "tokenizer"
 TOKENS_FOLDER = "tokens"
 TABLES = ("interactions.arrow", "users.arrow", "items.arrow")
+OPTIONAL_TABLES = ("contexts.arrow", "contexts_codes.arrow", "profiles.arrow", "profiles_codes.arrow")
 AGAIN = "Make the folder again with: dti prepare"
 REMOVE = "Remove the folder and make it again with: dti prepare"
 _CONTENT = ("source", "files", "users", "items", "interactions")
@@ -53,6 +57,8 @@ def write_stats(folder: Path, stats: dict[str, Any]) -> None:
         for name, facts in found.items()
         if name != STATS_FILE and not name.startswith(f"{TOKENS_FOLDER}/")
     }
+    if stats["files"].keys() & set(OPTIONAL_TABLES):
+        stats["format_version"] = EXTENDED_VERSION
     _whole.update(_state(folder / name, facts) for name, facts in stats["files"].items())
     write_sealed(folder / STATS_FILE, stats)
 
@@ -77,13 +83,15 @@ def read_stats(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: damaged, not valid JSON ({error}). {REMOVE}") from error
     version = value.get("format_version") if isinstance(value, dict) else None
-    if type(version) is int and version != FORMAT_VERSION:
-        raise DataError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. {AGAIN}")
+    if type(version) is int and version not in (FORMAT_VERSION, EXTENDED_VERSION):
+        raise DataError(
+            f"{path}: format version {version}, this program reads {FORMAT_VERSION} and {EXTENDED_VERSION}. {AGAIN}"
+        )
     try:
         stats = read_sealed(path, REMOVE)
     except DamagedFileError as error:
         raise DataError(f"{path}: damaged, its content is not what was written. {REMOVE}") from error
-    if stats.get("format_version") != FORMAT_VERSION or not _has_fields(stats):
+    if type(version) is not int or not _has_fields(stats):
         raise DataError(f"{path}: its fields are not those of a prepared folder. {REMOVE}")
     return stats
 

@@ -5,6 +5,9 @@
                           user after user, each in (time, item, file) order
     users.arrow           user string, history_stop int64: the row after the user's last
     items.arrow           item string, text string
+    contexts.arrow        texts of interactions' contexts, where there are any, each distinct one once; contexts_codes.arrow says
+                          which of them each interaction has, part by part of the template; see coded_texts.py
+    profiles.arrow        texts of users, where there are any, likewise; profiles_codes.arrow says which of them each user has
     rejected.csv          file, line and problem of every row that could not be used, where there are any
     tokenizer/            the BPE trained on the item texts
     tokens/<name>.arrow   token ids of the item texts, one file per tokenizer, made when first asked for; see token_cache.py
@@ -27,9 +30,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dti_model.data.arrow_file import as_numpy, read_table
+from dti_model.data.coded_texts import CodedTexts
 from dti_model.data.errors import DataError
 from dti_model.data.folder import (
     AGAIN,
+    OPTIONAL_TABLES,
     STATS_FILE,
     TABLES,
     TOKENIZER_FOLDER,
@@ -39,6 +44,7 @@ from dti_model.data.folder import (
 )
 from dti_model.data.split import SPLIT_CODES
 from dti_model.data.text_encoder import TextEncoder, TokenIds
+from dti_model.data.texts import Template
 from dti_model.data.token_cache import cached_token_ids
 from dti_model.files import DamagedFileError, check_nothing_added, sha256_of_json
 
@@ -129,11 +135,11 @@ class PreparedData:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal digits, of interactions, users, items and tokenizer, by name; no file is read for it."""
+        """SHA-256, in hexadecimal digits, of interactions, users, items, their texts and the tokenizer; no file is read for it."""
         files = {
             name: facts["sha256"]
             for name, facts in self.stats["files"].items()
-            if name in TABLES or name.startswith(f"{TOKENIZER_FOLDER}/")
+            if name in (*TABLES, *OPTIONAL_TABLES) or name.startswith(f"{TOKENIZER_FOLDER}/")
         }
         return sha256_of_json(files)
 
@@ -142,6 +148,34 @@ class PreparedData:
         """The rule of the item texts: `text`, a template, and `max_chars`; those of `texts.py` where the folder names none."""
         source = self.stats["source"]
         return {name: source[name] for name in ("text", "max_chars") if name in source}
+
+    @cached_property
+    def contexts(self) -> CodedTexts | None:
+        """Texts of every interaction besides its item's; None: there are none."""
+        return self._coded("contexts", self.context_rule, len(self.item))
+
+    @cached_property
+    def profiles(self) -> CodedTexts | None:
+        """Texts of every user; None: there are none."""
+        return self._coded("profiles", self.profile_rule, self.num_users)
+
+    def _coded(self, name: str, rule: Mapping[str, Any] | None, num_rows: int) -> CodedTexts | None:
+        if rule is None:
+            return None
+        template = Template(rule["text"], missing_title=None)
+        return CodedTexts.read(self.path, name, len(template.part_columns), num_rows)
+
+    @property
+    def context_rule(self) -> Mapping[str, Any] | None:
+        """The rule of interactions' contexts: `text`, a template, and what its columns are made of (`contexts.py`); None: there are none."""
+        rule: Mapping[str, Any] | None = self.stats["source"].get("context")
+        return rule
+
+    @property
+    def profile_rule(self) -> Mapping[str, Any] | None:
+        """The rule of users' profiles: `text`, a template, and `max_chars`; None: there are none."""
+        rule: Mapping[str, Any] | None = self.stats["source"].get("profile")
+        return rule
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -203,13 +237,15 @@ class PreparedData:
         Raises:
             DataError: the tokenizer makes no token of some text, or the cache cannot be written.
         """
-        encoder = TextEncoder(tokenizer)
-        name = encoder.fingerprint(self.item_texts)
-        return cached_token_ids(self.path / TOKENS_FOLDER, name, lambda: self._encoded(encoder))
-
-    def _encoded(self, encoder: TextEncoder) -> TokenIds:
-        offsets, ids = encoder.encode_all(self.item_texts)
+        offsets, ids = self.tokens_of(tokenizer, self.item_texts)
         empty = np.flatnonzero(np.diff(offsets) == 0)
         if empty.size:
             raise DataError(f"the tokenizer makes no token of item text {self.item_texts[empty[0]]!r}")
         return offsets, ids
+
+    def tokens_of(self, tokenizer: Any, texts: list[str]) -> TokenIds:
+        """Token ids of texts of this data set, cached and encoded as `token_ids` says."""
+        encoder = TextEncoder(tokenizer)
+        return cached_token_ids(
+            self.path / TOKENS_FOLDER, encoder.fingerprint(texts), lambda: encoder.encode_all(texts)
+        )

@@ -64,13 +64,17 @@ def shorten(value: str, max_chars: int) -> str:
 class Template:
     """A text with column names in braces, checked."""
 
-    def __init__(self, template: str) -> None:
+    def __init__(self, template: str, missing_title: str | None = MISSING_TITLE) -> None:
         """Parse a template.
+
+        Args:
+            template: the text.
+            missing_title: what stands in the place of the first column where it is empty; None: the first column is like the others.
 
         Raises:
             ValueError: a brace without its pair, a format after a name, or no column at all.
         """
-        self.template = template
+        self.template, self._missing_title = template, missing_title
         way_out = 'Write column names in braces, for example "{title}; {genres}".'
         try:
             pieces = list(string.Formatter().parse(template))
@@ -89,6 +93,7 @@ class Template:
                 forms[-1] += "%s"
                 columns[-1].append(column)
         self._parts = list(zip(forms, columns))
+        self.part_columns = [tuple(dict.fromkeys(names)) for names in columns]  # columns of every part
         self.columns = list(dict.fromkeys(name for names in columns for name in names))
         if not self.columns:
             raise ValueError(f"text template {template!r} names no column. {way_out}")
@@ -113,19 +118,28 @@ class Template:
         """
         if not any(values[name] for name in self.columns):
             return ""
-        title = self.columns[0]
-        shown = {**values, title: values[title] or MISSING_TITLE}
-        parts = []
-        for form, names in self._parts:
-            inserted = tuple([shown[name] for name in names])
-            if names and not any(inserted):
-                continue
-            text = (form % inserted).strip()
-            if not all(inserted):
-                text = _EMPTY_BRACKETS.sub("", text).strip(_DANGLING)
-            if text or names:
-                parts.append(text)
-        return "; ".join(parts).strip()
+        shown = values
+        if self._missing_title is not None:
+            title = self.columns[0]
+            shown = {**values, title: values[title] or self._missing_title}
+        parts = (self.render_part(index, shown) for index in range(len(self._parts)))
+        return "; ".join(part for part in parts if part is not None).strip()
+
+    def render_part(self, index: int, values: Mapping[str, str]) -> str | None:
+        """One part, between two semicolons; None: it is left out.
+
+        Args:
+            index: of the part.
+            values: its columns (`part_columns`) as cleaned text, "" where there is none.
+        """
+        form, names = self._parts[index]
+        inserted = tuple([values[name] for name in names])
+        if names and not any(inserted):
+            return None
+        text = (form % inserted).strip()
+        if not all(inserted):
+            text = _EMPTY_BRACKETS.sub("", text).strip(_DANGLING)
+        return text if text or names else None
 
 
 def template_text(template: Template, fields: Mapping[str, Any], max_chars: int) -> str:
@@ -139,8 +153,16 @@ def template_text(template: Template, fields: Mapping[str, Any], max_chars: int)
             f"an item here has the fields {', '.join(template.columns)} (text template {template.template!r}), or the one field "
             f"text; got {shown(fields)}"
         )
-    values = {name: _value_text(name, fields.get(name)) or "" for name in template.columns}
-    return template.render({name: shorten(clean_text(value), max_chars) for name, value in values.items()})
+    return template.render({name: field_text(name, fields.get(name), max_chars) for name in template.columns})
+
+
+def field_text(name: str, value: Any, max_chars: int) -> str:
+    """One field as the clean text that a column with this value has, "" for none.
+
+    Raises:
+        DataError: a value that no column has.
+    """
+    return shorten(clean_text(_value_text(name, value) or ""), max_chars)
 
 
 def _is_filled(value: Any) -> bool:

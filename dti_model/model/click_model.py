@@ -33,6 +33,8 @@ class ClickModel:
         dti: what [SUM] rows get.
         prompt: the tokens around item texts.
         item_text: how fields of an item become its text (see `Description`).
+        context_rule: how fields of an interaction's context become its text; None: there are none.
+        profile_rule: how fields of a user become the text of a profile; None: there are none.
         builder: items and users of prepared data; None: there are none.
     """
 
@@ -41,6 +43,8 @@ class ClickModel:
     dti: DTIConfig
     prompt: PromptFormat
     item_text: Mapping[str, Any] | None
+    context_rule: Mapping[str, Any] | None
+    profile_rule: Mapping[str, Any] | None
     builder: PromptBuilder | None
 
     @property
@@ -51,9 +55,10 @@ class ClickModel:
     @staticmethod
     def of_run(run: Run) -> ClickModel:
         """Of a run that is loaded already; its model is put into evaluation mode."""
-        item_text = run.data.text_rule
+        data = run.data
+        rules = data.text_rule, data.context_rule, data.profile_rule
         return ClickModel(
-            run.model.eval(), run.tokenizer, run.config.dti, run.builder.format, item_text, run.builder
+            run.model.eval(), run.tokenizer, run.config.dti, run.builder.format, *rules, run.builder
         )
 
     @staticmethod
@@ -67,7 +72,8 @@ class ClickModel:
         tokenizer = fast_tokenizer_from(folder)
         model: Any = load_whole(folder, description.dti)
         model.to(device)
-        builder, item_text = None, description.item_text
+        builder = None
+        rules = description.item_text, description.context_rule, description.profile_rule
         if data is not None:
             prepared = PreparedData.open(data)
             if description.data not in (None, prepared.fingerprint) and not other_data:
@@ -75,8 +81,9 @@ class ClickModel:
                     f"{data} is not the prepared data that {folder} was trained on: its items and users may have other ids. Give "
                     "that data, or other_data=True where this is meant"
                 )
-            builder, item_text = PromptBuilder(prepared, tokenizer, description.prompt), prepared.text_rule
-        return ClickModel(model.eval(), tokenizer, description.dti, description.prompt, item_text, builder)
+            builder = PromptBuilder(prepared, tokenizer, description.prompt)
+            rules = prepared.text_rule, prepared.context_rule, prepared.profile_rule
+        return ClickModel(model.eval(), tokenizer, description.dti, description.prompt, *rules, builder)
 
     def fingerprints(self) -> dict[str, str | None]:
         """sha256 of everything that decides a score: weights as they lie in memory, tokenizer, prepared data.

@@ -113,14 +113,23 @@ def _describe(
     config: TrainConfig, source: Path, tokenizer: PreTrainedTokenizerBase, model_config: Any
 ) -> Description:
     """The run's description. The template of item texts is the run's; version 0.1.0 kept it with the data only."""
-    prompt = PromptFormat.of(tokenizer, config.window, config.max_item_tokens, config.model.instruction)
+    prompt = PromptFormat.of(
+        tokenizer,
+        config.window,
+        config.max_item_tokens,
+        config.model.instruction,
+        config.model.prompt_template,
+    )
     item_text, fingerprint = None, None
+    rules: tuple[Any, Any] = (None, None)
     if (source / DESCRIPTION_FILE).is_file():
         told = Description.read(source)
         item_text, fingerprint = told.item_text, told.data
+        rules = told.context_rule, told.profile_rule
     else:
         with suppress(DataError):  # without data, items are given as finished texts
             data = PreparedData.open(config.data)
             item_text, fingerprint = data.text_rule, data.fingerprint
-    description = Description.of(config.dti, prompt, tokenizer, model_config, item_text, fingerprint)
+            rules = data.context_rule, data.profile_rule
+    description = Description.of(config.dti, prompt, tokenizer, model_config, item_text, fingerprint, *rules)
     return replace(description, token_window=None)  # the export has none

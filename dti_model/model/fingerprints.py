@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dti_model.config import PretrainedModelError, Reference, TrainConfig, locate
+from dti_model.config import GLUED, PretrainedModelError, Reference, TrainConfig, locate
 from dti_model.data import plain_backend
 from dti_model.files import read_file, read_sealed, sha256_of_json, write_sealed
 from dti_model.model.safe_loading import may_hold_weights
@@ -121,7 +121,13 @@ def settings_fingerprint(config: TrainConfig) -> str:
     for name in _WITHOUT_A_SAY:
         del plain[name]
     plain["optim"] = _optim_as_ever(plain["optim"])
-    plain["model"] = {**plain["model"], "pretrained": config.model.pretrained is not None}
+    # Prompts had this template before there was a choice.
+    template = None if config.model.prompt_template == GLUED else config.model.prompt_template
+    plain["model"] = {
+        **plain["model"],
+        "pretrained": config.model.pretrained is not None,
+        "template": template,
+    }
     return sha256_of_json(_unlike(plain, _DEFAULTS))
 
 

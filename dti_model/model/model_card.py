@@ -27,8 +27,10 @@ DESCRIPTION_FILE, CARD_FILE = "dti.json", "README.md"
 # Rotary frequencies that follow the longest prompt of a pass, so that a packed pass differs from a prompt alone.
 _VARYING_ROPES = ("dynamic", "longrope")
 _PLAIN_PROMPT = {
-    "layout": "prefix, then for each of the last `window` interactions, oldest first: item text cut to `max_item_tokens` tokens, "
-    "label token; then the target's item text, cut likewise; then sum_token. No other special tokens, positions from 0.",
+    "layout": "prefix, the user's profile, then for each of the last `window` interactions, oldest first: `before`, item text cut to "
+    "`max_item_tokens` tokens, context, `cue`, label token, `separator`; then of the target `before`, item text cut likewise, context, "
+    "`cue`; then sum_token. No other special tokens, positions from 0.",
+    "context and profile": "of every part that is not empty '; part' behind the item, and 'part;' behind the prefix, encoded like item texts",
     "item text": "by the tokenizer without its added tokens; then the tokens of `spelled_tokens` are replaced by theirs",
     "read": "softmax over the logits of the two label tokens at the last position (sum_token); the second is the probability of a click",
 }
@@ -43,6 +45,8 @@ class Description:
         prompt: the tokens around item texts.
         item_text: how fields of an item become its text: `text`, the template, and `max_chars`, by default the data layer's; None
             where it is not known, and items are finished texts.
+        context_rule, profile_rule: how fields of an interaction's context and of a user become texts (see `PreparedData`); None: there
+            are none.
         data: fingerprint of the prepared data that the model was trained on; None where it is not known.
         differences: why plain transformers compute other probabilities; empty: they compute the same.
         token_window: sliding window in tokens that transformers would apply, and that must be switched off when a run's `model/`
@@ -57,6 +61,8 @@ class Description:
     differences: tuple[str, ...]
     token_window: int | None = None
     spelled: Mapping[int, list[int]] = field(default_factory=dict)
+    context_rule: Mapping[str, Any] | None = None
+    profile_rule: Mapping[str, Any] | None = None
 
     @staticmethod
     def of(
@@ -66,11 +72,14 @@ class Description:
         model_config: Any,
         item_text: Mapping[str, Any] | None,
         data: str | None,
+        context_rule: Mapping[str, Any] | None,
+        profile_rule: Mapping[str, Any] | None,
     ) -> Description:
         """Of a model with this configuration of transformers."""
         differences = plain_differences(dti, prompt.window, model_config)
-        spelled = TextEncoder(tokenizer).spelled
-        return Description(dti, prompt, item_text, data, differences, token_window(model_config), spelled)
+        spelled, window = TextEncoder(tokenizer).spelled, token_window(model_config)
+        rules = context_rule, profile_rule
+        return Description(dti, prompt, item_text, data, differences, window, spelled, *rules)
 
     @property
     def plain_transformers(self) -> bool:
@@ -88,6 +97,8 @@ class Description:
             "dti": asdict(self.dti),
             "prompt": asdict(self.prompt),
             "item_text": self.item_text,
+            "context": self.context_rule,
+            "profile": self.profile_rule,
             "data": self.data,
         }
         write_json(folder / DESCRIPTION_FILE, value)
@@ -108,13 +119,16 @@ class Description:
         try:
             value = json.loads(read_file(path))
             dti, prompt = value["dti"], value["prompt"]
-            prompt |= {name: tuple(prompt[name]) for name in ("prefix", "labels")}
+            tokens = ("prefix", "labels", "before", "cue", "separator")
+            prompt |= {name: tuple(prompt[name]) for name in tokens if name in prompt}
             return Description(
                 DTIConfig(**{**dti, "reset_layers": tuple(dti["reset_layers"])}),
                 PromptFormat(**prompt),
                 value.get("item_text"),
                 value.get("data"),
                 tuple(value.get("plain_transformers_differences", ())),
+                context_rule=value.get("context"),
+                profile_rule=value.get("profile"),
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedFileError(f"{path} is damaged ({error}). Export the model again") from None
@@ -267,6 +281,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 FOLDER = "."  # this one
 {load}
 PREFIX, SUM, LABELS = {prefix}, {sum_token}, {labels}  # token ids; labels: negative, positive
+BEFORE, CUE, SEPARATOR = {before}, {cue}, {separator}
 
 # No item text writes a control token or a label: added tokens are not looked for, and pieces that make one are spelled in letters.
 parts = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -274,17 +289,22 @@ plain = Tokenizer.from_str(json.dumps({{**parts, "added_tokens": [], "truncation
 SPELLED = {spelled}
 
 
-def item_ids(text):
+def text_ids(text):
     ids = plain.encode(text, add_special_tokens=False).ids
-    return [part for token in ids for part in SPELLED.get(token, [token])][:{max_item_tokens}]
+    return [part for token in ids for part in SPELLED.get(token, [token])]
+
+
+def item_ids(text, *context):  # context: the parts of the interaction's context, where the model has been trained with one
+    ids = [*BEFORE, *text_ids(text)[:{max_item_tokens}]]
+    return [*ids, *(token for part in context if part for token in text_ids("; " + part)), *CUE]
 
 
 @torch.no_grad()
-def click_probability(history, target):  # history: (item text, label 0 or 1), oldest first
-    ids = list(PREFIX)
-    for text, label in history[max(0, len(history) - {window}) :]:
-        ids += [*item_ids(text), LABELS[label]]
-    ids += [*item_ids(target), SUM]
+def click_probability(history, target, profile=()):  # history: (item text, label 0 or 1), oldest first; profile: parts of the user's
+    ids = [*PREFIX, *(token for part in profile if part for token in text_ids(part + ";"))]
+    for item, label in history[max(0, len(history) - {window}) :]:  # an item: its text, or its text and the parts of its context
+        ids += [*item_ids(*([item] if isinstance(item, str) else item)), LABELS[label], *SEPARATOR]
+    ids += [*item_ids(*([target] if isinstance(target, str) else target)), SUM]
     logits = model(torch.tensor([ids])).logits[0, -1, list(LABELS)]
     return float(logits.double().softmax(-1)[1])
 ```

@@ -155,7 +155,11 @@ class Run:
         config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: PreparedData
     ) -> Run:
         prompt_format = PromptFormat.of(
-            tokenizer, config.window, config.max_item_tokens, config.model.instruction
+            tokenizer,
+            config.window,
+            config.max_item_tokens,
+            config.model.instruction,
+            config.model.prompt_template,
         )
         return Run(config, model, tokenizer, data, PromptBuilder(data, tokenizer, prompt_format))
 
@@ -186,6 +190,8 @@ class Run:
                 self.model.config,
                 self.data.text_rule,
                 self.data.fingerprint,
+                self.data.context_rule,
+                self.data.profile_rule,
             )
             description.write(temporary)
             # The card is for people, who may edit it: it comes after the checksums, and in the place of peft's.

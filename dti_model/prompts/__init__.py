@@ -6,7 +6,7 @@ prompt. A batch puts prompts one after the other without padding: all context to
     tokens of a prompt = prefix, item text, label text, item text, label text, ..., item text          (the last label has no reader)
 """
 
-from dti_model.prompts.builder import PromptBuilder, StreamBatch
+from dti_model.prompts.builder import PromptBuilder, StreamBatch, context_text, profile_text
 from dti_model.prompts.format import PromptFormat
 from dti_model.prompts.packing import PackedPrompts, consecutive_batches, deal
 from dti_model.prompts.ranges import IntArray, Prompts
@@ -19,5 +19,7 @@ __all__ = [
     "Prompts",
     "StreamBatch",
     "consecutive_batches",
+    "context_text",
     "deal",
+    "profile_text",
 ]

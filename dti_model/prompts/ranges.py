@@ -14,11 +14,20 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Prompts:
-    """Ranges of interaction rows, one prompt each: context `[first, first_target)`, targets `[first_target, stop)`."""
+    """Ranges of interaction rows, one prompt each: context `[first, context_stop)`, targets `[first_target, stop)`.
+
+    The context ends where the targets begin, unless rows in between are left out (`strict`).
+    """
 
     first: IntArray
     first_target: IntArray
     stop: IntArray
+    context_stop: IntArray
+
+    @staticmethod
+    def of(first: IntArray, first_target: IntArray, stop: IntArray) -> Prompts:
+        """Prompts whose context reaches to their first target."""
+        return Prompts(first, first_target, stop, first_target)
 
     @staticmethod
     def streaming(data: PreparedData, rows: IntArray, window: int, k: int | None) -> Prompts:
@@ -52,6 +61,18 @@ class Prompts:
         return Prompts._beginning_at(data, rows, (in_run == 0) | (place > window), window)
 
     @staticmethod
+    def strict(data: PreparedData, rows: IntArray, window: int) -> Prompts:
+        """A prompt for each target, whose context is strictly older: nothing of the target's own time stamp.
+
+        A log may hold what a user did in one second in any order, and labels of one second were not known to each other.
+        Arguments as in `streaming`.
+        """
+        rows = np.sort(np.asarray(rows, np.int64))
+        history = data.history_offsets[data.users_of(rows)]
+        stop = first_of_time(data, rows)
+        return Prompts(np.maximum(history, stop - window), rows, rows + 1, stop)
+
+    @staticmethod
     def _beginning_at(
         data: PreparedData, rows: IntArray, begins: npt.NDArray[np.bool_], window: int
     ) -> Prompts:
@@ -62,13 +83,25 @@ class Prompts:
         first_target = rows[first_index]
         # Rows of all users lie in one array: the window must not reach back into the user before.
         history = data.history_offsets[data.users_of(first_target)]
-        return Prompts(np.maximum(history, first_target - window), first_target, rows[last_index] + 1)
+        return Prompts.of(np.maximum(history, first_target - window), first_target, rows[last_index] + 1)
 
     def __len__(self) -> int:
         return len(self.first)
 
     def __getitem__(self, index: IntArray) -> Prompts:
-        return Prompts(self.first[index], self.first_target[index], self.stop[index])
+        return Prompts(
+            self.first[index], self.first_target[index], self.stop[index], self.context_stop[index]
+        )
+
+    @property
+    def num_interactions(self) -> IntArray:
+        """`(P,)` interactions of each prompt, context and targets."""
+        return self.context_stop - self.first + self.num_targets
+
+    def rows(self) -> IntArray:
+        """The interactions of all prompts, one prompt after the other; one that is context of two prompts is there twice."""
+        firsts = np.stack([self.first, self.first_target], 1).ravel()
+        return ranges(firsts, np.stack([self.context_stop - self.first, self.num_targets], 1).ravel())
 
     @property
     def num_targets(self) -> IntArray:
@@ -85,3 +118,21 @@ def _runs(data: PreparedData, rows: IntArray) -> tuple[IntArray, IntArray]:
     run_first = np.flatnonzero(new_run)
     in_run = np.arange(len(rows)) - run_first[np.cumsum(new_run) - 1]
     return in_run, rows - data.history_offsets[user]
+
+
+def first_of_time(data: PreparedData, rows: IntArray) -> IntArray:
+    """The first interaction of its user that shares its time stamp, per row; it is the row itself where none before it does."""
+    time, starts = data.timestamp, np.zeros(len(data.timestamp), np.int64)
+    new = np.ones(len(time), bool)
+    new[1:] = time[1:] != time[:-1]
+    new[data.history_offsets[:-1]] = True
+    starts[new] = np.flatnonzero(new)
+    return np.asarray(np.maximum.accumulate(starts)[rows])
+
+
+def ranges(first: IntArray, lengths: IntArray) -> IntArray:
+    """`first[i], first[i] + 1, ...` for `lengths[i]` numbers, one range after the other."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    # Counting on from 0, range i begins at ends[i] - lengths[i]: shifted by what is missing to first[i].
+    return np.arange(total) + np.repeat(first - ends + lengths, lengths)

@@ -73,7 +73,11 @@ def _check_texts(fields: Mapping[str, Any]) -> None:
 
 
 class ItemTokens:
-    """Token ids of items, by fields, and by id where there is prepared data."""
+    """Token ids of items, by fields, and by id where there is prepared data.
+
+    Attributes:
+        encoder: of texts, with the model's tokenizer.
+    """
 
     def __init__(
         self,
@@ -92,7 +96,7 @@ class ItemTokens:
         """
         self._builder, self._max_item_tokens = builder, max_item_tokens
         self._item_text = item_text
-        self._encoder = TextEncoder(tokenizer)
+        self.encoder = TextEncoder(tokenizer)
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -112,9 +116,11 @@ class ItemTokens:
         if isinstance(item, Mapping):
             return self._encoded(self._rendered(item))
         builder, index = self._place_of(item)
-        offset = int(builder.token_offsets[index])
-        ids = builder.token_ids[offset : offset + int(builder.item_lengths[index])]
-        return ids.astype(np.int64)
+        return builder.items.text(index)
+
+    def index_of(self, item: Item) -> int | None:
+        """Index of an item in the prepared data; None: it is given by its fields or text. Raises what `tokens` raises."""
+        return None if isinstance(item, Mapping) else self._place_of(item)[1]
 
     def text(self, item: Item) -> str:
         """The item text, uncut; raises what `tokens` raises, and lets an empty text pass."""
@@ -168,7 +174,7 @@ class ItemTokens:
         return text
 
     def _encoded(self, text: str) -> IntArray:
-        ids = self._encoder.encode(text[: self._max_item_tokens * CHARS_PER_TOKEN])
+        ids = self.encoder.encode(text[: self._max_item_tokens * CHARS_PER_TOKEN])
         if not ids:
             raise ItemError(f"an item text must not be empty, got {shown(text)}")
         return np.asarray(ids[: self._max_item_tokens], np.int64)

@@ -24,7 +24,7 @@ from dti_model.scorer.scorer import Scorer
 from dti_model.shown import one_line, shown
 
 JSON_SUFFIXES, PARQUET_SUFFIXES = (".jsonl", ".json", ".ndjson"), (".parquet", ".pq")
-FIELDS = {"user", "history", "candidates"}
+FIELDS = {"user", "history", "candidates", "profile", "context"}
 MAX_DEPTH = 16  # of a line; a request with nested fields has 5 or so
 MAX_LINE_BYTES = 1 << 24  # a hundred thousand candidates with texts
 BATCH_ROWS = 64
@@ -303,9 +303,11 @@ def request_of(scorer: Scorer, fields: Mapping[str, Any]) -> Request:
     history = fields["history"] if "history" in fields else scorer.history_of(fields["user"])
     if isinstance(history, list):
         history = [
-            (entry["item"], entry["label"])
-            if isinstance(entry, Mapping) and entry.keys() == {"item", "label"}
+            tuple(entry[name] for name in ("item", "label", "context") if name in entry)
+            if isinstance(entry, Mapping)
+            and {"item", "label"} <= entry.keys() <= {"item", "label", "context"}
             else entry
             for entry in history
         ]
-    return scorer.request(history, fields["candidates"])
+    user, profile, context = (fields.get(name) for name in ("user", "profile", "context"))
+    return scorer.request(history, fields["candidates"], user=user, profile=profile, context=context)

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from decimal import Decimal
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +24,9 @@ import torch
 from dti_model.model import ClickModel, GraphedPasses, LayerKeys, Run, cast_once, passes_of
 from dti_model.precision import DEFAULT, Precision, resolve
 from dti_model.prompts import IntArray, consecutive_batches
-from dti_model.scorer.items import Item, ItemError, ItemTokens, user_text
+from dti_model.scorer.contexts import Facts
+from dti_model.scorer.items import Item, ItemError
+from dti_model.scorer.reader import Candidate, History, RequestReader
 from dti_model.scorer.requests import HistoryState, Request, Tokens, packed_pass
 from dti_model.shown import shown
 
@@ -35,7 +35,6 @@ from dti_model.shown import shown
 BFLOAT16_BOUND = 0.02
 
 Scores = npt.NDArray[np.float64]
-History = Sequence[tuple[Item, int]]
 
 
 class Scorer:
@@ -78,10 +77,7 @@ class Scorer:
         )
         self._format = model.prompt
         self._passes = passes_of(model.model, model.dti, model.prompt.labels, self.precision, graphs)
-        limit = model.prompt.max_item_tokens
-        self._items = ItemTokens(model.tokenizer, limit, model.item_text, model.builder)
-        users = [] if model.data is None else model.data.user_ids
-        self._users = {user: index for index, user in enumerate(users)}
+        self._reader = RequestReader(model)
 
     @property
     def run(self) -> Run:
@@ -162,41 +158,54 @@ class Scorer:
         model = ClickModel.of_export(Path(folder), data, device, other_data)
         return Scorer(model, token_budget, precision, graphs)
 
-    def score(self, history: History | HistoryState, candidates: Sequence[Item]) -> Scores:
+    def score(
+        self,
+        history: History | HistoryState,
+        candidates: Sequence[Candidate],
+        *,
+        user: str | int | None = None,
+        profile: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> Scores:
         """Click probabilities of one user's candidates.
 
         Args:
-            history: `(item, label)` pairs, oldest first, label 1 (or True) for a click and 0 (or False) for none; the last n count (n is the run's
-                window). Empty: a new user. Or the state that `encode` made of it.
+            history: `(item, label)` pairs, oldest first, label 1 (or True) for a click and 0 (or False) for none; the last n count (n is the
+                run's window). Empty: a new user. Where interactions have a context, `(item, label, context)`. Or the state that `encode` made.
             candidates: items, each an id, its fields or {"text": ...} (see `dti_model.scorer.items`). Every candidate is scored by
-                itself: order, company and repetition do not matter.
+                itself: order, company and repetition do not matter. {"item": ..., "context": {...}} adds to the context.
+            user: whose profile in the prepared data is meant; one who is not there has none.
+            profile: the fields of the user's profile, in the place of those of `user`.
+            context: of all candidates, fields by name (see `dti_model.scorer.contexts`).
 
         Returns:
             `(len(candidates),)` float64.
 
         Raises:
-            ItemError: an item is unknown or its text empty, or a label is neither 0 nor 1; the message names the place.
+            ItemError: an item is unknown or its text empty, a label is neither 0 nor 1, or a field of a context is missing; the message
+                names the place.
             ValueError: the state belongs to another scorer.
 
         Cost: one pass over `history + candidates` tokens; beyond the token budget the history is encoded once and the
         candidates take several passes.
         """
-        return self.score_many([self.request(history, candidates)])[0]
+        return self.score_many(
+            [self.request(history, candidates, user=user, profile=profile, context=context)]
+        )[0]
 
-    def request(self, history: History | HistoryState, candidates: Sequence[Item]) -> Request:
+    def request(
+        self,
+        history: History | HistoryState,
+        candidates: Sequence[Candidate],
+        *,
+        user: str | int | None = None,
+        profile: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> Request:
         """The arguments of `score`, checked and in token ids, for `score_many`; raises the errors of `score`."""
-        if isinstance(candidates, (str, bytes, Mapping)) or not isinstance(candidates, Sequence):
-            raise ItemError(f"candidates must be a list of items, got {shown(candidates)}")
-        tokens = []
-        for place, item in enumerate(candidates):
-            try:
-                tokens.append(self._items.tokens(item))
-            except ItemError as error:
-                raise ItemError(f"candidates[{place}]: {error}") from None
         if isinstance(history, HistoryState):
             self._check_owner(history)
-            return Request(history.interactions, tokens, history)
-        return Request(self._tokens(history), tokens, None)
+        return self._reader.request(history, candidates, user, profile, context)
 
     def score_many(
         self, requests: Sequence[Request | tuple[History | HistoryState, Sequence[Item]]]
@@ -219,15 +228,24 @@ class Scorer:
         flat = np.concatenate([np.empty(0), *scores])
         return np.split(flat, np.cumsum([len(request.candidates) for request in checked]))[: len(checked)]
 
-    def encode(self, history: History) -> HistoryState:
+    def encode(
+        self,
+        history: History,
+        *,
+        user: str | int | None = None,
+        profile: Mapping[str, Any] | None = None,
+    ) -> HistoryState:
         """Compute a history's last n interactions once, for any number of calls of `score`.
 
         Raises:
             ItemError: as in `score`.
         """
-        return self._encoded(self._tokens(history), "encoded")
+        head = self._reader.profile(user, profile)
+        return self._encoded(*self._reader.history(history), head, "encoded")
 
-    def append(self, state: HistoryState, item: Item, label: int) -> HistoryState:
+    def append(
+        self, state: HistoryState, item: Item, label: int, context: Mapping[str, Any] | None = None
+    ) -> HistoryState:
         """The state after one more interaction; the given one stays as it is.
 
         While the history is shorter than the window, only the new interaction is computed (`origin` is `extended`). Afterwards
@@ -240,29 +258,21 @@ class Scorer:
             ValueError: the state belongs to another scorer.
         """
         self._check_owner(state)
-        new = self._interaction(item, label)
+        new, facts = self._reader.interaction(item, label, context, state.facts)
         interactions = (*state.interactions, new)
         if len(interactions) > self._format.window:
-            return self._encoded(interactions[1:], "re-encoded")
-        _, layers = self._forward([Request(state.interactions, [new], state)], records=True)
-        return HistoryState("extended", interactions, tuple(layers), self)
+            return self._encoded(interactions[1:], facts, state.profile, "re-encoded")
+        request = Request(state.interactions, [new], state, state.profile)
+        _, layers = self._forward([request], records=True)
+        return HistoryState("extended", interactions, state.profile, facts, tuple(layers), self)
 
-    def history_of(self, user: str | int) -> list[tuple[str, int]]:
-        """The stored history of a user of the prepared data, oldest first: `(item id, label)` pairs.
+    def history_of(self, user: str | int) -> list[Any]:
+        """The stored history of a user of the prepared data, oldest first: `(item id, label)` pairs, or `(item id, label, context)`.
 
         Raises:
             ItemError: the prepared data has no such user.
         """
-        data, index = self.click_model.data, self._users.get(user_text(user))
-        if data is None:
-            raise ItemError(
-                f"no user with id {shown(user)}: there is no prepared data here. Give the history"
-            )
-        if index is None:
-            raise ItemError(f"no user with id {shown(user)} in {data.path}: give the history")
-        rows = slice(*data.history_offsets[index : index + 2].tolist())
-        pairs = zip(data.item[rows].tolist(), data.label[rows].tolist())
-        return [(data.item_ids[item], label) for item, label in pairs]
+        return self._reader.history_of(user)
 
     def text_of(self, item: Item) -> str:
         """The text of an item, before it is cut to the model's limit.
@@ -270,7 +280,7 @@ class Scorer:
         Raises:
             ItemError: the item is unknown.
         """
-        return self._items.text(item)
+        return self._reader.items.text(item)
 
     # Requests to parts: token ids, and no more than fits a pass.
 
@@ -287,43 +297,15 @@ class Scorer:
         except ItemError as error:
             raise ItemError(f"requests[{place}]: {error}") from None
 
-    def _tokens(self, history: History) -> Tokens:
-        if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
-            raise ItemError(f"history must be a list of (item, label) pairs, got {shown(history)}")
-        interactions = []
-        first = max(0, len(history) - self._format.window)
-        for place, entry in enumerate(history[first:], first):
-            try:
-                item, label = entry
-            except (TypeError, ValueError):
-                raise ItemError(
-                    f"history[{place}]: must be an (item, label) pair, got {shown(entry)}"
-                ) from None
-            try:
-                interactions.append(self._interaction(item, label))
-            except ItemError as error:
-                raise ItemError(f"history[{place}]: {error}") from None
-        return tuple(interactions)
-
-    def _interaction(self, item: Item, label: int) -> IntArray:
-        tokens = self._items.tokens(item)
-        try:  # 1.0 too, and True: programs write labels so in JSON and Parquet
-            is_label = isinstance(label, (Real, Decimal, np.bool_)) and label in (0, 1)
-        except ArithmeticError:  # a decimal's signalling NaN compares with nothing
-            is_label = False
-        if not is_label:
-            raise ItemError(f"a label must be 0 or 1, got {shown(label)}")
-        return np.append(tokens, self._format.labels[int(label)])
-
     def _parts(self, request: Request) -> Iterator[tuple[Request, int]]:
         """The request, cut where it would pass the token budget, and the rows of each part."""
-        shared = len(self._format.prefix) + sum(map(len, request.history))
+        shared = len(self._format.prefix) + len(request.profile) + sum(map(len, request.history))
         num_rows = np.asarray([len(tokens) + 1 for tokens in request.candidates], np.int64)
         state = request.state
         if shared + num_rows.sum() > self.token_budget and len(num_rows) > 1:
-            state = state or self._encoded(request.history, "encoded")
+            state = state or self._encoded(request.history, Facts(), request.profile, "encoded")
         for some in consecutive_batches(num_rows, self.token_budget - shared):
-            part = Request(request.history, [request.candidates[i] for i in some], state)
+            part = Request(request.history, [request.candidates[i] for i in some], state, request.profile)
             yield part, shared + int(num_rows[some].sum())
 
     def _check_owner(self, state: HistoryState) -> None:
@@ -334,9 +316,11 @@ class Scorer:
 
     # Parts to the model.
 
-    def _encoded(self, history: Tokens, origin: Literal["encoded", "re-encoded"]) -> HistoryState:
-        _, layers = self._forward([Request(history, [], None)], records=True)
-        return HistoryState(origin, history, tuple(layers), self)
+    def _encoded(
+        self, history: Tokens, facts: Facts, profile: IntArray, origin: Literal["encoded", "re-encoded"]
+    ) -> HistoryState:
+        _, layers = self._forward([Request(history, [], None, profile)], records=True)
+        return HistoryState(origin, history, profile, facts, tuple(layers), self)
 
     def _forward(self, parts: list[Request], records: bool = False) -> tuple[torch.Tensor, list[LayerKeys]]:
         """Logits `(S, 2)` of the candidates of a packed pass and, if they are wanted, the keys of its context rows by layer."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 from dti_model.scorer.items import Item
 from dti_model.scorer.requests import HistoryState
@@ -67,11 +68,13 @@ class StateCache:
                 self._drop(next(iter(self._states)))
         return state
 
-    def append(self, user: Hashable, item: Item, label: int) -> HistoryState | None:
+    def append(
+        self, user: Hashable, item: Item, label: int, context: Mapping[str, Any] | None = None
+    ) -> HistoryState | None:
         """`Scorer.append` on a kept state. None: no state is kept; encode the user's history, with this interaction in it."""
         with self._user_locks[hash(user) % _NUM_LOCKS]:
             state = self.get(user)
-            return None if state is None else self.put(user, self.scorer.append(state, item, label))
+            return None if state is None else self.put(user, self.scorer.append(state, item, label, context))
 
     def _drop(self, user: Hashable) -> None:
         state = self._states.pop(user, None)

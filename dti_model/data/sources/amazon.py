@@ -18,7 +18,7 @@ Source: Ni, Li, McAuley (2019), "Justifying recommendations using distantly-labe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -76,8 +76,8 @@ class AmazonFiles:
     max_chars: int = MAX_CHARS
     name: str = "amazon"
 
-    def load(self) -> RawData:
-        """Read both files.
+    def load(self, columns: Sequence[str] = ()) -> RawData:
+        """Read both files; of further columns there are none.
 
         Raises:
             DataError: a file cannot be read, or more rows than `max_rejected` are unusable.

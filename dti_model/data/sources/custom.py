@@ -9,16 +9,19 @@ Numbers are kept in millionths of their unit and date-times in microseconds, so 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import polars as pl
 
+from dti_model.data.errors import DataError
 from dti_model.data.sources.csv_parquet import LINE, Table, open_table
 from dti_model.data.sources.item_frames import ItemTexts, as_text
 from dti_model.data.sources.rows import MAX_REJECTED, Interactions, check_limits
 from dti_model.data.sources.source import RawData
+from dti_model.data.sources.user_frames import read_users
 from dti_model.data.texts import FINISHED, MAX_CHARS, Template
 
 INTEGERS, NUMBERS, DATES = "the file's", "millionths of the file's", "microseconds"
@@ -48,6 +51,9 @@ class CustomFiles:
         items_key: the column of `items` with the item; None: named as in `interactions`.
         max_rejected: largest share of a file's rows that may be unusable.
         max_chars: longest value of a column in a text; longer ones are cut at a word.
+        users: one row a user; None: users have no profiles.
+        user_text: template of a user's profile, columns of `users` in braces; goes with `users`.
+        users_key: the column of `users` with the user; None: named as in `interactions`.
         name: of the source in stats.json.
 
     Raises:
@@ -68,6 +74,9 @@ class CustomFiles:
     items_key: str | None = None
     max_rejected: float = MAX_REJECTED
     max_chars: int = MAX_CHARS
+    users: Path | None = None
+    user_text: str | None = None
+    users_key: str | None = None
     name: str = "custom"
 
     def __post_init__(self) -> None:
@@ -87,6 +96,13 @@ class CustomFiles:
         columns = self._columns
         if len(set(columns)) < len(columns):
             raise ValueError(f"four different columns are needed, but they are {', '.join(columns)}")
+        if (self.users is None) != (self.user_text is None):
+            missing = "user_text" if self.user_text is None else "users"
+            raise ValueError(
+                f"users goes with user_text, and {missing} is not given: a file with one row a user, and the text made of its columns"
+            )
+        if self.user_text is not None:
+            Template(self.user_text, missing_title=None)
         check_limits(self.max_rejected, self.max_chars)
         if FINISHED in Template(self.text).columns:
             raise ValueError(
@@ -98,21 +114,36 @@ class CustomFiles:
     def _columns(self) -> list[str]:
         return [self.user, self.item, self.timestamp, self.label or self.rating or ""]
 
-    def load(self) -> RawData:
-        """Read both files.
+    def load(self, columns: Sequence[str] = ()) -> RawData:
+        """Read the files.
+
+        Args:
+            columns: further columns of the interactions; those that are not there are left out.
 
         Raises:
-            DataError: a file cannot be read, lacks a column, or has more unusable rows than `max_rejected`.
+            DataError: a file cannot be read, lacks a column, or has more unusable rows than `max_rejected`; or a further column is the
+                click itself.
         """
+        click = self.label or self.rating
+        if click in columns:
+            raise DataError(
+                f"context_text names {click}, the column of the click itself: no context may hold what is to be predicted"
+            )
         template = Template(self.text)
         catalogue = open_table(Path(self.items), multiline=True)
         template.check(catalogue.columns, str(self.items))
         table = open_table(Path(self.interactions), multiline=False)
-        interactions, unit = self._read_interactions(table)
+        extra = [name for name in columns if name in table.columns]
+        interactions, unit = self._read_interactions(table, extra)
         table.rejected.check(table.num_rows, self.max_rejected)
         items = ItemTexts(interactions.items.names(), template, self.max_chars)
         self._read_items(catalogue, template, items)
         catalogue.rejected.check(catalogue.num_rows, self.max_rejected)
+        profiles = None
+        if self.users is not None and self.user_text is not None:
+            profiles = read_users(
+                Path(self.users), self.users_key or self.user, self.user_text, self.max_chars
+            )
         return RawData(
             interactions,
             items,
@@ -124,12 +155,13 @@ class CustomFiles:
             click=f"{self.label} = 1" if self.rating is None else f"{self.rating} > {{threshold:g}}",
             timestamp_unit=unit,
             text_rule={"text": self.text, "max_chars": self.max_chars},
+            profiles=profiles,
         )
 
-    def _read_interactions(self, table: Table) -> tuple[Interactions, str]:
+    def _read_interactions(self, table: Table, extra: Sequence[str]) -> tuple[Interactions, str]:
         interactions, unit = Interactions(), None
         user, item, time, value = (f"={name}" for name in self._columns)
-        for batch in table.batches(self._columns):
+        for batch in table.batches([*self._columns, *(name for name in extra if name not in self._columns)]):
             batch = batch.with_columns(_one_value(batch[name]) for name in (time, value))
             times, unit = parsed_times(batch[time], unit)
             rows = pl.DataFrame(
@@ -149,8 +181,12 @@ class CustomFiles:
             )
             for line, reason in rows.select(LINE, problem.alias("problem")).drop_nulls("problem").iter_rows():
                 table.rejected.add(line, reason)
-            good = rows.drop_nulls()
-            interactions.add(good["user"].to_list(), good["item"].to_list(), good["time"], good["value"])
+            is_good = ~rows.select(pl.any_horizontal(pl.all().is_null())).to_series()
+            good = rows.filter(is_good)
+            texts = {name: as_text(batch[f"={name}"]).filter(is_good) for name in extra}
+            interactions.add(
+                good["user"].to_list(), good["item"].to_list(), good["time"], good["value"], texts
+            )
         return interactions, unit or INTEGERS
 
     def _read_items(self, table: Table, template: Template, items: ItemTexts) -> None:

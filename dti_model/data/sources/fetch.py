@@ -17,11 +17,15 @@ RECBOLE_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a4
 RECBOLE_FILES = (
     "recbole/dataset_example/ml-100k/ml-100k.inter",
     "recbole/dataset_example/ml-100k/ml-100k.item",
+    "recbole/dataset_example/ml-100k/ml-100k.user",
 )
 GROUPLENS_URL = "https://files.grouplens.org/datasets/movielens/{name}.zip"
 # As GroupLens publishes them beside the archives.
 GROUPLENS_MD5 = {"ml-100k": "0e33842e24a9c977be4e0107933c0723", "ml-1m": "c4d9eecfca2ab87c1945afe126590906"}
-GROUPLENS_FILES = {"ml-100k": ("u.data", "u.item"), "ml-1m": ("ratings.dat", "movies.dat")}
+GROUPLENS_FILES = {
+    "ml-100k": ("u.data", "u.item", "u.user"),
+    "ml-1m": ("ratings.dat", "movies.dat", "users.dat"),
+}
 
 
 def fetch(name: str, folder: Path) -> Path:
@@ -45,7 +49,7 @@ def fetch(name: str, folder: Path) -> Path:
     try:
         return by_first_route(routes)[1]
     except FetchError as error:
-        files = " and ".join(GROUPLENS_FILES[name])
+        files = " and ".join(GROUPLENS_FILES[name][:2])
         raise DataError(
             f"{name} could not be fetched. {error}. Put the files {files} into a folder and name it with raw_dir (--raw-dir)."
         ) from None

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,9 @@ from dti_model.data.sources.fetch import fetch
 from dti_model.data.sources.item_frames import ItemTexts
 from dti_model.data.sources.rows import Interactions, Rejected
 from dti_model.data.sources.source import STARS, Facts, RawData
-from dti_model.data.texts import TEMPLATE, Template
-from dti_model.files import temporary_folder
+from dti_model.data.sources.user_frames import movielens_users
+from dti_model.data.texts import MAX_CHARS, TEMPLATE, Template
+from dti_model.files import sha256_of, temporary_folder
 
 THRESHOLD = 3.0  # the paper's: a rating above 3 is a click
 MIN_ITEM_COUNT = 1  # the paper counts 3,706 items of ML-1M, which is the unpruned number
@@ -57,6 +58,7 @@ class MovieLens:
         name: "ml-100k" or "ml-1m".
         raw_dir: folder with the raw files; None: they are fetched.
         subset: a part of the set is enough: its counts are reported, not compared with the full set's.
+        profile: also read the users' file, for profiles of gender, age and occupation.
     """
 
     ratings: ClassVar[tuple[float, float] | None] = STARS
@@ -64,9 +66,10 @@ class MovieLens:
     name: str
     raw_dir: str | Path | None = None
     subset: bool = False
+    profile: bool = False
 
-    def load(self) -> RawData:
-        """Read both files.
+    def load(self, columns: Sequence[str] = ()) -> RawData:
+        """Read the files; interactions have no further columns.
 
         Raises:
             DataError: a file is missing, malformed or cut short, or not the published one.
@@ -77,6 +80,9 @@ class MovieLens:
                 place = Path(tempfile.gettempdir()) / f"dti-fetch-{os.getuid()}"
                 folder = fetch(self.name, stack.enter_context(temporary_folder(place)))
             raw = LOADERS[self.name](Path(folder))
+            if self.profile:
+                raw.profiles = movielens_users(raw.interactions_path.parent, MAX_CHARS)
+                raw.checksums = {**raw.checksums, raw.profiles.path.name: sha256_of(raw.profiles.path)}
             raw.subset = self.subset
             if not self.subset:
                 raw.check_facts()

@@ -14,7 +14,7 @@ a row would not fit into memory for the largest sources.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ import polars as pl
 from dti_model.data.errors import DataError
 from dti_model.data.sources.item_frames import ItemTexts
 from dti_model.data.sources.rows import Interactions, Rejected
+from dti_model.data.sources.user_frames import UserTexts
 from dti_model.files import sha256_of
 
 STARS = (1, 5)  # ratings of MovieLens and Amazon
@@ -53,8 +54,8 @@ class Source(Protocol):
     def ratings(self) -> tuple[float, float] | None:
         """The lowest and the highest, between which `prepare`'s threshold lies; None: the source has a threshold of its own."""
 
-    def load(self) -> RawData:
-        """Read the files."""
+    def load(self, columns: Sequence[str] = ()) -> RawData:
+        """Read the files, and of these further columns of the interactions those that there are."""
 
 
 @dataclass
@@ -75,6 +76,7 @@ class RawData:
         text_rule: `text` (template) and `max_chars` of the item texts; without them, the defaults of `texts.py`.
         facts: published facts to compare with.
         subset: a part of the published set is enough.
+        profiles: texts of users; None: there are none.
         users: the user ids by number.
         rated: the item ids by number.
         extra: of each extra column its values by number.
@@ -96,6 +98,7 @@ class RawData:
     text_rule: Mapping[str, Any] = field(default_factory=dict)
     facts: Facts | None = None
     subset: bool = False
+    profiles: UserTexts | None = None
     interactions: pl.DataFrame = field(init=False)
     users: pl.Series = field(init=False)
     rated: pl.Series = field(init=False)
@@ -110,7 +113,9 @@ class RawData:
         self.users, self.rated = collected.users.names(), collected.items.names()
         self.extra = {name: values.names() for name, values in collected.extra.items()}
         self.repeated_items, self.texts_cut = texts.num_repeated, texts.num_cut
-        self.checksums = {path.name: sha256_of(path) for path in (self.interactions_path, self.items_path)}
+        paths = [self.interactions_path, self.items_path]
+        paths += [] if self.profiles is None else [self.profiles.path]
+        self.checksums = {path.name: sha256_of(path) for path in paths}
         lost = self.num_rows - self.num_rejected[0] - self.interactions.height
         assert lost == 0, f"{lost} rows of {self.interactions_path} are neither kept nor rejected"
 

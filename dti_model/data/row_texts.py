@@ -1,0 +1,63 @@
+"""Contexts of interactions, from columns of the log and from facts that it implies, by a template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from dti_model.data.coded_texts import CodedTexts, Column, coded_texts
+from dti_model.data.contexts import BUILT_IN, OF_TIME, RowFacts
+from dti_model.data.errors import DataError
+from dti_model.data.texts import MAX_CHARS, Template, clean_text, shorten
+from dti_model.data.times import Clock
+
+
+def context_template(text: str) -> Template:
+    """The template of a context; raises a ValueError where it is malformed."""
+    return Template(text, missing_title=None)
+
+
+def contexts_of(
+    template: Template,
+    facts: RowFacts,
+    extra: dict[str, tuple[npt.NDArray[np.int32], pl.Series]],
+) -> tuple[CodedTexts, dict[str, Any]]:
+    """Contexts of all interactions, and their rule, as stats.json has it.
+
+    Args:
+        template: of a context.
+        facts: what the log implies.
+        extra: columns of the log by name: codes of the rows, and values by code. They come before facts of the same name.
+
+    Raises:
+        DataError: the template names neither a column nor a built-in fact, or the time stamps are no dates.
+    """
+    missing = [name for name in template.columns if name not in extra and name not in BUILT_IN]
+    if missing:
+        raise DataError(
+            f"{facts.place}: there is no column {', '.join(missing)}, which context_text {template.template!r} (--context-text) names; "
+            f"built in are {', '.join(BUILT_IN)}"
+        )
+    columns, built_in = {}, []
+    for name in template.columns:
+        if name in extra:
+            codes, values = extra[name]
+            columns[name] = Column(codes, [shorten(clean_text(str(value)), MAX_CHARS) for value in values])
+        else:
+            columns[name] = BUILT_IN[name](facts)
+            built_in.append(name)
+    per_second = None
+    if not OF_TIME.isdisjoint(built_in):
+        times = facts.timestamp
+        per_second = Clock(facts.unit, int(times.min()), int(times.max()), facts.place).per_second()
+    rule = {
+        "text": template.template,
+        "max_chars": MAX_CHARS,
+        "built_in": built_in,
+        "timezone": facts.timezone,
+        "per_second": per_second,
+    }
+    return coded_texts(template, columns, len(facts.item)), rule

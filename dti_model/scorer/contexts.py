@@ -1,0 +1,247 @@
+"""Contexts of interactions and profiles of users, as a caller gives them, as token ids.
+
+    {"device": "phone", "timestamp": 978300760}      columns of the log by name; from the time stamp, in the unit of the data, come
+                                                     {hour}, {weekday} and, beside that of the interaction before, {gap}
+    {"text": ["Friday, 20", "minutes later"]}        the finished parts, as `history_of` gives them
+
+Rates come from what is known: {user_rate} from the history that is given, {item_rate} from all interactions of the prepared data, or
+"new". Every fact may also be given by its name: a rate as a text or as (clicks, interactions), a gap in words or in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dti_model.data import (
+    FINISHED,
+    FIRST,
+    MAX_CHARS,
+    DataError,
+    PreparedData,
+    Template,
+    TextEncoder,
+    field_text,
+    gap_text,
+    moment_texts,
+    rate_text,
+)
+from dti_model.prompts import IntArray, context_text, profile_text
+from dti_model.scorer.items import ItemError
+from dti_model.shown import shown
+
+TIMESTAMP = "timestamp"
+_MOST_CACHED = 1 << 16  # parts whose tokens are kept
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a user before an interaction.
+
+    Attributes:
+        clicks: among the interactions before.
+        interactions: before.
+        timestamp: of the last one; None: not known.
+    """
+
+    clicks: int = 0
+    interactions: int = 0
+    timestamp: int | None = None
+
+    def after(self, label: int, timestamp: int | None) -> Facts:
+        """After one more interaction."""
+        return Facts(self.clicks + int(label), self.interactions + 1, timestamp)
+
+
+class ContextTokens:
+    """Token ids of contexts, by the rule of the prepared data."""
+
+    def __init__(self, rule: Mapping[str, Any], encoder: TextEncoder, data: PreparedData | None) -> None:
+        """Read contexts.
+
+        Args:
+            rule: `PreparedData.context_rule`.
+            encoder: of the model's tokenizer.
+            data: prepared data that item rates are looked up in; None: there is none.
+        """
+        self._rule, self._encoder, self._data = rule, encoder, data
+        self._template = Template(rule["text"], missing_title=None)
+        self._built_in = frozenset(rule["built_in"])
+        self._cache: dict[str, list[int]] = {}
+
+    def tokens(self, context: Any, facts: Facts, item: int | None) -> tuple[IntArray, int | None]:
+        """`(n,)` int64, n >= 0, and the time stamp that the context says.
+
+        Args:
+            context: fields by name, or finished parts; None: no fields.
+            facts: of the user before the interaction.
+            item: index of the item in the prepared data; None: it is not there.
+
+        Raises:
+            ItemError: a field is missing, unknown, or of another type; the message names it.
+        """
+        fields = {} if context is None else context
+        if not isinstance(fields, Mapping):
+            raise ItemError(f"context must be fields by name, got {shown(context)}")
+        timestamp = _timestamp(fields)
+        if FINISHED in fields:
+            parts = self._finished(fields[FINISHED])
+        else:
+            values = self._values(fields, facts, item, timestamp)
+            names = enumerate(self._template.part_columns)
+            parts = [
+                self._template.render_part(part, {name: values[name] for name in of_part}) or ""
+                for part, of_part in names
+            ]
+        return np.asarray([token for part in parts for token in self._encoded(part)], np.int64), timestamp
+
+    def _finished(self, parts: Any) -> Sequence[str]:
+        count = len(self._template.part_columns)
+        if (
+            isinstance(parts, str)
+            or not isinstance(parts, Sequence)
+            or len(parts) != count
+            or not all(isinstance(part, str) for part in parts)
+        ):
+            raise ItemError(f"context text must be a list of {count} texts, got {shown(parts)}")
+        return parts
+
+    def _values(
+        self, fields: Mapping[str, Any], facts: Facts, item: int | None, timestamp: int | None
+    ) -> dict[str, str]:
+        """The text of every column of the template."""
+        known = {*self._template.columns, TIMESTAMP}
+        if unknown := fields.keys() - known:
+            raise ItemError(
+                f"context has a field {shown(min(unknown))}, which no template names: there are {', '.join(sorted(known))}"
+            )
+        values = {}
+        for name in self._template.columns:
+            if name in fields:
+                values[name] = self._said(name, fields[name])
+            elif name in self._built_in:
+                values[name] = self._implied(name, facts, item, timestamp)
+            else:
+                raise ItemError(
+                    f"context lacks {name}: the context of an interaction here is {self._template.template!r}"
+                )
+        return values
+
+    def _said(self, name: str, value: Any) -> str:
+        if name in self._built_in:
+            if (
+                name == "gap"
+                and isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and value >= 0
+            ):
+                return gap_text(value)
+            if name.endswith("_rate") and isinstance(value, (list, tuple)):
+                return _rate(name, value)
+        try:
+            return field_text(name, value, self._rule.get("max_chars", MAX_CHARS))
+        except DataError as error:
+            raise ItemError(f"context: {error}") from None
+
+    def _implied(self, name: str, facts: Facts, item: int | None, timestamp: int | None) -> str:
+        """A built-in fact that nobody gave."""
+        if name == "user_rate":
+            return rate_text(facts.clicks, facts.interactions)
+        if name == "item_rate":
+            return rate_text(0, 0) if item is None else rate_text(*self._item_counts[:, item].tolist())
+        if name == "gap" and not facts.interactions:
+            return FIRST
+        if timestamp is None or (name == "gap" and facts.timestamp is None):
+            whose = " (and of the interaction before)" if name == "gap" else ""
+            raise ItemError(
+                f"context lacks {name}, or a {TIMESTAMP}{whose} that it follows from; the context of an interaction here is "
+                f"{self._rule['text']!r}"
+            )
+        if name == "gap":
+            assert facts.timestamp is not None
+            return gap_text(max(0, self._seconds(timestamp) - self._seconds(facts.timestamp)))
+        return moment_texts(self._seconds(timestamp), self._rule["timezone"])[name]
+
+    def _seconds(self, timestamp: int) -> int:
+        per_second: int = self._rule["per_second"]
+        seconds = timestamp // per_second
+        if not 0 <= seconds < 2**35:
+            raise ItemError(
+                f"context timestamp {timestamp} is not of the years 1970 to 3058, with {per_second:,} to a second as in the data"
+            )
+        return seconds
+
+    @cached_property
+    def _item_counts(self) -> IntArray:
+        """Clicks and interactions of every item of the prepared data, `(2, N)`."""
+        data = self._data
+        assert data is not None  # there was an index
+        clicks = np.bincount(data.item, data.label, data.num_items)
+        return np.stack([clicks.astype(np.int64), np.bincount(data.item, minlength=data.num_items)])
+
+    def _encoded(self, part: str) -> list[int]:
+        text = context_text(part)
+        if text not in self._cache:
+            if len(self._cache) >= _MOST_CACHED:
+                self._cache.clear()
+            self._cache[text] = self._encoder.encode(text) if text else []
+        return self._cache[text]
+
+
+class ProfileTokens:
+    """Token ids of users' profiles, by the rule of the prepared data."""
+
+    def __init__(self, rule: Mapping[str, Any], encoder: TextEncoder, data: PreparedData | None) -> None:
+        """Read profiles; arguments as of `ContextTokens`, `rule` is `PreparedData.profile_rule`."""
+        self._rule, self._encoder, self._data = rule, encoder, data
+        self._template = Template(rule["text"], missing_title=None)
+
+    def of_fields(self, profile: Any) -> IntArray:
+        """`(n,)` int64 of a profile given by fields; fields that are left out are empty.
+
+        Raises:
+            ItemError: a field is unknown or of another type.
+        """
+        if not isinstance(profile, Mapping):
+            raise ItemError(f"profile must be fields by name, got {shown(profile)}")
+        if unknown := profile.keys() - set(self._template.columns):
+            raise ItemError(
+                f"profile has a field {shown(min(unknown))}, but a profile here is {self._template.template!r}"
+            )
+        limit = self._rule.get("max_chars", MAX_CHARS)
+        try:
+            values = {name: field_text(name, profile.get(name), limit) for name in self._template.columns}
+        except DataError as error:
+            raise ItemError(f"profile: {error}") from None
+        parts = (self._template.render_part(part, values) for part in range(len(self._template.part_columns)))
+        return self._encoded([part or "" for part in parts])
+
+    def of_user(self, index: int | None) -> IntArray:
+        """`(n,)` int64 of a user of the prepared data; a user who is not there (None) has none."""
+        if index is None or self._data is None or self._data.profiles is None:
+            return np.empty(0, np.int64)
+        return self._encoded(self._data.profiles.of_row(index))
+
+    def _encoded(self, parts: Sequence[str]) -> IntArray:
+        texts = [profile_text(part) for part in parts if part]
+        return np.asarray([token for text in texts for token in self._encoder.encode(text)], np.int64)
+
+
+def _timestamp(fields: Mapping[str, Any]) -> int | None:
+    value = fields.get(TIMESTAMP)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ItemError(f"context {TIMESTAMP} must be an integer in the unit of the data, got {shown(value)}")
+    return int(value)
+
+
+def _rate(name: str, value: Sequence[Any]) -> str:
+    whole = len(value) == 2 and all(isinstance(x, (int, np.integer)) for x in value)
+    if not whole or not 0 <= value[0] <= value[1]:
+        raise ItemError(f"context {name} must be (clicks, interactions) or a text, got {shown(value)}")
+    return rate_text(int(value[0]), int(value[1]))
