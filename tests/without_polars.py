@@ -22,6 +22,7 @@ NEED_THEM = {
         f"dti_model.data.{name}"
         for name in (
             "sources.amazon",
+            "sources.amazon_fields",
             "build",
             "sources.custom",
             "index",

@@ -26,8 +26,11 @@ def make_parser(name: str) -> Parser:
     if source.raw_dir is not None:
         parser.add_argument("--raw-dir", type=Path, required=not source.is_published, help=source.raw_dir)
     if name == "amazon":
-        for option, file in (("--reviews", "<Category>_5"), ("--meta", "meta_<Category>")):
-            text = f"{file}.json.gz, or unpacked"
+        for option, text in (
+            ("--reviews", "<Category>_5.json.gz (2018), <Category>.jsonl.gz or <Category>.csv.gz (2023)"),
+            ("--meta", "meta_<Category>.json.gz (2018) or meta_<Category>.jsonl.gz (2023)"),
+        ):
+            text += ", or unpacked; the fields tell the year"
             parser.add_argument(option, type=Path, required=True, metavar="FILE", help=text)
     if name == "custom":
         _add_custom(parser)
@@ -140,6 +143,10 @@ def prepared_report(stats: dict[str, Any], out: Path) -> str:
         f"  {stats['missing_titles']:,} items without a title, {stats['texts_cut']:,} long values cut; of "
         f"{rows['items']:,} rows of items {_were(rejected['items'])} rejected, {stats['items_repeated']:,} repeat an item",
     ]
+    if dropped := stats["duplicates_dropped"]:
+        lines.append(
+            f"  {_were(dropped)} dropped: equal to an interaction before in user, item, time and rating"
+        )
     if rejected["first"]:
         lines.append(f"  rejected rows are listed in {out / 'rejected.csv'}; the first:")
         lines += [f"    {row}" for row in rejected["first"]]

@@ -4,7 +4,7 @@
     order  = (time, user, item, file); see index.py
     target = at least `min_context` earlier interactions of the user
 
-Rows add up: rows in the file = interactions + interactions_pruned + rejected. Rejected rows are in rejected.csv.
+Rows add up: rows in the file = interactions + interactions_pruned + duplicates_dropped + rejected. Rejected rows are in rejected.csv.
 Cost: O(rows log rows) time, for the sort.
 """
 
@@ -245,6 +245,7 @@ def _counts(raw: RawData, data: Indexed, columns: Mapping[str, npt.NDArray[Any]]
         "interactions_pruned": data.num_pruned,
         "duplicate_pairs": data.duplicate_pairs,
         "duplicate_interactions": data.duplicate_interactions,
+        "duplicates_dropped": raw.duplicates_dropped,
         "missing_titles": int((~data.items["titled"]).sum()),
         "texts_cut": raw.texts_cut,
         "history_length": {

@@ -49,6 +49,63 @@ def write_amazon(folder: Path, ratings: list[Rating], *, zipped: bool = True) ->
     return paths
 
 
+# The same of 2023, without what was mended there (markup in categories, scripts as titles): nulls, an empty list of categories, a CD's
+# artist with its format, fields with objects in them. Item 11 is not listed.
+PRODUCTS_2023: list[dict[str, Any]] = [
+    {"parent_asin": "1", "title": " Rainforest Caf&eacute; <b>Gift</b> Card", "store": "Rain &amp; Co"},
+    {"parent_asin": "2", "title": None, "store": "Jane Austen", "price": None},
+    {"parent_asin": "2", "title": "Emma", "store": "Jane Austen", "details": {"UPC": "1", "Size": None}},
+    {"parent_asin": "3", "title": "", "store": None, "categories": []},
+    {"parent_asin": "9", "title": "A very long title " * 40, "store": "Shrimp City   Format: Audio CD"},
+    {"parent_asin": "10", "title": "Plain", "asin": "B10", "store": "Format: Audio CD", "categories": None},
+    {"parent_asin": "100", "title": "Never reviewed", "store": "x"},
+]
+CATEGORIES_2023 = ["Gift Cards", "Gift Cards", "Food &amp; Drink"]
+MILLISECONDS = 1_600_000_000_123  # times of 2023 start here, those of the ratings are added in seconds
+RATINGS_2023 = ("user_id", "parent_asin", "rating", "timestamp")
+
+
+def reviews_2023(ratings: list[Rating]) -> list[dict[str, Any]]:
+    """Reviews with the fields of 2023; `asin` is of a colour or size."""
+    return [
+        {
+            "rating": float(r),
+            "title": "A review's own title",
+            "text": "☃",
+            "images": [{"small_image_url": "x"}],
+            "asin": f"B{i}",
+            "parent_asin": str(i),
+            "user_id": f"A{u:03}",
+            "timestamp": MILLISECONDS + 1000 * t,
+            "helpful_vote": 0,
+            "verified_purchase": True,
+        }
+        for u, i, r, t in ratings
+    ]
+
+
+def write_amazon_2023(
+    folder: Path, ratings: list[Rating], *, zipped: bool = True, category: str = "CDs_and_Vinyl"
+) -> tuple[Path, Path]:
+    """`CDs_and_Vinyl.jsonl.gz` and `meta_CDs_and_Vinyl.jsonl.gz`, or unpacked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    products = [
+        {"main_category": "Gift Cards", "categories": CATEGORIES_2023, **product} for product in PRODUCTS_2023
+    ]
+    ending = ".jsonl.gz" if zipped else ".jsonl"
+    paths = folder / f"{category}{ending}", folder / f"meta_{category}{ending}"
+    for path, rows in zip(paths, (reviews_2023(ratings), products)):
+        write_json_lines(path, rows)
+    return paths
+
+
+def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """One object a line, gzip where the name ends so."""
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+    return path
+
+
 CUSTOM_COLUMNS = ("user", "item", "timestamp", "liked", "stars")
 ITEM_COLUMNS = ("item", "title", "genres", "year")
 

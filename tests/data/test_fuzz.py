@@ -22,6 +22,7 @@ from dti_model.data.sources.movielens import load_1m, load_100k
 from dti_model.data.sources.source import RawData
 from tests.data.log_files import (
     write_amazon,
+    write_amazon_2023,
     write_custom,
 )
 from tests.data.movielens_files import some_ratings, write_1m, write_100k, write_recbole
@@ -161,6 +162,13 @@ LOADERS: dict[
         _load_amazon,
         lambda path: sum(bool(line.strip()) for line in _lines(path)),
     ),
+    "amazon 2023": (
+        lambda folder: write_amazon_2023(folder, RATINGS, zipped=False),
+        lambda folder, max_rejected: AmazonFiles(
+            folder / "CDs_and_Vinyl.jsonl", folder / "meta_CDs_and_Vinyl.jsonl", max_rejected=max_rejected
+        ).load(),
+        lambda path: sum(bool(line.strip()) for line in _lines(path)),
+    ),
     "custom, csv": (
         lambda folder: write_custom(folder, ".csv", RATINGS),
         lambda folder, limit: _load_custom(folder, ".csv", limit),
@@ -211,7 +219,7 @@ def test_damaged_files(name: str, tmp_path_factory: pytest.TempPathFactory) -> N
             return
         outcomes["used"] += 1
         assert raw.num_rows == num_rows
-        assert indexed.item.size + indexed.num_pruned + rejected == num_rows
+        assert indexed.item.size + indexed.num_pruned + raw.duplicates_dropped + rejected == num_rows
 
     check()
     assert min(outcomes.values()) > 0, f"one-sided: {outcomes}"

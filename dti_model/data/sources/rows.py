@@ -144,11 +144,13 @@ class Interactions:
     Attributes:
         users, items: the ids.
         extra: the values of each extra column, by its name.
+        num_dropped: rows that `drop_duplicates` took out.
     """
 
     def __init__(self) -> None:
         self.users, self.items = IdTable(), IdTable()
         self.extra: dict[str, IdTable] = {}
+        self.num_dropped = 0
         self._batches: list[pl.DataFrame] = []
 
     def add(
@@ -179,6 +181,23 @@ class Interactions:
         codes = self.extra.setdefault(name, IdTable()).encode(distinct.to_list())
         found = texts.replace_strict(distinct, pl.Series(codes), return_dtype=pl.Int32)
         return found.alias(f"={name}")
+
+    def drop_duplicates(self) -> None:
+        """Keep the first of the rows that are equal in all columns.
+
+        Sorting takes 46 bytes a row for a moment, less than `index_rows` does later; a hash table of the rows takes 200.
+        """
+        frame = self.frame()
+        columns = [column.to_numpy() for column in frame]
+        order = np.lexsort(columns)  # stable: the first of equal rows stays before the others
+        equal = np.ones(max(order.size - 1, 0), dtype=bool)
+        for column in columns:
+            ordered = column[order]
+            equal &= ordered[1:] == ordered[:-1]
+        kept = np.ones(order.size, dtype=bool)
+        kept[order[1:][equal]] = False
+        self.num_dropped += int(equal.sum())
+        self._batches = [frame.filter(pl.Series(kept))]
 
     def frame(self) -> pl.DataFrame:
         """All rows, one chunk per batch: joining them would hold everything twice."""

@@ -6,7 +6,8 @@ A new data set is one file with a `Source` and one row of `names.py`; labels, or
                   numbers of `extra[name]`) of every extra column of the log that something asked for
     items:        item (String), text (String, "" where nothing is known), titled (Boolean)
 
-Every row of the source that is not in `rejected` is a row here, repeated (user, item) pairs included. Interactions are in the
+Every row of the source that is not in `rejected` is a row here, repeated (user, item) pairs included; a source may drop rows that are
+equal in all columns, and counts them. Interactions are in the
 order of their file, which decides between rows of one user, time and item; items need no order. Ids are numbers, since one text
 a row would not fit into memory for the largest sources.
 """
@@ -80,6 +81,7 @@ class RawData:
         users: the user ids by number.
         rated: the item ids by number.
         extra: of each extra column its values by number.
+        duplicates_dropped: rows of the interaction file that the source dropped, since an equal one is kept.
         repeated_items: rows of the item file that repeat an item with interactions.
         texts_cut: values of item texts that were cut because of their length.
         checksums: SHA-256 by file name.
@@ -103,6 +105,7 @@ class RawData:
     users: pl.Series = field(init=False)
     rated: pl.Series = field(init=False)
     extra: Mapping[str, pl.Series] = field(init=False)
+    duplicates_dropped: int = field(init=False)
     items: pl.DataFrame = field(init=False)
     repeated_items: int = field(init=False)
     texts_cut: int = field(init=False)
@@ -110,14 +113,15 @@ class RawData:
 
     def __post_init__(self, collected: Interactions, texts: ItemTexts) -> None:
         self.interactions, self.items = collected.frame(), texts.frame()
+        self.duplicates_dropped = collected.num_dropped
         self.users, self.rated = collected.users.names(), collected.items.names()
         self.extra = {name: values.names() for name, values in collected.extra.items()}
         self.repeated_items, self.texts_cut = texts.num_repeated, texts.num_cut
         paths = [self.interactions_path, self.items_path]
         paths += [] if self.profiles is None else [self.profiles.path]
         self.checksums = {path.name: sha256_of(path) for path in paths}
-        lost = self.num_rows - self.num_rejected[0] - self.interactions.height
-        assert lost == 0, f"{lost} rows of {self.interactions_path} are neither kept nor rejected"
+        lost = self.num_rows - self.num_rejected[0] - self.duplicates_dropped - self.interactions.height
+        assert lost == 0, f"{lost} rows of {self.interactions_path} are neither kept, rejected nor dropped"
 
     @property
     def interactions_path(self) -> Path:
