@@ -38,7 +38,7 @@ def contexts_of(
     missing = [name for name in template.columns if name not in extra and name not in BUILT_IN]
     if missing:
         raise DataError(
-            f"{facts.place}: there is no column {', '.join(missing)}, which context_text {template.template!r} (--context-text) names; "
+            f"{facts.place}: there is no column {', '.join(missing)}, which context_text {template.template!r} names; "
             f"built in are {', '.join(BUILT_IN)}"
         )
     columns, built_in = {}, []
