@@ -201,7 +201,9 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         return line
 
     users = str(files.users)
-    assert "log.csv: there is no column devise, which --context-text '{devise}' names" in error("--context-text", "{devise}")
+    assert "log.csv: there is no column devise, which --context-text '{devise}' names" in error(
+        "--context-text", "{devise}"
+    )
     assert "built in are hour, weekday, gap, item_rate, user_rate" in error("--context-text", "{devise}")
     assert "no context may hold what is to be predicted" in error("--context-text", "{liked}")
     assert "text template 'no field' names no column" in error("--context-text", "no field")

@@ -1,0 +1,150 @@
+"""Requests with contexts and profiles: they score as evaluation does, and every missing or wrong field is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dti_model.data import PreparedData
+from dti_model.evaluation.scoring import score_targets
+from dti_model.scorer import ItemError, Scorer, score_file
+from tests.data.text_logs import text_data
+from tests.model.test_prompt_texts import TEMPLATE, run_over
+from tests.numerics import FLOAT64_RELATIVE
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    return text_data(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def scorer(data: PreparedData) -> Scorer:
+    run = run_over(data, TEMPLATE)
+    run.model.double()
+    return Scorer(run, precision="fp32")
+
+
+def device_of(data: PreparedData, row: int) -> str:
+    assert data.contexts is not None
+    return data.contexts.of_row(row)[1]
+
+
+def test_stored_users_score_as_in_evaluation(scorer: Scorer, data: PreparedData) -> None:
+    """The last interaction of every user as a candidate: in one pass, from a state, and from a state that grew by one."""
+    run = scorer.run
+    rows = data.history_offsets[1:] - 1
+    expected = score_targets(run.model, run.config.dti, run.builder, rows)
+    assert np.ptp(expected) > 0.01
+    for user, row, wanted in zip(data.user_ids, rows.tolist(), expected):
+        history, last = scorer.history_of(user), data.item_ids[data.item[row]]
+        *before, (_, _, context) = history
+        found = scorer.score(before, [last], user=user, context=context)
+        assert found[0] == pytest.approx(wanted, rel=FLOAT64_RELATIVE)
+        state = scorer.append(scorer.encode(before[:-1], user=user), *before[-1])
+        assert scorer.score(state, [last], context=context)[0] == pytest.approx(wanted, rel=FLOAT64_RELATIVE)
+
+
+def test_facts_follow_from_time_stamps(scorer: Scorer, data: PreparedData) -> None:
+    """With a time stamp and a device, the scorer makes hour, weekday, gap and the user's rate itself; the item's rate is given."""
+    assert data.contexts is not None
+    for user in range(4):
+        first, stop = data.history_offsets[user : user + 2].tolist()
+        raw = [
+            (
+                data.item_ids[data.item[row]],
+                int(data.label[row]),
+                {
+                    "timestamp": int(data.timestamp[row]),
+                    "device": device_of(data, row),
+                    "item_rate": data.contexts.of_row(row)[3],
+                },
+            )
+            for row in range(first, stop)
+        ]
+        *before, (item, _, context) = raw
+        *stored, (_, _, whole) = scorer.history_of(data.user_ids[user])
+        expected = scorer.score(stored, [item], user=data.user_ids[user], context=whole)
+        assert scorer.score(before, [item], user=data.user_ids[user], context=context) == expected
+        age = {"gender": "FM"[user % 2], "age": 20 + user}
+        assert scorer.score(before, [item], profile=age, context=context) == expected
+        assert scorer.score(before, [item], context=context) != expected  # without a profile
+        candidate = {"item": item, "context": {"item_rate": context["item_rate"]}}
+        shared = {name: context[name] for name in ("timestamp", "device")}
+        assert scorer.score(before, [candidate], profile=age, context=shared) == expected
+
+
+def test_item_rates_are_those_of_all_data(scorer: Scorer, data: PreparedData) -> None:
+    of_item = data.item == data.item_ids.index("i03")
+    counts = [int(data.label[of_item].sum()), int(of_item.sum())]
+    context = {"device": "phone", "timestamp": 1_600_000_000}
+    known = scorer.score([], ["i03"], context=context)
+    assert known == scorer.score([], ["i03"], context={**context, "item_rate": counts})
+    new = {"title": "Film 3", "genres": "Drama"}
+    assert scorer.score([], [new], context=context) == scorer.score(
+        [], ["i03"], context={**context, "item_rate": "new"}
+    )
+    assert scorer.score([], [new], context=context) != known
+
+
+def test_what_is_refused(scorer: Scorer) -> None:
+    good = {"device": "phone", "timestamp": 1_600_000_000}
+    cases = [
+        ({"context": None}, r"candidates\[0\]: context lacks weekday, or a timestamp"),
+        ({"context": {"timestamp": 5}}, "context lacks device: the context of an interaction here is"),
+        ({"context": {**good, "devise": 1}}, "context has a field 'devise', which no template names"),
+        ({"context": {**good, "timestamp": "noon"}}, "context timestamp must be an integer in the unit"),
+        ({"context": {**good, "timestamp": 10**13}}, "is not of the years 1970 to 3058"),
+        ({"context": {**good, "item_rate": [3, 2]}}, r"must be \(clicks, interactions\) or a text"),
+        ({"context": {"text": ["a"]}}, "context text must be a list of 5 texts"),
+        ({"context": "phone"}, "context must be fields by name"),
+        ({"context": good, "profile": {"agee": 3}}, "profile has a field 'agee', but a profile here is"),
+        ({"context": good, "profile": "F"}, "profile must be fields by name"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ItemError, match=message):
+            scorer.score([], ["i01"], **arguments)
+    with pytest.raises(ItemError, match=r"history\[0\]: context lacks weekday"):
+        scorer.score([("i01", 1)], ["i02"], context=good)
+    entry = ("i01", 1, {"text": ["", "", "", "", ""]})
+    with pytest.raises(ItemError, match="context lacks gap, or a timestamp .and of the interaction before"):
+        scorer.score([entry], ["i02"], context=good)
+    with pytest.raises(ItemError, match="user and profile belong to the history"):
+        scorer.score(scorer.encode([]), ["i01"], user="u01", context=good)
+    assert scorer.score([], ["i01"], user="somebody", context=good) == scorer.score([], ["i01"], context=good)
+
+
+def test_models_without_texts_refuse_them(run_scorer: Scorer) -> None:
+    with pytest.raises(ItemError, match="context: interactions of this model have none"):
+        run_scorer.score([], ["1"], context={"device": "phone"})
+    with pytest.raises(ItemError, match="profile: users of this model have none"):
+        run_scorer.score([], ["1"], profile={"age": 3})
+
+
+def test_a_file_of_requests_carries_them(scorer: Scorer, tmp_path: Path) -> None:
+    context = {"device": "phone", "timestamp": 1_700_000_000}
+    lines = [
+        {"user": "u03", "context": context, "candidates": ["i01", "i02"]},
+        {"user": "u03", "profile": {"age": 7}, "context": context, "candidates": ["i01"]},
+        {
+            "history": [{"item": "i01", "label": 1, "context": context}],
+            "context": context,
+            "candidates": ["i01"],
+        },
+        {"user": "u03", "candidates": ["i01"]},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    score_file(scorer, tmp_path / "in.jsonl", tmp_path / "out.jsonl", skip_bad_lines=True, progress=False)
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    stored = scorer.history_of("u03")
+    assert found[0]["probabilities"] == pytest.approx(
+        scorer.score(stored, ["i01", "i02"], user="u03", context=context), abs=1e-8
+    )
+    assert found[1]["probabilities"] != found[0]["probabilities"][:1]
+    assert found[2]["probabilities"] == pytest.approx(
+        scorer.score([("i01", 1, context)], ["i01"], context=context), abs=1e-8
+    )
+    assert "context lacks" in found[3]["error"]
