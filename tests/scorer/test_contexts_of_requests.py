@@ -110,6 +110,7 @@ def test_what_is_refused(scorer: Scorer) -> None:
     with pytest.raises(ItemError, match=r"history\[0\]: context lacks weekday"):
         scorer.score([("i01", 1)], ["i02"], context=good)
     entry = ("i01", 1, {"text": ["", "", "", "", ""]})
+    entry = ("i01", 1, {"text": ["", "", "", "", ""]})
     with pytest.raises(ItemError, match="context lacks gap, or a timestamp .and of the interaction before"):
         scorer.score([entry], ["i02"], context=good)
     with pytest.raises(ItemError, match="user and profile belong to the history"):
