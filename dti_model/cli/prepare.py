@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jsonargparse import Namespace
 
 from dti_model.cli.parser import Parser, number
-from dti_model.data import SOURCES
+from dti_model.data import SOURCES, SPLIT_CODES, UNITS, Clock
 from dti_model.shown import one_line
 
 DESCRIPTION = (
@@ -68,9 +68,16 @@ def _add_custom(parser: Parser) -> None:
         ("user", "user", "column with the user"),
         ("item", "item", "column with the item"),
         ("timestamp", "timestamp", "column with the time: integers, numbers or ISO date-times"),
+        (
+            "split-column",
+            None,
+            "column with train, val (valid, validation, dev) or test, such as a published split has; rows without are context only",
+        ),
         ("items-key", None, "column of the item file with the item; default: as in --item"),
     ):
         parser.add_argument(f"--{name}", type=str, default=default, metavar="COLUMN", help=text)
+    text = "what integers or numbers in that column count since 1970; default: told by their size where dates are asked for"
+    parser.add_argument("--timestamp-unit", type=Literal[tuple(UNITS)], help=text)
     parser.add_argument("--threshold", type=number, help="with --rating: a rating above it is a click")
 
 
@@ -99,8 +106,16 @@ def _add_texts(parser: Parser, name: str) -> None:
 
 
 def _add_protocol(parser: Parser, min_item_count: int) -> None:
-    text = "8:1:1 over global time, or within each user"
-    parser.add_argument("--split", type=Literal["global", "user"], default="global", help=text)
+    text = "8:1:1 over global time, or within each user; default: global"
+    parser.add_argument("--split", type=Literal["global", "user"], metavar="global|user", help=text)
+    for name, text in (
+        ("--val-from", "instead of --split: targets before it are train, those from there on val"),
+        ("--test-from", "goes with --val-from: targets from there on are test"),
+    ):
+        text += (
+            "; a date or date-time of ISO 8601 (UTC unless it says otherwise), or a time stamp of the data"
+        )
+        parser.add_argument(name, type=str, metavar="DATE", help=text)
     for name, default, text in (
         ("--min-context", 5, "earlier interactions that a target must have"),
         ("--min-item-count", min_item_count, "drop items with fewer interactions"),
@@ -114,8 +129,8 @@ def run(name: str, options: Namespace) -> None:
     from dti_model.data import named_source, prepare
 
     settings = options.as_dict()  # vars() would show `items` under another name: Namespace has a method of it
-    rules = ("split", "min_context", "min_item_count", "vocab_size", "context_text", "timezone")
-    protocol = {key: settings.pop(key) for key in rules}
+    rules = ("split", "val_from", "test_from", "min_context", "min_item_count", "vocab_size")
+    protocol = {key: settings.pop(key) for key in (*rules, "context_text", "timezone")}
     out = settings.pop("out")
     if SOURCES[name].threshold is not None:
         protocol["threshold"] = settings.pop("threshold")
@@ -130,11 +145,18 @@ def prepared_report(stats: dict[str, Any], out: Path) -> str:
         f"{out}: {stats['users']:,} users, {stats['items']:,} items, {stats['interactions']:,} interactions; "
         f"a click is {stats['click']} (base rate {stats['base_rate']:.4f})",
     ]
-    for name in ("train", "val", "test"):
+    for name in SPLIT_CODES:
         rate = splits[name]["base_rate"]
         shown = "-" if rate is None else f"{rate:.4f}"
         lines.append(f"  {name:6}{splits[name]['targets']:>10,} targets, base rate {shown}")
+        if rate in (None, 0, 1):
+            has = {None: "no target", 0: "no click", 1: "clicks only"}[rate]
+            lines.append(
+                f"  warning: {name} has {has}, so that it has no AUC and training refuses the folder"
+            )
     lines += [
+        *_about_split(stats),
+        *_about_time(stats),
         f"  {splits['context']['interactions']:,} interactions are context only; "
         f"{stats['duplicate_pairs']:,} (user, item) pairs occur more than once, "
         f"{stats['duplicate_interactions']:,} interactions repeat one (all kept)",
@@ -151,6 +173,40 @@ def prepared_report(stats: dict[str, Any], out: Path) -> str:
         lines.append(f"  rejected rows are listed in {out / 'rejected.csv'}; the first:")
         lines += [f"    {row}" for row in rejected["first"]]
     return "\n".join(map(one_line, lines))
+
+
+def _about_split(stats: dict[str, Any]) -> list[str]:
+    """What the split was made by, and what it hides."""
+    rule, lines = stats.get("split_rule", {}), []
+    if stats["split"] == "date":
+        clock = Clock.of(stats)
+        val_from, test_from = clock.shown(rule["val_from"]), clock.shown(rule["test_from"])
+        lines.append(f"  split by date: val from {val_from}, test from {test_from}")
+    early = {name: count for name, count in rule.get("without_context", {}).items() if count}
+    if early:
+        taken = ", ".join(f"{count:,} {name}" for name, count in early.items())
+        lines.append(
+            f"  column {rule['column']} names {taken} rows that have fewer than {stats['min_context']} earlier interactions of their user "
+            "and are context only; --min-context 0 keeps all"
+        )
+    late = stats["splits"]["train_after_test"]
+    if stats["split"] == "user" or late:
+        lines.append(
+            f"  {late:,} of {stats['splits']['train']['targets']:,} training targets are later than the first test target: training learns "
+            "of items what was not known yet"
+        )
+    return lines
+
+
+def _about_time(stats: dict[str, Any]) -> list[str]:
+    """From when to when, and how much of the order of time is not known."""
+    clock = Clock.of(stats)
+    unit = "second" if stats["timestamp_unit"] == "seconds" else "time stamp"
+    share = stats["sharing_time"] / stats["interactions"]
+    return [
+        f"  from {clock.shown(clock.first)} to {clock.shown(clock.last)}; {share:.1%} of the interactions share their {unit} with another "
+        "of the same user"
+    ]
 
 
 def _were(count: int) -> str:

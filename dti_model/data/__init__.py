@@ -11,6 +11,7 @@ from dti_model.data.split import CONTEXT, SPLIT_CODES, TEST, TRAIN, VAL
 from dti_model.data.store import COLUMNS, PreparedData
 from dti_model.data.text_encoder import ENCODING_VERSION, TextEncoder, TokenIds
 from dti_model.data.texts import FINISHED, MAX_CHARS, TEMPLATE, Template, field_text, template_text
+from dti_model.data.times import UNITS, Clock
 from dti_model.data.tokens import LABEL_TEXTS, SUM, label_tokens, plain_backend
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ __all__ = [
     "TEMPLATE",
     "TEST",
     "TRAIN",
+    "UNITS",
     "VAL",
     "AmazonFiles",
+    "Clock",
     "CustomFiles",
     "DataError",
     "OneLineError",

@@ -2,7 +2,7 @@
 
     label  = rating > threshold
     order  = (time, user, item, file); see index.py
-    target = at least `min_context` earlier interactions of the user
+    target = at least `min_context` earlier interactions of the user; split_rule.py divides the targets
 
 Rows add up: rows in the file = interactions + interactions_pruned + duplicates_dropped + rejected. Rejected rows are in rejected.csv.
 Cost: O(rows log rows) time, for the sort.
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +35,17 @@ from dti_model.data.folder import (
 from dti_model.data.index import Indexed, index_rows
 from dti_model.data.row_texts import context_template, contexts_of
 from dti_model.data.sources import RawData, Source, source_in_folder
-from dti_model.data.split import CONTEXT, SPLIT_CODES, SplitKind, assign_split
+from dti_model.data.split import (
+    CONTEXT,
+    SPLIT_CODES,
+    SplitKind,
+    num_sharing_time,
+    num_train_after_test,
+)
+from dti_model.data.split_rule import SplitRule
 from dti_model.data.store import COLUMNS, PreparedData
 from dti_model.data.texts import MISSING_TITLE
+from dti_model.data.times import Moment
 from dti_model.data.tokens import check_vocab_size, save_tokenizer, train_tokenizer
 from dti_model.files import WriteError, locked_beside, whole_folder, write_sealed
 
@@ -52,7 +60,9 @@ def prepare(
     out: str | Path,
     raw_dir: str | Path | None = None,
     *,
-    split: SplitKind = "global",
+    split: SplitKind | None = None,
+    val_from: Moment | None = None,
+    test_from: Moment | None = None,
     threshold: float | None = None,
     min_context: int = 5,
     min_item_count: int | None = None,
@@ -67,7 +77,9 @@ def prepare(
         source: "ml-100k", "ml-1m", "amazon-cds", "amazon-kindles", or a `Source`: an `AmazonFiles`, a `CustomFiles`.
         out: folder to write. An older prepared folder there is replaced; any other content, also in it, is an error.
         raw_dir: folder with the raw files, of a source given by its name; None fetches them (MovieLens only).
-        split: "global" (by time over all users) or "user" (within each user).
+        split: "global" (by time over all users, the default) or "user" (within each user).
+        val_from, test_from: instead of `split`: dates, date-times (ISO 8601 or objects; UTC unless they name an offset) or time stamps.
+            Targets before `val_from` are train, before `test_from` validation, and the others test.
         threshold: a rating above it is a click; None takes the source's (3 for MovieLens, 4 for Amazon, `CustomFiles`' own).
         min_context: earlier interactions that a target needs.
         min_item_count: items with fewer interactions are dropped; None takes the data set's default.
@@ -81,7 +93,8 @@ def prepare(
         The content of stats.json, without its own sha256.
 
     Raises:
-        DataError: a file is missing, malformed or cut short, a count is wrong, or `out` holds something else.
+        DataError: a file is missing, malformed or cut short, a count is wrong, all labels are equal, a date or a column leaves a split
+            without targets, or `out` holds something else.
         LockedError: another process prepares `out`.
         ValueError: an argument has an impossible value, or does not apply to the source.
         WriteError: the disk is full.
@@ -93,7 +106,8 @@ def prepare(
         raise ValueError(f"raw_dir does not apply to {source.name}: its files have their own paths")
     elif subset:
         raise ValueError(f"subset does not apply to {source.name}: it has no published counts")
-    rules = _Rules(split, threshold, min_context, min_item_count, vocab_size, context_text, timezone)
+    rule = SplitRule(split, val_from, test_from)
+    rules = _Rules(rule, threshold, min_context, min_item_count, vocab_size, context_text, timezone)
     rules.check(source)
     check_replaceable(out)
     with _locked(out):
@@ -105,7 +119,7 @@ def prepare(
 class _Rules:
     """The protocol: arguments of `prepare` that turn rows into targets and texts into tokens."""
 
-    split: SplitKind
+    split: SplitRule
     threshold: float | None
     min_context: int
     min_item_count: int | None
@@ -115,8 +129,7 @@ class _Rules:
 
     def check(self, source: Source) -> None:
         """Raise a ValueError at an impossible value."""
-        if self.split not in get_args(SplitKind):
-            raise ValueError(f"split must be one of {', '.join(get_args(SplitKind))}, but is {self.split!r}")
+        self.split.check(source)
         if self.threshold is not None:
             if source.ratings is None:
                 raise ValueError(f"threshold does not apply here: give it to {type(source).__name__}")
@@ -149,7 +162,7 @@ def _prepared(name: str, raw: RawData, rules: _Rules, out: Path) -> dict[str, An
     threshold = raw.threshold if rules.threshold is None else float(rules.threshold)
     min_item_count = raw.min_item_count if rules.min_item_count is None else rules.min_item_count
     indexed = index_rows(raw, min_item_count)
-    columns = _columns(indexed, threshold, rules.split, rules.min_context)
+    columns, split_facts = _columns(raw, indexed, threshold, rules)
     row_texts = _row_texts(raw, indexed, columns, rules)
     provenance |= {name: rule for name, (_, rule) in row_texts.items()}
     stats = {
@@ -158,7 +171,7 @@ def _prepared(name: str, raw: RawData, rules: _Rules, out: Path) -> dict[str, An
         **_counts(raw, indexed, columns),
         "threshold": threshold,
         "click": raw.click.replace("{threshold:g}", f"{threshold:g}"),
-        "split": rules.split,
+        **split_facts,
         "min_context": rules.min_context,
         "min_item_count": min_item_count,
         "splits": _split_stats(columns),
@@ -190,20 +203,25 @@ def _cannot_be_written(out: Path, error: OSError) -> DataError:
 
 
 def _columns(
-    data: Indexed, threshold: float, split: SplitKind, min_context: int
-) -> dict[str, npt.NDArray[Any]]:
+    raw: RawData, data: Indexed, threshold: float, rules: _Rules
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """The columns of interactions.arrow, and what stats.json says of their split."""
+    label = (data.rating > threshold).view(np.int8)
+    raw.check_classes(label, threshold)
     # Rows are in (user, time, item, file) order: a stable sort by time gives (time, user, item, file).
     by_time = np.argsort(data.timestamp, kind="stable")
+    split, split_facts = rules.split.assigned(raw, data, by_time, rules.min_context)
     order = np.empty(by_time.shape, dtype=np.int64)
     order[by_time] = np.arange(order.size)
-    return {
+    columns: dict[str, npt.NDArray[Any]] = {
         "item": data.item,
-        "label": (data.rating > threshold).view(np.int8),
+        "label": label,
         "timestamp": data.timestamp,
         "rating": data.rating,
-        "split": assign_split(data.offsets, by_time, split, min_context),
+        "split": split,
         "order": order,
     }
+    return columns, split_facts
 
 
 def _row_texts(
@@ -257,16 +275,21 @@ def _counts(raw: RawData, data: Indexed, columns: Mapping[str, npt.NDArray[Any]]
         "timestamp_unit": raw.timestamp_unit,
         "first_timestamp": int(data.timestamp.min()),
         "last_timestamp": int(data.timestamp.max()),
+        "sharing_time": num_sharing_time(data.offsets, data.timestamp),
     }
 
 
 def _split_stats(columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    """Per split its targets and base rate (null where it has no target); "context" counts the other rows."""
+    """Per split its targets and base rate (null where it has no target); "context" counts the other rows.
+
+    "train_after_test" counts the training targets that are later than the first test target.
+    """
     stats: dict[str, Any] = {}
     for name, code in SPLIT_CODES.items():
         labels = columns["label"][columns["split"] == code]
         stats[name] = {"targets": labels.size, "base_rate": float(labels.mean()) if labels.size else None}
     stats["context"] = {"interactions": int((columns["split"] == CONTEXT).sum())}
+    stats["train_after_test"] = num_train_after_test(columns["split"], columns["timestamp"])
     return stats
 
 

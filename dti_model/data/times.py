@@ -146,7 +146,7 @@ class Clock:
         except DataError:
             return f"{timestamp / self.scale:,.15g}" if self.scale > 1 else f"{timestamp:,}"
         moment = _EPOCH + datetime.timedelta(seconds=int(since_1970 // 1))
-        return f"{moment:%Y-%m-%d %H:%M:%S}"
+        return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
     @property
     def _prefix(self) -> str:
@@ -207,4 +207,5 @@ def _number(text: str) -> Fraction | None:
 
 
 def _ceil(number: Fraction) -> int:
-    return -(-number.numerator // number.denominator)
+    """Rounded up, within what 64 bits hold."""
+    return max(-(2**63), min(-(-number.numerator // number.denominator), 2**63 - 1))

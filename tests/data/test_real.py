@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,15 @@ def test_ml_100k_counts_and_global_split(ml_100k: PreparedData) -> None:
     test_users = ml_100k.users_of(ml_100k.targets("test"))
     train_users = ml_100k.users_of(ml_100k.targets("train"))
     assert np.isin(test_users, train_users).mean() == pytest.approx(0.145, abs=0.0005)
+
+
+def test_time_honesty_of_ml_100k(ml_100k: PreparedData, real_data_dir: Path) -> None:
+    """Three of four ratings were given in the same second as another of their user: the order of those is not known."""
+    lines = (_folder(real_data_dir, "ml-100k") / "u.data").read_text().splitlines()
+    seconds = Counter((line.split("\t")[0], line.split("\t")[3]) for line in lines)
+    shared = sum(count for count in seconds.values() if count > 1)
+    assert ml_100k.stats["sharing_time"] == shared == 75_772
+    assert ml_100k.stats["splits"]["train_after_test"] == 0
 
 
 def test_ml_1m_half_counts_and_global_split(ml_1m_half: PreparedData, real_data_dir: Path) -> None:
@@ -117,7 +127,9 @@ def test_lines_of_ml_100k_global(ml_100k: PreparedData) -> None:
 
 
 def test_lines_of_ml_100k_per_user(real_data_dir: Path, tmp_path: Path) -> None:
-    prepare("ml-100k", tmp_path / "out", _folder(real_data_dir, "ml-100k"), split="user")
+    stats = prepare("ml-100k", tmp_path / "out", _folder(real_data_dir, "ml-100k"), split="user")
+    assert stats["splits"]["train"]["targets"] == 75_847
+    assert stats["splits"]["train_after_test"] == 75_051  # what a split per user hides
     _check_lines(PreparedData.open(tmp_path / "out"), USER_100K)
 
 

@@ -24,7 +24,7 @@ def test_units_are_told_by_size(unit: str) -> None:
         clock = Clock(said, NEW_YEAR * steps, (NEW_YEAR + 60) * steps)
         assert (clock.file_unit(), clock.per_second()) == (unit, steps)
         assert stamp(clock, "2020-01-01T00:00:30Z") == (NEW_YEAR + 30) * steps
-        assert clock.shown((NEW_YEAR + 61) * steps - 1) == "2020-01-01 00:01:00"
+        assert clock.shown((NEW_YEAR + 61) * steps - 1) == "2020-01-01 00:01:00 UTC"
     found = seconds_of(np.array([NEW_YEAR * steps, (NEW_YEAR + 61) * steps - 1]), OF_FILE)
     assert found.tolist() == [NEW_YEAR, NEW_YEAR + 60]
 

@@ -5,6 +5,7 @@
 
 Times may be integers, numbers or ISO date-times (UTC where they name no zone); what the first rows hold decides.
 Numbers are kept in millionths of their unit and date-times in microseconds, so no two times fall together.
+A column may say of each row whether it is train, val or test, as published splits do.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from dti_model.data.sources.item_frames import ItemTexts, as_text
 from dti_model.data.sources.rows import MAX_REJECTED, Interactions, check_limits
 from dti_model.data.sources.source import RawData
 from dti_model.data.sources.user_frames import read_users
+from dti_model.data.split import SPLIT_WORDS
 from dti_model.data.texts import FINISHED, MAX_CHARS, Template
+from dti_model.data.times import MILLIONTHS, OF_FILE, UNITS, Clock
 
-INTEGERS, NUMBERS, DATES = "the file's", "millionths of the file's", "microseconds"
+INTEGERS, NUMBERS, DATES = OF_FILE, MILLIONTHS + OF_FILE, "microseconds"
 _TIME_RULES: dict[str | None, str] = {INTEGERS: "an integer", NUMBERS: "a number", DATES: "an ISO date-time"}
 _TIME_RULES[None] = "an integer, a number or an ISO date-time"
 _DATE_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
@@ -48,6 +51,9 @@ class CustomFiles:
         rating: column with numbers; one above `threshold` is a click.
         threshold: goes with `rating`.
         user, item, timestamp: columns of `interactions`.
+        timestamp_unit: what integers or numbers in `timestamp` count since 1970, a name of `UNITS` in times.py; None: it is not said, and told
+            by their size where dates are asked for.
+        split_column: column with train, val (valid, validation, dev) or test, in any case; a row without is context only.
         items_key: the column of `items` with the item; None: named as in `interactions`.
         max_rejected: largest share of a file's rows that may be unusable.
         max_chars: longest value of a column in a text; longer ones are cut at a word.
@@ -71,6 +77,8 @@ class CustomFiles:
     user: str = "user"
     item: str = "item"
     timestamp: str = "timestamp"
+    timestamp_unit: str | None = None
+    split_column: str | None = None
     items_key: str | None = None
     max_rejected: float = MAX_REJECTED
     max_chars: int = MAX_CHARS
@@ -103,6 +111,14 @@ class CustomFiles:
             )
         if self.user_text is not None:
             Template(self.user_text, missing_title=None)
+        if self.split_column in columns:
+            raise ValueError(
+                f"split_column must be a column of its own, but {self.split_column} has another meaning"
+            )
+        if self.timestamp_unit not in (None, *UNITS):
+            raise ValueError(
+                f"timestamp_unit must be one of {', '.join(UNITS)}, but is {self.timestamp_unit!r}"
+            )
         check_limits(self.max_rejected, self.max_chars)
         if FINISHED in Template(self.text).columns:
             raise ValueError(
@@ -129,11 +145,16 @@ class CustomFiles:
             raise DataError(
                 f"context_text names {click}, the column of the click itself: no context may hold what is to be predicted"
             )
+        if self.split_column in columns:
+            raise DataError(
+                f"context_text names {self.split_column}, the column of splits, which no request knows"
+            )
         template = Template(self.text)
         catalogue = open_table(Path(self.items), multiline=True)
         template.check(catalogue.columns, str(self.items))
         table = open_table(Path(self.interactions), multiline=False)
         extra = [name for name in columns if name in table.columns]
+        extra += [] if self.split_column is None else [self.split_column]
         interactions, unit = self._read_interactions(table, extra)
         table.rejected.check(table.num_rows, self.max_rejected)
         items = ItemTexts(interactions.items.names(), template, self.max_chars)
@@ -144,7 +165,7 @@ class CustomFiles:
             profiles = read_users(
                 Path(self.users), self.users_key or self.user, self.user_text, self.max_chars
             )
-        return RawData(
+        raw = RawData(
             interactions,
             items,
             (table.rejected, catalogue.rejected),
@@ -153,15 +174,30 @@ class CustomFiles:
             threshold=0.5 if self.threshold is None else float(self.threshold),
             min_item_count=1,
             click=f"{self.label} = 1" if self.rating is None else f"{self.rating} > {{threshold:g}}",
-            timestamp_unit=unit,
+            timestamp_unit=self._said(unit),
+            split_column=self.split_column,
             text_rule={"text": self.text, "max_chars": self.max_chars},
             profiles=profiles,
         )
+        if self.timestamp_unit is not None and (times := raw.interactions["timestamp"]).len():
+            first, last = int(times.min()), int(times.max())  # type: ignore[arg-type]
+            Clock(raw.timestamp_unit, first, last, str(self.interactions)).check_said()
+        return raw
+
+    def _said(self, unit: str) -> str:
+        """The unit of the time stamps: of what was found in the file, that which was said."""
+        if self.timestamp_unit is None:
+            return unit
+        if unit == DATES:
+            raise DataError(
+                f"{self.interactions}: column {self.timestamp} holds dates, which have no unit: leave timestamp_unit (--timestamp-unit) out"
+            )
+        return unit.replace(OF_FILE, self.timestamp_unit)
 
     def _read_interactions(self, table: Table, extra: Sequence[str]) -> tuple[Interactions, str]:
         interactions, unit = Interactions(), None
         user, item, time, value = (f"={name}" for name in self._columns)
-        for batch in table.batches([*self._columns, *(name for name in extra if name not in self._columns)]):
+        for batch in table.batches(list(dict.fromkeys([*self._columns, *extra]))):
             batch = batch.with_columns(_one_value(batch[name]) for name in (time, value))
             times, unit = parsed_times(batch[time], unit)
             rows = pl.DataFrame(
@@ -178,10 +214,12 @@ class CustomFiles:
                 _problem("item", self.item, "must not be empty"),
                 _problem("time", self.timestamp, f"must be {_TIME_RULES[unit]}", batch[time]),
                 _problem("value", self._columns[3], f"must be {value_rule}", batch[value]),
+                *([] if self.split_column is None else [_split_problem(self.split_column, batch)]),
             )
-            for line, reason in rows.select(LINE, problem.alias("problem")).drop_nulls("problem").iter_rows():
+            rows = rows.with_columns(problem=problem)
+            for line, reason in rows.select(LINE, "problem").drop_nulls().iter_rows():
                 table.rejected.add(line, reason)
-            is_good = ~rows.select(pl.any_horizontal(pl.all().is_null())).to_series()
+            is_good = rows["problem"].is_null()
             good = rows.filter(is_good)
             texts = {name: as_text(batch[f"={name}"]).filter(is_good) for name in extra}
             interactions.add(
@@ -266,14 +304,27 @@ def _problem(column: str, name: str, rule: str, values: pl.Series | None = None)
     return pl.when(pl.col(column).is_null()).then(text)
 
 
+def _split_problem(name: str, batch: pl.DataFrame) -> pl.Expr:
+    """The problem of the rows whose split is a word that is none."""
+    words = _texts(batch[f"={name}"])
+    rule = pl.lit(f"{name} must be train, val (valid, validation, dev), test or empty, but is ")
+    is_word = words.str.to_lowercase().is_in(list(SPLIT_WORDS))
+    return pl.when(pl.lit(~is_word)).then(pl.concat_str(rule, pl.lit(words)))
+
+
 def _one_value(values: pl.Series) -> pl.Series:
     """A column of lists as text, since neither a number nor a time is a list; other columns as they are."""
     return as_text(values).alias(values.name) if isinstance(values.dtype, pl.List) else values
 
 
+def _texts(values: pl.Series) -> pl.Series:
+    """Values as text without blanks around them, "" where there is none."""
+    return as_text(values).fill_null("").str.strip_chars()
+
+
 def _ids(values: pl.Series) -> pl.Series:
     """Ids as text without blanks around them; null where there is none."""
-    texts = as_text(values).str.strip_chars()
+    texts = _texts(values)
     return texts.set(texts == "", None)
 
 

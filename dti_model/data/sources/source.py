@@ -73,7 +73,8 @@ class RawData:
         min_item_count: items with fewer interactions are dropped, by default.
         route: where the files came from.
         click: the definition of a click, in words, with `{threshold}` where the threshold belongs.
-        timestamp_unit: the unit of the timestamps, in words.
+        timestamp_unit: the unit of the timestamps, as `Clock` in times.py takes it.
+        split_column: the extra column, of words of `SPLIT_WORDS` in split.py, that divides the targets; None: there is none.
         text_rule: `text` (template) and `max_chars` of the item texts; without them, the defaults of `texts.py`.
         facts: published facts to compare with.
         subset: a part of the published set is enough.
@@ -97,6 +98,7 @@ class RawData:
     route: str = "files"
     click: str = "rating > {threshold:g}"
     timestamp_unit: str = "seconds"
+    split_column: str | None = None
     text_rule: Mapping[str, Any] = field(default_factory=dict)
     facts: Facts | None = None
     subset: bool = False
@@ -164,6 +166,24 @@ class RawData:
         digest.update(np.ascontiguousarray(rows["timestamp"].to_numpy(), dtype="<i8").tobytes())
         digest.update(np.ascontiguousarray(rows["rating"].to_numpy(), dtype="<f4").tobytes())
         return digest.hexdigest()
+
+    def check_classes(self, label: npt.NDArray[np.int8], threshold: float) -> None:
+        """Raise a DataError where all labels are equal: nothing can be learnt from them."""
+        if label.any() and not label.all():
+            return
+        click = self.click.replace("{threshold:g}", f"{threshold:g}")
+        ways = [] if click == self.click else ["choose another threshold (--threshold)"]
+        if label.any():
+            ways.append("add what was shown and not clicked (impressions) as rows that are no clicks")
+            ways.append(
+                "where that was not logged, add items drawn at random that the user did not click then as rows that are no clicks"
+            )
+        else:
+            ways.append("check that this is the column of clicks")
+        raise DataError(
+            f"{self.interactions_path}: of {label.size:,} interactions {'each one' if label.any() else 'none'} is a click ({click}), and a "
+            f"click model learns from both. Ways out: {'; '.join(ways)}"
+        )
 
     def check_facts(self) -> None:
         """Compare with the published facts.
