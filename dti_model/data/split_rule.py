@@ -8,16 +8,18 @@ column   the words train, val (valid, validation, dev) and test; an empty value 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from dti_model.data.errors import DataError
-from dti_model.data.index import Indexed
-from dti_model.data.sources import RawData, Source
 from dti_model.data.split import SPLIT_CODES, SplitKind, assign_split, code_of_word, split_at, without_early
 from dti_model.data.times import Clock, Moment, parsed_moment
+
+if TYPE_CHECKING:
+    from dti_model.data.index import Indexed
+    from dti_model.data.sources import RawData, Source
 
 _Codes = npt.NDArray[np.int8]
 

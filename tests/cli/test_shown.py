@@ -115,7 +115,7 @@ def test_what_prepare_says_of_files(
 
 def test_what_prepare_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first rejected rows were printed raw, and a label column with braces in its name was a KeyError."""
-    (tmp_path / "log.csv").write_text("user,item,timestamp,{0}\nu,a,1,\x1b[31mx\nu,a,2,1\n")
+    (tmp_path / "log.csv").write_text("user,item,timestamp,{0}\nu,a,1,\x1b[31mx\nu,a,2,1\nu,a,3,0\n")
     (tmp_path / "items.csv").write_text("item,title\na,A\n")
     files = [
         f"--interactions={tmp_path / 'log.csv'}",

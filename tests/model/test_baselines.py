@@ -85,7 +85,10 @@ def test_without_validation_the_lines_exist(tmp_path: Path) -> None:
 
 
 def test_one_class_is_refused(tmp_path: Path) -> None:
-    data = _prepared(tmp_path, [(user, item, 5, time) for user, item, _, time in some_ratings()])
+    """The last user, whose targets are test, clicks nothing; the others click everything."""
+    data = _prepared(
+        tmp_path, [(user, item, 3 + 2 * (user < 12), time) for user, item, _, time in some_ratings()]
+    )
     with pytest.raises(DataError, match="training targets do not have both classes"):
         baseline_scores(data, "test")
     with pytest.raises(DataError, match="split must be one of"):

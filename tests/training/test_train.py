@@ -186,7 +186,8 @@ def test_a_run_folder_of_other_settings_is_refused(config: TrainConfig) -> None:
 
 
 def test_one_class_is_refused_before_training(config: TrainConfig, tmp_path: Path) -> None:
-    ratings = [(user, item, max(rating, 2), time) for user, item, rating, time in some_ratings(num_users=60)]
+    """Every target but those of the last user, which are test, is a click."""
+    ratings = [(user, item, 1 + (user < 60), time) for user, item, _, time in some_ratings(num_users=60)]
     prepare("ml-1m", tmp_path / "one", write_1m(tmp_path / "raw", ratings), subset=True, threshold=1)
     with pytest.raises(DataError, match="train targets do not have both classes"):
         train(dataclasses.replace(config, data=tmp_path / "one"))
