@@ -107,8 +107,7 @@ class Clock:
             steps = UNITS[self.said] * self.scale
             raise DataError(
                 f"{self._prefix}the time stamps, {self._span}, are {self.likely}, not {self.said}: as {self.said} the last would be of "
-                f"the year {1970 + self.last // steps // _YEAR}. Say timestamp_unit {self.likely} (--timestamp-unit, of your own log), or "
-                "give numbers like theirs instead of dates"
+                f"the year {1970 + self.last // steps // _YEAR}. Say timestamp_unit = {self.likely} of a log of your own, or mend the file"
             )
 
     def per_second(self) -> int:

@@ -99,6 +99,11 @@ WRONG = {
         "log.csv: the time stamps, 0 to 5, are of 1980 to 2100 neither as seconds nor as milliseconds, microseconds, nanoseconds since 1970, "
         "so they cannot be read as dates. Say their unit with timestamp_unit (--timestamp-unit), or give numbers like theirs instead of dates",
     ),
+    "milliseconds where seconds are said": (
+        ["--timestamp-unit=seconds"],
+        "log.csv: the time stamps, 1577836800000 to 1577836805000, are milliseconds, not seconds: as seconds the last would be of the year "
+        "51969. Say --timestamp-unit = milliseconds of a log of your own, or mend the file",
+    ),
     "another unit": (["--timestamp-unit=days"], "--timestamp-unit must be"),
     "another column": (["--split-column=fold"], "log.csv: there is no column fold; there are user, item, timestamp, liked, part. Say"),
 }  # fmt: skip
@@ -109,6 +114,7 @@ def test_what_divides_nothing_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     options, message = WRONG[case]
-    rows = [f"1,{'ab'[i % 2]},{i},{i % 2}," for i in range(6)]
+    first = NEW_YEAR if case.startswith("milliseconds") else 0
+    rows = [f"1,{'ab'[i % 2]},{1000 * (first + i) if first else i},{i % 2}," for i in range(6)]
     assert message in refused(custom(tmp_path, rows, *options), capsys)
     assert not (tmp_path / "out").exists()

@@ -67,6 +67,7 @@ def test_ml_1m_half_counts_and_global_split(ml_1m_half: PreparedData, real_data_
     assert stats["splits"]["test"]["targets"] == 47_266
     assert stats["splits"]["test"]["base_rate"] == pytest.approx(0.5418, abs=0.00005)
     assert stats["source"]["subset"]
+    assert stats["sharing_time"] == 377_990  # 77.5 %
     with pytest.raises(
         DataError, match=r"ratings\.dat:487650: 487,650 interactions .* has 1,000,209.*--subset"
     ):

@@ -151,6 +151,10 @@ def test_a_published_split(tmp_path: Path) -> None:
     assert stats["split"] == "column"
     without = {"train": 0, "val": 0, "test": 0}
     assert stats["split_rule"] == {"column": "part", "without_context": without}
+    # Beside another column that contexts are made of.
+    prepare(files, tmp_path / "out", min_context=0, vocab_size=270, context_text="{user} at {timestamp}")
+    data = PreparedData.open(tmp_path / "out")
+    assert (data.split.tolist(), data.timestamp[3]) == (wanted, 3)
     # The rows of times 0 to 2 become context: one each of train, of none and of val.
     stats = prepare(files, tmp_path / "out", min_context=3, vocab_size=270)
     assert PreparedData.open(tmp_path / "out").split.tolist() == [CONTEXT] * 3 + wanted[3:]
@@ -192,6 +196,10 @@ def test_columns_that_divide_nothing(tmp_path: Path) -> None:
         prepare(only_train, tmp_path / "out")
     with pytest.raises(DataError, match=r"log\.csv: there is no column fold; there are user, item, "):
         prepare(own_log(tmp_path, times, split_column="fold"), tmp_path / "out")
+    with pytest.raises(
+        DataError, match="context_text names part, the column of splits, which no request knows"
+    ):
+        prepare(files, tmp_path / "out", context_text="{part}")
     with pytest.raises(ValueError, match="split_column must be a column of its own, but item has another"):
         own_log(tmp_path, times, split_column="item")
 

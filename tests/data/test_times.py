@@ -87,7 +87,7 @@ def test_milliseconds_where_seconds_are_said() -> None:
     clock = Clock("seconds", NEW_YEAR * 1000, NEW_YEAR * 1000 + 5, "log.csv")
     message = (
         r"log\.csv: the time stamps, 1577836800000 to 1577836800005, are milliseconds, not seconds: as seconds the last would be of "
-        r"the year 51969\. Say timestamp_unit milliseconds"
+        r"the year 51969\. Say timestamp_unit = milliseconds of a log"
     )
     with pytest.raises(DataError, match=message):
         stamp(clock, "2020-01-01")
