@@ -201,10 +201,9 @@ def _about_split(stats: dict[str, Any]) -> list[str]:
 def _about_time(stats: dict[str, Any]) -> list[str]:
     """From when to when, and how much of the order of time is not known."""
     clock = Clock.of(stats)
-    unit = "second" if stats["timestamp_unit"] == "seconds" else "time stamp"
     share = stats["sharing_time"] / stats["interactions"]
     return [
-        f"  from {clock.shown(clock.first)} to {clock.shown(clock.last)}; {share:.1%} of the interactions share their {unit} with another "
+        f"  from {clock.shown(clock.first)} to {clock.shown(clock.last)}; {share:.1%} of the interactions share their {clock.tick} with another "
         "of the same user"
     ]
 

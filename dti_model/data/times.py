@@ -23,9 +23,8 @@ from dti_model.data.errors import DataError
 UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 OF_FILE = "the file's"  # a unit that nobody said
 MILLIONTHS = "millionths of "  # before a unit: what fractions are kept in
-Moment = (
-    str | float | datetime.date
-)  # a date or date-time (of class or as ISO 8601), or a number in the unit of the file
+# A date or date-time, of class or as ISO 8601, or a number in the unit of the file.
+Moment = str | float | datetime.date
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 # In seconds since 1970.
@@ -139,13 +138,20 @@ class Clock:
         return _ceil(Fraction(microseconds * self.per_second(), 10**6))
 
     def shown(self, timestamp: int) -> str:
-        """A time stamp as a date and time of UTC, or as a number of the file where its unit is not known."""
+        """A time stamp as a date and time of UTC, or as a number of the file where it is none."""
         try:
-            since_1970 = Fraction(timestamp, self.per_second())
-        except DataError:
+            moment = _EPOCH + datetime.timedelta(seconds=timestamp // self.per_second())
+        except (DataError, OverflowError):
             return f"{timestamp / self.scale:,.15g}" if self.scale > 1 else f"{timestamp:,}"
-        moment = _EPOCH + datetime.timedelta(seconds=int(since_1970 // 1))
         return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+    @property
+    def tick(self) -> str:
+        """What one time stamp is, in a word: a second, or a time stamp of any other unit."""
+        try:
+            return "second" if self.per_second() == 1 else "time stamp"
+        except DataError:
+            return "time stamp"
 
     @property
     def _prefix(self) -> str:

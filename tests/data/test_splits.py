@@ -78,6 +78,10 @@ WRONG_BOUNDARIES = {
         r"ratings\.dat: no target is val or test\. Validation begins at 2020-02-01 00:00:00 UTC and test at 2020-03-01 00:00:00 UTC, and "
         "interactions are from 2020-01-01 00:00:00 UTC to 2020-01-08 00:00:09 UTC",
     ),
+    "beyond all years": (
+        {"val_from": 1e15, "test_from": "9e18"},
+        "no target is val or test. Validation begins at 1,000,000,000,000,000 and test at 9,000,000,000,000,000,000",
+    ),
     "before every target": ({"val_from": "2020-01-02", "test_from": "2020-01-05"}, "no target is train"),
 }
 

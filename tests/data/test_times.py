@@ -24,6 +24,7 @@ def test_units_are_told_by_size(unit: str) -> None:
         clock = Clock(said, NEW_YEAR * steps, (NEW_YEAR + 60) * steps)
         assert (clock.file_unit(), clock.per_second()) == (unit, steps)
         assert stamp(clock, "2020-01-01T00:00:30Z") == (NEW_YEAR + 30) * steps
+        assert clock.tick == ("second" if unit == "seconds" else "time stamp")
         assert clock.shown((NEW_YEAR + 61) * steps - 1) == "2020-01-01 00:01:00 UTC"
     found = seconds_of(np.array([NEW_YEAR * steps, (NEW_YEAR + 61) * steps - 1]), OF_FILE)
     assert found.tolist() == [NEW_YEAR, NEW_YEAR + 60]
@@ -79,6 +80,7 @@ def test_times_of_no_known_unit_are_no_dates() -> None:
         DataError, match=r"log\.csv: the time stamps, 3 to 47, are .* neither as .*--timestamp-unit"
     ):
         stamp(clock, "2020-01-01")
+    assert clock.tick == "time stamp"
     with pytest.raises(DataError, match="3 to 1577836800, are of 1980 to 2100 neither"):
         Clock(OF_FILE, 3, NEW_YEAR).per_second()  # one 0 among times is none
 
