@@ -23,7 +23,7 @@ from dti_model.process import set_up_process
 COMMANDS = {
     "prepare": "make a prepared folder from raw files",
     "train": "train a model into a run folder",
-    "evaluate": "metrics of a trained run beside baselines without text",
+    "evaluate": "metrics of a trained run beside baselines",
     "score": "click probabilities of a file of candidates",
     "search": "compare settings over seeds, on validation only",
     "fetch-model": "get a small pretrained model",

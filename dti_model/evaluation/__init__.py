@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dti_model.evaluation.baselines import baseline_metrics, item_user_auc
+from dti_model.evaluation.baselines import baseline_metrics, baselines_of_splits, item_user_auc
 from dti_model.evaluation.metrics import click_metrics
 from dti_model.evaluation.plots import REPORT_MARK, plot_mask, plot_report
 from dti_model.evaluation.report import metrics_table, sentence_about_baselines

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from dti_model.evaluation.baselines import BOOSTING
+
 COLUMNS = ("auc", "log_loss", "gauc", "f1", "mean_prediction")
 HEADINGS = ("AUC", "log loss", "GAUC", "F1", "mean p")
 # A run is judged by these: heading, and whether more is better.
@@ -68,11 +70,15 @@ def sentence_about_baselines(
         baselines: the same by baseline.
 
     Returns:
-        One line, and a second one with a WARNING where AUC is not above every baseline.
+        One line, and a second one with a WARNING where AUC is not above every baseline without text.
     """
     parts = [_beside(name, model, baselines) for name in VERDICTS]
-    sentence = f"beside the best baseline without text: {'; '.join(parts)}"
-    best = _best("auc", baselines)
+    without_text = {
+        name: metrics for name, metrics in baselines.items() if name != BOOSTING
+    }  # it counts categories
+    best_one = "best baseline" if BOOSTING in baselines else "best baseline without text"
+    sentence = f"beside the {best_one}: {'; '.join(parts)}"
+    best = _best("auc", without_text)
     auc, bar = _figure(model, "auc"), None if best is None else _figure(baselines[best], "auc")
     if auc is None or bar is None or auc > bar:
         return sentence

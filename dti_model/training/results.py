@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dti_model.config import CONFIG_FILE
 from dti_model.evaluation import (
-    baseline_metrics,
+    baselines_of_splits,
     eval_targets,
     metrics_table,
     plot_report,
@@ -52,7 +52,7 @@ def _write_results(
     check_results_are_ours(config.out)  # hours after the first look
     result: dict[str, Any] = {split: split_metrics(run, split, scores[split]) for split in scores}
     rows = {split: eval_targets(data, split, config) for split in scores}
-    result["baselines"] = {split: baseline_metrics(data, split, rows[split]) for split in scores}
+    result["baselines"] = baselines_of_splits(data, rows)
     for split in scores:
         write_predictions(run, config.out / f"predictions-{split}.parquet", split, scores[split])
     result["training"] = _training_facts(run, trainer)

@@ -114,17 +114,23 @@ GLOBAL_1M_HALF = {
 }
 
 
-def _check_lines(data: PreparedData, published: dict[str, tuple[float, ...]]) -> None:
+def _check_lines(data: PreparedData, published: dict[str, tuple[float, ...]]) -> dict[str, float]:
+    """Metrics of the strongest line."""
     found = baseline_metrics(data, "test")
     for name, figures in published.items():
         for metric, figure in zip(("auc", "log_loss"), figures):
             assert found[name][metric] == pytest.approx(figure, abs=0.0002), (name, metric)
-    strongest = max(found, key=lambda name: found[name]["auc"])
-    assert strongest == "item_user_residual"
+    by_auc = sorted(found, key=lambda name: -found[name]["auc"])
+    assert by_auc[:2] == ["gradient_boosting", "item_user_residual"]
+    assert min(found, key=lambda name: found[name]["log_loss"]) == "gradient_boosting"
+    return found["gradient_boosting"]
 
 
 def test_lines_of_ml_100k_global(ml_100k: PreparedData) -> None:
-    _check_lines(ml_100k, GLOBAL_100K)
+    """The README tells the figures; trees of other versions of scikit-learn are a little different."""
+    boosted = _check_lines(ml_100k, GLOBAL_100K)
+    for name, figure in {"auc": 0.788, "log_loss": 0.548, "gauc": 0.725}.items():
+        assert boosted[name] == pytest.approx(figure, abs=0.002), name
 
 
 def test_lines_of_ml_100k_per_user(real_data_dir: Path, tmp_path: Path) -> None:
@@ -134,5 +140,7 @@ def test_lines_of_ml_100k_per_user(real_data_dir: Path, tmp_path: Path) -> None:
     _check_lines(PreparedData.open(tmp_path / "out"), USER_100K)
 
 
-def test_lines_of_ml_1m_half_global(ml_1m_half: PreparedData) -> None:
+def test_lines_of_ml_1m_half_global(ml_1m_half: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradient boosting is the strongest with an eighth of the training targets too, which are quicker to fit."""
+    monkeypatch.setattr("dti_model.evaluation.boosting.MOST_TARGETS", 50_000)
     _check_lines(ml_1m_half, GLOBAL_1M_HALF)

@@ -31,6 +31,17 @@ def test_every_metric_is_judged() -> None:
     )
 
 
+def test_gradient_boosting_is_named_and_is_no_line_without_text() -> None:
+    """It counts categories, which are parts of the item texts. A model below it alone has learnt the task: no warning."""
+    lines = {**LINES, "gradient_boosting": {"auc": 0.7855, "log_loss": 0.5513, "gauc": 0.7206}}
+    assert sentence_about_baselines(MODEL, lines) == (
+        "beside the best baseline: AUC 0.7670 below gradient boosting's 0.7855 (worse); "
+        "log loss 0.5697 above gradient boosting's 0.5513 (worse); GAUC 0.6911 below gradient boosting's 0.7206 (worse)"
+    )
+    warning = sentence_about_baselines({**MODEL, "auc": 0.75}, lines).splitlines()[1]
+    assert "AUC 0.7500 is not above the best baseline without text (item user residual, 0.7567)" in warning
+
+
 @pytest.mark.parametrize("auc", [0.7567, 0.7])
 def test_an_auc_that_is_not_above_is_a_warning(auc: float) -> None:
     said, warning = sentence_about_baselines({**MODEL, "auc": auc, "log_loss": 0.6}, LINES).splitlines()
@@ -91,11 +102,11 @@ def test_metrics_are_json(small_folder: Path, tmp_path: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "run" / "metrics.json").read_text(), parse_constant=no_constants)
     assert None in (result["val"]["gauc"], result["test"]["gauc"])
-    assert "beside the best baseline without text: AUC " in printed
+    assert "beside the best baseline: AUC " in printed
     for split in ("val", "test"):
         evaluate = ["evaluate", f"--run={tmp_path / 'run'}", f"--split={split}", "--progress=false"]
         assert main([*evaluate, f"--json={tmp_path / 'out.json'}"]) == 0
-        assert "beside the best baseline without text: AUC " in capsys.readouterr().out
+        assert "beside the best baseline: AUC " in capsys.readouterr().out
         again = json.loads((tmp_path / "out.json").read_text(), parse_constant=no_constants)
         assert again[split] == result[split]
 
