@@ -111,8 +111,9 @@ def prepare(
     rules.check(source)
     check_replaceable(out)
     with _locked(out):
-        context = None if context_text is None else context_template(context_text)
-        return _prepared(source.name, source.load([] if context is None else context.columns), rules, out)
+        # Who writes a source without further columns need not know of them.
+        raw = source.load() if context_text is None else source.load(context_template(context_text).columns)
+        return _prepared(source.name, raw, rules, out)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ def test_errors_are_short_and_exit_with_2(
 # Options of text that name no file; where a pretrained model is, `references.locate` expands itself.
 NO_PATHS = {
     *("--text", "--label", "--rating", "--user", "--item", "--timestamp", "--items-key"),
-    *("--split-column", "--val-from", "--test-from"),
+    *("--split-column", "--val-from", "--test-from", "--context-text", "--timezone", "--user-text"),
+    *("--users-key", "--model.template"),
     *("--split", "--device", "--dti.mode", "--model.instruction", "--base", "--model.pretrained", "name"),
 }
 

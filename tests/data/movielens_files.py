@@ -73,7 +73,7 @@ def some_ratings(num_users: int = 12, seed: int = 0) -> list[Rating]:
 
 
 def write_100k(folder: Path, ratings: list[Rating]) -> Path:
-    """`u.data` and `u.item` as GroupLens writes them."""
+    """`u.data`, `u.item` and `u.user` as GroupLens writes them."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["\t".join(map(str, row)) for row in ratings]
     (folder / "u.data").write_text("\n".join(lines) + "\n")
@@ -82,11 +82,13 @@ def write_100k(folder: Path, ratings: list[Rating]) -> Path:
         flags = ["1" if genre in movie.genres else "0" for genre in GENRES]
         movies.append("|".join([str(movie.item), movie.title, "01-Jan-1995", "", "http://x", *flags]))
     (folder / "u.item").write_text("\n".join(movies) + "\n", encoding="latin-1")
+    users = [f"{user}|{age}|{gender}|writer|00000" for user, gender, age in _users(ratings)]
+    (folder / "u.user").write_text("\n".join(users) + "\n")
     return folder
 
 
 def write_recbole(folder: Path, ratings: list[Rating]) -> Path:
-    """`ml-100k.inter` and `ml-100k.item` as RecBole writes them."""
+    """`ml-100k.inter`, `ml-100k.item` and `ml-100k.user` as RecBole writes them."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
     lines += ["\t".join(map(str, row)) for row in ratings]
@@ -94,13 +96,25 @@ def write_recbole(folder: Path, ratings: list[Rating]) -> Path:
     lines = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
     lines += [f"{movie.item}\t{movie.short}\t{movie.year}\t{' '.join(movie.genres)}" for movie in MOVIES]
     (folder / "ml-100k.item").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = ["user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token"]
+    lines += [f"{user}\t{age}\t{gender}\twriter\t00000" for user, gender, age in _users(ratings)]
+    (folder / "ml-100k.user").write_text("\n".join(lines) + "\n")
     return folder
 
 
 def write_1m(folder: Path, ratings: list[Rating]) -> Path:
-    """`ratings.dat` and `movies.dat` as GroupLens writes them."""
+    """`ratings.dat`, `movies.dat` and `users.dat` as GroupLens writes them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ratings.dat").write_text("".join("::".join(map(str, row)) + "\n" for row in ratings))
     lines = [f"{movie.item}::{movie.title}::{'|'.join(movie.genres)}\n" for movie in MOVIES]
     (folder / "movies.dat").write_text("".join(lines), encoding="latin-1")
+    users = [
+        f"{user}::{gender}::{25 if age < 35 else 35}::20::00000\n" for user, gender, age in _users(ratings)
+    ]
+    (folder / "users.dat").write_text("".join(users))
     return folder
+
+
+def _users(ratings: list[Rating]) -> list[tuple[int, str, int]]:
+    """Id, gender and age of every user."""
+    return [(user, "FM"[user % 2], 20 + user % 40) for user in sorted({row[0] for row in ratings})]

@@ -52,7 +52,7 @@ def test_an_older_prepared_folder_is_replaced(out: Path, raw: Path, version: int
     if version == 1:
         as_version_1(out)
         with pytest.raises(
-            DataError, match=r"format version 1, this program reads 2\. Make the folder again"
+            DataError, match=r"format version 1, this program reads 2 and 3\. Make the folder again"
         ):
             PreparedData.open(out)
     (out / "interactions.arrow").write_bytes(b"damaged")
