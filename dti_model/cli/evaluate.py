@@ -34,7 +34,7 @@ def make_parser() -> Parser:
         help="targets per prompt; 0: whole histories. Streaming prompts are many times faster, and a model of several layers "
         "that was trained with them may score better with them",
     )
-    add_shared(parser, "--device", "--precision")
+    add_shared(parser, "--calibration", "--device", "--precision")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics to this file")
     add_shared(parser, "--progress")
     return parser
@@ -62,6 +62,7 @@ def run(options: Namespace) -> None:
             options.other_data,
             options.base,
             options.precision,
+            options.calibration,
         )
         if rank():
             return

@@ -39,6 +39,11 @@ _SHARED: dict[str, dict[str, Any]] = {
         "help": "compute in float32 (fp32), in bfloat16 (bf16), or in bfloat16 where the processor or GPU has instructions for it and else in "
         "float32 (auto), whatever the run was trained in; probabilities differ by less than .02",
     },
+    "--calibration": {
+        "type": bool,
+        "default": True,
+        "help": "calibrate probabilities by the temperature and bias that training fitted on validation, where it did; their order is the same",
+    },
     "--progress": {"type": bool, "default": True, "help": "show a progress bar"},
 }
 

@@ -50,7 +50,7 @@ def make_parser() -> Parser:
         default=True,
         help="on a GPU, replay passes as CUDA graphs; no effect elsewhere",
     )
-    add_shared(parser, "--progress")
+    add_shared(parser, "--calibration", "--progress")
     return parser
 
 
@@ -67,6 +67,7 @@ def run(options: Namespace) -> None:
         options.base,
         options.precision,
         options.graphs,
+        options.calibration,
     )
     line = notice(options.precision, scorer.click_model.model.device, "--precision")
     if line is not None:

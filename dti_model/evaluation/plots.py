@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dti_kernels import StreamLayout
+from dti_model.evaluation.metrics import expected_calibration_error, groups_of
 
 REPORT_MARK = {"Software": "dti train"}  # a text in the PNG of a run
 MODEL_COLOR, LINE_COLOR, SUM_COLOR = "#1f5fa8", "#8a8a8a", "#d1602b"
+RAW_COLOR = SUM_COLOR
+SPLIT_NAMES = {"val": "validation"}
 
 
 def plot_report(
@@ -22,15 +25,19 @@ def plot_report(
     labels: npt.NDArray[Any],
     probabilities: npt.NDArray[np.float64],
     baselines: Mapping[str, Mapping[str, Mapping[str, float]]],
+    raw: npt.NDArray[np.float64] | None = None,
+    split: str = "test",
 ) -> None:
-    """Training loss, validation AUC beside the baselines, and calibration on test, as one PNG.
+    """Training loss, validation AUC beside the baselines, and calibration on a split, as one PNG.
 
     Args:
         path: the PNG.
         log_history: Trainer's log entries, with `epoch` and `loss` or `eval_auc`.
-        labels: `(S,)` test labels, 0 or 1.
-        probabilities: `(S,)` test scores.
+        labels: `(S,)` labels of the split, 0 or 1.
+        probabilities: `(S,)` its scores.
         baselines: metrics by split and baseline.
+        raw: `(S,)` its scores before they were calibrated; None: they were not.
+        split: which one that is.
     """
     from matplotlib.figure import Figure  # a second to import, which only plots need
 
@@ -49,24 +56,32 @@ def plot_report(
         )
     auc_axes.set(xlabel="epoch", ylabel="AUC", title="validation AUC")
     auc_axes.legend(fontsize=8, loc="lower right")
-    _plot_calibration(calibration_axes, labels, probabilities)
+    if raw is not None:
+        _plot_calibration(calibration_axes, labels, raw, "as trained", RAW_COLOR)
+    _plot_calibration(calibration_axes, labels, probabilities, "model" if raw is None else "calibrated")
+    calibration_axes.plot([0, 1], [0, 1], color=LINE_COLOR, linewidth=1, zorder=1)
+    calibration_axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="mean prediction", ylabel="clicked share")
+    calibration_axes.set_title(f"calibration on {SPLIT_NAMES.get(split, split)}")
+    calibration_axes.legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=110, format="png", metadata=REPORT_MARK)  # whatever the path ends in
 
 
-def _plot_calibration(axes: Any, labels: npt.NDArray[Any], probabilities: npt.NDArray[np.float64]) -> None:
-    """Clicked share against mean prediction in ten groups of equal size, with two standard errors."""
-    groups = np.array_split(np.argsort(probabilities, kind="stable"), min(10, len(probabilities)))
-    predicted = np.array([probabilities[group].mean() for group in groups])
-    clicked = np.array([labels[group].mean() for group in groups])
-    error = 2 * np.sqrt(clicked * (1 - clicked) / [len(group) for group in groups])
-    axes.plot([0, 1], [0, 1], color=LINE_COLOR, linewidth=1)
-    axes.errorbar(predicted, clicked, yerr=error, color=MODEL_COLOR, marker="o", markersize=4, linewidth=1)
-    axes.set(
-        xlim=(0, 1),
-        ylim=(0, 1),
-        xlabel="mean prediction",
-        ylabel="clicked share",
-        title="calibration on test",
+def _plot_calibration(
+    axes: Any,
+    labels: npt.NDArray[Any],
+    probabilities: npt.NDArray[np.float64],
+    name: str,
+    color: str = MODEL_COLOR,
+) -> None:
+    """Clicked share against mean prediction in the groups of the ECE, with two standard errors."""
+    group = groups_of(probabilities)
+    size = np.bincount(group)
+    size, sums = size[size > 0], [np.bincount(group, weights=x)[size > 0] for x in (probabilities, labels)]
+    predicted, clicked = (each / size for each in sums)
+    error = 2 * np.sqrt(clicked * (1 - clicked) / size)
+    label = f"{name}, ECE {expected_calibration_error(labels, probabilities):.4f}"
+    axes.errorbar(
+        predicted, clicked, yerr=error, color=color, marker="o", markersize=4, linewidth=1, label=label
     )
 
 

@@ -7,9 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from dti_model.evaluation.baselines import BOOSTING
+from dti_model.model import TEMPERATURES
 
-COLUMNS = ("auc", "log_loss", "gauc", "f1", "mean_prediction")
-HEADINGS = ("AUC", "log loss", "GAUC", "F1", "mean p")
+HEADINGS = {
+    "auc": "AUC",
+    "log_loss": "log loss",
+    "ece": "ECE",
+    "gauc": "GAUC",
+    "f1": "F1",
+    "mean_prediction": "mean p",
+}
 # A run is judged by these: heading, and whether more is better.
 VERDICTS = {"auc": ("AUC", True), "log_loss": ("log loss", False), "gauc": ("GAUC", True)}
 
@@ -21,22 +28,47 @@ def metrics_table(result: Mapping[str, Any]) -> str:
         if split not in result:
             continue
         model = result[split]
-        lines = [f"{split + ':':24}" + "".join(f"{heading:>10}" for heading in HEADINGS)]
-        for name, metrics in {**result["baselines"][split], "model": model}.items():
-            lines.append(f"  {_words(name):22}" + "".join(_cell(metrics, column) for column in COLUMNS))
+        columns = [name for name in HEADINGS if name in model]  # older runs have no ECE
+        width = min(10, 56 // len(columns))
+        lines = [f"{split + ':':24}" + "".join(f"{HEADINGS[name]:>{width}}" for name in columns)]
+        for line, metrics in {**result["baselines"][split], "model": model}.items():
+            lines.append(f"  {_words(line):22}" + "".join(_cell(metrics, name, width) for name in columns))
         lines.append(
             f"  {model['targets']:,} targets, base rate {model['base_rate']:.4f}, "
             f"F1 of always yes {model['f1_always_yes']:.4f}"
         )
         blocks.append("\n".join(lines))
+    if "calibration" in result:
+        blocks.append(calibration_lines(result["calibration"]))
     if "training" in result:
         blocks.append(training_lines(result["training"]))
     return "\n".join(blocks)
 
 
-def _cell(metrics: Mapping[str, Any], name: str) -> str:
+def _cell(metrics: Mapping[str, Any], name: str, width: int) -> str:
     value = _figure(metrics, name)
-    return f"{'-':>10}" if value is None else f"{value:>10.4f}"
+    return f"{'-':>{width}}" if value is None else f"{value:>{width}.4f}"
+
+
+def calibration_lines(facts: Mapping[str, Any]) -> str:
+    """A calibration in words: its numbers, and what it did to log loss and ECE; a second line where the scores are no good."""
+    temperature, bias = facts["temperature"], facts["bias"]
+    changes = []
+    for split, before in facts["before"].items():
+        after = facts["after"][split]
+        ece = f"ECE {before['ece']:.4f} -> {after['ece']:.4f}"
+        changes.append(f"{split} log loss {before['log_loss']:.4f} -> {after['log_loss']:.4f}, {ece}")
+    lines = [
+        f"calibrated on validation (temperature {temperature:.3f}, bias {bias:+.3f}): {'; '.join(changes)}"
+    ]
+    if any(math.isclose(temperature, limit, rel_tol=1e-6) for limit in TEMPERATURES):
+        why = (
+            "higher scores do not mean more clicks there, and all probabilities are near the share of clicks"
+            if temperature > 1
+            else "the scores there differ by very little"
+        )
+        lines.append(f"WARNING: the temperature ended at its limit, {temperature:g}: {why}")
+    return "\n".join(lines)
 
 
 def training_lines(facts: Mapping[str, Any]) -> str:

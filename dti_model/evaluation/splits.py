@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from dti_model.config import TrainConfig
 from dti_model.data import SPLIT_CODES, PreparedData
 from dti_model.devices import device_of_rank, precision_of_ranks, say_precision
 from dti_model.evaluation.baselines import baseline_metrics
-from dti_model.evaluation.metrics import click_metrics
+from dti_model.evaluation.metrics import click_metrics, probability_metrics
 from dti_model.evaluation.scoring import score_targets
 from dti_model.files import whole_file, without_nan
 from dti_model.model import Run
 from dti_model.precision import DEFAULT, Precision
 
-PREDICTION_COLUMNS = ["user", "item", "timestamp", "label", "probability"]
+OLDER_PREDICTION_COLUMNS = ["user", "item", "timestamp", "label", "probability"]
+PREDICTION_COLUMNS = [*OLDER_PREDICTION_COLUMNS, "raw_probability"]
 
 
 def eval_targets(data: PreparedData, split: str, config: TrainConfig) -> npt.NDArray[np.int64]:
@@ -34,7 +36,10 @@ def eval_targets(data: PreparedData, split: str, config: TrainConfig) -> npt.NDA
 
 
 def score_split(run: Run, split: str, k: int | None = 1, progress: bool = False) -> npt.NDArray[np.float64]:
-    """Click probabilities in the order of `eval_targets`, from prompts of `k` targets (None: whole histories), in the run's precision."""
+    """Click probabilities in the order of `eval_targets`, from prompts of `k` targets (None: whole histories), in the run's precision.
+
+    They are the model's own, before the run's calibration.
+    """
     return score_targets(
         run.model,
         run.config.dti,
@@ -48,18 +53,41 @@ def score_split(run: Run, split: str, k: int | None = 1, progress: bool = False)
 
 
 def split_metrics(run: Run, split: str, probabilities: npt.NDArray[np.float64]) -> dict[str, float]:
-    """`click_metrics` of the scores of a split."""
+    """`click_metrics` of the scores of a split, after the run's calibration where it has one."""
     rows = eval_targets(run.data, split, run.config)
-    return click_metrics(run.data.label[rows], probabilities, run.data.users_of(rows))
+    labels, users = run.data.label[rows], run.data.users_of(rows)
+    return click_metrics(labels, run.calibrated(probabilities), users, order=probabilities)
+
+
+def calibration_facts(run: Run, scores: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, Any]:
+    """What metrics.json says of a run's calibration: its numbers, and log loss and ECE without and with it.
+
+    Args:
+        run: with a calibration.
+        scores: results of `score_split` by split.
+    """
+    assert run.calibration is not None
+    labels = {split: run.data.label[eval_targets(run.data, split, run.config)] for split in scores}
+    return {
+        **asdict(run.calibration),
+        "before": {split: probability_metrics(labels[split], scores[split]) for split in scores},
+        "after": {
+            split: probability_metrics(labels[split], run.calibrated(scores[split])) for split in scores
+        },
+    }
 
 
 def write_predictions(run: Run, path: Path, split: str, probabilities: npt.NDArray[np.float64]) -> None:
-    """Write one Parquet row per target, in a file that appears when complete."""
+    """Write one Parquet row per target, in a file that appears when complete.
+
+    `probability` is after the run's calibration, `raw_probability` before; without one they are the same.
+    """
     data, rows = run.data, eval_targets(run.data, split, run.config)
     users = np.asarray(data.user_ids, object)[data.users_of(rows)]
     items = np.asarray(data.item_ids, object)[data.item[rows]]
     names = [pa.array(each, pa.large_string()) for each in (users, items)]
-    columns = [*names, data.timestamp[rows], data.label[rows], probabilities]
+    columns = [*names, data.timestamp[rows], data.label[rows]]
+    columns += [run.calibrated(probabilities), probabilities]
     table = pa.table(dict(zip(PREDICTION_COLUMNS, columns, strict=True)))
     with whole_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
@@ -75,6 +103,7 @@ def evaluate_run(
     other_data: bool = False,
     base: str | None = None,
     precision: Precision = DEFAULT,
+    calibration: bool = True,
 ) -> dict[str, Any]:
     """Score a split with a trained run, and the baselines on the same targets.
 
@@ -86,15 +115,16 @@ def evaluate_run(
         progress: show a bar.
         k: targets per prompt; None: whole histories.
         precision: to compute in, alike on all ranks; it need not be that of the training.
+        calibration: use the run's, where it has one.
 
     Returns:
-        Metrics under the name of the split, those of the baselines, the precision, and the run's provenance.
+        Metrics under the name of the split, those of the baselines, the calibration if one was used, the precision, and the run's provenance.
 
     Raises:
         ValueError: `precision` auto is another one on another rank.
     """
     device = device_of_rank(device)
-    run = Run.load(folder, data_folder, device, other_data, base)
+    run = Run.load(folder, data_folder, device, other_data, base, calibration)
     run.precision = precision_of_ranks(precision, device, "--precision")
     say_precision(precision, device, "--precision")
     scores = score_split(run, split, k, progress)
@@ -102,6 +132,7 @@ def evaluate_run(
     result = {
         split: split_metrics(run, split, scores),
         "baselines": {split: baselines},
+        **({} if run.calibration is None else {"calibration": calibration_facts(run, {split: scores})}),
         "precision": run.precision,
         "provenance": asdict(run.provenance),
     }

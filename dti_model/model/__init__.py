@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dti_model.model.attention import apply_dti, layers_of, model_inputs, token_logits, with_padding
+from dti_model.model.calibration import TEMPERATURES, Calibration, log_odds
 from dti_model.model.capture import Capture, CudaCapture, Forward, Outputs, are_close, reason_of
 from dti_model.model.casting import cast_once
 from dti_model.model.click_model import ClickModel

@@ -16,6 +16,7 @@ from dti_model.config import DTIConfig
 from dti_model.data import DataError, PreparedData, plain_backend
 from dti_model.devices import device_named
 from dti_model.files import check_checksums
+from dti_model.model.calibration import Calibration
 from dti_model.model.model_card import Description
 from dti_model.model.run import Run
 from dti_model.model.safe_loading import fast_tokenizer_from
@@ -36,6 +37,7 @@ class ClickModel:
         context_rule: how fields of an interaction's context become its text; None: there are none.
         profile_rule: how fields of a user become the text of a profile; None: there are none.
         builder: items and users of prepared data; None: there are none.
+        calibration: of the scores; None: there is none, or it is not wanted.
     """
 
     model: PreTrainedModel | PeftModel
@@ -46,6 +48,7 @@ class ClickModel:
     context_rule: Mapping[str, Any] | None
     profile_rule: Mapping[str, Any] | None
     builder: PromptBuilder | None
+    calibration: Calibration | None = None
 
     @property
     def data(self) -> PreparedData | None:
@@ -58,11 +61,19 @@ class ClickModel:
         data = run.data
         rules = data.text_rule, data.context_rule, data.profile_rule
         return ClickModel(
-            run.model.eval(), run.tokenizer, run.config.dti, run.builder.format, *rules, run.builder
+            run.model.eval(),
+            run.tokenizer,
+            run.config.dti,
+            run.builder.format,
+            *rules,
+            run.builder,
+            run.calibration,
         )
 
     @staticmethod
-    def of_export(folder: Path, data: Path | None, device: str | None, other_data: bool) -> ClickModel:
+    def of_export(
+        folder: Path, data: Path | None, device: str | None, other_data: bool, calibration: bool = True
+    ) -> ClickModel:
         """Read a folder that `dti export` made; arguments and errors as in `Scorer.from_export`."""
         device = device_named(device)
         description = Description.read(folder)
@@ -83,7 +94,15 @@ class ClickModel:
                 )
             builder = PromptBuilder(prepared, tokenizer, description.prompt)
             rules = prepared.text_rule, prepared.context_rule, prepared.profile_rule
-        return ClickModel(model.eval(), tokenizer, description.dti, description.prompt, *rules, builder)
+        return ClickModel(
+            model.eval(),
+            tokenizer,
+            description.dti,
+            description.prompt,
+            *rules,
+            builder,
+            description.calibration if calibration else None,
+        )
 
     def fingerprints(self) -> dict[str, str | None]:
         """sha256 of everything that decides a score: weights as they lie in memory, tokenizer, prepared data.

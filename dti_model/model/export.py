@@ -1,8 +1,8 @@
 """A trained run as a plain model folder: what serving needs and nothing of this project's own.
 
 model.safetensors, config.json, tokenizer    for AutoModelForCausalLM and AutoTokenizer; no sliding window in tokens, as in training
-dti.json                                      what [SUM] rows get, the tokens around item texts, their template, and whether plain
-                                              transformers compute the same probabilities (`plain_transformers`), of which prompt
+dti.json                                      what [SUM] rows get, the tokens around item texts, their template, the calibration, and whether
+                                              plain transformers compute the same probabilities (`plain_transformers`), of which prompt
 README.md                                     the same for people: a model card. May be edited: it is not in checksums.json
 checksums.json                                of every other file; `Scorer.from_export` checks them
 """
@@ -120,16 +120,18 @@ def _describe(
         config.model.instruction,
         config.model.prompt_template,
     )
-    item_text, fingerprint = None, None
+    item_text, fingerprint, calibration = None, None, None
     rules: tuple[Any, Any] = (None, None)
     if (source / DESCRIPTION_FILE).is_file():
         told = Description.read(source)
-        item_text, fingerprint = told.item_text, told.data
+        item_text, fingerprint, calibration = told.item_text, told.data, told.calibration
         rules = told.context_rule, told.profile_rule
     else:
         with suppress(DataError):  # without data, items are given as finished texts
             data = PreparedData.open(config.data)
             item_text, fingerprint = data.text_rule, data.fingerprint
             rules = data.context_rule, data.profile_rule
-    description = Description.of(config.dti, prompt, tokenizer, model_config, item_text, fingerprint, *rules)
+    description = Description.of(
+        config.dti, prompt, tokenizer, model_config, item_text, fingerprint, *rules, calibration
+    )
     return replace(description, token_window=None)  # the export has none

@@ -5,7 +5,7 @@ have neither the position fix (ALiBi in the place of a position) nor the reset (
 of this prompt:
 
     prefix, item text, label, item text, label, ..., item text of the target, [SUM]          at most `window` interactions before it
-    p = softmax(logits of the last position over the tokens of the two labels)[positive]
+    p = softmax(logits of the last position over the tokens of the two labels)[positive], then calibrated (calibration.py)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from dti_model.config import DTIConfig, ModelConfig, locate
 from dti_model.data import TextEncoder
 from dti_model.files import DamagedFileError, read_file, write_json
+from dti_model.model.calibration import Calibration
 from dti_model.prompts import PromptFormat
 
 DESCRIPTION_FILE, CARD_FILE = "dti.json", "README.md"
@@ -33,6 +34,7 @@ _PLAIN_PROMPT = {
     "context and profile": "of every part that is not empty '; part' behind the item, and 'part;' behind the prefix, encoded like item texts",
     "item text": "by the tokenizer without its added tokens; then the tokens of `spelled_tokens` are replaced by theirs",
     "read": "softmax over the logits of the two label tokens at the last position (sum_token); the second is the probability of a click",
+    "calibration": "p is then sigmoid(log(p / (1 - p)) / temperature + bias), where `calibration` is not null",
 }
 
 
@@ -51,6 +53,7 @@ class Description:
         differences: why plain transformers compute other probabilities; empty: they compute the same.
         token_window: sliding window in tokens that transformers would apply, and that must be switched off when a run's `model/`
             is loaded there; None: there is none, as in every export.
+        calibration: of the scores; None: there is none.
         spelled: tokens that no item text gets, and what stands in their place (see `TextEncoder`).
     """
 
@@ -63,6 +66,7 @@ class Description:
     spelled: Mapping[int, list[int]] = field(default_factory=dict)
     context_rule: Mapping[str, Any] | None = None
     profile_rule: Mapping[str, Any] | None = None
+    calibration: Calibration | None = None
 
     @staticmethod
     def of(
@@ -74,12 +78,15 @@ class Description:
         data: str | None,
         context_rule: Mapping[str, Any] | None,
         profile_rule: Mapping[str, Any] | None,
+        calibration: Calibration | None = None,
     ) -> Description:
         """Of a model with this configuration of transformers."""
         differences = plain_differences(dti, prompt.window, model_config)
         spelled, window = TextEncoder(tokenizer).spelled, token_window(model_config)
         rules = context_rule, profile_rule
-        return Description(dti, prompt, item_text, data, differences, window, spelled, *rules)
+        return Description(
+            dti, prompt, item_text, data, differences, window, spelled, *rules, calibration
+        )
 
     @property
     def plain_transformers(self) -> bool:
@@ -100,6 +107,7 @@ class Description:
             "context": self.context_rule,
             "profile": self.profile_rule,
             "data": self.data,
+            "calibration": None if self.calibration is None else asdict(self.calibration),
         }
         write_json(folder / DESCRIPTION_FILE, value)
 
@@ -129,9 +137,15 @@ class Description:
                 tuple(value.get("plain_transformers_differences", ())),
                 context_rule=value.get("context"),
                 profile_rule=value.get("profile"),
+                calibration=_calibration_in(value),
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedFileError(f"{path} is damaged ({error}). Export the model again") from None
+
+
+def _calibration_in(value: Mapping[str, Any]) -> Calibration | None:
+    kept = value.get("calibration")  # none in older folders
+    return None if kept is None else Calibration.from_dict(kept)
 
 
 def plain_differences(dti: DTIConfig, window: int, model_config: Any) -> tuple[str, ...]:
@@ -195,9 +209,12 @@ def write_card(
     text = _head(settings, of_run is not None) + _verdict(description)
     text += _LIBRARY if of_run is None else _RUN
     if description.plain_transformers:
+        calibration = description.calibration or Calibration()
         text += _PLAIN.format(
             load=_load_lines(settings, of_run),
             spelled=dict(description.spelled),
+            temperature=calibration.temperature,
+            bias=calibration.bias,
             **asdict(description.prompt),
         )
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
@@ -282,6 +299,7 @@ FOLDER = "."  # this one
 {load}
 PREFIX, SUM, LABELS = {prefix}, {sum_token}, {labels}  # token ids; labels: negative, positive
 BEFORE, CUE, SEPARATOR = {before}, {cue}, {separator}
+TEMPERATURE, BIAS = {temperature!r}, {bias!r}  # fitted on validation; 1 and 0: as the model was trained
 
 # No item text writes a control token or a label: added tokens are not looked for, and pieces that make one are spelled in letters.
 parts = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -305,7 +323,7 @@ def click_probability(history, target, profile=()):  # history: (item text, labe
     for item, label in history[max(0, len(history) - {window}) :]:  # an item: its text, or its text and the parts of its context
         ids += [*item_ids(*([item] if isinstance(item, str) else item)), LABELS[label], *SEPARATOR]
     ids += [*item_ids(*([target] if isinstance(target, str) else target)), SUM]
-    logits = model(torch.tensor([ids])).logits[0, -1, list(LABELS)]
-    return float(logits.double().softmax(-1)[1])
+    negative, positive = model(torch.tensor([ids])).logits[0, -1, list(LABELS)].double()
+    return float(((positive - negative) / TEMPERATURE + BIAS).sigmoid())
 ```
 """

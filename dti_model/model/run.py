@@ -2,10 +2,11 @@
 
 config.yaml          every setting, sealed by its last line (config/file.py)
 model/               weights (safetensors) and configuration of the best epoch, and the tokenizer; of a LoRA run the adapter,
-                     which names its base model; provenance.json (fingerprints) and checksums.json
+                     which names its base model; dti.json (what prompts are made of, the calibration), provenance.json (fingerprints)
+                     and checksums.json
 checkpoints/         Trainer's, to resume from
-metrics.json         {"test": {...}, "val": {...}, "baselines": {"test": {...}, "val": {...}}, "training": {...}}
-predictions-*.parquet  one row per target: user, item, timestamp, label, probability
+metrics.json         {"test": {...}, "val": {...}, "baselines": {"test": {...}, "val": {...}}, "calibration": {...}, "training": {...}}
+predictions-*.parquet  one row per target: user, item, timestamp, label, probability, and raw_probability before calibration
 report.png           loss, validation AUC and calibration
 checksums.json       size and sha256 of config.yaml and of the three above
 .lock                while it is trained
@@ -19,6 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from peft import PeftModel
 from transformers import (
@@ -33,10 +36,11 @@ from dti_model.data import PreparedData
 from dti_model.devices import device_named
 from dti_model.files import whole_folder, write_checksums
 from dti_model.model.attention import apply_dti
+from dti_model.model.calibration import Calibration
 from dti_model.model.fingerprints import OtherOriginError, Provenance
 from dti_model.model.head import keep_head_in_float32
 from dti_model.model.lora import add_lora, save_adapter
-from dti_model.model.model_card import CARD_FILE, Description, write_card
+from dti_model.model.model_card import CARD_FILE, DESCRIPTION_FILE, Description, write_card
 from dti_model.model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.model.run_folder import MODEL_FOLDER, check_model_is_ours
 from dti_model.model.safe_loading import adapter_from, fast_tokenizer_from
@@ -57,6 +61,7 @@ class Run:
         builder: of prompts.
         precision: that the model computes in.
         trained_in: the precision that it was trained in; None: not known.
+        calibration: of its scores; None: none was fitted, or it is not wanted.
     """
 
     config: TrainConfig
@@ -66,6 +71,11 @@ class Run:
     builder: PromptBuilder
     precision: Resolved = "fp32"
     trained_in: Resolved | None = None
+    calibration: Calibration | None = None
+
+    def calibrated(self, probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Scores of the model after the calibration, where there is one."""
+        return probabilities if self.calibration is None else self.calibration(probabilities)
 
     @cached_property
     def provenance(self) -> Provenance:
@@ -108,6 +118,7 @@ class Run:
         device: str | None = None,
         other_data: bool = False,
         base: str | None = None,
+        calibration: bool = True,
     ) -> Run:
         """A trained run, over the data it was trained on.
 
@@ -117,6 +128,7 @@ class Run:
             device: torch device; None: cuda where there is one.
             other_data: accept data that the run was not trained on: its test targets may have been trained on.
             base: where the pretrained model of a LoRA run is now; None: as with the data.
+            calibration: with the one that was fitted to the run, if any.
 
         Raises:
             FileNotFoundError: `folder` is no run folder, its training has not ended, or its data is not where it was.
@@ -145,6 +157,8 @@ class Run:
             if not config.model.quantize:
                 model.to(device)
         run = Run._over(config, model.eval(), tokenizer, data)
+        if calibration and (path / DESCRIPTION_FILE).is_file():  # version 0.1.0 wrote none
+            run.calibration = Description.read(path).calibration
         run.trained_in = None if made_of is None else made_of.precision
         if run.trained_in is None and config.optim.precision != "auto":  # written before precisions were kept
             run.trained_in = config.optim.precision
@@ -192,6 +206,7 @@ class Run:
                 self.data.fingerprint,
                 self.data.context_rule,
                 self.data.profile_rule,
+                self.calibration,
             )
             description.write(temporary)
             # The card is for people, who may edit it: it comes after the checksums, and in the place of peft's.

@@ -192,6 +192,7 @@ def _identity(scorer: Scorer, source: InputFile) -> dict[str, Any]:
         "prompt format": asdict(model.prompt),
         "encoding of item texts": ENCODING_VERSION,
         "item text template": None if model.item_text is None else dict(model.item_text),
+        "calibration": None if model.calibration is None else asdict(model.calibration),
         "token budget": scorer.token_budget,
         "device": model.model.device.type
         + (" in bfloat16" if scorer.precision == "bf16" else "")

@@ -31,7 +31,7 @@ from dti_model.scorer.requests import HistoryState, Request, Tokens, packed_pass
 from dti_model.shown import shown
 
 # How far a probability in bfloat16 may lie from the one in float32: several times the most that a small model shows which has learnt its
-# labels by heart. Models of real data stay nearer.
+# labels by heart. Models of real data stay nearer. A calibration of temperature T, fitted after training, makes it 1 / T of that.
 BFLOAT16_BOUND = 0.02
 
 Scores = npt.NDArray[np.float64]
@@ -44,6 +44,8 @@ class Scorer:
         click_model: model, tokenizer, and what prompts are made of.
         token_budget: rows of a pass at most; more candidates take more passes.
         precision: that it computes in, states of histories included.
+
+    Probabilities are calibrated as the run's own are, if `click_model` has a calibration.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Scorer:
         base: str | None = None,
         precision: Precision = DEFAULT,
         graphs: bool = True,
+        calibration: bool = True,
     ) -> Scorer:
         """Load a run folder (safetensors, JSON and YAML; nothing is unpickled).
 
@@ -117,13 +120,15 @@ class Scorer:
             base: where the pretrained model of a LoRA run is now.
             precision: to compute in; it need not be that of the training.
             graphs: replay CUDA graphs on a GPU.
+            calibration: calibrate the probabilities, if the run has a calibration; False: as the model was trained.
 
         Raises:
             FileNotFoundError: no run folder, or its training has not ended.
             DataError: the prepared folder cannot be read.
             ValueError: it is not the one that the run was trained on, and `other_data` is False; or there is no such device.
         """
-        run = Run.load(Path(folder), None if data is None else Path(data), device, other_data, base)
+        place = None if data is None else Path(data)
+        run = Run.load(Path(folder), place, device, other_data, base, calibration)
         return Scorer(run, token_budget, precision, graphs)
 
     @staticmethod
@@ -135,6 +140,7 @@ class Scorer:
         other_data: bool = False,
         precision: Precision = DEFAULT,
         graphs: bool = True,
+        calibration: bool = True,
     ) -> Scorer:
         """Load a folder that `dti export` made, in any mode (safetensors and JSON; nothing is unpickled).
 
@@ -146,7 +152,7 @@ class Scorer:
             folder: made by `dti export`.
             data: prepared folder that item ids and users are looked up in; default: none, and items are given by their fields or as
                 {"text": ...}, histories in full.
-            device, token_budget, other_data, precision, graphs: as in `from_run`.
+            device, token_budget, other_data, precision, graphs, calibration: as in `from_run`.
 
         Raises:
             FileNotFoundError: no folder made by `dti export`.
@@ -155,7 +161,7 @@ class Scorer:
             ValueError: there is no such device.
         """
         data = None if data is None else Path(data)
-        model = ClickModel.of_export(Path(folder), data, device, other_data)
+        model = ClickModel.of_export(Path(folder), data, device, other_data, calibration)
         return Scorer(model, token_budget, precision, graphs)
 
     def score(
@@ -226,6 +232,8 @@ class Scorer:
         logits = [self._forward([parts[i][0] for i in batch])[0] for batch in batches]
         scores = [torch.softmax(one.double(), -1)[:, 1].cpu().numpy() for one in logits]
         flat = np.concatenate([np.empty(0), *scores])
+        if self.click_model.calibration is not None:
+            flat = self.click_model.calibration(flat)
         return np.split(flat, np.cumsum([len(request.candidates) for request in checked]))[: len(checked)]
 
     def encode(
