@@ -14,6 +14,7 @@ import pytest
 from dti_model.__main__ import run
 from dti_model.cli import main
 from dti_model.data import PreparedData, prepare
+from dti_model.model import Run
 from tests.conftest import ROOT
 from tests.data.movielens_files import some_ratings, write_1m
 
@@ -44,9 +45,13 @@ def test_training_and_scoring_need_no_polars(tmp_path: Path) -> None:
         "item": pa.array([data.item_ids[i] for i in data.item[rows]], pa.large_string()),
         "timestamp": pa.array(data.timestamp[rows]),
         "label": pa.array(data.label[rows]),
-        "probability": pa.array(np.load(tmp_path / "val.npy")),
+        "raw_probability": pa.array(np.load(tmp_path / "val.npy")),
     }
-    assert pq.read_table(tmp_path / "run" / "predictions-val.parquet").equals(pa.table(wanted))
+    predictions = pq.read_table(tmp_path / "run" / "predictions-val.parquet")
+    assert predictions.drop_columns(["probability"]).equals(pa.table(wanted))
+    calibration = Run.load(tmp_path / "run", device="cpu").calibration
+    assert calibration is not None
+    assert predictions["probability"].to_numpy() == pytest.approx(calibration(np.load(tmp_path / "val.npy")))
 
 
 @pytest.mark.parametrize("package", ["polars", "msgspec"])

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dti_model.error_lines import did_you_mean
 from dti_model.precision import PRECISIONS
@@ -21,6 +21,8 @@ MOST = 10**9
 # NumPy's seeds are 32 bits; PyTorch's have more.
 LARGEST_SEED = 2**32 - 1
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Metric = Literal["auc", "log_loss", "gauc"]
+MORE_IS_BETTER: Mapping[Metric, bool] = {"auc": True, "log_loss": False, "gauc": True}
 MODES = ("dti", "dti-minus", "dti-position", "dti-reset")
 ITEM, LABEL = "{item}", "{label}"
 GLUED = ITEM + LABEL  # the template of models from scratch, whose labels are words of their own anyway
@@ -135,6 +137,8 @@ RULES: Mapping[str, Rule] = {
     "max_eval_targets": integer(0),
     "seed": integer(0, LARGEST_SEED),
     "compare_steps": integer(0, 10**6),
+    "select_by": choice(*MORE_IS_BETTER),
+    "calibrate": _truth,
     "score_test": _truth,
     "logging_steps": integer(1),
     "report_to": choices(("tensorboard", "wandb"), may_be_empty=True),

@@ -4,6 +4,7 @@ optim.bf16: true                                  optim.precision: bf16
 optim.bf16: false                                 optim.precision: fp32
 no optim.graphs in the config.yaml of a run       optim.graphs: false, since the run began before there were any
 no model.template in that of a pretrained model   model.template: "{item}{label}", as all prompts were then
+no calibrate in the config.yaml of a run          calibrate: false, likewise
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def newer_spelling(settings: Mapping[str, Any], group: str = "") -> dict[str, An
 
 def as_it_began(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a run's config.yaml, with those that its version did not have as it computed without them."""
-    began = dict(settings)
+    began = {"calibrate": False, **settings}
     optim, model = settings.get("optim"), settings.get("model")
     if isinstance(optim, Mapping):
         began["optim"] = {"graphs": False, **optim}

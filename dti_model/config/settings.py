@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dti_model.config.bounds import GLUED, PROJECTIONS, as_yaml, check_settings
+from dti_model.config.bounds import GLUED, PROJECTIONS, Metric, as_yaml, check_settings
 from dti_model.config.file import CONFIG_FILE, read_config, write_config
 from dti_model.config.references import located
 from dti_model.precision import DEFAULT, Precision
@@ -204,7 +204,7 @@ class OptimConfig:
         clip: largest gradient norm.
         token_budget: rows of one packed batch, context tokens and [SUM]s.
         accumulation: packed batches per optimizer step.
-        patience: stop after this many validations without a better AUC; 0: never.
+        patience: stop after this many validations without a better AUC, or what select_by names; 0: never.
         precision: compute in float32 (fp32), in bfloat16 (bf16), or in bfloat16 where the processor or GPU has instructions for it and
             else in float32 (auto). Weights and optimizer stay in the precision that they have.
         activation_checkpointing: recompute activations in the backward to save memory.
@@ -251,6 +251,9 @@ class TrainConfig:
         max_eval_targets: score at most this many validation and test targets, chosen at random by the seed; 0: all.
         seed: of initial weights, shuffles and everything else that is random.
         compare_steps: after training, measure the speed of this many steps of streaming and of sliding-window prompts; 0: do not.
+        select_by: validation metric that the best epoch is chosen by, which early stopping waits for and `dti search` ranks by: auc, log_loss
+            or gauc. Between epochs it is that of the scores before calibration.
+        calibrate: after training, fit a temperature and a bias to the validation scores, which probabilities then go through.
         score_test: score the test split at the end, once; false while settings are still being chosen.
         logging_steps: print a line with loss and speed every this many optimizer steps.
         report_to: where curves go: tensorboard (the run folder's `tensorboard/`), wandb, both or neither.
@@ -269,6 +272,8 @@ class TrainConfig:
     max_eval_targets: int = 0
     seed: int = 0
     compare_steps: int = 0
+    select_by: Metric = "auc"
+    calibrate: bool = True
     score_test: bool = True
     logging_steps: int = 10
     report_to: tuple[str, ...] = ("tensorboard",)
@@ -304,7 +309,8 @@ class TrainConfig:
     def first_difference(self, other: TrainConfig, places: bool) -> str | None:
         """The first setting that keeps a run with these settings from going on with the other ones, in words; None: it can go on.
 
-        Progress bars change nothing, nor where the run folder is now. Graphs may be left out where they were not, if memory was short.
+        Progress bars change nothing, nor where the run folder is now. Graphs may be left out where they were not, if memory was short. A
+        calibration follows training, so that it may be wanted or not until then.
 
         Args:
             other: the settings of the later call.
@@ -312,7 +318,9 @@ class TrainConfig:
         """
         mine, others = self.located(), other.located()
         optim = replace(mine.optim, graphs=others.optim.graphs)
-        mine = replace(mine, out=others.out, progress=others.progress, optim=optim)
+        mine = replace(
+            mine, out=others.out, progress=others.progress, calibrate=others.calibrate, optim=optim
+        )
         if not places:
             model = replace(mine.model, pretrained=mine.model.pretrained and others.model.pretrained)
             mine = replace(mine, data=others.data, model=model)

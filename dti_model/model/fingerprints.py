@@ -31,8 +31,9 @@ _BLOCKS, _BLOCK_BYTES = 64, 4096
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 # A copy of a model may differ in these.
 _PASSING = ("transformers_version", "_name_or_path")
-# Of the settings, what decides neither weights nor metrics; of `optim`, save_steps.
-_WITHOUT_A_SAY = ("data", "out", "progress", "logging_steps", "report_to", "compare_steps")
+# Of the settings, what decides neither weights nor metrics; of `optim`, save_steps. `calibrate` comes after training: the scores that it
+# starts from are the same, and older runs, which did without, keep their fingerprints.
+_WITHOUT_A_SAY = ("data", "out", "progress", "logging_steps", "report_to", "compare_steps", "calibrate")
 _DEFAULTS = asdict(TrainConfig(Path(), Path()))
 del _DEFAULTS["optim"]["precision"]  # see _optim_as_ever
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import set_seed
 
 from dti_model.config import TrainConfig
 from dti_model.data import DataError, PreparedData
 from dti_model.devices import precision_of_ranks, say_precision
-from dti_model.evaluation import eval_targets
+from dti_model.evaluation import eval_targets, grouped_auc
 from dti_model.launch import let_settings_rule
 from dti_model.model import MODEL_FOLDER, Run
 from dti_model.output import unbreakable_output
 from dti_model.ranks import first_rank_does, join_ranks, rank
 from dti_model.training.checkpoint import remove_leftovers
-from dti_model.training.results import finish
+from dti_model.training.results import finish, score_at_end
 from dti_model.training.setup import trainer_of, training_arguments
 from dti_model.training.start import (
     CHECKPOINTS_FOLDER,
@@ -86,8 +87,9 @@ def _train_in(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         torch.manual_seed(config.seed + rank())  # weights are equal by now; dropout differs from rank to rank
     first_rank_does(lambda: config.save(config.out))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    scores = score_at_end(run)
     _save_model(run, trainer)
-    return finish(run, trainer)
+    return finish(run, trainer, scores)
 
 
 def _check_sharding(run: Run) -> None:
@@ -114,4 +116,12 @@ def _check_splits(data: PreparedData, config: TrainConfig) -> None:
             raise DataError(
                 f"{data.path}: the {len(labels):,} {split} targets do not have both classes, so there is no AUC. "
                 "Prepare again with another --threshold, --split or --min-context, or with more data"
+            )
+    if config.select_by == "gauc":
+        rows = eval_targets(data, "val", config)
+        clicks, users = data.label[rows].astype(np.int64), data.users_of(rows)
+        if grouped_auc(clicks, np.zeros(len(rows)), users)[1] == 0:
+            raise DataError(
+                f"{data.path}: no user has both classes among the {len(rows):,} validation targets, so there is no GAUC to choose the best "
+                "epoch by: take --select-by auc or log_loss, or more validation targets (--max-eval-targets 0, or another --split)"
             )

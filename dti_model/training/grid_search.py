@@ -23,9 +23,11 @@ import yaml
 
 from dti_model.config import (
     CONFIG_FILE,
+    MORE_IS_BETTER,
     NEWER,
     OLDER,
     RULES,
+    Metric,
     TrainConfig,
     as_yaml,
     both_given,
@@ -58,7 +60,7 @@ from dti_model.training.start import (
 
 MARKER_FILE, TABLE_FILE, CSV_FILE = "search-folder.json", "search.json", "search.csv"
 MARKER = {"made by": "dti search"}
-METRICS = ("auc", "log_loss", "gauc")
+METRICS = {"auc": "val AUC", "log_loss": "val log loss", "gauc": "val GAUC"}
 # Set by the search itself.
 RESERVED = ("data", "out", "seed", "score_test")
 
@@ -67,7 +69,7 @@ def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence
     """Train every cell of a grid with every seed; the test split is not scored. Several processes share every training.
 
     Args:
-        base: settings of all cells; `out` is the folder of the search.
+        base: settings of all cells; `out` is the folder of the search, and `select_by` the metric that ranks them.
         grid: from a setting's name, dotted where it is nested (`optim.learning_rate`), to its values.
         seeds: of every cell, at least one.
 
@@ -102,7 +104,7 @@ def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence
         rows = _train_cells(base, cells, configs, seeds)
     best = {name: rows[0][name] for name in grid}
     if rank() == 0:
-        print(search_table(rows, list(grid)))
+        print(search_table(rows, list(grid), base.select_by))
         print(f"best: {_flags(best)}")
     return {"cells": rows, "best": best}
 
@@ -128,10 +130,16 @@ def _train_cells(
                 print(f"search: {place}", flush=True)
             metrics.append(finished.get(run.out) or train(run)["val"])
         rows.append({**cell, "seeds": len(seeds), **_summary(metrics)})
-        rows.sort(key=lambda row: -row["val_auc_mean"])
+        rows.sort(key=lambda row: _rank_of(row, base.select_by))
         table = {"cells": rows, "best": {name: rows[0][name] for name in cell}}
         first_rank_does(lambda table=table: _write(base.out, table))  # type: ignore[misc]
     return rows
+
+
+def _rank_of(row: Mapping[str, Any], metric: Metric) -> tuple[bool, float]:
+    """What rows are sorted by: the metric, best first, and those without it at the end."""
+    mean = row[f"val_{metric}_mean"]
+    return mean is None, 0.0 if mean is None else -mean if MORE_IS_BETTER[metric] else mean
 
 
 def check_search_folder(folder: Path) -> None:
@@ -300,6 +308,12 @@ def _finished(config: TrainConfig) -> tuple[dict[str, float], Provenance | None]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"{path} is damaged ({error}). {way_out}") from error
     check_same_settings(config, places=made_of is None)
+    was_calibrated = "calibration" in result
+    if was_calibrated != config.calibrate:
+        raise RunExistsError(
+            f"{config.out} was finished with{'' if was_calibrated else 'out'} a calibration, so its log loss does not compare with this "
+            f"search's: give --calibrate {as_yaml(was_calibrated)}, or choose another --out"
+        )
     return metrics, made_of
 
 
@@ -327,13 +341,18 @@ def _write(folder: Path, table: dict[str, Any]) -> None:
         temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
-def search_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """The rows as text, best validation AUC first."""
+def search_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], metric: Metric = "auc") -> str:
+    """The rows as text, in their order: AUC, log loss, and the metric that ranks them."""
     width = max([len(name) for name in names] + [10]) + 2
-    lines = ["".join(f"{name:>{width}}" for name in names) + f"{'val AUC':>18}{'val log loss':>18}"]
+    metrics = dict.fromkeys(("auc", "log_loss", metric))
+    heading = "".join(f"{METRICS[name]:>18}" for name in metrics)
+    lines = ["".join(f"{name:>{width}}" for name in names) + heading]
     for row in rows:
         figures = "".join(
-            f"{row[f'val_{m}_mean']:>10.4f} ± {row[f'val_{m}_std']:.3f}" for m in ("auc", "log_loss")
+            f"{'-':>18}"
+            if row[f"val_{name}_mean"] is None
+            else f"{row[f'val_{name}_mean']:>10.4f} ± {row[f'val_{name}_std']:.3f}"
+            for name in metrics
         )
         lines.append("".join(f"{row[name]!s:>{width}}" for name in names) + figures)
     return "\n".join(lines)

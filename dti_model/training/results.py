@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dti_model.config import CONFIG_FILE
+from dti_model.config import CONFIG_FILE, MORE_IS_BETTER, Metric
 from dti_model.evaluation import (
     baselines_of_splits,
+    calibration_facts,
     eval_targets,
+    fit_calibration,
     metrics_table,
     plot_report,
     score_split,
@@ -30,18 +32,32 @@ from dti_model.training.compare import Kind, measure_training
 from dti_model.training.start import METRICS_FILE, REPORT_FILE, check_results_are_ours
 from dti_model.training.trainer import StreamTrainer
 
+Scores = dict[str, npt.NDArray[np.float64]]
 
-def finish(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
-    """Score with all ranks; rank 0 writes everything down. Gives the content of metrics.json."""
+
+def score_at_end(run: Run) -> Scores:
+    """Score with all ranks, and give the run the calibration that rank 0 fits to validation, where its settings want one.
+
+    It comes before the model is saved, which keeps the calibration.
+
+    Returns:
+        Scores by split, in the order of `eval_targets`, not calibrated.
+    """
     splits = ("test", "val") if run.config.score_test else ("val",)
     scores = {split: score_split(run, split, progress=run.config.progress) for split in splits}
+    if run.config.calibrate:
+        labels = run.data.label[eval_targets(run.data, "val", run.config)]
+        run.calibration = first_rank_does(lambda: fit_calibration(labels, scores["val"]))
+    return scores
+
+
+def finish(run: Run, trainer: StreamTrainer, scores: Scores) -> dict[str, Any]:
+    """Rank 0 writes everything down. Gives the content of metrics.json."""
     result: dict[str, Any] = first_rank_does(lambda: _write_results(run, trainer, scores))
     return result
 
 
-def _write_results(
-    run: Run, trainer: StreamTrainer, scores: dict[str, npt.NDArray[np.float64]]
-) -> dict[str, Any]:
+def _write_results(run: Run, trainer: StreamTrainer, scores: Scores) -> dict[str, Any]:
     """Write all files, metrics.json last: a folder with one is finished.
 
     Raises:
@@ -55,6 +71,8 @@ def _write_results(
     result["baselines"] = baselines_of_splits(data, rows)
     for split in scores:
         write_predictions(run, config.out / f"predictions-{split}.parquet", split, scores[split])
+    if run.calibration is not None:
+        result["calibration"] = calibration_facts(run, scores)
     result["training"] = _training_facts(run, trainer)
     last = next(iter(scores))  # test, where it is scored
     with whole_file(config.out / REPORT_FILE) as temporary:
@@ -62,8 +80,10 @@ def _write_results(
             temporary,
             trainer.state.log_history,
             data.label[rows[last]],
-            scores[last],
+            run.calibrated(scores[last]),
             result["baselines"],
+            raw=None if run.calibration is None else scores[last],
+            split=last,
         )
     result["provenance"] = asdict(run.provenance)
     result = dict(without_nan(result))
@@ -103,7 +123,7 @@ def _training_facts(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
         "precision": run.precision,
         "optimizer_steps": state.global_step,
         "epochs": round(epochs, 4),
-        "best_epoch": round(_epoch_of_best(state.log_history), 4),
+        "best_epoch": round(_epoch_of_best(state.log_history, config.select_by), 4),
         "tokens": int(epochs * dataset.num_rows.sum()),
         "tokens_sliding_window": int(epochs * sliding),
     }
@@ -115,6 +135,8 @@ def _training_facts(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
     return facts
 
 
-def _epoch_of_best(log_history: list[dict[str, float]]) -> float:
-    validations = [entry for entry in log_history if "eval_auc" in entry and entry["step"]]
-    return max(validations, key=lambda entry: entry["eval_auc"])["epoch"] if validations else 0.0
+def _epoch_of_best(log_history: list[dict[str, float]], metric: Metric) -> float:
+    name = f"eval_{metric}"
+    validations = [entry for entry in log_history if name in entry and entry["step"]]
+    best = max if MORE_IS_BETTER[metric] else min
+    return best(validations, key=lambda entry: entry[name])["epoch"] if validations else 0.0

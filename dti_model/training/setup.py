@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dti_model.config import TrainConfig
+from dti_model.config import MORE_IS_BETTER, TrainConfig
 from dti_model.devices import device_named
 from dti_model.evaluation import eval_targets, item_user_auc, score_split, split_metrics
 from dti_model.launch import let_settings_rule
@@ -96,8 +96,8 @@ def training_arguments(config: TrainConfig, precision: Resolved | None = None) -
         save_steps=optim.validate_every or 500,  # not read by epochs
         restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
-        metric_for_best_model="auc",
-        greater_is_better=True,
+        metric_for_best_model=config.select_by,
+        greater_is_better=MORE_IS_BETTER[config.select_by],
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,  # `StreamTrainer` stops there; Trainer would wait for the device twice a step
         logging_first_step=True,

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dti_model.config import CONFIG_FILE, TrainConfig, is_run_config, why_owned
-from dti_model.evaluation import PREDICTION_COLUMNS, REPORT_MARK
+from dti_model.evaluation import OLDER_PREDICTION_COLUMNS, PREDICTION_COLUMNS, REPORT_MARK
 from dti_model.files import CHECKSUMS_FILE, locked, opened, read_checksums
 from dti_model.model import MODEL_FOLDER, OtherOriginError, Provenance, RunExistsError, check_model_is_ours
 from dti_model.precision import Resolved
@@ -89,7 +89,7 @@ def _is_result(path: Path) -> bool:
                 return CONFIG_FILE in read_checksums(path, "")
             if path.name == REPORT_FILE:
                 return REPORT_MARK["Software"].encode() in file.read(1000)
-            return bool(pq.read_schema(file).names == PREDICTION_COLUMNS)
+            return pq.read_schema(file).names in (PREDICTION_COLUMNS, OLDER_PREDICTION_COLUMNS)
     except (OSError, ValueError, TypeError, pa.ArrowException):
         return False
 

@@ -102,6 +102,7 @@ def test_a_finished_run_holds_what_is_promised(config: TrainConfig) -> None:
     assert set(result["test"]) >= {
         "auc",
         "log_loss",
+        "ece",
         "f1",
         "f1_always_yes",
         "gauc",
