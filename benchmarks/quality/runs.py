@@ -219,6 +219,7 @@ def score_cell(
 def _score(
     run: Run, folder: Path, name: str, split: str, precision: Resolved, k: int | None = 1
 ) -> dict[str, float]:
+    """Metrics of the scores as trained: runs are compared without a calibration."""
     rows = run.data.targets(split)
     scores = score_targets(
         run.model, run.config.dti, run.builder, rows, SCORING_BUDGET, k, precision=precision

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,48 @@ def test_every_baseline_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     log = [{"epoch": 1.0, "loss": 0.7}, {"epoch": 1.0, "eval_auc": 0.6}]
     plot_report(tmp_path / "report.png", log, np.array([0, 1] * 20), np.linspace(0.1, 0.9, 40), baselines)
     assert drawn == [*baselines["val"]]
+
+
+def test_calibration_is_drawn_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One curve where there is no calibration; the split is the one of the labels."""
+    drawn: list[tuple[str, int]] = []
+    titles: list[str] = []
+    errorbar, set_title = Axes.errorbar, Axes.set_title
+
+    def note_curve(self: Axes, x: np.ndarray, *args: Any, label: str, **kwargs: Any) -> Any:
+        drawn.append((label, len(x)))
+        return errorbar(self, x, *args, label=label, **kwargs)
+
+    def note_title(self: Axes, title: str, *args: Any, **kwargs: Any) -> Any:
+        titles.append(title)
+        return set_title(self, title, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "errorbar", note_curve)
+    monkeypatch.setattr(Axes, "set_title", note_title)
+    baselines = {"val": {"item mean": {"auc": 0.5}}}
+    log = [{"epoch": 1.0, "loss": 0.7}, {"epoch": 1.0, "eval_auc": 0.6}]
+    labels, scores = np.array([0, 1] * 20), np.full(40, 0.75)
+    plot_report(tmp_path / "report.png", log, labels, np.linspace(0.4, 0.6, 40), baselines, raw=scores)
+    assert [label.split(", ")[0] for label, _ in drawn] == ["as trained", "calibrated"]
+    assert drawn[0] == ("as trained, ECE 0.2500", 1)
+    assert drawn[1][1] == 10
+    assert titles[-1] == "calibration on test"
+    plot_report(tmp_path / "report.png", log, labels, scores, baselines, split="val")
+    assert drawn[2:] == [("model, ECE 0.2500", 1)]
+    assert titles[-1] == "calibration on validation"
+
+
+def test_a_table_has_the_columns_of_its_run() -> None:
+    """Runs of earlier versions have no ECE; their tables are as they were. With it, the lines are no longer than a terminal's."""
+    facts = {"targets": 10, "base_rate": 0.5, "f1_always_yes": 0.6}
+    older = metrics_table({"val": {**MODEL, **facts}, "baselines": {"val": LINES}}).splitlines()
+    assert older[0].split() == ["val:", "AUC", "log", "loss", "GAUC", "F1", "mean", "p"]
+    assert {len(line) for line in older[:-1]} == {74}
+    newer = metrics_table({"val": {**MODEL, "ece": 0.0123, **facts}, "baselines": {"val": LINES}})
+    lines = newer.splitlines()
+    assert lines[-2].split() == ["model", "0.7670", "0.5697", "0.0123", "0.6911", "0.7452", "0.5535"]
+    assert lines[1].split()[4] == "-"
+    assert {len(line) for line in lines[:-1]} == {78}
 
 
 def no_constants(name: str) -> None:

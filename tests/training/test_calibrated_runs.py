@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import yaml
 
 from dti_model.cli import main
 from dti_model.config import DTIConfig, OptimConfig, TrainConfig
-from dti_model.evaluation import evaluate_run, fit_calibration, score_split
+from dti_model.evaluation import OLDER_PREDICTION_COLUMNS, evaluate_run, fit_calibration, score_split
+from dti_model.evaluation.report import calibration_lines
 from dti_model.files import DamagedFileError, write_checksums
 from dti_model.model import Calibration, Run, RunExistsError, export_run
 from dti_model.model.fingerprints import settings_fingerprint
@@ -161,8 +163,6 @@ def test_a_job_of_another_calibration_is_another(
 
 @pytest.fixture
 def copied(config: TrainConfig, result: dict[str, Any], tmp_path: Path) -> Path:
-    import shutil
-
     shutil.copytree(config.out, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     return tmp_path / "run"
 
@@ -232,7 +232,12 @@ def test_a_run_that_began_before_there_was_one(small_folder: Path, tmp_path: Pat
     older = TrainConfig.load(config.out)
     assert (older.calibrate, older.select_by) == (False, "auc")
     assert settings_fingerprint(older) == settings_fingerprint(config)
+    # Killed while it wrote its results, before their last column was there.
+    values = [["1"], ["2"], [3], [1], [0.5]]
+    predictions = config.out / "predictions-val.parquet"
+    pl.DataFrame(dict(zip(OLDER_PREDICTION_COLUMNS, values))).write_parquet(predictions)
     assert "calibration" in train(config)
+    assert pl.read_parquet(predictions).columns == [*OLDER_PREDICTION_COLUMNS, "raw_probability"]
 
 
 def test_a_search_does_not_mix(small_folder: Path, tmp_path: Path) -> None:
@@ -245,8 +250,6 @@ def test_a_search_does_not_mix(small_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_temperature_at_its_limit_is_said() -> None:
-    from dti_model.evaluation.report import calibration_lines
-
     facts = {
         "before": {"val": {"log_loss": 0.7, "ece": 0.1}},
         "after": {"val": {"log_loss": 0.6, "ece": 0.05}},
