@@ -204,7 +204,7 @@ class OptimConfig:
         clip: largest gradient norm.
         token_budget: rows of one packed batch, context tokens and [SUM]s.
         accumulation: packed batches per optimizer step.
-        patience: stop after this many validations without a better AUC, or what select_by names; 0: never.
+        patience: stop after this many validations without a better AUC, or metric of select_by; 0: never.
         precision: compute in float32 (fp32), in bfloat16 (bf16), or in bfloat16 where the processor or GPU has instructions for it and
             else in float32 (auto). Weights and optimizer stay in the precision that they have.
         activation_checkpointing: recompute activations in the backward to save memory.
