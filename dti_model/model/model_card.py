@@ -84,9 +84,7 @@ class Description:
         differences = plain_differences(dti, prompt.window, model_config)
         spelled, window = TextEncoder(tokenizer).spelled, token_window(model_config)
         rules = context_rule, profile_rule
-        return Description(
-            dti, prompt, item_text, data, differences, window, spelled, *rules, calibration
-        )
+        return Description(dti, prompt, item_text, data, differences, window, spelled, *rules, calibration)
 
     @property
     def plain_transformers(self) -> bool:
