@@ -20,7 +20,7 @@ from dti_model.config import MODES, DTIConfig, LoraSettings, ModelConfig, TrainC
 from dti_model.data import DataError, PreparedData
 from dti_model.data.build import prepare
 from dti_model.data.sources.custom import CustomFiles
-from dti_model.model import MODEL_FOLDER, Run
+from dti_model.model import MODEL_FOLDER, Calibration, Run
 from dti_model.model.export import LibraryOnlyError, export_run
 from dti_model.model.model_card import plain_differences
 from dti_model.scorer import Scorer
@@ -47,7 +47,12 @@ FLOAT32 = 1e-5  # of a probability: another order of float32 sums, through three
 
 
 def run_folder(
-    folder: Path, data: Path, dti: DTIConfig, model: ModelConfig | None = None, **more: Any
+    folder: Path,
+    data: Path,
+    dti: DTIConfig,
+    model: ModelConfig | None = None,
+    calibration: Calibration | None = None,
+    **more: Any,
 ) -> Path:
     """A run as `dti train` leaves it, with random weights that are large enough for scores to differ."""
     model = model or ModelConfig(layers=3, width=32, heads=4, kv_heads=2, mlp_width=48)
@@ -64,6 +69,7 @@ def run_folder(
             elif model.pretrained is None and parameter.ndim == 2:
                 parameter.mul_(5)
     config.save(folder)
+    run.calibration = calibration
     run.save_model(folder / MODEL_FOLDER)
     return folder
 
@@ -235,15 +241,17 @@ def python_of(card: Path) -> list[str]:
 def test_the_python_of_the_model_cards_gives_the_scores(
     small_folder: Path, tmp_path: Path, family: str | None, finetune: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the export, and of the run's own model/ with an adapter in it."""
+    """Of the export, and of the run's own model/ with an adapter in it; calibrated where the run is."""
     settings = None
     if family is not None:
         base = pretrained_folder(tmp_path / "base", family, **BASES[family])
         lora = LoraSettings(rank=4, alpha=8) if finetune == "lora" else LoraSettings()
         settings = ModelConfig(pretrained=str(base), finetune=finetune, lora=lora)
-    run = run_folder(tmp_path / "run", small_folder, DTIConfig(mode="dti-minus"), settings)
+    calibration = None if finetune == "full" else Calibration(1.5, -0.25)
+    run = run_folder(tmp_path / "run", small_folder, DTIConfig(mode="dti-minus"), settings, calibration)
     expected = Scorer.from_run(run, device="cpu").score(HISTORY, CANDIDATES)
     out, told = export(run)
+    assert told["calibration"] == (None if calibration is None else dataclasses.asdict(calibration))
     assert told["plain_transformers_without_token_window"] is None
     of_run = json.loads((run / MODEL_FOLDER / "dti.json").read_text())
     assert of_run["plain_transformers_without_token_window"] == (
