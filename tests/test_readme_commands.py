@@ -119,7 +119,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_amazon(raw, some_ratings(60)), ("Gift_Cards_5.json.gz", "meta_Gift_Cards.json.gz")
     ):
         shutil.move(path, folder / name)
-    clicks = [{**row, "device": "phone"} for row in custom_rows(some_ratings(60))]
+    clicks = [
+        {**row, "timestamp": row["timestamp"] + 1_600_000_000, "device": "phone"}
+        for row in custom_rows(some_ratings(60))
+    ]
     write_csv(folder / "clicks.csv", (*CUSTOM_COLUMNS, "device"), clicks)
     write_csv(folder / "users.csv", ("user", "gender", "age"), [{"user": 1, "gender": "F", "age": 30}])
     write_parquet(folder / "items.parquet", ITEM_COLUMNS, item_rows())

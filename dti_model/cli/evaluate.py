@@ -34,6 +34,11 @@ def make_parser() -> Parser:
         help="targets per prompt; 0: whole histories. Streaming prompts are many times faster, and a model of several layers "
         "that was trained with them may score better with them",
     )
+    parser.add_argument(
+        "--strict-time",
+        action="store_true",
+        help="leave out of every target's context what shares its time stamp: labels that were not known yet",
+    )
     add_shared(parser, "--calibration", "--device", "--precision")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics to this file")
     add_shared(parser, "--progress")
@@ -63,6 +68,7 @@ def run(options: Namespace) -> None:
             options.base,
             options.precision,
             options.calibration,
+            options.strict_time,
         )
         if rank():
             return

@@ -37,6 +37,7 @@ def score_targets(
     k: int | None = 1,
     progress: str | None = None,
     precision: Resolved = "fp32",
+    strict_time: bool = False,
 ) -> npt.NDArray[np.float64]:
     """Click probabilities of targets.
 
@@ -48,6 +49,7 @@ def score_targets(
         token_budget: rows of a packed batch; a longer prompt gets a batch of its own. None: `TOKEN_BUDGETS` of the device.
         k: targets per prompt: 1 for (the scores of) sliding windows, None for whole histories.
         progress: label of a progress bar; None: no bar.
+        strict_time: leave out of every target's context what shares its time stamp; with k = 1.
         precision: to compute in. Weights are cast once, and probabilities differ by what bfloat16 rounds (`dti_model.scorer` has a
             bound).
 
@@ -55,7 +57,10 @@ def score_targets(
         `(S,)` probabilities in the order of `rows`.
     """
     window = builder.format.window
-    if k == 1:
+    if strict_time:
+        assert k == 1
+        prompts = Prompts.strict(builder.data, rows, window)
+    elif k == 1:
         prompts = Prompts.sliding_windows(builder.data, rows, window)
     else:
         prompts = Prompts.streaming(builder.data, rows, window, k)

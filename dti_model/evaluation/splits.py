@@ -35,10 +35,12 @@ def eval_targets(data: PreparedData, split: str, config: TrainConfig) -> npt.NDA
     return rows[np.sort(rng.choice(len(rows), limit, replace=False))]
 
 
-def score_split(run: Run, split: str, k: int | None = 1, progress: bool = False) -> npt.NDArray[np.float64]:
+def score_split(
+    run: Run, split: str, k: int | None = 1, progress: bool = False, strict_time: bool = False
+) -> npt.NDArray[np.float64]:
     """Click probabilities in the order of `eval_targets`, from prompts of `k` targets (None: whole histories), in the run's precision.
 
-    They are the model's own, before the run's calibration.
+    `strict_time`: without context of a target's own time stamp, k = 1. They are the model's own, before the run's calibration.
     """
     return score_targets(
         run.model,
@@ -49,6 +51,7 @@ def score_split(run: Run, split: str, k: int | None = 1, progress: bool = False)
         k=k,
         progress=f"scoring {split}" if progress else None,
         precision=run.precision,
+        strict_time=strict_time,
     )
 
 
@@ -104,6 +107,7 @@ def evaluate_run(
     base: str | None = None,
     precision: Precision = DEFAULT,
     calibration: bool = True,
+    strict_time: bool = False,
 ) -> dict[str, Any]:
     """Score a split with a trained run, and the baselines on the same targets.
 
@@ -116,18 +120,23 @@ def evaluate_run(
         k: targets per prompt; None: whole histories.
         precision: to compute in, alike on all ranks; it need not be that of the training.
         calibration: use the run's, where it has one.
+        strict_time: leave out of every target's context what shares its time stamp.
 
     Returns:
         Metrics under the name of the split, those of the baselines, the calibration if one was used, the precision, and the run's provenance.
 
     Raises:
-        ValueError: `precision` auto is another one on another rank.
+        ValueError: `precision` auto is another one on another rank, or `strict_time` is asked with another k than 1.
     """
+    if strict_time and k != 1:
+        raise ValueError(
+            f"strict_time gives every target a prompt of its own, so k must be 1, got {0 if k is None else k}"
+        )
     device = device_of_rank(device)
     run = Run.load(folder, data_folder, device, other_data, base, calibration)
     run.precision = precision_of_ranks(precision, device, "--precision")
     say_precision(precision, device, "--precision")
-    scores = score_split(run, split, k, progress)
+    scores = score_split(run, split, k, progress, strict_time)
     baselines = baseline_metrics(run.data, split, eval_targets(run.data, split, run.config))
     result = {
         split: split_metrics(run, split, scores),

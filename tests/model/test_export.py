@@ -84,11 +84,11 @@ def plain_scores(folder: Path, told: dict[str, Any], model: Any = None) -> np.nd
     def ids(item: dict[str, str]) -> list[int]:
         found = tokenizer.encode(item["text"], add_special_tokens=False).ids
         spelled = [part for token in found for part in told["spelled_tokens"].get(str(token), [token])]
-        return spelled[: prompt["max_item_tokens"]]
+        return [*prompt["before"], *spelled[: prompt["max_item_tokens"]], *prompt["cue"]]
 
     shared = list(prompt["prefix"])
     for item, label in HISTORY[len(HISTORY) - prompt["window"] :]:
-        shared += [*ids(item), prompt["labels"][label]]
+        shared += [*ids(item), prompt["labels"][label], *prompt["separator"]]
     scores = []
     for candidate in CANDIDATES:
         with torch.no_grad():
