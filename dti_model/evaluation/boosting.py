@@ -31,7 +31,7 @@ import numpy.typing as npt
 from sklearn.ensemble import HistGradientBoostingClassifier
 from threadpoolctl import threadpool_limits
 
-from dti_model.data import PreparedData
+from dti_model.data import UNITS, Clock, PreparedData
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -42,7 +42,6 @@ PRIOR, CATEGORY_PRIOR = 5.0, 3.0
 WINDOWS, RESIDUAL_WINDOWS = (1, 2, 5, 20), (5, 20)
 # Categories: the most frequent parts among the training targets, of at least so many items; of an item its first ones.
 MOST_CATEGORIES, FEWEST_ITEMS, MOST_OF_ITEM = 64, 2, 8
-HOURS = {"seconds": 3_600, "microseconds": 3_600_000_000}
 _ONE = 2**30  # of sums: exact for 2^33 values of at most 1
 _CHUNK = 1_000_000  # rows that are scored at once: scikit-learn copies them as float64
 
@@ -102,7 +101,7 @@ class _History:
         self._label = data.label[rows].astype(np.float64)
         self._item = data.item[rows]
         self._time = data.timestamp[rows]
-        self._hour = HOURS.get(data.stats.get("timestamp_unit", ""))
+        self._hour = _hour(Clock.of(data.stats))
         user = data.users_of(rows)  # rows are user after user, each in order
         self._of_user = _Groups(user, np.arange(rows.size))
         by_time = np.argsort(data.order[rows])
@@ -221,6 +220,12 @@ class _Categories:
         residual = _Groups(keys, np.argsort(keys, kind="stable")).residual(values[row], CATEGORY_PRIOR)
         sums = np.bincount(row, weights=residual, minlength=item.size)
         return np.asarray(sums / np.maximum(lengths, 1))
+
+
+def _hour(clock: Clock) -> int | None:
+    """An hour in time stamps; None where nobody knows their unit."""
+    unit = clock.likely if clock.said not in UNITS else clock.said
+    return None if unit is None else 3_600 * UNITS[unit] * clock.scale
 
 
 def _parts(text: str) -> list[str]:

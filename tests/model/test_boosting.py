@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dti_model.data import PreparedData, prepare
+from dti_model.data import Clock, PreparedData, prepare
 from dti_model.evaluation import baselines, boosting
 from dti_model.evaluation.baselines import baseline_scores, baselines_of_splits
 from dti_model.evaluation.boosting import GradientBoosting
@@ -160,6 +160,13 @@ def test_few_categories_no_hour_and_features_that_are_constant(tmp_path: Path) -
     scores = baseline_scores(data, "test")[baselines.BOOSTING]
     assert scores.shape == data.targets("test").shape
     assert ((scores > 0) & (scores < 1)).all()
+
+
+def test_hours_of_units() -> None:
+    assert boosting._hour(Clock("seconds", 0, 5)) == 3_600
+    assert boosting._hour(Clock("millionths of milliseconds", 0, 5)) == 3_600_000 * 10**6
+    assert boosting._hour(Clock("the file's", 1_600_000_000, 1_700_000_000)) == 3_600
+    assert boosting._hour(Clock("the file's", 1, 9)) is None
 
 
 def test_parts_of_texts() -> None:
