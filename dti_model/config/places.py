@@ -14,7 +14,9 @@ _OF_A_RUN = re.compile(
 )
 _MADE_BY_A_RUN = ("checkpoints", "metrics.json", "model/provenance.json", ".lock")
 _OF_A_SEARCH = re.compile(r"search\.json|search\.csv|search-folder\.json|base|.*=.*|\..*")
-_OF_DATA = re.compile(r"stats\.json|(interactions|users|items)\.arrow|rejected\.csv|tokenizer|tokens|\..*")
+_OF_DATA = re.compile(
+    r"stats\.json|(interactions|users|items|since|(contexts|profiles)(_codes)?)\.arrow|rejected\.csv|tokenizer|tokens|\..*"
+)
 
 
 def why_owned(path: Path, is_run: bool = False) -> str | None:

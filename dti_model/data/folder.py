@@ -36,7 +36,11 @@ STATS_FILE = "stats.json"
 TOKENIZER_FOLDER = "tokenizer"
 TOKENS_FOLDER = "tokens"
 TABLES = ("interactions.arrow", "users.arrow", "items.arrow")
-OPTIONAL_TABLES = ("contexts.arrow", "contexts_codes.arrow", "profiles.arrow", "profiles_codes.arrow")
+SINCE_TABLE = "since.arrow"  # of a folder that extends another one
+OPTIONAL_TABLES = (
+    *("contexts.arrow", "contexts_codes.arrow", "profiles.arrow", "profiles_codes.arrow"),
+    SINCE_TABLE,
+)
 AGAIN = "Make the folder again with: dti prepare"
 REMOVE = "Remove the folder and make it again with: dti prepare"
 _CONTENT = ("source", "files", "users", "items", "interactions")
@@ -50,7 +54,10 @@ _whole: set[tuple[str, int, int, str]] = set()  # states of files that this proc
 
 
 def write_stats(folder: Path, stats: dict[str, Any]) -> None:
-    """Write stats.json of a folder whose other files are complete, with their checksums, which `stats` gets as "files"."""
+    """Write stats.json of a folder whose other files are complete.
+
+    `stats` gets their checksums as "files", and the format version that they are of.
+    """
     found = checksums(folder)
     stats["files"] = {
         name: facts
@@ -98,13 +105,16 @@ def read_stats(folder: Path) -> dict[str, Any]:
 
 def _has_fields(stats: Mapping[str, Any]) -> bool:
     """Whether the fields that are read have their types; the seal proves only that nobody changed them."""
-    files, source = stats.get("files", {}), stats.get("source")
+    files, source, extends = stats.get("files", {}), stats.get("source"), stats.get("extends", [])
     return (
-        are_checksums(files)
+        isinstance(extends, list)
+        and are_checksums(files)
         and files.keys() >= set(TABLES)
         and all(type(stats.get(name)) is int for name in ("users", "items", "interactions"))
         and isinstance(source, dict)
         and isinstance(source.get("name"), str)
+        and (SINCE_TABLE in files) == bool(extends)
+        and all(isinstance(fingerprint, str) for fingerprint in extends)
     )
 
 

@@ -8,6 +8,8 @@
     contexts.arrow        texts of interactions' contexts, where there are any, each distinct one once; contexts_codes.arrow says
                           which of them each interaction has, part by part of the template; see coded_texts.py
     profiles.arrow        texts of users, where there are any, likewise; profiles_codes.arrow says which of them each user has
+    since.arrow           since int16, in extended folders only: the extension (1, 2, ...) since which a row is a training target,
+                          0 for those of the first folder, -1 for rows that are none; see extend.py
     rejected.csv          file, line and problem of every row that could not be used, where there are any
     tokenizer/            the BPE trained on the item texts
     tokens/<name>.arrow   token ids of the item texts, one file per tokenizer, made when first asked for; see token_cache.py
@@ -35,6 +37,7 @@ from dti_model.data.errors import DataError
 from dti_model.data.folder import (
     AGAIN,
     OPTIONAL_TABLES,
+    SINCE_TABLE,
     STATS_FILE,
     TABLES,
     TOKENIZER_FOLDER,
@@ -71,6 +74,7 @@ class PreparedData:
         split: (I,) int8, `CONTEXT`, `TRAIN`, `VAL` or `TEST`.
         order: (I,) int64, rank in the global (time, user, item) order.
         history_offsets: (U + 1,) int64, user u owns rows `history_offsets[u]:history_offsets[u + 1]`.
+        since: (I,) int16, the extension since which a row is a training target, -1 where it is none; None: of no extended folder.
     """
 
     def __init__(self, path: Path, stats: dict[str, Any]) -> None:
@@ -89,9 +93,12 @@ class PreparedData:
         self._items = read_table(path / "items.arrow", {"item": pa.string(), "text": pa.string()})
         stops = as_numpy(self._users.column("history_stop"))
         self.history_offsets: npt.NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), stops])
+        self.since: npt.NDArray[np.int16] | None = None
+        if SINCE_TABLE in stats["files"]:
+            self.since = as_numpy(read_table(path / SINCE_TABLE, {"since": pa.int16()}).column("since"))
         found = (self._users.num_rows, self._items.num_rows, table.num_rows, int(self.history_offsets[-1]))
         wanted = (stats["users"], stats["items"], stats["interactions"], stats["interactions"])
-        if found != wanted:
+        if found != wanted or (self.since is not None and self.since.size != table.num_rows):
             raise DataError(
                 f"{path}: the files hold {found} users, items, rows, but {STATS_FILE} says {wanted}. {AGAIN}"
             )
@@ -135,13 +142,18 @@ class PreparedData:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal digits, of interactions, users, items, their texts and the tokenizer; no file is read for it."""
+        """SHA-256, in hexadecimal digits, of all tables and the tokenizer, by name; no file is read for it."""
         files = {
             name: facts["sha256"]
             for name, facts in self.stats["files"].items()
             if name in (*TABLES, *OPTIONAL_TABLES) or name.startswith(f"{TOKENIZER_FOLDER}/")
         }
         return sha256_of_json(files)
+
+    @property
+    def chain(self) -> list[str]:
+        """Fingerprints of the folders that were extended, the first one first, and of this one."""
+        return [*self.stats.get("extends", []), self.fingerprint]
 
     @property
     def text_rule(self) -> dict[str, Any]:
@@ -211,8 +223,12 @@ class PreparedData:
         """User index of interaction rows, int64 of the same shape."""
         return np.searchsorted(self.history_offsets, rows, side="right") - 1
 
-    def targets(self, split_name: str) -> npt.NDArray[np.int64]:
+    def targets(self, split_name: str, after: int | None = None) -> npt.NDArray[np.int64]:
         """Rows of the targets of "train", "val" or "test", int64, in the global (time, user, item) order.
+
+        Args:
+            split_name: the split.
+            after: only training targets that came with a later extension than this one; 0: later than the first folder. None: all.
 
         Raises:
             DataError: there is no split of that name.
@@ -220,6 +236,8 @@ class PreparedData:
         if split_name not in SPLIT_CODES:
             raise DataError(f"split must be one of {', '.join(SPLIT_CODES)}, but is {split_name!r}")
         rows = np.flatnonzero(self.split == SPLIT_CODES[split_name])
+        if after is not None:
+            rows = rows[:0] if self.since is None else rows[self.since[rows] > after]
         return rows[np.argsort(self.order[rows])]
 
     def token_ids(self, tokenizer: Any) -> TokenIds:
