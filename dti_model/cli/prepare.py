@@ -16,6 +16,8 @@ DESCRIPTION = (
     "`dti prepare SOURCE --help` lists the options of a source."
 )
 
+_PROTOCOL = ("split", "min_context", "min_item_count", "vocab_size", "context_text", "timezone")
+
 
 def make_parser(name: str) -> Parser:
     """The options that apply to a source."""
@@ -44,9 +46,9 @@ def make_parser(name: str) -> Parser:
         text = "largest share of a file's rows that may be unusable; they are listed in OUT/rejected.csv"
         parser.add_argument("--max-rejected", type=number, default=0.01, help=text)
         text = "longest value in an item text; longer ones are cut at a word"
-        parser.add_argument("--max-chars", type=int, default=200, help=text)
+        _add_counts(parser, name == "custom", ("--max-chars", 200, text))
     _add_texts(parser, name)
-    _add_protocol(parser, source.min_item_count)
+    _add_protocol(parser, source.min_item_count, name == "custom")
     return parser
 
 
@@ -54,10 +56,13 @@ def _add_custom(parser: Parser) -> None:
     for name in ("interaction", "item"):
         text = f"one row an {name}: .csv, .tsv (also .gz) or .parquet"
         parser.add_argument(f"--{name}s", type=Path, required=True, metavar="FILE", help=text)
+    text = (
+        "prepared folder to extend: OUT gets its rows and the new ones, by its rules and with its tokenizer"
+    )
+    parser.add_argument("--extend", type=Path, help=text)
     parser.add_argument(
         "--text",
         type=str,
-        required=True,
         metavar="TEMPLATE",
         help='template of an item\'s text, columns in braces: "{title}; {genres}"; the first one is the title, and none may be '
         'called text, since {"text": ...} is a finished text in requests',
@@ -88,9 +93,10 @@ def _add_texts(parser: Parser, name: str) -> None:
         metavar="TEMPLATE",
         help='text behind every item: columns of the log, and {hour} {weekday} {gap} {item_rate} {user_rate}: "{weekday}, {hour}; {gap}"',
     )
-    parser.add_argument(
-        "--timezone", type=str, default="UTC", metavar="NAME", help="time zone of {hour} and {weekday}"
-    )
+    text, zone = "time zone of {hour} and {weekday}", "UTC" if name != "custom" else None
+    if zone is None:
+        text += " (default: UTC; with --extend that folder's)"
+    parser.add_argument("--timezone", type=str, default=zone, metavar="NAME", help=text)
     if SOURCES[name].is_published:
         text = "begin every prompt with the user's gender, age and occupation, of the data set's users' file"
         parser.add_argument("--profile", action="store_true", help=text)
@@ -105,7 +111,7 @@ def _add_texts(parser: Parser, name: str) -> None:
         parser.add_argument("--users-key", type=str, metavar="COLUMN", help=text)
 
 
-def _add_protocol(parser: Parser, min_item_count: int) -> None:
+def _add_protocol(parser: Parser, min_item_count: int, may_extend: bool) -> None:
     text = "8:1:1 over global time, or within each user; default: global"
     parser.add_argument("--split", type=Literal["global", "user"], metavar="global|user", help=text)
     for name, text in (
@@ -116,25 +122,45 @@ def _add_protocol(parser: Parser, min_item_count: int) -> None:
             "; a date or date-time of ISO 8601 (UTC unless it says otherwise), or a time stamp of the data"
         )
         parser.add_argument(name, type=str, metavar="DATE", help=text)
-    for name, default, text in (
+    _add_counts(
+        parser,
+        may_extend,
         ("--min-context", 5, "earlier interactions that a target must have"),
         ("--min-item-count", min_item_count, "drop items with fewer interactions"),
         ("--vocab-size", 4096, "largest vocabulary of the tokenizer trained on the item texts"),
-    ):
-        parser.add_argument(name, type=int, default=default, help=text)
+    )
+
+
+def _add_counts(parser: Parser, may_extend: bool, *options: tuple[str, int, str]) -> None:
+    """Options with their defaults, which are the older folder's where one is extended."""
+    for name, value, text in options:
+        if may_extend:
+            text += f" (default: {value}; with --extend that folder's)"
+        parser.add_argument(name, type=int, default=None if may_extend else value, help=text)
 
 
 def run(name: str, options: Namespace) -> None:
     """Make the prepared folder of a source and print the report."""
-    from dti_model.data import named_source, prepare
+    from dti_model.data import extend, files_like, named_source, prepare
 
     settings = options.as_dict()  # vars() would show `items` under another name: Namespace has a method of it
-    rules = ("split", "val_from", "test_from", "min_context", "min_item_count", "vocab_size")
-    protocol = {key: settings.pop(key) for key in (*rules, "context_text", "timezone")}
-    out = settings.pop("out")
-    if SOURCES[name].threshold is not None:
-        protocol["threshold"] = settings.pop("threshold")
-    stats = prepare(named_source(name, **settings), out, **protocol)
+    dates = {key: settings.pop(key) for key in ("val_from", "test_from")}
+    protocol = {key: settings.pop(key) for key in _PROTOCOL}
+    out, older = settings.pop("out"), settings.pop("extend", None)
+    if older is not None:
+        for key in (*protocol, "split_column"):
+            if (protocol | settings)[key] is not None:
+                raise ValueError(f"{key} is the extended folder's own: leave --{key.replace('_', '-')} out")
+        del settings["split_column"]
+        stats = extend(older, files_like(older, **settings), out, **dates)
+    else:
+        if name == "custom":
+            if settings["text"] is None:
+                raise ValueError('--text must be given: a template such as "{title}; {genres}"')
+            settings, protocol = ({k: x for k, x in o.items() if x is not None} for o in (settings, protocol))
+        if SOURCES[name].threshold is not None:
+            protocol["threshold"] = settings.pop("threshold")
+        stats = prepare(named_source(name, **settings), out, **dates, **protocol)
     print(prepared_report(stats, out))
 
 
@@ -145,6 +171,8 @@ def prepared_report(stats: dict[str, Any], out: Path) -> str:
         f"{out}: {stats['users']:,} users, {stats['items']:,} items, {stats['interactions']:,} interactions; "
         f"a click is {stats['click']} (base rate {stats['base_rate']:.4f})",
     ]
+    if "extension" in stats:
+        lines += _extension_lines(stats["extension"])
     for name in SPLIT_CODES:
         rate = splits[name]["base_rate"]
         shown = "-" if rate is None else f"{rate:.4f}"
@@ -205,6 +233,16 @@ def _about_time(stats: dict[str, Any]) -> list[str]:
     return [
         f"  from {clock.shown(clock.first)} to {clock.shown(clock.last)}; {share:.1%} of the interactions share their {clock.tick} with another "
         "of the same user"
+    ]
+
+
+def _extension_lines(facts: dict[str, int]) -> list[str]:
+    """What an extension has added, and what of the new files it has left out."""
+    return [
+        f"  extension {facts['number']}: {facts['interactions']:,} new interactions ({facts['late']:,} earlier than the last one before), "
+        f"{facts['users']:,} new users, {facts['items']:,} new items; {_were(facts['repeated'])} there already and left out",
+        f"  {facts['targets']:,} new targets; {facts['train_targets']:,} training targets are new since the folder "
+        f"before; {facts['other_texts']:,} items have another text in the new files and keep theirs",
     ]
 
 

@@ -16,6 +16,7 @@ from dti_model.data.tokens import LABEL_TEXTS, SUM, label_tokens, plain_backend
 
 if TYPE_CHECKING:
     from dti_model.data.build import prepare
+    from dti_model.data.extension import extend, files_like
     from dti_model.data.sources import AmazonFiles, CustomFiles
 
 __all__ = [
@@ -44,7 +45,9 @@ __all__ = [
     "Template",
     "TextEncoder",
     "TokenIds",
+    "extend",
     "field_text",
+    "files_like",
     "gap_text",
     "label_tokens",
     "moment_texts",
@@ -59,6 +62,7 @@ __all__ = [
 
 # Prepared folders are made with polars and msgspec, and read without them: these names are imported when they are asked for.
 _MAKERS = {"AmazonFiles": "sources", "CustomFiles": "sources", "prepare": "build"}
+_MAKERS |= dict.fromkeys(("extend", "files_like"), "extension")
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ Cost: O(rows log rows) time, for the sort.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+from tokenizers import Tokenizer
 
 from dti_model.data.arrow_file import write_table
 from dti_model.data.coded_texts import CodedTexts
@@ -110,7 +111,7 @@ def prepare(
     rules = _Rules(rule, threshold, min_context, min_item_count, vocab_size, context_text, timezone)
     rules.check(source)
     check_replaceable(out)
-    with _locked(out):
+    with locked_place(out):
         # Who writes a source without further columns need not know of them.
         raw = source.load() if context_text is None else source.load(context_template(context_text).columns)
         return _prepared(source.name, raw, rules, out)
@@ -169,27 +170,64 @@ def _prepared(name: str, raw: RawData, rules: _Rules, out: Path) -> dict[str, An
     stats = {
         "format_version": FORMAT_VERSION,
         "source": provenance,
-        **_counts(raw, indexed, columns),
+        **counts_of(raw, indexed, columns),
         "threshold": threshold,
         "click": raw.click.replace("{threshold:g}", f"{threshold:g}"),
         **split_facts,
         "min_context": rules.min_context,
         "min_item_count": min_item_count,
-        "splits": _split_stats(columns),
+        "splits": split_stats(columns),
     }
+
+    def add_tokenizer(folder: Path, texts: list[str]) -> Tokenizer:
+        tokenizer = train_tokenizer(texts, rules.vocab_size)
+        save_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
+        return tokenizer
+
+    coded = {name: texts for name, (texts, _) in row_texts.items()}
+    write_prepared(out, raw, indexed, columns, coded, stats, add_tokenizer)
+    return stats
+
+
+def write_prepared(
+    out: Path,
+    raw: RawData,
+    indexed: Indexed,
+    columns: Mapping[str, npt.NDArray[Any]],
+    row_texts: Mapping[str, CodedTexts],
+    stats: dict[str, Any],
+    add_tokenizer: Callable[[Path, list[str]], Tokenizer],
+    more: Mapping[str, pa.Table] | None = None,
+) -> None:
+    """Write a prepared folder, all of it or nothing.
+
+    Args:
+        out: the folder.
+        raw: the files that were read, for its rejected rows.
+        indexed: users, items and offsets.
+        columns: of interactions.arrow.
+        row_texts: of contexts and profiles.
+        stats: the content of stats.json, to which files and tokenizer are added.
+        add_tokenizer: makes the tokenizer's folder in a folder, perhaps from these texts.
+        more: further tables by the names of their files.
+
+    Raises:
+        DataError: the place cannot be had.
+        WriteError: the disk is full.
+    """
     try:
         with whole_folder(out, lambda: check_replaceable(out)) as folder:
-            coded = {name: texts for name, (texts, _) in row_texts.items()}
-            _write(folder, raw, indexed, columns, coded, stats, rules.vocab_size)
+            for name, table in (more or {}).items():
+                write_table(table, folder / name)
+            _write(folder, raw, indexed, columns, row_texts, stats, add_tokenizer)
     except WriteError:
         raise
     except OSError as error:
         raise _cannot_be_written(out, error) from error
-    return stats
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked_place(out: Path) -> Iterator[None]:
     """Keep other processes from preparing `out`; the lock lies beside it, since `out` itself is replaced."""
     with ExitStack() as stack:
         try:
@@ -212,9 +250,16 @@ def _columns(
     # Rows are in (user, time, item, file) order: a stable sort by time gives (time, user, item, file).
     by_time = np.argsort(data.timestamp, kind="stable")
     split, split_facts = rules.split.assigned(raw, data, by_time, rules.min_context)
+    return columns_of(data, label, by_time, split), split_facts
+
+
+def columns_of(
+    data: Indexed, label: npt.NDArray[np.int8], by_time: npt.NDArray[np.int64], split: npt.NDArray[np.int8]
+) -> dict[str, npt.NDArray[Any]]:
+    """The columns of interactions.arrow; `by_time` has the rows in the global (time, user, item) order."""
     order = np.empty(by_time.shape, dtype=np.int64)
     order[by_time] = np.arange(order.size)
-    columns: dict[str, npt.NDArray[Any]] = {
+    return {
         "item": data.item,
         "label": label,
         "timestamp": data.timestamp,
@@ -222,7 +267,6 @@ def _columns(
         "split": split,
         "order": order,
     }
-    return columns, split_facts
 
 
 def _row_texts(
@@ -248,7 +292,8 @@ def _row_texts(
     return found
 
 
-def _counts(raw: RawData, data: Indexed, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
+def counts_of(raw: RawData, data: Indexed, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """The counts in stats.json: of what the folder holds, and of the rows of the files that were read."""
     lengths = np.diff(data.offsets)
     interactions, items = raw.num_rejected
     first = [row for rejected in raw.rejected for row in rejected.first()]
@@ -280,7 +325,7 @@ def _counts(raw: RawData, data: Indexed, columns: Mapping[str, npt.NDArray[Any]]
     }
 
 
-def _split_stats(columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
+def split_stats(columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
     """Per split its targets and base rate (null where it has no target); "context" counts the other rows.
 
     "train_after_test" counts the training targets that are later than the first test target.
@@ -301,7 +346,7 @@ def _write(
     columns: Mapping[str, npt.NDArray[Any]],
     row_texts: Mapping[str, CodedTexts],
     stats: dict[str, Any],
-    vocab_size: int,
+    add_tokenizer: Callable[[Path, list[str]], Tokenizer],
 ) -> None:
     """Write everything into the new `folder`, stats.json last, and read it back once."""
     texts = [text or MISSING_TITLE for text in data.items["text"]]
@@ -321,8 +366,7 @@ def _write(
     for name, coded in row_texts.items():
         coded.write(folder, f"{name}s")
         learnt = learnt + [f"; {text}" for text in coded.texts[:MAX_LEARNT]]
-    tokenizer = train_tokenizer(learnt, vocab_size)
-    save_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
+    tokenizer = add_tokenizer(folder, learnt)
     stats["tokenizer"] = {"vocab_size": tokenizer.get_vocab_size()}
     write_stats(folder, stats)
     offsets, _ = PreparedData.open(folder).token_ids(tokenizer)

@@ -50,7 +50,7 @@ def index_rows(raw: RawData, min_item_count: int) -> Indexed:
     """
     columns = raw.take_rows()
     num_rows = columns["user"].size
-    duplicates = _duplicates(columns["user"], columns["item"])
+    duplicates = count_duplicates(columns["user"], columns["item"])
     if min_item_count > 1 and num_rows:
         kept = (np.bincount(columns["item"]) >= min_item_count)[columns["item"]]
         for name in columns:
@@ -59,12 +59,7 @@ def index_rows(raw: RawData, min_item_count: int) -> Indexed:
         raise DataError(
             f"{raw.interactions_path}: no interaction is left of {num_rows:,} (min_item_count is {min_item_count})."
         )
-    users, columns["user"] = _renumbered(raw.users, columns["user"])
-    items, columns["item"] = _renumbered(raw.rated, columns["item"])
-    order = np.lexsort([columns[name] for name in ("item", "timestamp", "user")])  # stable
-    counts = np.bincount(columns.pop("user"), minlength=len(users))
-    for name in columns:
-        columns[name] = columns[name][order]
+    users, items, offsets = sort_rows(columns, raw.users, raw.rated)
     extra = {name: (columns.pop(f"={name}"), values) for name, values in raw.extra.items()}
     texts = items.to_frame("item").join(raw.items, on="item", how="left", maintain_order="left")
     if texts["text"].null_count() == texts.height:
@@ -75,16 +70,38 @@ def index_rows(raw: RawData, min_item_count: int) -> Indexed:
     return Indexed(
         users=users,
         items=texts.with_columns(pl.col("text").fill_null(""), pl.col("titled").fill_null(False)),
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
+        offsets=offsets,
         **columns,
-        num_pruned=num_rows - order.size,
+        num_pruned=num_rows - columns["item"].size,
         duplicate_pairs=duplicates[0],
         duplicate_interactions=duplicates[1],
         extra=extra,
     )
 
 
-def _duplicates(user: npt.NDArray[np.int32], item: npt.NDArray[np.int32]) -> tuple[int, int]:
+def sort_rows(
+    columns: dict[str, npt.NDArray[Any]], users: pl.Series, items: pl.Series
+) -> tuple[pl.Series, pl.Series, npt.NDArray[np.int64]]:
+    """Number users and items in id order and sort rows, in place; rows of one user, time and item stay as they stood.
+
+    Args:
+        columns: by name, `user` (given up), `item` and `timestamp` among them.
+        users: the user ids by number.
+        items: the item ids by number.
+
+    Returns:
+        The ids of users and of items that occur, by their new numbers, and the (U + 1,) offsets of the users' rows.
+    """
+    users, columns["user"] = _renumbered(users, columns["user"])
+    items, columns["item"] = _renumbered(items, columns["item"])
+    order = np.lexsort([columns[name] for name in ("item", "timestamp", "user")])  # stable
+    counts = np.bincount(columns.pop("user"), minlength=len(users))
+    for name in columns:
+        columns[name] = columns[name][order]
+    return users, items, np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+def count_duplicates(user: npt.NDArray[np.int32], item: npt.NDArray[np.int32]) -> tuple[int, int]:
     """Number of (user, item) pairs that occur more than once, and of their rows after the first."""
     pairs = user.astype(np.int64)
     pairs <<= 32

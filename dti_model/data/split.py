@@ -43,13 +43,18 @@ def assign_split(
     num_targets = np.maximum(lengths - min_context, 0)
     if kind == "global":
         split = _repeated([CONTEXT, TRAIN], [lengths - num_targets, num_targets])
-        targets = by_time[split[by_time] != CONTEXT]
-        split[targets[targets.size * 8 // 10 :]] = VAL
-        split[targets[targets.size * 9 // 10 :]] = TEST
+        cut_by_time(split, by_time[split[by_time] != CONTEXT])
         return split
     val, test = num_targets * 8 // 10, num_targets * 9 // 10
     counts = [lengths - num_targets, val, test - val, num_targets - test]
     return _repeated([CONTEXT, TRAIN, VAL, TEST], counts)
+
+
+def cut_by_time(split: npt.NDArray[np.int8], targets: npt.NDArray[np.int64]) -> None:
+    """Mark, in place, targets in their global order as 8 : 1 : 1 of TRAIN, VAL and TEST."""
+    split[targets] = TRAIN
+    split[targets[targets.size * 8 // 10 :]] = VAL
+    split[targets[targets.size * 9 // 10 :]] = TEST
 
 
 def split_at(timestamp: npt.NDArray[np.int64], val_from: int, test_from: int) -> npt.NDArray[np.int8]:

@@ -9,7 +9,7 @@
                           which of them each interaction has, part by part of the template; see coded_texts.py
     profiles.arrow        texts of users, where there are any, likewise; profiles_codes.arrow says which of them each user has
     since.arrow           since int16, in extended folders only: the extension (1, 2, ...) since which a row is a training target,
-                          0 for those of the first folder, -1 for rows that are none; see extend.py
+                          0 for those of the first folder, -1 for rows that are none; see extension.py
     rejected.csv          file, line and problem of every row that could not be used, where there are any
     tokenizer/            the BPE trained on the item texts
     tokens/<name>.arrow   token ids of the item texts, one file per tokenizer, made when first asked for; see token_cache.py

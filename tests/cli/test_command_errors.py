@@ -148,7 +148,7 @@ def test_every_option_of_every_command(
         (["prepare", "--hlep"], "dti prepare: error: unrecognized arguments: --hlep: did you mean --help?"),
         (["prepare"], "dti prepare: error: one of ml-100k, ml-1m, "),
         ([], "dti: error: one of prepare, train, "),
-        (["prepare", "custom", "--out=x"], "dti prepare custom: error: --interactions, --items, --text must be given"),
+        (["prepare", "custom", "--out=x"], "dti prepare custom: error: --interactions, --items must be given"),
         (["fetch-model"], "dti fetch-model: error: name, --out must be given"),
         (["train", "--out=x", "--data=y", "--optim.epoch=3"], "did you mean --optim.epochs?"),
         (["train", "--out=x", "--data=y", "--epochs=3"], "did you mean --optim.epochs?"),

@@ -28,6 +28,7 @@ from dti_model.data.tokens import train_tokenizer
 from dti_model.files import whole
 from tests.data.log_files import write_amazon
 from tests.data.movielens_files import some_ratings
+from tests.data.prepared_folders import content_of
 
 # A server imports once; every process that is killed starts from it.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -102,6 +103,28 @@ def test_a_killed_prepare_leaves_nothing_that_stays(
     assert main(command(out, raw, "--threshold", "4")) == 0
     assert PreparedData.open(out).stats["threshold"] == 4
     assert hidden(tmp_path, out, out / "tokens") == []
+
+
+@pytest.mark.parametrize("moment", ["stats", "the swap"])
+def test_a_killed_extension(tmp_path: Path, raw: Path, moment: str) -> None:
+    """Nothing is at the place of the new folder, or what was there; the folder to extend is as it was; the same command makes it."""
+    older, out = tmp_path / "old", tmp_path / "new"
+    assert main(command(older, raw)) == 0
+    (tmp_path / "log.csv").write_text("user,item,rating,timestamp\n1,1,5,99\n")
+    (tmp_path / "items.csv").write_text("item,title,genres\n1,Toy Story,Comedy\n")
+    files = [
+        f"--{name}={tmp_path / file}" for name, file in (("interactions", "log.csv"), ("items", "items.csv"))
+    ]
+    arguments = ["prepare", "custom", f"--extend={older}", *files, f"--out={out}"]
+    if moment == "the swap":
+        assert main(arguments) == 0
+    before = content_of(older), content_of(out)
+    assert ended(killed_at, moment, 1, arguments) == -signal.SIGKILL
+    assert (content_of(older), content_of(out)) == before
+    assert out.exists() == (moment == "the swap")
+    assert main(arguments) == 0
+    assert PreparedData.open(out).chain[0] == PreparedData.open(older).fingerprint
+    assert hidden(tmp_path, older, out) == []
 
 
 def test_a_prepare_that_is_killed_at_random_moments(tmp_path: Path, raw: Path) -> None:

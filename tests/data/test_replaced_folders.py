@@ -158,7 +158,7 @@ def test_the_root_folder_is_refused(raw: Path) -> None:
 def test_a_second_prepare_is_told_of_the_first(out: Path, raw: Path, capsys: pytest.CaptureFixture) -> None:
     code = (
         f"from pathlib import Path\nfrom dti_model.data import build\n"
-        f"with build._locked(Path({str(out)!r})):\n    print('ready', flush=True)\n    import time; time.sleep(60)\n"
+        f"with build.locked_place(Path({str(out)!r})):\n    print('ready', flush=True)\n    import time; time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -9,11 +9,13 @@ from dti_model.data.sources.names import SOURCES, loaded, named_source, source_i
 
 if TYPE_CHECKING:
     from dti_model.data.sources.amazon import AmazonFiles
-    from dti_model.data.sources.custom import CustomFiles
+    from dti_model.data.sources.custom import DATES, CustomFiles
+    from dti_model.data.sources.rows import IdTable
     from dti_model.data.sources.source import RawData, Source
 
 # These need polars and msgspec, the table does not.
 _READERS = {"AmazonFiles": "amazon", "CustomFiles": "custom", "RawData": "source", "Source": "source"}
+_READERS |= {"IdTable": "rows", "DATES": "custom"}
 
 
 def __getattr__(name: str) -> Any:
