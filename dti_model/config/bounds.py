@@ -130,6 +130,8 @@ _share = number(0, 1, below=True)
 RULES: Mapping[str, Rule] = {
     "data": _folder,
     "out": _folder,
+    "init": optional(_folder),
+    "init_targets": choice("new", "all"),
     "k": integer(0),
     "window": integer(0),
     "max_item_tokens": integer(1),

@@ -111,7 +111,7 @@ def _built(kind: type[Settings], raw: Mapping[str, Any], group: str) -> Settings
             value = _built(hints[name], value, f"{group}{name}.")
         elif isinstance(value, list):
             value = tuple(value)
-        elif hints[name] is Path and isinstance(value, str):
+        elif hints[name] in (Path, Path | None) and isinstance(value, str):
             value = Path(value)
         values[name] = value
     return kind(**values)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -244,6 +244,9 @@ class TrainConfig:
     Attributes:
         data: folder made by `dti prepare`.
         out: run folder, made by this run.
+        init: run folder whose weights this run goes on from, with a new optimizer; the network's settings are that run's.
+        init_targets: what a run with `init` is trained on: the training targets that are `new` since that run's data, which `data` extends
+            (`dti prepare custom --extend`), or `all` of `data`, which may then be any. Test targets may be among those trained on before.
         k: targets per streaming prompt; 1 is the sliding-window baseline, 0 whole histories.
         window: n, interactions of context that a target may use.
         max_item_tokens: item texts are cut to this many tokens.
@@ -265,6 +268,8 @@ class TrainConfig:
 
     data: Path
     out: Path
+    init: Path | None = None
+    init_targets: Literal["new", "all"] = "new"
     k: int = 50
     window: int = 20
     max_item_tokens: int = 128
@@ -286,6 +291,10 @@ class TrainConfig:
         check_settings(self)
         if self.model.pretrained is None:  # the layers of a pretrained model are known when it is loaded
             check_reset_layers(self.dti, self.model.layers)
+        if self.init is None and self.init_targets != "new":
+            raise ValueError(
+                f"init_targets {self.init_targets} is a setting of a run with init: give init too"
+            )
         if self.compare_steps and self.optim.fsdp:
             raise ValueError(
                 f"compare_steps must be 0 with optim.fsdp, got {self.compare_steps}: it measures one whole model"
@@ -304,7 +313,8 @@ class TrainConfig:
         """The same with absolute paths, and `hub:` before the id of a hub's model: independent of the working directory."""
         pretrained = self.model.pretrained
         model = replace(self.model, pretrained=pretrained and located(pretrained))
-        return replace(self, data=_absolute(self.data), out=_absolute(self.out), model=model)
+        init = self.init and _absolute(self.init)
+        return replace(self, data=_absolute(self.data), out=_absolute(self.out), init=init, model=model)
 
     def first_difference(self, other: TrainConfig, places: bool) -> str | None:
         """The first setting that keeps a run with these settings from going on with the other ones, in words; None: it can go on.
@@ -323,8 +333,20 @@ class TrainConfig:
         )
         if not places:
             model = replace(mine.model, pretrained=mine.model.pretrained and others.model.pretrained)
-            mine = replace(mine, data=others.data, model=model)
+            init = mine.init if None in (mine.init, others.init) else others.init
+            mine = replace(mine, data=others.data, model=model, init=init)
         return _first_difference(mine, others, "")
+
+    def network_difference(self, other: TrainConfig) -> str | None:
+        """The first setting that keeps weights trained with these settings from going on with the other ones, in words; None: none does.
+
+        Which pretrained model it is, fingerprints say. Dropout, and how frozen weights are kept, may differ.
+        """
+        for name, before in _network(self).items():
+            now = _network(other)[name]
+            if before != now:
+                return f"{name} was {as_yaml(before)} and is now {as_yaml(now)}"
+        return None
 
     def save(self, folder: Path) -> None:
         """Write `config.yaml` into a folder, which is made where it is missing; paths become absolute."""
@@ -358,6 +380,18 @@ def _first_difference(mine: Any, others: Any, group: str) -> str | None:
             return _first_difference(before, now, f"{group}{each.name}.")
         return f"{group}{each.name} was {as_yaml(before)} and is now {as_yaml(now)}"
     return None
+
+
+def _network(config: TrainConfig) -> dict[str, Any]:
+    """The settings that say what weights mean, by their dotted names."""
+    plain = asdict(config)
+    model, lora = plain["model"], plain["model"].pop("lora")
+    for name in ("dropout", "dtype", "quantize", "liger"):
+        del model[name]
+    del lora["dropout"]
+    model |= {"pretrained": config.model.pretrained is not None, "template": config.model.prompt_template}
+    groups = {"model.": model, "model.lora.": lora, "dti.": plain["dti"]}
+    return {group + name: value for group, values in groups.items() for name, value in values.items()}
 
 
 def _absolute(path: Path) -> Path:

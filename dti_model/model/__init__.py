@@ -9,7 +9,7 @@ from dti_model.model.casting import cast_once
 from dti_model.model.click_model import ClickModel
 from dti_model.model.export import export_run
 from dti_model.model.fetch import fetch_model
-from dti_model.model.fingerprints import OtherOriginError, Provenance
+from dti_model.model.fingerprints import MODEL_FOLDER, OtherOriginError, Provenance
 from dti_model.model.graphs import GraphedPasses, can_be_graphed, passes_of
 from dti_model.model.lora import add_lora, keep_token_indices
 from dti_model.model.parts import EAGER, Parts, compiled_parts
@@ -17,8 +17,8 @@ from dti_model.model.passes import PackedPass, Passes
 from dti_model.model.past import LayerKeys, Past, concatenated
 from dti_model.model.run import Run, llama_config, tokenizer_of
 from dti_model.model.run_folder import (
-    MODEL_FOLDER,
     RunExistsError,
     check_model_is_ours,
 )
 from dti_model.model.safe_loading import fast_tokenizer_from, model_from
+from dti_model.model.warm_start import train_targets

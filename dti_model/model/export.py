@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from dti_model.config import TrainConfig, check_new_folder
 from dti_model.data import DataError, PreparedData
 from dti_model.files import CHECKSUMS_FILE, locked_beside, whole_folder, write_checksums
-from dti_model.model.fingerprints import PROVENANCE_FILE
+from dti_model.model.fingerprints import MODEL_FOLDER, PROVENANCE_FILE
 from dti_model.model.lora import merge
 from dti_model.model.model_card import (
     CARD_FILE,
@@ -30,7 +30,6 @@ from dti_model.model.model_card import (
     write_card,
 )
 from dti_model.model.pretrained import load_causal_lm
-from dti_model.model.run_folder import MODEL_FOLDER
 from dti_model.model.safe_loading import adapter_from, config_from, fast_tokenizer_from
 from dti_model.model.trained import loading, open_trained, with_base
 from dti_model.prompts import PromptFormat

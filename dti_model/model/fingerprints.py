@@ -22,11 +22,18 @@ from typing import Any
 
 from dti_model.config import GLUED, PretrainedModelError, Reference, TrainConfig, locate
 from dti_model.data import plain_backend
-from dti_model.files import read_file, read_sealed, sha256_of_json, write_sealed
+from dti_model.files import (
+    CHECKSUMS_FILE,
+    read_checksums,
+    read_file,
+    read_sealed,
+    sha256_of_json,
+    write_sealed,
+)
 from dti_model.model.safe_loading import may_hold_weights
 from dti_model.precision import Resolved
 
-PROVENANCE_FILE = "provenance.json"
+PROVENANCE_FILE, MODEL_FOLDER = "provenance.json", "model"
 _BLOCKS, _BLOCK_BYTES = 64, 4096
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 # A copy of a model may differ in these.
@@ -52,6 +59,7 @@ class Provenance:
         base_model: of the pretrained model; None: trained from scratch.
         settings: of the run's settings; None: not known.
         precision: that the run computed in, whatever `optim.precision` means on another machine; None: not known.
+        init: of the weights of the run that it goes on from; None: it does from none.
     """
 
     data: str
@@ -59,10 +67,17 @@ class Provenance:
     base_model: str | None = None
     settings: str | None = None
     precision: Resolved | None = None
+    init: str | None = None
 
     @staticmethod
-    def of(data: Any, tokenizer: Any, config: TrainConfig, precision: Resolved | None = None) -> Provenance:
-        """Of prepared data, a fast tokenizer, the settings of a run and what it computed in."""
+    def of(
+        data: Any,
+        tokenizer: Any,
+        config: TrainConfig,
+        precision: Resolved | None = None,
+        init: str | None = None,
+    ) -> Provenance:
+        """Of prepared data, a fast tokenizer, the settings of a run, what it computed in, and the weights that it began with."""
         pretrained = config.model.pretrained
         base = None if pretrained is None else base_model_fingerprint(locate(pretrained))
         return Provenance(
@@ -71,6 +86,7 @@ class Provenance:
             base,
             settings_fingerprint(config),
             precision,
+            init,
         )
 
     def save(self, folder: Path) -> None:
@@ -96,6 +112,7 @@ class Provenance:
             fields["base_model"],
             fields.get("settings"),
             fields.get("precision"),
+            fields.get("init"),
         )
 
     def has_settings_of(self, config: TrainConfig) -> bool:
@@ -108,6 +125,8 @@ class Provenance:
             return "the prepared data"
         if self.base_model != other.base_model:
             return "the pretrained model"
+        if self.init != other.init:
+            return "the run that it goes on from"
         if None not in (self.settings, other.settings) and self.settings != other.settings:
             return "the settings"
         return "the tokenizer" if self.tokenizer != other.tokenizer else None
@@ -122,6 +141,9 @@ def settings_fingerprint(config: TrainConfig) -> str:
     for name in _WITHOUT_A_SAY:
         del plain[name]
     plain["optim"] = _optim_as_ever(plain["optim"])
+    plain["init"] = (
+        True if config.init is not None else None
+    )  # which run it is, its weights' fingerprint says
     # Prompts had this template before there was a choice.
     template = None if config.model.prompt_template == GLUED else config.model.prompt_template
     plain["model"] = {
@@ -201,6 +223,16 @@ def base_model_fingerprint(place: Reference) -> str:
             "weights": {path.name: _sample(path) for path in weights},
         }
     )
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """64 hexadecimal digits over the weights in a model folder of a run, by its checksums; no weight is read for it.
+
+    Raises:
+        DamagedFileError: there are no checksums.
+    """
+    found = read_checksums(folder / CHECKSUMS_FILE, f"Train the run of {folder} again")
+    return sha256_of_json({name: facts for name, facts in found.items() if name.endswith(".safetensors")})
 
 
 def _sample(path: Path) -> list[Any]:

@@ -37,14 +37,15 @@ from dti_model.devices import device_named
 from dti_model.files import whole_folder, write_checksums
 from dti_model.model.attention import apply_dti
 from dti_model.model.calibration import Calibration
-from dti_model.model.fingerprints import OtherOriginError, Provenance
+from dti_model.model.fingerprints import MODEL_FOLDER, OtherOriginError, Provenance, weights_fingerprint
 from dti_model.model.head import keep_head_in_float32
 from dti_model.model.lora import add_lora, save_adapter
 from dti_model.model.model_card import CARD_FILE, DESCRIPTION_FILE, Description, write_card
 from dti_model.model.pretrained import load_causal_lm, load_tokenizer
-from dti_model.model.run_folder import MODEL_FOLDER, check_model_is_ours
+from dti_model.model.run_folder import check_model_is_ours
 from dti_model.model.safe_loading import adapter_from, fast_tokenizer_from
 from dti_model.model.trained import data_of, load_whole, loading, open_trained, with_base
+from dti_model.model.warm_start import load_init, tokenizer_of_init, train_targets
 from dti_model.precision import Resolved, resolve
 from dti_model.prompts import PromptBuilder, PromptFormat
 
@@ -62,6 +63,7 @@ class Run:
         precision: that the model computes in.
         trained_in: the precision that it was trained in; None: not known.
         calibration: of its scores; None: none was fitted, or it is not wanted.
+        init: fingerprint of the weights of the run that it goes on from; None: it does from none.
     """
 
     config: TrainConfig
@@ -71,6 +73,7 @@ class Run:
     builder: PromptBuilder
     precision: Resolved = "fp32"
     trained_in: Resolved | None = None
+    init: str | None = None
     calibration: Calibration | None = None
 
     def calibrated(self, probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -80,16 +83,24 @@ class Run:
     @cached_property
     def provenance(self) -> Provenance:
         """Fingerprints of data, tokenizer and pretrained model."""
-        return Provenance.of(self.data, self.tokenizer, self.config, self.trained_in)
+        return Provenance.of(self.data, self.tokenizer, self.config, self.trained_in, self.init)
+
+    @cached_property
+    def train_targets(self) -> npt.NDArray[np.int64]:
+        """Rows of the targets that it is trained on, in their global order."""
+        return train_targets(self.config, self.data)
 
     @staticmethod
     def start(config: TrainConfig, precision: Resolved | None = None) -> Run:
-        """A new model over the run's data; weights follow the seed.
+        """A new model over the run's data; weights follow the seed, or are those of the run that it goes on from.
 
         `precision`: that it will be trained in; None: what the settings mean on this machine.
         """
         data = PreparedData.open(config.data)
-        tokenizer = tokenizer_of(config.model.pretrained, data)
+        if config.init is None:
+            tokenizer = tokenizer_of(config.model.pretrained, data)
+        else:
+            tokenizer = tokenizer_of_init(config)
         if config.model.pretrained is None:
             torch.manual_seed(config.seed)
             sizes = llama_config(config.model, tokenizer)
@@ -109,6 +120,9 @@ class Run:
         if config.model.uses_lora:
             torch.manual_seed(config.seed)
             run.model = add_lora(model, config.model.lora, run.builder.format.sum_token)
+        if config.init is not None:
+            load_init(run.model, config.init)
+            run.init = weights_fingerprint(config.init / MODEL_FOLDER)
         return run
 
     @staticmethod
@@ -160,6 +174,7 @@ class Run:
         if calibration and (path / DESCRIPTION_FILE).is_file():  # version 0.1.0 wrote none
             run.calibration = Description.read(path).calibration
         run.trained_in = None if made_of is None else made_of.precision
+        run.init = None if made_of is None else made_of.init
         if run.trained_in is None and config.optim.precision != "auto":  # written before precisions were kept
             run.trained_in = config.optim.precision
         return run

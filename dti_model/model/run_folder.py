@@ -9,7 +9,6 @@ from dti_model.files import CHECKSUMS_FILE, is_passing, read_checksums
 from dti_model.model.fingerprints import PROVENANCE_FILE
 from dti_model.model.model_card import CARD_FILE
 
-MODEL_FOLDER = "model"
 # Of a model without checksums, which version 0.1.0 wrote.
 _MODEL_FILES = re.compile(
     r"README\.md|(generation_|adapter_|tokenizer_)?config\.json|(adapter_)?model[\w.-]*\.safetensors(\.index\.json)?"

@@ -27,8 +27,13 @@ from dti_model.config import (
 )
 from dti_model.files import DamagedFileError, check_checksums
 from dti_model.model.attention import apply_dti
-from dti_model.model.fingerprints import PROVENANCE_FILE, OtherOriginError, Provenance, base_model_fingerprint
-from dti_model.model.run_folder import MODEL_FOLDER
+from dti_model.model.fingerprints import (
+    MODEL_FOLDER,
+    PROVENANCE_FILE,
+    OtherOriginError,
+    Provenance,
+    base_model_fingerprint,
+)
 from dti_model.model.safe_loading import model_from
 
 

@@ -100,7 +100,7 @@ def small_steps(run: Run, model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def packed_epoch(run: Run, k: int | None) -> PackedPrompts:
     """All training prompts at this k; a budget below the longest prompt is raised to it."""
-    prompts = Prompts.streaming(run.data, run.data.targets("train"), run.config.window, k)
+    prompts = Prompts.streaming(run.data, run.train_targets, run.config.window, k)
     budget = max(run.config.optim.token_budget, int(run.builder.num_rows(prompts).max()))
     return PackedPrompts(run.builder, prompts, budget, run.config.seed)
 

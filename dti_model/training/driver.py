@@ -14,7 +14,7 @@ from dti_model.data import DataError, PreparedData
 from dti_model.devices import precision_of_ranks, say_precision
 from dti_model.evaluation import eval_targets, grouped_auc
 from dti_model.launch import let_settings_rule
-from dti_model.model import MODEL_FOLDER, Run
+from dti_model.model import MODEL_FOLDER, Run, train_targets
 from dti_model.output import unbreakable_output
 from dti_model.ranks import first_rank_does, join_ranks, rank
 from dti_model.training.checkpoint import remove_leftovers
@@ -44,7 +44,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
         RunExistsError: the folder belongs to a run with other settings, to a finished one, or to something else.
         LockedError: another process trains into it.
-        OtherOriginError: data, tokenizer or pretrained model changed since the checkpoint was written.
+        OtherOriginError: data, tokenizer, pretrained model or the run to go on from changed since the checkpoint was written; or that
+            run does not fit data or settings.
         CheckpointError: the checkpoint to go on from is damaged.
         WriteError: the disk is full.
         DataError: the prepared data cannot be read or has no usable targets.
@@ -81,8 +82,9 @@ def _train_in(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         check_same_origin(checkpoint, run.provenance)
     say_precision(config.optim.precision, device, "--optim.precision", began)
     trainer = trainer_of(run, arguments)
-    # A pretrained model has a level before training. Not again after an interruption: it would count for early stopping.
-    trainer.args.eval_on_start = config.model.pretrained is not None and checkpoint is None
+    # A pretrained model, or that of an earlier run, has a level before training. Not again after an interruption: it would count for early stopping.
+    has_level = config.model.pretrained is not None or config.init is not None
+    trainer.args.eval_on_start = has_level and checkpoint is None
     if rank():
         torch.manual_seed(config.seed + rank())  # weights are equal by now; dropout differs from rank to rank
     first_rank_does(lambda: config.save(config.out))
@@ -111,7 +113,9 @@ def _save_model(run: Run, trainer: StreamTrainer) -> None:
 def _check_splits(data: PreparedData, config: TrainConfig) -> None:
     """Before hours of training: both classes in every split that is scored."""
     for split in ("train", "val", "test") if config.score_test else ("train", "val"):
-        labels = data.label[data.targets(split) if split == "train" else eval_targets(data, split, config)]
+        labels = data.label[
+            train_targets(config, data) if split == "train" else eval_targets(data, split, config)
+        ]
         if len(set(labels.tolist())) < 2:
             raise DataError(
                 f"{data.path}: the {len(labels):,} {split} targets do not have both classes, so there is no AUC. "

@@ -111,7 +111,7 @@ def _training_facts(run: Run, trainer: StreamTrainer) -> dict[str, Any]:
     """Tokens trained, tokens that sliding-window prompts would have needed, and the speed of both where it was measured."""
     config, dataset, state = run.config, trainer.train_dataset, trainer.state
     assert isinstance(dataset, PackedPrompts)
-    rows = run.data.targets("train")
+    rows = run.train_targets
     sliding = run.builder.num_rows(Prompts.streaming(run.data, rows, config.window, 1)).sum()
     epochs = state.global_step / (len(dataset) / config.optim.accumulation / world_size())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)

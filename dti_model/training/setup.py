@@ -28,7 +28,7 @@ from dti_model.training.trainer import RunLog, StreamTrainer
 def trainer_of(run: Run, arguments: TrainingArguments) -> StreamTrainer:
     """The trainer of a run: packed prompts, validation, log, checkpoints."""
     config, optim = run.config, run.config.optim
-    prompts = Prompts.streaming(run.data, run.data.targets("train"), config.window, config.targets_per_prompt)
+    prompts = Prompts.streaming(run.data, run.train_targets, config.window, config.targets_per_prompt)
     dataset = PackedPrompts(
         run.builder,
         prompts,

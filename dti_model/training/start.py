@@ -230,7 +230,7 @@ def precision_of(checkpoint: Path) -> Resolved | None:
 
 
 def check_same_origin(checkpoint: Path, now: Provenance) -> None:
-    """Refuse to go on with other data, another tokenizer or another pretrained model.
+    """Refuse to go on with other data, another tokenizer, another pretrained model or another run to begin from.
 
     Raises:
         OtherOriginError: naming what changed.
