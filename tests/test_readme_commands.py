@@ -67,6 +67,8 @@ RUN: tuple[dict[str, str], ...] = (
         "dti evaluate --run": " --progress false",
         "dti prepare amazon": "",
         "dti prepare custom": "",
+        "dti train --data data/mine --out runs/day-1": SMALL,
+        "dti train --init": " --progress false",
         "dti search": SMALL,
         "dti train --config configs/smollm2-lora.yaml": FEW_STEPS,
         "dti export": "",
@@ -83,6 +85,7 @@ PARSED = (
     "dti prepare ml-1m",
     "dti fetch-model",
     "torchrun",
+    "python -m benchmarks.bench_days",
     "python -m benchmarks.gpu_suite",
     "python -m benchmarks.report",
 )
@@ -125,6 +128,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_csv(folder / "clicks.csv", (*CUSTOM_COLUMNS, "device"), clicks)
     write_csv(folder / "users.csv", ("user", "gender", "age"), [{"user": 1, "gender": "F", "age": 30}])
+    later = [(user, item, rating, time + 1000) for user, item, rating, time in some_ratings(60, seed=1)]
+    write_csv(folder / "today.csv", CUSTOM_COLUMNS, custom_rows(later))
     write_parquet(folder / "items.parquet", ITEM_COLUMNS, item_rows())
     (folder / "requests.jsonl").write_text(
         '{"user": "5", "candidates": ["1", "9"]}\n{"history": [["1", 1], ["9", 0]], "candidates": ["11"]}\n'

@@ -38,7 +38,14 @@ FLOORS: dict[str, tuple[set[str], ...]] = {
         {"attention"},
         {"quality", "report", "scoring", "gpu"},
         {
-            *("bench_attention", "bench_quality", "bench_score", "bench_train", "bench_train_gpu"),
+            *(
+                "bench_attention",
+                "bench_days",
+                "bench_quality",
+                "bench_score",
+                "bench_train",
+                "bench_train_gpu",
+            ),
             *("compile_report", "gpu_suite", "leak_meter", "simulate", "tune_tiles"),
         },
     ),

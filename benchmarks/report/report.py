@@ -25,6 +25,7 @@ import benchmarks.report.gpu as report_gpu
 from benchmarks.attention import ratios
 from benchmarks.measuring import precision_of
 from benchmarks.recording import RESULTS, last_run, make_parser, provenance, read_rows
+from benchmarks.report.days import days
 from benchmarks.report.plots import attention_over_rows, auc_over_k, leak_by_layers, time_over_k
 from benchmarks.report.quality import LEAK, leak, quality, quality_rows
 from benchmarks.report.tables import Row, by_precision, markdown_table, precisions_in, scoring_table
@@ -147,6 +148,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "score-cpu": score_cpu,
     "gpu": report_gpu.gpu,
     "quality": quality,
+    "days": days,
     "leak": leak,
 }
 

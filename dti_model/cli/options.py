@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
 from dti_model.cli.parser import Parser
-from dti_model.config import TrainConfig
+from dti_model.config import CONFIG_FILE, TrainConfig
 from dti_model.precision import DEFAULT, Precision
 
 _SHARED: dict[str, dict[str, Any]] = {
@@ -46,6 +48,34 @@ _SHARED: dict[str, dict[str, Any]] = {
     },
     "--progress": {"type": bool, "default": True, "help": "show a progress bar"},
 }
+
+
+# Settings that a run takes from the one that it goes on from, unless they are given: what the network is, and its prompts.
+_INHERITED = ("model", "dti", "k", "window", "max_item_tokens")
+
+
+class SettingsParser(Parser):
+    """Of settings: with `--init RUN`, the defaults of some are that run's."""
+
+    def parse_args(self, args: Sequence[str], **kwargs: Any) -> Namespace:  # type: ignore[override]
+        parsed = super().parse_args(args, **kwargs)
+        init = parsed.get("init")
+        if init is None or not (Path(init) / CONFIG_FILE).is_file():  # training says what is wrong with it
+            return parsed
+        self.set_defaults(_settings_of_run(Path(init)))
+        return super().parse_args(args, **kwargs)
+
+
+def _settings_of_run(folder: Path) -> dict[str, Any]:
+    """By dotted names."""
+
+    def flat(value: Any, name: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {name: value}
+        return {key: x for part, inner in value.items() for key, x in flat(inner, f"{name}.{part}").items()}
+
+    plain = asdict(TrainConfig.load(folder))
+    return {key: x for name in _INHERITED for key, x in flat(plain[name], name).items()}
 
 
 def add_shared(parser: Parser, *names: str) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from dti_model.cli.options import add_settings, settings_of
+from dti_model.cli.options import SettingsParser, add_settings, settings_of
 from dti_model.cli.parser import Parser
 
 
 def make_parser() -> Parser:
     """The grid, the seeds, and the settings that all cells share."""
-    parser = Parser(
+    parser = SettingsParser(
         description="Train every cell of a grid of settings with several seeds and compare them on validation; the test split is not "
         "scored. The same command resumes a search that was interrupted."
     )

@@ -21,4 +21,4 @@ from dti_model.model.run_folder import (
     check_model_is_ours,
 )
 from dti_model.model.safe_loading import fast_tokenizer_from, model_from
-from dti_model.model.warm_start import train_targets
+from dti_model.model.warm_start import init_fingerprint, train_targets

@@ -37,7 +37,7 @@ from dti_model.devices import device_named
 from dti_model.files import whole_folder, write_checksums
 from dti_model.model.attention import apply_dti
 from dti_model.model.calibration import Calibration
-from dti_model.model.fingerprints import MODEL_FOLDER, OtherOriginError, Provenance, weights_fingerprint
+from dti_model.model.fingerprints import MODEL_FOLDER, OtherOriginError, Provenance
 from dti_model.model.head import keep_head_in_float32
 from dti_model.model.lora import add_lora, save_adapter
 from dti_model.model.model_card import CARD_FILE, DESCRIPTION_FILE, Description, write_card
@@ -45,7 +45,7 @@ from dti_model.model.pretrained import load_causal_lm, load_tokenizer
 from dti_model.model.run_folder import check_model_is_ours
 from dti_model.model.safe_loading import adapter_from, fast_tokenizer_from
 from dti_model.model.trained import data_of, load_whole, loading, open_trained, with_base
-from dti_model.model.warm_start import load_init, tokenizer_of_init, train_targets
+from dti_model.model.warm_start import check_fits, init_fingerprint, load_init, train_targets
 from dti_model.precision import Resolved, resolve
 from dti_model.prompts import PromptBuilder, PromptFormat
 
@@ -97,10 +97,9 @@ class Run:
         `precision`: that it will be trained in; None: what the settings mean on this machine.
         """
         data = PreparedData.open(config.data)
-        if config.init is None:
-            tokenizer = tokenizer_of(config.model.pretrained, data)
-        else:
-            tokenizer = tokenizer_of_init(config)
+        if config.init is not None:
+            check_fits(config)
+        tokenizer = tokenizer_of(config.model.pretrained, data, config.init)
         if config.model.pretrained is None:
             torch.manual_seed(config.seed)
             sizes = llama_config(config.model, tokenizer)
@@ -122,7 +121,7 @@ class Run:
             run.model = add_lora(model, config.model.lora, run.builder.format.sum_token)
         if config.init is not None:
             load_init(run.model, config.init)
-            run.init = weights_fingerprint(config.init / MODEL_FOLDER)
+            run.init = init_fingerprint(config)
         return run
 
     @staticmethod
@@ -230,8 +229,13 @@ class Run:
             write_card(temporary, description, self.config.model, of_run=self.model.config)
 
 
-def tokenizer_of(pretrained: str | None, data: PreparedData) -> PreTrainedTokenizerBase:
-    """The tokenizer that a run starts with: that of its pretrained model, or, from scratch, of its data."""
+def tokenizer_of(
+    pretrained: str | None, data: PreparedData, init: Path | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run starts with: that of the run that it goes on from, of its pretrained model, or of its data."""
+    if init is not None:
+        with loading(init):
+            return fast_tokenizer_from(init / MODEL_FOLDER)
     if pretrained is not None:
         return load_tokenizer(pretrained)
     tokenizer: PreTrainedTokenizerBase = fast_tokenizer_from(data.tokenizer_dir)

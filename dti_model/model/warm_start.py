@@ -1,4 +1,4 @@
-"""Training that goes on from a finished run, `init`: its weights and tokenizer, and the targets that it has not trained on.
+"""Training that goes on from a finished run, `init`: its weights, and the targets that it has not trained on.
 
 chain of the new data    [first folder, extension 1, ..., the new data]      fingerprints, see data/extension.py
 data of the run          chain[i]   ->   training targets with `since` > i are new to it
@@ -14,13 +14,17 @@ import numpy.typing as npt
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from dti_model.config import TrainConfig, locate
 from dti_model.data import PreparedData
 from dti_model.files import DamagedFileError
-from dti_model.model.fingerprints import MODEL_FOLDER, OtherOriginError, Provenance, base_model_fingerprint
-from dti_model.model.safe_loading import fast_tokenizer_from
+from dti_model.model.fingerprints import (
+    MODEL_FOLDER,
+    OtherOriginError,
+    Provenance,
+    base_model_fingerprint,
+    weights_fingerprint,
+)
 from dti_model.model.trained import loading, open_trained
 
 # Of a model whose head is its embedding.
@@ -51,8 +55,8 @@ def train_targets(config: TrainConfig, data: PreparedData) -> npt.NDArray[np.int
     return rows
 
 
-def tokenizer_of_init(config: TrainConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that the weights belong to; checks that the settings are those of the network.
+def check_fits(config: TrainConfig) -> None:
+    """Check that a run's settings are those of the network of the run that it goes on from, and that this one is whole.
 
     Raises:
         OtherOriginError: a setting, or the pretrained model, is another one.
@@ -70,8 +74,11 @@ def tokenizer_of_init(config: TrainConfig) -> PreTrainedTokenizerBase:
         raise OtherOriginError(
             f"model.pretrained, {pretrained}, is not the model that {config.init} was trained from: name that one"
         )
-    with loading(config.init):
-        return fast_tokenizer_from(config.init / MODEL_FOLDER)
+
+
+def init_fingerprint(config: TrainConfig) -> str | None:
+    """Of the weights of the run that a run goes on from; None: it does from none."""
+    return None if config.init is None else weights_fingerprint(config.init / MODEL_FOLDER)
 
 
 def load_init(model: nn.Module, folder: Path) -> None:

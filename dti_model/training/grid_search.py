@@ -46,7 +46,9 @@ from dti_model.model import (
     OtherOriginError,
     Provenance,
     RunExistsError,
+    init_fingerprint,
     tokenizer_of,
+    train_targets,
 )
 from dti_model.ranks import first_rank_does, join_ranks, rank
 from dti_model.training.driver import train
@@ -94,7 +96,7 @@ def search(base: TrainConfig, grid: Mapping[str, Sequence[Any]], seeds: Sequence
     cells = [dict(zip(grid, values)) for values in product(*grid.values())]
     configs = [cell_config(base, cell, base.seed) for cell in cells]  # all are checked before the first run
     _check_distinct(cells, configs)
-    PreparedData.open(base.data)
+    train_targets(base, PreparedData.open(base.data))
     let_settings_rule()
     join_ranks()
     first_rank_does(lambda: check_search_folder(base.out))
@@ -275,15 +277,16 @@ def _finished_runs(runs: Sequence[TrainConfig]) -> dict[Path, dict[str, float]]:
     data, metrics = PreparedData.open(runs[0].data), {}
 
     @cache  # a GGUF file's takes seconds to read
-    def tokenizer(pretrained: str | None) -> Any:
-        return tokenizer_of(pretrained, data)
+    def tokenizer(pretrained: str | None, init: Path | None) -> Any:
+        return tokenizer_of(pretrained, data, init)
 
     for run in runs:
         if not (run.out / METRICS_FILE).is_file():
             continue
         metrics[run.out], kept = _finished(run)
         if kept is not None:
-            differs = kept.differs(Provenance.of(data, tokenizer(run.model.pretrained), run))
+            of_run = tokenizer(run.model.pretrained, run.init)
+            differs = kept.differs(Provenance.of(data, of_run, run, init=init_fingerprint(run)))
             if differs is not None:
                 raise OtherOriginError(
                     f"{differs} of this search is not what {run.out} was trained with: give the former one, or search into "

@@ -17,7 +17,7 @@ from dti_model.config import DTIConfig, LoraSettings, ModelConfig, OptimConfig, 
 from dti_model.data import PreparedData, extend, files_like
 from dti_model.evaluation import evaluate_run, score_split
 from dti_model.model import MODEL_FOLDER, OtherOriginError, Provenance, Run, RunExistsError
-from dti_model.training import train
+from dti_model.training import search, train
 from tests.cli.commands import refused
 from tests.data.movielens_files import MOVIES
 from tests.model.pretrained_files import pretrained_folder
@@ -202,6 +202,16 @@ def test_a_run_that_does_not_fit_the_data(days: list[Path], first_run: Path, tmp
         train(small_run(days[1], tmp_path / "other", init=tmp_path / "unfinished"))
     with pytest.raises(ValueError, match="init_targets all is a setting of a run with init"):
         small_run(days[1], tmp_path / "other", init_targets="all")
+
+
+def test_a_search_from_a_run(days: list[Path], first_run: Path, tmp_path: Path) -> None:
+    base = small_run(days[1], tmp_path / "search", init=first_run)
+    grid = {"optim.learning_rate": [1e-3]}
+    found = search(base, grid, [0])
+    assert search(base, grid, [0]) == found
+    other = of_random_weights(small_run(days[0], tmp_path / "other"))
+    with pytest.raises(OtherOriginError, match="the run that it goes on from of this search is not what "):
+        search(dataclasses.replace(base, init=other), grid, [0])
 
 
 def test_a_damaged_weight_is_found(days: list[Path], first_run: Path, tmp_path: Path) -> None:

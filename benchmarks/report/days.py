@@ -1,0 +1,39 @@
+"""The README part made from the rows of `bench_days`."""
+
+from __future__ import annotations
+
+from benchmarks.recording import RESULTS, Rows, last_run, read_rows
+from benchmarks.report.tables import markdown_table
+
+DAYS = RESULTS / "days.jsonl"
+
+
+def days_table(rows: Rows) -> str:
+    """Arms with their metrics over all days and what a day costs, beside training anew."""
+    differences = {row["arm"]: row for row in rows if row["benchmark"] == "days-difference"}
+    head = "| | AUC | log loss | GAUC | AUC less that of training anew (95 % interval) | targets a day | seconds a day | of training anew |"
+    lines = []
+    for row in (row for row in rows if row["benchmark"] == "days-total"):
+        cells = [row["arm"], *(f"{row[name]:.4f}" for name in ("auc", "log_loss", "gauc"))]
+        found = differences.get(row["arm"])
+        cells.append(
+            ""
+            if found is None
+            else f"{found['auc_difference']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+        )
+        cells += [f"{row['trained_targets']:,.0f}", f"{row['seconds']:.1f}"]
+        cells.append("" if found is None else f"{found['share_of_seconds']:.1%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    made, scored = rows[-1], [row["day"] for row in rows if row["benchmark"] == "days"]
+    total = next(row for row in rows if row["benchmark"] == "days-total")
+    return (
+        f"{markdown_table(head, lines)}\n\n{made['model']} Llama from scratch on {made['data']}, trained anew for {made['epochs']} epochs at "
+        f"{made['rate']:g}, continued for {made['continue_epochs']} at {made['continue_rate']:g}; {total['targets']:,} targets of "
+        f"{scored[0]} to {scored[-1]}, periods of {made['period']:g} days, k = {made['k']}. (Commit {made['commit']}, {made['machine']}.)"
+    )
+
+
+def days() -> str:
+    """The table of the last run."""
+    rows = read_rows(DAYS)
+    return days_table(last_run(rows)) if rows else "(No run is recorded yet.)"
