@@ -6,8 +6,8 @@
              chain has not trained on
 
 An export that overlaps with the one before repeats rows: each row of the older folder accounts for one equal row (user, item, time and
-rating) of the new files, which is left out. New rows may be earlier than the older folder's last one. Items keep the text that they had,
-the tokenizer is copied byte for byte, and users and items are numbered in id order as ever, so numbers differ from the older folder's.
+rating) of the new files, which is left out. New rows may be earlier than the older folder's last one. Items, users and interactions keep
+the texts that they had, the tokenizer is copied byte for byte, and users and items are numbered in id order as ever, so numbers differ from the older folder's.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from dti_model.data.build import columns_of, counts_of, locked_place, split_stats, write_prepared
+from dti_model.data.coded_texts import CodedTexts
+from dti_model.data.contexts import RowFacts
 from dti_model.data.errors import DataError
 from dti_model.data.folder import (
     FORMAT_VERSION,
-    OPTIONAL_TABLES,
     SINCE_TABLE,
     TOKENIZER_FOLDER,
     check_replaceable,
 )
 from dti_model.data.index import Indexed, count_duplicates, sort_rows
+from dti_model.data.row_texts import context_template, contexts_of
 from dti_model.data.rules import FolderRules
 from dti_model.data.sources import CustomFiles, IdTable, RawData
 from dti_model.data.split import CONTEXT, TRAIN, cut_by_time
@@ -83,16 +85,10 @@ def extend(
         raise DataError(
             "split_column is given, but new targets are split by time, or by val_from and test_from"
         )
-    if files.users is not None:
-        raise DataError(
-            f"users is given, but {data.path} was prepared without profiles: prepare all rows anew"
-        )
-    lost = [name for name in OPTIONAL_TABLES if name in data.stats["files"] and name != SINCE_TABLE]
-    if lost:
-        raise DataError(f"{data.path} has {', '.join(lost)}, which cannot be extended. Prepare all rows anew")
     check_replaceable(out)
     with locked_place(out):
-        raw = files.load()
+        raw = files.load(rules.context_columns)
+        rules.check_columns(raw)
         raw.interactions = raw.interactions.with_columns(rules.times(raw))
         raw.timestamp_unit = rules.unit
         return _extended(data, raw, rule, out)
@@ -111,6 +107,7 @@ def _extended(data: PreparedData, raw: RawData, rule: SplitRule, out: Path) -> d
         since[is_new] = np.where(split[is_new] == TRAIN, number, NO_TARGET)
     label = (indexed.rating > data.stats["threshold"]).view(np.int8)
     columns = columns_of(indexed, label, by_time, split)
+    row_texts = _row_texts(data, raw, merged, columns, by_time)
     counts = counts_of(raw, indexed, columns)
     counts["missing_titles"] += data.stats.get("missing_titles", 0)
     stats = {
@@ -137,7 +134,7 @@ def _extended(data: PreparedData, raw: RawData, rule: SplitRule, out: Path) -> d
         return Tokenizer.from_file(str(folder / TOKENIZER_FOLDER / "tokenizer.json"))
 
     more = {SINCE_TABLE: pa.table({"since": since})}
-    write_prepared(out, raw, indexed, columns, {}, stats, add_tokenizer, more)
+    write_prepared(out, raw, indexed, columns, row_texts, stats, add_tokenizer, more)
     return stats
 
 
@@ -166,6 +163,8 @@ def _merged(data: PreparedData, raw: RawData) -> _Merged:
         )
     older = _rows(data, np.arange(data.item.size))
     columns: _Columns = {name: np.concatenate([older[name], new[name]]) for name in _KEY}
+    for name in raw.extra:  # of older rows the texts are kept, not the values
+        columns[f"={name}"] = np.concatenate([np.zeros(data.item.size, np.int32), new[f"={name}"]])
     columns["place"] = np.concatenate([np.arange(data.item.size), np.full(new["user"].size, -1)])
     duplicates = count_duplicates(columns["user"], columns["item"])
     all_users, all_items, offsets = sort_rows(columns, users, items)
@@ -190,6 +189,7 @@ def _merged(data: PreparedData, raw: RawData) -> _Merged:
         num_pruned=num_pruned,
         duplicate_pairs=duplicates[0],
         duplicate_interactions=duplicates[1],
+        extra={name: (columns[f"={name}"], values) for name, values in raw.extra.items()},
     )
     return _Merged(indexed, place, facts)
 
@@ -286,6 +286,47 @@ def _split(
     cut_by_time(split, by_time[is_new_target[by_time]])
     since[is_new_target & (split == TRAIN)] = number
     return split, since
+
+
+def _row_texts(
+    data: PreparedData, raw: RawData, merged: _Merged, columns: _Columns, by_time: npt.NDArray[np.int64]
+) -> dict[str, CodedTexts]:
+    """Contexts of interactions and profiles of users, where the older folder has them; older rows and users keep theirs."""
+    indexed, found = merged.indexed, dict[str, CodedTexts]()
+    if data.context_rule is not None and data.contexts is not None:
+        facts = RowFacts(
+            offsets=indexed.offsets,
+            item=indexed.item,
+            label=columns["label"],
+            timestamp=indexed.timestamp,
+            by_time=by_time,
+            unit=raw.timestamp_unit,
+            timezone=data.context_rule["timezone"],
+            place=str(raw.interactions_path),
+        )
+        made, _ = contexts_of(context_template(data.context_rule["text"]), facts, indexed.extra)
+        found["context"] = _with_older(made, data.contexts, merged.place)
+    if data.profiles is not None:
+        known = {user: index for index, user in enumerate(data.user_ids)}
+        place = np.array([known.get(user, -1) for user in indexed.users])
+        none = np.zeros(len(place), np.int32)
+        made = CodedTexts(tuple(none for _ in data.profiles.codes), [""])
+        if raw.profiles is not None:
+            made, _ = raw.profiles.coded(indexed.users)
+        found["profile"] = _with_older(made, data.profiles, place)
+    return found
+
+
+def _with_older(made: CodedTexts, older: CodedTexts, place: npt.NDArray[np.int64]) -> CodedTexts:
+    """Texts of rows of which some, with `place` >= 0, have one in the older folder."""
+    texts = {text: code for code, text in enumerate(made.texts)}
+    renumbered = np.array([texts.setdefault(text, len(texts)) for text in older.texts], np.int32)
+    at = np.maximum(place, 0)
+    pairs = zip(made.codes, older.codes, strict=True)
+    return CodedTexts(
+        tuple(np.where(place >= 0, renumbered[old[at]], new).astype(np.int32) for new, old in pairs),
+        list(texts),
+    )
 
 
 def files_like(older: str | Path, **fields: Any) -> CustomFiles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from dti_model.data.errors import DataError
+from dti_model.data.row_texts import context_template
 from dti_model.data.sources import DATES, CustomFiles, RawData
 from dti_model.data.store import PreparedData
 from dti_model.data.texts import MAX_CHARS, TEMPLATE
@@ -33,6 +35,8 @@ class FolderRules:
         threshold: a rating above it is a click.
         unit: of the timestamps.
         last: the last timestamp.
+        user_text: template of users' profiles; None: there are none.
+        context_columns: of the log, that interactions' contexts are made of.
     """
 
     path: Path
@@ -43,6 +47,8 @@ class FolderRules:
     threshold: float
     unit: str
     last: int
+    user_text: str | None
+    context_columns: tuple[str, ...]
 
     @staticmethod
     def of(data: PreparedData) -> FolderRules:
@@ -59,6 +65,8 @@ class FolderRules:
             float(stats["threshold"]),
             stats["timestamp_unit"],
             int(stats["last_timestamp"]),
+            None if data.profile_rule is None else data.profile_rule["text"],
+            _columns_of(data.context_rule),
         )
 
     def files(
@@ -79,6 +87,8 @@ class FolderRules:
             label, rating = (self.column, None) if self.is_label else (None, self.column)
         if threshold is None and rating is not None:
             threshold = self.threshold
+        if others.get("users") is not None and others.get("user_text") is None:
+            others["user_text"] = self.user_text
         return CustomFiles(
             text=self.text if text is None else text,
             label=label,
@@ -95,8 +105,18 @@ class FolderRules:
             raise DataError(
                 f"{given} is given, but clicks of {self.path} were made of a {made}: name the column of the {made}, or prepare all rows anew"
             )
-        found = {"text": files.text, "max_chars": files.max_chars, "threshold": files.threshold}
+        if files.users is not None and self.user_text is None:
+            raise DataError(
+                f"users is given, but {self.path} was prepared without profiles: prepare all rows anew"
+            )
+        found = {
+            "user_text": files.user_text or self.user_text,
+            "text": files.text,
+            "max_chars": files.max_chars,
+            "threshold": files.threshold,
+        }
         mine = {
+            "user_text": self.user_text,
             "text": self.text,
             "max_chars": self.max_chars,
             "threshold": None if self.is_label else self.threshold,
@@ -106,6 +126,14 @@ class FolderRules:
                 raise DataError(
                     f"{name} must be that of {self.path}, {mine[name]!r}, got {value!r}: leave it out, or prepare all rows anew"
                 )
+
+    def check_columns(self, raw: RawData) -> None:
+        """Raise a DataError where the new log lacks a column of the contexts."""
+        missing = [name for name in self.context_columns if name not in raw.extra]
+        if missing:
+            raise DataError(
+                f"{raw.interactions_path}: there is no column {', '.join(missing)}, of which contexts of {self.path} are made"
+            )
 
     def times(self, raw: RawData) -> pl.Series:
         """The timestamps of new rows in the unit of the folder.
@@ -141,6 +169,13 @@ class FolderRules:
                 f"{path}: the times are about {middle:.0f}, and those of {self.path} end at {self.last}: is one in seconds and the other "
                 "in milliseconds? Write them in the same unit"
             )
+
+
+def _columns_of(rule: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Columns of a log that a rule of contexts names."""
+    if rule is None:
+        return ()
+    return tuple(name for name in context_template(rule["text"]).columns if name not in rule["built_in"])
 
 
 def _unit_of(unit: str) -> tuple[str, bool]:

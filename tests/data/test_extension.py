@@ -16,7 +16,6 @@ from dti_model.data import (
     DataError,
     PreparedData,
     extend,
-    extension,
     files_like,
     prepare,
 )
@@ -352,10 +351,49 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "--text must be given" in line
 
 
-def test_optional_tables_that_cannot_be_extended_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    older = prepared(tmp_path / "old", some_rows()[:200])
-    monkeypatch.setattr(extension, "OPTIONAL_TABLES", ("since.arrow", "items.arrow"))
-    with pytest.raises(DataError, match=r"has items\.arrow, which cannot be extended"):
-        extended(older.path, tmp_path / "new", some_rows()[200:300])
+def test_contexts_and_profiles(tmp_path: Path) -> None:
+    """New ones as if all had been prepared together; older ones stay, whatever the new files say."""
+    template = "{hour}; {device}; {gap}, {item_rate}"
+    rows = [(u, i, SECOND + 3000 * t, y) for u, i, t, y in some_rows()]
+    rows[300:] = [(u + 6, i + 4, t, y) for u, i, t, y in rows[300:]]
+
+    def files_of(name: str, rows: list[Row], users: dict[int, str]) -> dict[str, Path]:
+        files = written(tmp_path / name, rows)
+        devices = "".join(f"{','.join(map(str, row))},{'phone' if row[2] % 7 else 'tv'}\n" for row in rows)
+        files["interactions"].write_text(f"user,item,timestamp,liked,device\n{devices}")
+        files["users"] = tmp_path / name / "users.csv"
+        files["users"].write_text("user,town\n" + "".join(f"{user},{town}\n" for user, town in users.items()))
+        return files
+
+    def made(name: str, rows: list[Row], users: dict[int, str]) -> PreparedData:
+        files = files_of(f"{name}-raw", rows, users)
+        log = CustomFiles(**files, text="{title}", label="liked", user_text="{town}")
+        prepare(log, tmp_path / name, min_context=2, vocab_size=300, context_text=template)
+        return PreparedData.open(tmp_path / name)
+
+    older = made("old", rows[:300], {1: "Rome", 2: "Oslo"})
+    whole = made("whole", rows, {1: "Rome", 2: "Oslo", 15: "Bonn"})
+    files = files_of("new-raw", rows[300:], {1: "Kyiv", 15: "Bonn"})
+    log = files_like(older.path, **files)
+    extend(older.path, log, tmp_path / "new")
+    data = PreparedData.open(tmp_path / "new")
+    assert data.contexts is not None
+    assert whole.contexts is not None
+    shown = [[each.contexts.of_row(row) for row in range(400)] for each in (data, whole) if each.contexts]
+    assert shown[0] == shown[1]
+    assert len({tuple(texts) for texts in shown[0]}) > 50
+    assert data.profiles is not None
+    towns = {user: data.profiles.of_row(index)[0] for index, user in enumerate(data.user_ids)}
+    assert {user: town for user, town in towns.items() if town} == {"1": "Rome", "2": "Oslo", "15": "Bonn"}
+    assert (data.context_rule, data.chain[:-1]) == (older.context_rule, older.chain)
+    plain = files["interactions"].read_text().replace("device", "gadget")
+    files["interactions"].write_text(plain)
+    with pytest.raises(DataError, match=r"log\.csv: there is no column device, of which contexts of "):
+        extend(older.path, log, tmp_path / "newer")
+    with pytest.raises(DataError, match="user_text must be that of .*old, '{town}', got '{user}'"):
+        extend(older.path, files_like(older.path, **files, user_text="{user}"), tmp_path / "newer")
+    without = prepared(tmp_path / "without", rows[:200])
+    del files["users"]
+    log = CustomFiles(**files, text="{title}", label="liked", users=files["items"], user_text="{item}")
+    with pytest.raises(DataError, match="users is given, but .*without was prepared without profiles"):
+        extend(without.path, log, tmp_path / "newer")
