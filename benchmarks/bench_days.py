@@ -38,7 +38,7 @@ from transformers.utils import logging
 from benchmarks.quality import Floats, auc_difference
 from benchmarks.recording import DOUBTFUL, SCRATCH, Rows, make_parser, parse_measuring
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
-from dti_model.data import CONTEXT, STATS_FILE, CustomFiles, PreparedData, extend, files_like, prepare
+from dti_model.data import CONTEXT, STATS_FILE, PreparedData
 from dti_model.evaluation import click_metrics, score_targets
 from dti_model.files import without_nan, write_json
 from dti_model.model import MODEL_FOLDER, Run
@@ -151,6 +151,8 @@ class Bench:
         folder = self.out / f"data-{day}"
         if (folder / STATS_FILE).exists():
             return folder
+        from dti_model.data import CustomFiles, extend, files_like, prepare  # making folders needs polars
+
         files = self.days.write(day, self.out / f"log-{day}")
         if day < 0:
             stats = self.days.source.stats
@@ -320,7 +322,7 @@ def _options() -> Namespace:
         ("seed", 0, "of weights and shuffles"),
     ):
         add(f"--{name}", type=int, default=default, help=f"{text}; default: %(default)s")
-    for name, number in (("rate", 2e-3), ("continue-rate", 3e-4)):
+    for name, number in (("rate", 2e-3), ("continue-rate", 3e-5)):
         add(f"--{name}", type=float, default=number, help="peak of the learning rate; default: %(default)s")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of training")
     add("--runs", type=Path, default=SCRATCH / "days", help="folder of data and models; default: %(default)s")
