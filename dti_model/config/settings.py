@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -337,17 +337,6 @@ class TrainConfig:
             mine = replace(mine, data=others.data, model=model, init=init)
         return _first_difference(mine, others, "")
 
-    def network_difference(self, other: TrainConfig) -> str | None:
-        """The first setting that keeps weights trained with these settings from going on with the other ones, in words; None: none does.
-
-        Which pretrained model it is, fingerprints say. Dropout, and how frozen weights are kept, may differ.
-        """
-        for name, before in _network(self).items():
-            now = _network(other)[name]
-            if before != now:
-                return f"{name} was {as_yaml(before)} and is now {as_yaml(now)}"
-        return None
-
     def save(self, folder: Path) -> None:
         """Write `config.yaml` into a folder, which is made where it is missing; paths become absolute."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -380,18 +369,6 @@ def _first_difference(mine: Any, others: Any, group: str) -> str | None:
             return _first_difference(before, now, f"{group}{each.name}.")
         return f"{group}{each.name} was {as_yaml(before)} and is now {as_yaml(now)}"
     return None
-
-
-def _network(config: TrainConfig) -> dict[str, Any]:
-    """The settings that say what weights mean, by their dotted names."""
-    plain = asdict(config)
-    model, lora = plain["model"], plain["model"].pop("lora")
-    for name in ("dropout", "dtype", "quantize", "liger"):
-        del model[name]
-    del lora["dropout"]
-    model |= {"pretrained": config.model.pretrained is not None, "template": config.model.prompt_template}
-    groups = {"model.": model, "model.lora.": lora, "dti.": plain["dti"]}
-    return {group + name: value for group, values in groups.items() for name, value in values.items()}
 
 
 def _absolute(path: Path) -> Path:

@@ -6,6 +6,7 @@ data of the run          chain[i]   ->   training targets with `since` > i are n
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from dti_model.config import TrainConfig, locate
+from dti_model.config import TrainConfig, as_yaml, locate
 from dti_model.data import PreparedData
 from dti_model.files import DamagedFileError
 from dti_model.model.fingerprints import (
@@ -64,16 +65,33 @@ def check_fits(config: TrainConfig) -> None:
     """
     assert config.init is not None
     earlier, made_of = _opened(config.init)
-    difference = earlier.network_difference(config)
-    if difference is not None:
-        raise OtherOriginError(
-            f"{config.init} was trained with other settings of the network ({difference}): leave that out, or train without --init"
-        )
+    now = _network(config)
+    for name, before in _network(earlier).items():
+        if before != now[name]:
+            raise OtherOriginError(
+                f"{config.init} was trained with other settings of the network ({name} was {as_yaml(before)} and is now "
+                f"{as_yaml(now[name])}): leave that out, or train without --init"
+            )
     pretrained = config.model.pretrained
     if pretrained is not None and base_model_fingerprint(locate(pretrained)) != made_of.base_model:
         raise OtherOriginError(
             f"model.pretrained, {pretrained}, is not the model that {config.init} was trained from: name that one"
         )
+
+
+def _network(config: TrainConfig) -> dict[str, Any]:
+    """The settings that say what weights mean, by their dotted names: not dropout, nor how frozen weights are kept.
+
+    Which pretrained model it is, fingerprints say.
+    """
+    plain = asdict(config)
+    model, lora = plain["model"], plain["model"].pop("lora")
+    for name in ("dropout", "dtype", "quantize", "liger"):
+        del model[name]
+    del lora["dropout"]
+    model |= {"pretrained": config.model.pretrained is not None, "template": config.model.prompt_template}
+    groups = {"model.": model, "model.lora.": lora, "dti.": plain["dti"]}
+    return {group + name: value for group, values in groups.items() for name, value in values.items()}
 
 
 def init_fingerprint(config: TrainConfig) -> str | None:
