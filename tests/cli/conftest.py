@@ -36,6 +36,7 @@ def bases(small_folder: Path, run_folder: Path, tmp_path: Path) -> dict[tuple[st
     (inputs / "in.jsonl").write_text('{"user": "1", "candidates": ["1"]}\n')
     (inputs / "rows.csv").write_text("user,item,timestamp,liked\n1,1,1,1\n")
     (inputs / "items.csv").write_text("item,title\n1,a\n")
+    (inputs / "users.csv").write_text("user,town\n1,Rome\n")
     reviews, meta = write_amazon(inputs, some_ratings())
     for file in (reviews, meta):
         (inputs / file.name.replace("CDs_and_Vinyl", "Kindle_Store")).symlink_to(file)
@@ -59,6 +60,8 @@ def bases(small_folder: Path, run_folder: Path, tmp_path: Path) -> dict[tuple[st
             "--items": str(inputs / "items.csv"),
             "--text": "{title}",
             "--label": "liked",
+            "--users": str(inputs / "users.csv"),
+            "--user-text": "{town}",
         },
         ("train",): train,
         ("search",): {**train, "--grid": "{k: [3]}"},
