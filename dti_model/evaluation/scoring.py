@@ -56,14 +56,7 @@ def score_targets(
     Returns:
         `(S,)` probabilities in the order of `rows`.
     """
-    window = builder.format.window
-    if strict_time:
-        assert k == 1
-        prompts = Prompts.strict(builder.data, rows, window)
-    elif k == 1:
-        prompts = Prompts.sliding_windows(builder.data, rows, window)
-    else:
-        prompts = Prompts.streaming(builder.data, rows, window, k)
+    prompts = _prompts(builder, rows, k, strict_time)
     device, was_training = model.device, model.training
     scoring = cast_once(model, precision).eval()
     token_budget = token_budget or TOKEN_BUDGETS["cpu" if device.type == "cpu" else "gpu"]
@@ -90,3 +83,13 @@ def score_targets(
         dist.all_reduce(scores)  # every target was scored by one rank, and adding zeros is exact
     result: npt.NDArray[np.float64] = scores.cpu().numpy()[np.searchsorted(by_row, rows)]
     return result
+
+
+def _prompts(builder: PromptBuilder, rows: IntArray, k: int | None, strict_time: bool) -> Prompts:
+    window = builder.format.window
+    if strict_time:
+        assert k == 1
+        return Prompts.strict(builder.data, rows, window)
+    if k == 1:
+        return Prompts.sliding_windows(builder.data, rows, window)
+    return Prompts.streaming(builder.data, rows, window, k)
