@@ -16,7 +16,15 @@ DESCRIPTION = (
     "`dti prepare SOURCE --help` lists the options of a source."
 )
 
-_PROTOCOL = ("split", "min_context", "min_item_count", "vocab_size", "context_text", "timezone")
+_PROTOCOL = (
+    "split",
+    "min_context",
+    "min_item_count",
+    "vocab_size",
+    "title_tokens",
+    "context_text",
+    "timezone",
+)
 
 
 def make_parser(name: str) -> Parser:
@@ -128,6 +136,11 @@ def _add_protocol(parser: Parser, min_item_count: int, may_extend: bool) -> None
         ("--min-context", 5, "earlier interactions that a target must have"),
         ("--min-item-count", min_item_count, "drop items with fewer interactions"),
         ("--vocab-size", 4096, "largest vocabulary of the tokenizer trained on the item texts"),
+        (
+            "--title-tokens",
+            0,
+            "give the titles of so many most frequent items a token each, beside that vocabulary",
+        ),
     )
 
 

@@ -39,6 +39,7 @@ from dti_model.data.sources import RawData, Source, source_in_folder
 from dti_model.data.split import (
     CONTEXT,
     SPLIT_CODES,
+    TRAIN,
     SplitKind,
     num_sharing_time,
     num_train_after_test,
@@ -47,7 +48,7 @@ from dti_model.data.split_rule import SplitRule
 from dti_model.data.store import COLUMNS, PreparedData
 from dti_model.data.texts import MISSING_TITLE
 from dti_model.data.times import Moment
-from dti_model.data.tokens import check_vocab_size, save_tokenizer, train_tokenizer
+from dti_model.data.tokens import check_vocab_size, save_tokenizer, title_of, train_tokenizer
 from dti_model.files import WriteError, locked_beside, whole_folder, write_sealed
 
 DEFAULT_VOCAB_SIZE = 4096
@@ -69,6 +70,7 @@ def prepare(
     min_item_count: int | None = None,
     subset: bool = False,
     vocab_size: int = DEFAULT_VOCAB_SIZE,
+    title_tokens: int = 0,
     context_text: str | None = None,
     timezone: str = "UTC",
 ) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def prepare(
         min_item_count: items with fewer interactions are dropped; None takes the data set's default.
         subset: accept a part of MovieLens: counts are reported, not compared with the full set's.
         vocab_size: largest vocabulary of the tokenizer trained on the texts.
+        title_tokens: so many titles, of the items with the most interactions before validation, are tokens of that tokenizer.
         context_text: template of a text that stands behind the item's in every interaction, of columns of the log and of the facts in
             `contexts.py`, such as "{weekday}, {hour}; {gap}"; None: there is none.
         timezone: IANA name of the time zone of hours and weekdays.
@@ -108,7 +111,9 @@ def prepare(
     elif subset:
         raise ValueError(f"subset does not apply to {source.name}: it has no published counts")
     rule = SplitRule(split, val_from, test_from)
-    rules = _Rules(rule, threshold, min_context, min_item_count, vocab_size, context_text, timezone)
+    rules = _Rules(
+        rule, threshold, min_context, min_item_count, vocab_size, title_tokens, context_text, timezone
+    )
     rules.check(source)
     check_replaceable(out)
     with locked_place(out):
@@ -126,6 +131,7 @@ class _Rules:
     min_context: int
     min_item_count: int | None
     vocab_size: int
+    title_tokens: int
     context_text: str | None
     timezone: str
 
@@ -141,7 +147,7 @@ class _Rules:
                     f"threshold must be at least {low:g} and below {high:g}, so that a rating can be above it and not above it, but is "
                     f"{self.threshold}"
                 )
-        for name, least in (("min_context", 0), ("min_item_count", 1)):
+        for name, least in (("min_context", 0), ("min_item_count", 1), ("title_tokens", 0)):
             value = getattr(self, name)
             if value is not None and not least <= value <= MAX_COUNT:
                 raise ValueError(f"{name} must be at least {least} and at most {MAX_COUNT:,}, but is {value}")
@@ -180,13 +186,24 @@ def _prepared(name: str, raw: RawData, rules: _Rules, out: Path) -> dict[str, An
     }
 
     def add_tokenizer(folder: Path, texts: list[str]) -> Tokenizer:
-        tokenizer = train_tokenizer(texts, rules.vocab_size)
+        titles = _frequent_titles(indexed, columns, rules.title_tokens)
+        tokenizer = train_tokenizer(texts, rules.vocab_size, titles)
         save_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
         return tokenizer
 
     coded = {name: texts for name, (texts, _) in row_texts.items()}
     write_prepared(out, raw, indexed, columns, coded, stats, add_tokenizer)
     return stats
+
+
+def _frequent_titles(data: Indexed, columns: Mapping[str, npt.NDArray[Any]], number: int) -> list[str]:
+    """Titles of the items with the most interactions that are neither validation nor test, most frequent first."""
+    is_known = np.isin(columns["split"], (CONTEXT, TRAIN))
+    counts = np.bincount(columns["item"][is_known], minlength=data.items.height)
+    order = np.argsort(-counts, kind="stable")[:number]
+    texts = data.items["text"]
+    titles = (title_of(texts[int(item)]) for item in order if counts[item])
+    return list(dict.fromkeys(title for title in titles if title))
 
 
 def write_prepared(

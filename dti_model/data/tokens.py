@@ -2,18 +2,23 @@
 
 The tokenizer is a byte-level BPE on the item texts: any text can be encoded, nothing is unknown. `[BOS]`,
 `[SUM]`, `yes` and `no` are single tokens, ids 0 to 3, for prompts: no item text gets them (`text_encoder.py`).
+
+Whole titles may be tokens too. A model then has an embedding for a film, as recommenders have for ids, and prompts are shorter. Other
+titles are spelled in pieces as ever.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Sequence as Pieces
 from tokenizers.trainers import BpeTrainer
 
 BOS, SUM, YES, NO = "[BOS]", "[SUM]", "yes", "no"
@@ -24,6 +29,8 @@ NUM_BYTES = 256
 MAX_VOCAB_SIZE = 2**20  # several times the largest in use; the trainer allocates for so many before it starts
 # A piece is a word with the punctuation and spaces before it.
 PIECE = r"\W*[\w']+"
+# The title of an item text, which other texts have none of: they begin with a semicolon.
+TITLE = r"\A[^;]+"
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -35,12 +42,12 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with at most `vocab_size` entries; the same texts give the same tokenizer."""
+def train_tokenizer(texts: list[str], vocab_size: int, titles: Sequence[str] = ()) -> Tokenizer:
+    """Byte-level BPE with at most `vocab_size` entries and one more for each of `titles`; the same texts give the same tokenizer."""
     check_vocab_size(vocab_size)
     tokenizer = Tokenizer(BPE())
     pieces = Split(Regex(PIECE), "isolated")
-    tokenizer.pre_tokenizer = Sequence([pieces, ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = Pieces([pieces, ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = ByteLevelDecoder()
     added = [AddedToken(BOS, special=True), AddedToken(SUM, special=True)]
     added += [AddedToken(word, single_word=True, special=False, normalized=False) for word in (YES, NO)]
@@ -51,8 +58,32 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    if not titles:
+        tokenizer.train_from_iterator(texts, trainer)
+        return tokenizer
+    # As they will be cut: what follows a title begins a piece.
+    cut = (part for text in texts for part in (title_of(text), text[len(title_of(text)) :]) if part)
+    tokenizer.train_from_iterator(cut, trainer)
+    return _with_titles(tokenizer, titles)
+
+
+def title_of(text: str) -> str:
+    """The part of an item text that a token of its own may stand for."""
+    return text.partition(";")[0]
+
+
+def _with_titles(tokenizer: Tokenizer, titles: Sequence[str]) -> Tokenizer:
+    """The same tokenizer, where titles are pieces, and those that are entries are not merged but looked up."""
+    parts = json.loads(tokenizer.to_str())
+    vocab, spell = parts["model"]["vocab"], ByteLevel(add_prefix_space=False, use_regex=False)
+    for title in titles:
+        ((entry, _),) = spell.pre_tokenize_str(title)
+        vocab.setdefault(entry, len(vocab))
+    parts["model"]["ignore_merges"] = True
+    whole = Tokenizer.from_str(json.dumps(parts))
+    pieces = Split(Regex(f"{TITLE}|{PIECE}"), "isolated")
+    whole.pre_tokenizer = Pieces([pieces, spell])
+    return whole
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
