@@ -31,10 +31,11 @@ from dti_model.data import (
     rate_text,
 )
 from dti_model.prompts import IntArray, context_text, profile_text
-from dti_model.scorer.items import ItemError
+from dti_model.scorer.items import ItemError, check_text, check_texts
 from dti_model.shown import shown
 
 TIMESTAMP = "timestamp"
+_MOST_CHARS = 4096  # of a finished part
 _MOST_CACHED = 1 << 16  # parts whose tokens are kept
 
 
@@ -108,6 +109,12 @@ class ContextTokens:
             or not all(isinstance(part, str) for part in parts)
         ):
             raise ItemError(f"context text must be a list of {count} texts, got {shown(parts)}")
+        for part in parts:
+            check_text(part)
+            if len(part) > _MOST_CHARS:
+                raise ItemError(
+                    f"a part of a context has at most {_MOST_CHARS:,} characters, got {shown(part)}"
+                )
         return parts
 
     def _values(
@@ -142,6 +149,7 @@ class ContextTokens:
                 return gap_text(value)
             if name.endswith("_rate") and isinstance(value, (list, tuple)):
                 return _rate(name, value)
+        check_texts({name: value})
         try:
             return field_text(name, value, self._rule.get("max_chars", MAX_CHARS))
         except DataError as error:
@@ -212,6 +220,7 @@ class ProfileTokens:
             raise ItemError(
                 f"profile has a field {shown(min(unknown))}, but a profile here is {self._template.template!r}"
             )
+        check_texts(profile)
         limit = self._rule.get("max_chars", MAX_CHARS)
         try:
             values = {name: field_text(name, profile.get(name), limit) for name in self._template.columns}

@@ -65,7 +65,8 @@ def check_text(text: str) -> None:
         raise ItemError(f"half a surrogate pair, which is no character, in the text {shown(text)}") from error
 
 
-def _check_texts(fields: Mapping[str, Any]) -> None:
+def check_texts(fields: Mapping[str, Any]) -> None:
+    """`check_text` for the names of fields, and for values that are texts or lists of them."""
     for name, value in fields.items():
         for text in (name, *(value if isinstance(value, (list, tuple)) else (value,))):
             if isinstance(text, str):
@@ -150,7 +151,7 @@ class ItemTokens:
 
     def _rendered(self, fields: Mapping[str, Any]) -> str:
         """The item text of fields, by the data set's template."""
-        _check_texts(fields)
+        check_texts(fields)
         if fields.keys() == {FINISHED}:
             return self._finished(fields[FINISHED])
         if self._item_text is None or self._template is None:

@@ -222,12 +222,12 @@ def test_what_is_no_label(run_scorer: Scorer, label: Any) -> None:
 def test_long_texts_are_cut_before_they_are_encoded(run_scorer: Scorer) -> None:
     """The pieces of 100,000 exclamation marks took two minutes to find."""
     limit = run_scorer.click_model.prompt.max_item_tokens * CHARS_PER_TOKEN
-    lengths, encode = [], run_scorer._items._encoder.encode
-    run_scorer._items._encoder.encode = lambda text: lengths.append(len(text)) or encode(text)  # type: ignore[func-returns-value,method-assign]
+    lengths, encode = [], run_scorer._reader.items.encoder.encode
+    run_scorer._reader.items.encoder.encode = lambda text: lengths.append(len(text)) or encode(text)  # type: ignore[func-returns-value,method-assign]
     try:
         run_scorer.score([], [{"text": "! " * 10**6}, {"text": "Drama"}])
     finally:
-        del run_scorer._items._encoder.encode
+        del run_scorer._reader.items.encoder.encode
     assert lengths == [limit, 5]
 
 
