@@ -128,7 +128,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_csv(folder / "clicks.csv", (*CUSTOM_COLUMNS, "device"), clicks)
     write_csv(folder / "users.csv", ("user", "gender", "age"), [{"user": 1, "gender": "F", "age": 30}])
-    later = [(user, item, rating, time + 1000) for user, item, rating, time in some_ratings(60, seed=1)]
+    later = [
+        (user, item, rating, time + 1_600_001_000) for user, item, rating, time in some_ratings(60, seed=1)
+    ]
     write_csv(folder / "today.csv", CUSTOM_COLUMNS, custom_rows(later))
     write_parquet(folder / "items.parquet", ITEM_COLUMNS, item_rows())
     (folder / "requests.jsonl").write_text(

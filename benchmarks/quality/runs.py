@@ -62,6 +62,8 @@ class Cell:
     def name(self) -> str:
         """Digest of the settings that are not None: a setting that is None came later, and finished runs keep their names."""
         settings = {key: value for key, value in asdict(self).items() if value is not None}
+        if settings["model"]["template"] is None:
+            del settings["model"]["template"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 

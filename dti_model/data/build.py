@@ -103,13 +103,7 @@ def prepare(
         ValueError: an argument has an impossible value, or does not apply to the source.
         WriteError: the disk is full.
     """
-    out = Path(out)
-    if isinstance(source, str):
-        source = source_in_folder(source, raw_dir, subset)
-    elif raw_dir is not None:
-        raise ValueError(f"raw_dir does not apply to {source.name}: its files have their own paths")
-    elif subset:
-        raise ValueError(f"subset does not apply to {source.name}: it has no published counts")
+    out, source = Path(out), _source(source, raw_dir, subset)
     rule = SplitRule(split, val_from, test_from)
     rules = _Rules(
         rule, threshold, min_context, min_item_count, vocab_size, title_tokens, context_text, timezone
@@ -120,6 +114,16 @@ def prepare(
         # Who writes a source without further columns need not know of them.
         raw = source.load() if context_text is None else source.load(context_template(context_text).columns)
         return _prepared(source.name, raw, rules, out)
+
+
+def _source(source: str | Source, raw_dir: str | Path | None, subset: bool) -> Source:
+    if isinstance(source, str):
+        return source_in_folder(source, raw_dir, subset)
+    if raw_dir is not None:
+        raise ValueError(f"raw_dir does not apply to {source.name}: its files have their own paths")
+    if subset:
+        raise ValueError(f"subset does not apply to {source.name}: it has no published counts")
+    return source
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 from dti_model.data import AmazonFiles, CustomFiles, DataError
 from dti_model.data.sources import rows
 from dti_model.data.sources.custom import parsed_times
-from dti_model.data.sources.movielens import load_1m, load_100k
+from dti_model.data.sources.movielens import MovieLens, load_100k
 from dti_model.data.sources.source import RawData
 from tests.data.log_files import (
     CATALOGUE,
@@ -30,10 +30,15 @@ from tests.data.movielens_files import some_ratings, write_1m, write_100k, write
 RATINGS = some_ratings(num_users=4)
 
 
+def _movielens(name: str, folder: Path) -> RawData:
+    """With the users' file."""
+    return MovieLens(name, folder, subset=True, profile=True).load()
+
+
 SOURCES: dict[str, tuple[Callable[[Path], object], Callable[[Path], RawData]]] = {
-    "ml-100k": (lambda folder: write_100k(folder, RATINGS), load_100k),
-    "ml-1m": (lambda folder: write_1m(folder, RATINGS), load_1m),
-    "recbole": (lambda folder: write_recbole(folder, RATINGS), load_100k),
+    "ml-100k": (lambda folder: write_100k(folder, RATINGS), lambda folder: _movielens("ml-100k", folder)),
+    "ml-1m": (lambda folder: write_1m(folder, RATINGS), lambda folder: _movielens("ml-1m", folder)),
+    "recbole": (lambda folder: write_recbole(folder, RATINGS), lambda folder: _movielens("ml-100k", folder)),
     "amazon": (
         lambda folder: write_amazon(folder, RATINGS, zipped=False),
         lambda folder: AmazonFiles(
