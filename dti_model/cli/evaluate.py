@@ -80,6 +80,11 @@ def run(options: Namespace) -> None:
             print(metrics_table(result))
             print(sentence_about_baselines(result[options.split], result["baselines"][options.split]))
             _say_precision(result)
+            if options.strict_time:
+                print(
+                    "strict time is the model's alone: baselines count what shares a target's time stamp",
+                    file=sys.stderr,
+                )
     sys.stdout.flush()
     broken = getattr(sys.stdout, "error", None)  # of dti_model.output
     if broken is not None and options.json is None:

@@ -198,6 +198,7 @@ def prepared_report(stats: dict[str, Any], out: Path) -> str:
     lines += [
         *_about_split(stats),
         *_about_time(stats),
+        *_about_profiles(stats),
         f"  {splits['context']['interactions']:,} interactions are context only; "
         f"{stats['duplicate_pairs']:,} (user, item) pairs occur more than once, "
         f"{stats['duplicate_interactions']:,} interactions repeat one (all kept)",
@@ -214,6 +215,12 @@ def prepared_report(stats: dict[str, Any], out: Path) -> str:
         lines.append(f"  rejected rows are listed in {out / 'rejected.csv'}; the first:")
         lines += [f"    {row}" for row in rejected["first"]]
     return "\n".join(map(one_line, lines))
+
+
+def _about_profiles(stats: dict[str, Any]) -> list[str]:
+    """How many users have no profile, where users have one."""
+    without = stats["source"].get("profile", {}).get("users_without", 0)
+    return [f"  {without:,} of {stats['users']:,} users have no profile"] if without else []
 
 
 def _about_split(stats: dict[str, Any]) -> list[str]:

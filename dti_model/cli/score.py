@@ -22,7 +22,7 @@ _FORMAT = """Score candidates of users, a request per line (JSON lines, or Parqu
 A user without a history has the one of the prepared data, and one without a profile has the profile there. Context and profile have
 the fields that the data was prepared with (--context-text, --user-text). An item is an id of the prepared data, the fields that its
 item texts are made of, or its finished text, {"text": "..."}; a label is 1 (or true) for a click and 0 (or false) for none, oldest
-interaction first. In Parquet, history is a list of structs (item, label).
+interaction first. In Parquet, history is a list of structs (item, label, and context where there is one).
 
 The output has a record per line, in their order: {"line": 1, "user": "5", "probabilities": [0.71, 0.42]}.
 The same command resumes a job that was killed."""

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dti_model.data.arrow_file import write_table
-from dti_model.data.contexts import FIRST, gap_text, moment_texts, rate_text
+from dti_model.data.contexts import FIRST, gap_text, is_value, moment_texts, rate_text
 from dti_model.data.errors import DataError, OneLineError
 from dti_model.data.folder import STATS_FILE, write_stats
 from dti_model.data.sources import SOURCES, loaded, named_source
@@ -49,6 +49,7 @@ __all__ = [
     "field_text",
     "files_like",
     "gap_text",
+    "is_value",
     "label_tokens",
     "moment_texts",
     "named_source",

@@ -302,13 +302,14 @@ def _row_texts(
             label=columns["label"],
             timestamp=columns["timestamp"],
             by_time=np.argsort(columns["order"]),
+            split=columns["split"],
             unit=raw.timestamp_unit,
             timezone=rules.timezone,
             place=str(raw.interactions_path),
         )
         found["context"] = contexts_of(context_template(rules.context_text), facts, data.extra)
     if raw.profiles is not None:
-        profiles, without = raw.profiles.coded(data.users)
+        profiles, without = raw.profiles.coded(data.users, raw.interactions_path)
         found["profile"] = profiles, {**raw.profiles.rule, "users_without": without}
     return found
 

@@ -5,14 +5,15 @@
     {item_rate}          clicks among all earlier interactions of the item, by any user              72% of 300
     {user_rate}          clicks among all earlier interactions of the user                           64% of 150
 
-Earlier means earlier in the order (time, user, item, file): nothing looks ahead, and the label of an interaction is in none of its own
-facts. Rates are rounded to 2 %, counts down to two significant steps a factor of two, so that few distinct texts stand for all.
+Rates count interactions of an earlier time stamp, not of the same one: nothing looks ahead, and what shares a second was not known. Rates that
+training reads, up to a user's last training target, count no validation or test target, of which some are earlier where the split is not
+by time. Rates are rounded to 2 %, counts down to some six steps a factor of ten, so that few distinct texts stand for all.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -20,11 +21,14 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import numpy.typing as npt
 
-from dti_model.data.coded_texts import Column
+from dti_model.data.coded_texts import Codes, Column
+from dti_model.data.errors import DataError
+from dti_model.data.split import TEST, TRAIN, VAL
 from dti_model.data.times import seconds_of
 
 Rows = npt.NDArray[np.int64]
 
+HOURS = [str(hour) for hour in range(24)]
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 # Least seconds of each step. A log's clock counts seconds: what shares one was one page.
 GAPS = {
@@ -63,6 +67,7 @@ class RowFacts:
         label: 0 or 1.
         timestamp: in `unit`.
         by_time: the rows in the global order.
+        split: codes of `split.py`.
         unit: as stats["timestamp_unit"].
         timezone: name of an IANA time zone.
         place: the file or folder, for messages.
@@ -73,6 +78,7 @@ class RowFacts:
     label: npt.NDArray[np.int8]
     timestamp: Rows
     by_time: Rows
+    split: npt.NDArray[np.int8]
     unit: str
     timezone: str
     place: str
@@ -93,7 +99,7 @@ class RowFacts:
 
 def hours(facts: RowFacts) -> Column:
     """Hour of the day, 0 to 23."""
-    return Column(_local(facts.seconds(), facts.timezone) // 3600 % 24, [str(hour) for hour in range(24)])
+    return Column(_local(facts.seconds(), facts.timezone) // 3600 % 24, HOURS)
 
 
 def weekdays(facts: RowFacts) -> Column:
@@ -130,6 +136,16 @@ BUILT_IN = {
 }
 
 OF_TIME = frozenset(("hour", "weekday", "gap"))  # which need time stamps that are dates
+
+
+def is_value(name: str, text: str) -> bool:
+    """Whether a built-in fact has this text in some prompt."""
+    values: Mapping[str, Collection[str]] = {
+        "hour": HOURS,
+        "weekday": WEEKDAYS,
+        "gap": (FIRST, *GAPS.values()),
+    }
+    return text in values.get(name, _RATE_TEXTS)
 
 
 def gap_text(seconds: float) -> str:
@@ -181,31 +197,61 @@ def _local(seconds: Rows, timezone: str) -> npt.NDArray[Any]:
     )  # no zone changes within a quarter of an hour
     offsets = np.empty(len(hours_), np.int64)
     for place, quarter in enumerate(hours_.tolist()):
-        offset = datetime.datetime.fromtimestamp(quarter * 900, zone).utcoffset()
+        try:
+            offset = datetime.datetime.fromtimestamp(quarter * 900, zone).utcoffset()
+        except (OverflowError, ValueError, OSError):
+            raise DataError(
+                f"a time stamp, {quarter * 900:,} seconds since 1970, is at the edge of the years 1 to 9999 and has no hour in {timezone}. "
+                "Mend it, or leave {hour} and {weekday} out"
+            ) from None
         assert offset is not None
         offsets[place] = round(offset.total_seconds())
     return seconds + offsets[places]
 
 
 def _rates(key: npt.NDArray[Any], facts: RowFacts) -> Column:
-    """Rates of earlier rows with the same key, in the global order; memory O(keys + chunk) besides the codes."""
+    """Rates of rows with the same key and an earlier time stamp."""
+    codes = _rates_among(np.ones(len(key), bool), key, facts)
+    is_scored, trains, stamps = np.isin(facts.split, (VAL, TEST)), facts.split == TRAIN, facts.timestamp
+    # Where the split is by time, no validation or test target is earlier than a training target.
+    if is_scored.any() and trains.any() and stamps[is_scored].min() < stamps[trains].max():
+        user, rows = facts.user(), np.arange(len(key))
+        last = np.full(len(facts.offsets) - 1, -1)
+        last[user[trains]] = rows[trains]  # of several the last one is kept
+        is_read = rows <= last[user]
+        codes = np.where(is_read, _rates_among(~is_scored, key, facts), codes).astype(np.int32)
+    return Column(codes, _RATE_TEXTS)
+
+
+def _rates_among(counted: npt.NDArray[np.bool_], key: npt.NDArray[Any], facts: RowFacts) -> Codes:
+    """Codes of rates among the rows that are `counted`; memory O(keys + chunk) besides the codes."""
     codes = np.empty(len(key), np.int32)
     clicks = np.zeros(int(key.max()) + 1, np.int64)
     shown = np.zeros_like(clicks)
-    for start in range(0, len(key), _CHUNK):
+    start = 0
+    while start < len(key):
+        # A chunk ends where a time stamp does.
         rows = facts.by_time[start : start + _CHUNK]
-        keys, labels = key[rows].astype(np.int64), facts.label[rows].astype(np.int64)
-        grouped = np.argsort(keys, kind="stable")
-        of, value = keys[grouped], labels[grouped]
-        first = np.flatnonzero(np.diff(of, prepend=-1))
-        lengths = np.diff(np.append(first, len(of)))
-        before = np.cumsum(value) - value
-        earlier_clicks = before - np.repeat(before[first], lengths) + clicks[of]
-        earlier = np.arange(len(of)) - np.repeat(first, lengths) + shown[of]
-        codes[rows[grouped]] = _rate_codes(earlier_clicks, earlier)
-        clicks += np.bincount(keys, labels, len(clicks)).astype(np.int64)
-        shown += np.bincount(keys, minlength=len(shown))
-    return Column(codes, _RATE_TEXTS)
+        last = facts.timestamp[rows[-1]]
+        while start + len(rows) < len(key) and facts.timestamp[facts.by_time[start + len(rows)]] == last:
+            rows = facts.by_time[start : start + 2 * len(rows)]
+            rows = rows[facts.timestamp[rows] <= last]
+        start += len(rows)
+        grouped = rows[np.argsort(key[rows], kind="stable")]
+        of, is_counted = key[grouped].astype(np.int64), counted[grouped].astype(np.int64)
+        value = facts.label[grouped] * is_counted
+        new_key = np.diff(of, prepend=-1) != 0
+        new_time = new_key | (np.diff(facts.timestamp[grouped], prepend=0) != 0)
+        # Sums before each row, since its key began, as they were where its time stamp began.
+        places = np.arange(len(of))
+        key_began = np.maximum.accumulate(np.where(new_key, places, 0))
+        time_began = np.maximum.accumulate(np.where(new_time, places, 0))
+        sums = [np.cumsum(x) - x for x in (value, is_counted)]
+        earlier = [x[time_began] - x[key_began] for x in sums]
+        codes[grouped] = _rate_codes(earlier[0] + clicks[of], earlier[1] + shown[of])
+        clicks += np.bincount(of, value, len(clicks)).astype(np.int64)
+        shown += np.bincount(of, is_counted, len(shown)).astype(np.int64)
+    return codes
 
 
 def _rate_codes(clicks: Rows, shown: Rows) -> npt.NDArray[np.int32]:

@@ -37,11 +37,11 @@ from dti_model.data.index import Indexed, count_duplicates, sort_rows
 from dti_model.data.row_texts import context_template, contexts_of
 from dti_model.data.rules import FolderRules
 from dti_model.data.sources import CustomFiles, IdTable, RawData
-from dti_model.data.split import CONTEXT, TRAIN, cut_by_time
+from dti_model.data.split import CONTEXT, TEST, TRAIN, VAL, cut_by_time
 from dti_model.data.split_rule import SplitRule
 from dti_model.data.store import PreparedData
 from dti_model.data.texts import MISSING_TITLE
-from dti_model.data.times import Moment
+from dti_model.data.times import Clock, Moment
 
 NO_TARGET = -1  # of `since`
 _Columns = dict[str, npt.NDArray[Any]]
@@ -105,6 +105,7 @@ def _extended(data: PreparedData, raw: RawData, rule: SplitRule, out: Path) -> d
         is_new = merged.place < 0
         split[is_new] = of_dates[is_new]
         since[is_new] = np.where(split[is_new] == TRAIN, number, NO_TARGET)
+        _check_dates(raw, indexed.timestamp[is_new], split[is_new])
     label = (indexed.rating > data.stats["threshold"]).view(np.int8)
     columns = columns_of(indexed, label, by_time, split)
     row_texts = _row_texts(data, raw, merged, columns, by_time)
@@ -136,6 +137,19 @@ def _extended(data: PreparedData, raw: RawData, rule: SplitRule, out: Path) -> d
     more = {SINCE_TABLE: pa.table({"since": since})}
     write_prepared(out, raw, indexed, columns, row_texts, stats, add_tokenizer, more)
     return stats
+
+
+def _check_dates(raw: RawData, timestamp: npt.NDArray[np.int64], split: npt.NDArray[np.int8]) -> None:
+    """Raise a DataError where dates leave validation or test without a new target."""
+    for name, code in (("val", VAL), ("test", TEST)):
+        if not (split == code).any():
+            clock = Clock(
+                raw.timestamp_unit, int(timestamp.min()), int(timestamp.max()), str(raw.interactions_path)
+            )
+            raise DataError(
+                f"{raw.interactions_path}: val_from and test_from leave {name} without a new target; the new rows are of "
+                f"{clock.shown(clock.first)} to {clock.shown(clock.last)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -300,6 +314,7 @@ def _row_texts(
             label=columns["label"],
             timestamp=indexed.timestamp,
             by_time=by_time,
+            split=columns["split"],
             unit=raw.timestamp_unit,
             timezone=data.context_rule["timezone"],
             place=str(raw.interactions_path),
@@ -312,7 +327,7 @@ def _row_texts(
         none = np.zeros(len(place), np.int32)
         made = CodedTexts(tuple(none for _ in data.profiles.codes), [""])
         if raw.profiles is not None:
-            made, _ = raw.profiles.coded(indexed.users)
+            made, _ = raw.profiles.coded(indexed.users, raw.interactions_path)
         found["profile"] = _with_older(made, data.profiles, place)
     return found
 

@@ -11,13 +11,27 @@ import polars as pl
 from dti_model.data.coded_texts import CodedTexts, Column, coded_texts
 from dti_model.data.contexts import BUILT_IN, OF_TIME, RowFacts
 from dti_model.data.errors import DataError
-from dti_model.data.texts import MAX_CHARS, Template, clean_text, shorten
+from dti_model.data.texts import FINISHED, MAX_CHARS, Template, clean_text, shorten
 from dti_model.data.times import Clock
 
 
 def context_template(text: str) -> Template:
-    """The template of a context; raises a ValueError where it is malformed."""
-    return Template(text, missing_title=None)
+    """The template of a context.
+
+    Raises:
+        ValueError: it is malformed, or names a column that requests could not give: "text" and "timestamp" mean something else there.
+    """
+    template = Template(text, missing_title=None)
+    for name, meaning in (
+        (FINISHED, "finished parts"),
+        ("timestamp", "the moment that hour, weekday and gap follow from"),
+    ):
+        if name in template.columns:
+            raise ValueError(
+                f"context_text {text!r} names a column {name}, which in the context of a request means {meaning}: rename that column in "
+                "the log and in the template"
+            )
+    return template
 
 
 def contexts_of(

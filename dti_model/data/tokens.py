@@ -29,7 +29,7 @@ NUM_BYTES = 256
 MAX_VOCAB_SIZE = 2**20  # several times the largest in use; the trainer allocates for so many before it starts
 # A piece is a word with the punctuation and spaces before it.
 PIECE = r"\W*[\w']+"
-# The title of an item text, which other texts have none of: they begin with a semicolon.
+# The title of an item text. Contexts begin with a semicolon and have none; a profile that begins with a whole title gets its token.
 TITLE = r"\A[^;]+"
 
 

@@ -158,9 +158,13 @@ class _Baselines:
         means = (self._item_clicks + prior * self.base_rate) / (self._item_targets + prior)
         return np.asarray(means[self.data.item])
 
-    def user_mean(self) -> Floats:
-        earlier = self._sum_earlier(self.label)
-        return (earlier + USER_PRIOR * self.base_rate) / (self.num_earlier + USER_PRIOR)
+    def user_mean(self, to_fit: bool = False) -> Floats:
+        """The user's mean so far; `to_fit`: without validation and test targets, which a split by column may put before training ones."""
+        counted = np.ones(self.label.size)
+        if to_fit:
+            counted[np.concatenate([self.val, self.data.targets("test")])] = 0
+        earlier, number = self._sum_earlier(self.label * counted), self._sum_earlier(counted)
+        return (earlier + USER_PRIOR * self.base_rate) / (number + USER_PRIOR)
 
     def item_user_mean(self) -> Floats:
         sum_of_logits = _logit(self.item_mean(ITEM_PRIOR)) + _logit(self.user_mean())
@@ -183,17 +187,17 @@ class _Baselines:
 
     def logistic_regression(self, rows: Rows) -> Floats:
         """(S,) probabilities of the targets `rows`."""
-        return np.asarray(self._ridge.predict_proba(self._one_hot_and_mean[rows])[:, 1])
+        return np.asarray(self._ridge.predict_proba(self._one_hot_and_mean(False)[rows])[:, 1])
 
     @cached_property
     def _ridge(self) -> LogisticRegression:
-        features = self._one_hot_and_mean
+        features, to_fit = self._one_hot_and_mean(False), self._one_hot_and_mean(True)[self.train]
         can_choose = np.unique(self.label[self.val]).size == 2
         best_auc, best = -1.0, LogisticRegression()
         # Without two classes in validation there is nothing to choose by: the weakest ridge.
         for ridge in RIDGE_GRID if can_choose else RIDGE_GRID[-1:]:
             model = LogisticRegression(C=ridge, max_iter=1000)
-            model.fit(features[self.train], self.label[self.train])
+            model.fit(to_fit, self.label[self.train])
             auc = 0.0
             if can_choose:
                 val_scores = model.predict_proba(features[self.val])[:, 1]
@@ -202,13 +206,12 @@ class _Baselines:
                 best_auc, best = auc, model
         return best
 
-    @cached_property
-    def _one_hot_and_mean(self) -> csr_matrix:
+    def _one_hot_and_mean(self, to_fit: bool) -> csr_matrix:
         """(I, U + N + 1): user, item, and the logit of the user's mean so far."""
         index, one = np.arange(self.label.size), np.ones(self.label.size)
         user = csr_matrix((one, (index, self.user)), shape=(index.size, self.data.num_users))
         item = csr_matrix((one, (index, self.data.item)), shape=(index.size, self.data.num_items))
-        mean = csr_matrix(_logit(self.user_mean())[:, None])
+        mean = csr_matrix(_logit(self.user_mean(to_fit))[:, None])
         return csr_matrix(hstack([user, item, mean]))
 
     def _sum_by_item(self, values: Floats) -> Floats:

@@ -142,6 +142,7 @@ def evaluate_run(
         split: split_metrics(run, split, scores),
         "baselines": {split: baselines},
         **({} if run.calibration is None else {"calibration": calibration_facts(run, {split: scores})}),
+        **({"strict_time": True} if strict_time else {}),
         "precision": run.precision,
         "provenance": asdict(run.provenance),
     }

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dti_model.config import DTIConfig, ModelConfig, locate
-from dti_model.data import TextEncoder
+from dti_model.data import Template, TextEncoder
 from dti_model.files import DamagedFileError, read_file, write_json
 from dti_model.model.calibration import Calibration
 from dti_model.prompts import PromptFormat
@@ -205,7 +205,7 @@ def write_card(
         of_run: transformers' configuration of the model, where the folder is a run's `model/`; None: an export.
     """
     text = _head(settings, of_run is not None) + _verdict(description)
-    text += _LIBRARY if of_run is None else _RUN
+    text += _library(description) if of_run is None else _RUN
     if description.plain_transformers:
         calibration = description.calibration or Calibration()
         text += _PLAIN.format(
@@ -246,12 +246,45 @@ _LIBRARY = """
 from dti_model.scorer import Scorer
 
 scorer = Scorer.from_export(".")  # this folder; no prepared data is needed
-history = [({"text": "Toy Story (1995); Animation"}, 1)]  # (item, 1: clicked or 0: not), oldest first
-probabilities = scorer.score(history, [{"text": "Heat (1995); Crime"}, {"text": "Babe (1995); Comedy"}])
+HISTORY
+candidates = [{"text": "Heat (1995); Crime"}, {"text": "Babe (1995); Comedy"}]
+probabilities = scorer.score(history, candidatesMORE)
 ```
 
 `dti.json` has the settings: what [SUM] gets, the tokens around item texts, and the template of item texts.
 """
+# Of facts that are built in; columns of a log have any text.
+_FACTS = {
+    "hour": "20",
+    "weekday": "Friday",
+    "gap": "hours later",
+    "item_rate": "72% of 300",
+    "user_rate": "64% of 150",
+}
+
+
+def _library(description: Description) -> str:
+    """Python that scores with this library, with a context and a profile where the model has been trained with them."""
+    entry, lines, more = '{"text": "Toy Story (1995); Animation"}, 1', [], ""
+    meaning = "(item, 1: clicked or 0: not)"
+    if description.context_rule is not None:
+        rule = description.context_rule
+        names = Template(rule["text"], missing_title=None).columns
+        context = {name: _FACTS[name] if name in rule["built_in"] else "..." for name in names}
+        lines.append(f"context = {context}  # of an interaction; every one has its own")
+        entry, more, meaning = (
+            f"{entry}, context",
+            ", context=context",
+            "(item, 1: clicked or 0: not, context)",
+        )
+    if description.profile_rule is not None:
+        fields = Template(description.profile_rule["text"], missing_title=None).columns
+        lines.append(f"profile = {dict.fromkeys(fields, '...')}  # of the user")
+        more += ", profile=profile"
+    lines.append(f"history = [({entry})]  # {meaning}, oldest first")
+    return _LIBRARY.replace("HISTORY", "\n".join(lines)).replace("MORE", more)
+
+
 _RUN = """
 This folder is the `model/` of a run. `Scorer.from_run(RUN)` and `dti score --run RUN` score it, where RUN is the folder above this
 one. `dti export --run RUN --out FOLDER` makes a folder of its own of it.

@@ -59,7 +59,8 @@ class PromptFormat:
             template: text around `{item}` and `{label}`. Of blanks before the label one is the label's own.
 
         Raises:
-            ValueError: one of the words is not a single token, or a count is out of range.
+            ValueError: one of the words is not a single token, a count is out of range, or the template or the
+                instruction holds [SUM].
         """
         if window < 0 or max_item_tokens < 1:
             raise ValueError(
@@ -80,7 +81,11 @@ class PromptFormat:
             )
         before, rest = template.split(ITEM)
         cue, separator = rest.split(LABEL)
-        around = (_encoded(tokenizer, text) for text in (before, cue.removesuffix(" "), separator))
+        around = [_encoded(tokenizer, text) for text in (before, cue.removesuffix(" "), separator)]
+        if any(sums[0] in tokens for tokens in (prefix, *around)):
+            raise ValueError(
+                f"model.template and model.instruction must not hold {SUM!r}, which stands for targets"
+            )
         return PromptFormat(tuple(prefix), sums[0], labels, window, max_item_tokens, *around)
 
     @property

@@ -5,14 +5,17 @@
     {"text": ["Friday, 20", "minutes later"]}        the finished parts, as `history_of` gives them
 
 Rates come from what is known: {user_rate} from the history that is given, {item_rate} from all interactions of the prepared data, or
-"new". Every fact may also be given by its name: a rate as a text or as (clicks, interactions), a gap in words or in seconds.
+"new". Every fact may also be given by its name, as a text that prompts have (`contexts.py` of the data), a rate as (clicks, interactions),
+a gap in seconds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ from dti_model.data import (
     TextEncoder,
     field_text,
     gap_text,
+    is_value,
     moment_texts,
     rate_text,
 )
@@ -36,6 +40,7 @@ from dti_model.shown import shown
 
 TIMESTAMP = "timestamp"
 _MOST_CHARS = 4096  # of a finished part
+_MOST_COUNT = 2**31
 _MOST_CACHED = 1 << 16  # parts whose tokens are kept
 
 
@@ -47,15 +52,26 @@ class Facts:
         clicks: among the interactions before.
         interactions: before.
         timestamp: of the last one; None: not known.
+        of_last: clicks and interactions that have this time stamp.
     """
 
     clicks: int = 0
     interactions: int = 0
     timestamp: int | None = None
+    of_last: tuple[int, int] = (0, 0)
 
     def after(self, label: int, timestamp: int | None) -> Facts:
         """After one more interaction."""
-        return Facts(self.clicks + int(label), self.interactions + 1, timestamp)
+        same = timestamp is not None and timestamp == self.timestamp
+        clicks, interactions = self.of_last if same else (0, 0)
+        of_last = clicks + int(label), interactions + 1
+        return Facts(self.clicks + int(label), self.interactions + 1, timestamp, of_last)
+
+    def counts(self, timestamp: int | None) -> tuple[int, int]:
+        """Clicks and interactions of earlier time stamps than this one; None: of all that came before."""
+        if timestamp is None or timestamp != self.timestamp:
+            return self.clicks, self.interactions
+        return self.clicks - self.of_last[0], self.interactions - self.of_last[1]
 
 
 class ContextTokens:
@@ -89,7 +105,15 @@ class ContextTokens:
         if not isinstance(fields, Mapping):
             raise ItemError(f"context must be fields by name, got {shown(context)}")
         timestamp = _timestamp(fields)
+        if timestamp is not None and facts.timestamp is not None and timestamp < facts.timestamp:
+            raise ItemError(
+                f"context {TIMESTAMP} {timestamp} is earlier than that of the interaction before, {facts.timestamp}"
+            )
         if FINISHED in fields:
+            if others := fields.keys() - {FINISHED, TIMESTAMP}:
+                raise ItemError(
+                    f"context has finished parts, {FINISHED}, and also {shown(min(others))}: give one of them"
+                )
             parts = self._finished(fields[FINISHED])
         else:
             values = self._values(fields, facts, item, timestamp)
@@ -140,15 +164,7 @@ class ContextTokens:
 
     def _said(self, name: str, value: Any) -> str:
         if name in self._built_in:
-            if (
-                name == "gap"
-                and isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and value >= 0
-            ):
-                return gap_text(value)
-            if name.endswith("_rate") and isinstance(value, (list, tuple)):
-                return _rate(name, value)
+            return _fact(name, value)
         check_texts({name: value})
         try:
             return field_text(name, value, self._rule.get("max_chars", MAX_CHARS))
@@ -158,7 +174,7 @@ class ContextTokens:
     def _implied(self, name: str, facts: Facts, item: int | None, timestamp: int | None) -> str:
         """A built-in fact that nobody gave."""
         if name == "user_rate":
-            return rate_text(facts.clicks, facts.interactions)
+            return rate_text(*facts.counts(timestamp))
         if name == "item_rate":
             return rate_text(0, 0) if item is None else rate_text(*self._item_counts[:, item].tolist())
         if name == "gap" and not facts.interactions:
@@ -171,7 +187,7 @@ class ContextTokens:
             )
         if name == "gap":
             assert facts.timestamp is not None
-            return gap_text(max(0, self._seconds(timestamp) - self._seconds(facts.timestamp)))
+            return gap_text(self._seconds(timestamp) - self._seconds(facts.timestamp))
         return moment_texts(self._seconds(timestamp), self._rule["timezone"])[name]
 
     def _seconds(self, timestamp: int) -> int:
@@ -249,8 +265,24 @@ def _timestamp(fields: Mapping[str, Any]) -> int | None:
     return int(value)
 
 
-def _rate(name: str, value: Sequence[Any]) -> str:
-    whole = len(value) == 2 and all(isinstance(x, (int, np.integer)) for x in value)
-    if not whole or not 0 <= value[0] <= value[1]:
-        raise ItemError(f"context {name} must be (clicks, interactions) or a text, got {shown(value)}")
-    return rate_text(int(value[0]), int(value[1]))
+def _fact(name: str, value: Any) -> str:
+    """The text of a built-in fact that was given."""
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if name == "gap" and number and value >= 0:
+        return gap_text(float(value))
+    if name == "hour" and isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        value = str(value)
+    if name.endswith("_rate") and isinstance(value, (list, tuple)):
+        counts = value if len(value) == 2 and all(isinstance(x, (int, np.integer)) for x in value) else (1, 0)
+        if not 0 <= counts[0] <= counts[1] < _MOST_COUNT:
+            raise ItemError(f"context {name} must be (clicks, interactions) or a text, got {shown(value)}")
+        return rate_text(int(counts[0]), int(counts[1]))
+    if not isinstance(value, str) or not is_value(name, value):
+        ways = {
+            "hour": "0 to 23",
+            "weekday": "Monday to Sunday",
+            "gap": f"seconds, or words such as {gap_text(60)!r}",
+        }
+        must = ways.get(name, f"(clicks, interactions), or a text such as {rate_text(7, 10)!r}")
+        raise ItemError(f"context {name} must be {must}, got {shown(value)}")
+    return value

@@ -105,10 +105,11 @@ class RequestReader:
 
     def _candidate(self, item: Candidate, context: Mapping[str, Any] | None, facts: Facts) -> IntArray:
         if self._contexts is not None and isinstance(item, Mapping) and item.keys() == {"item", "context"}:
-            own = item["context"]
-            if not isinstance(own, Mapping):
-                raise ItemError(f"context must be fields by name, got {shown(own)}")
-            return self._text(item["item"], {**(context or {}), **own}, facts)[0]
+            own, shared = item["context"], {} if context is None else context
+            for one in (own, shared):
+                if not isinstance(one, Mapping):
+                    raise ItemError(f"context must be fields by name, got {shown(one)}")
+            return self._text(item["item"], {**shared, **own}, facts)[0]
         return self._text(item, context, facts)[0]
 
     def _text(self, item: Any, context: Any, facts: Facts) -> tuple[IntArray, int | None]:

@@ -26,6 +26,7 @@ from dti_model.training.start import (
     find_checkpoint,
     precision_of,
     run_folder_of,
+    with_template_of_run,
 )
 from dti_model.training.trainer import StreamTrainer
 
@@ -52,7 +53,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         NonFiniteLossError: training diverged.
         ValueError: FSDP2 cannot shard this model; or `optim.precision` auto is another precision on another rank.
     """
-    config = config.located()
+    config = with_template_of_run(config.located())
     _check_splits(PreparedData.open(config.data), config)
     let_settings_rule()
     device = join_ranks()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dti_model.config import CONFIG_FILE, TrainConfig, is_run_config, why_owned
+from dti_model.config import CONFIG_FILE, ConfigFileError, TrainConfig, is_run_config, why_owned
 from dti_model.evaluation import OLDER_PREDICTION_COLUMNS, PREDICTION_COLUMNS, REPORT_MARK
 from dti_model.files import CHECKSUMS_FILE, locked, opened, read_checksums
 from dti_model.model import MODEL_FOLDER, OtherOriginError, Provenance, RunExistsError, check_model_is_ours
@@ -242,3 +243,15 @@ def check_same_origin(checkpoint: Path, now: Provenance) -> None:
             f"{changed} changed after {checkpoint} had been written: going on would mix two runs. Put the former back, or train "
             "into another --out"
         )
+
+
+def with_template_of_run(config: TrainConfig) -> TrainConfig:
+    """The settings, with the prompt template of the run to go on with where they name none: its default was another one once."""
+    path = config.out / CONFIG_FILE
+    if config.model.template is not None or config.model.pretrained is None or not path.is_file():
+        return config
+    try:
+        template = TrainConfig.load(config.out).model.template
+    except ConfigFileError:  # which those say who read it next
+        return config
+    return replace(config, model=replace(config.model, template=template))

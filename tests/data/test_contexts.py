@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 
 from dti_model.cli import main
-from dti_model.data import DataError, PreparedData, gap_text, moment_texts, prepare, rate_text
+from dti_model.data import (
+    TEST,
+    TRAIN,
+    VAL,
+    DataError,
+    PreparedData,
+    contexts,
+    gap_text,
+    moment_texts,
+    prepare,
+    rate_text,
+)
 from dti_model.data.coded_texts import Column, coded_texts
 from dti_model.data.contexts import BUILT_IN, RowFacts
 from dti_model.data.sources.movielens import MovieLens
@@ -27,13 +38,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 
 def test_contexts_by_a_plain_loop(data: PreparedData) -> None:
-    """Hours of the zone's clock, devices of the log, gaps and rates of what came before in the global order."""
+    """Hours of the zone's clock, devices of the log, gaps, and rates of what has an earlier time stamp."""
     rows = some_rows()
     stamps = sorted(
         range(len(rows)), key=lambda i: (rows[i]["timestamp"], rows[i]["user"], rows[i]["item"], i)
     )
-    items: dict[str, list[int]] = {}
-    users: dict[str, list[int]] = {}
+    items: dict[str, list[tuple[int, int]]] = {}
+    users: dict[str, list[tuple[int, int]]] = {}
     last: dict[str, int] = {}
     wanted = {}
     for place in stamps:
@@ -45,11 +56,11 @@ def test_contexts_by_a_plain_loop(data: PreparedData) -> None:
             f"{moment:%A}, {moment.hour}",
             row["device"],
             gap,
-            rate_text(sum(of_item), len(of_item)),
-            rate_text(sum(of_user), len(of_user)),
+            rate(of_item, row["timestamp"]),
+            rate(of_user, row["timestamp"]),
         ]
-        of_item.append(row["liked"])
-        of_user.append(row["liked"])
+        of_item.append((row["timestamp"], row["liked"]))
+        of_user.append((row["timestamp"], row["liked"]))
         last[row["user"]] = row["timestamp"]
     assert data.contexts is not None
     found = {}
@@ -63,6 +74,32 @@ def test_contexts_by_a_plain_loop(data: PreparedData) -> None:
         "hours later",
         "days later",
     }
+
+
+def rate(earlier: list[tuple[int, int]], time: int) -> str:
+    labels = [label for stamp, label in earlier if stamp < time]
+    return rate_text(sum(labels), len(labels))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_rates_do_not_depend_on_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks end where time stamps do, also where all are equal."""
+    rng = np.random.default_rng(0)
+    for times in (np.sort(rng.integers(0, 40, 300)), np.zeros(300, np.int64)):
+        item, label = rng.integers(0, 5, 300).astype(np.int32), rng.integers(0, 2, 300).astype(np.int8)
+        split = rng.integers(0, 4, 300).astype(np.int8)
+        split[250:] = rng.choice([0, VAL, TEST], 50)
+        facts = RowFacts(np.array([0, 300]), item, label, times, np.arange(300), split, "seconds", "UTC", "")
+        monkeypatch.setattr(contexts, "_CHUNK", chunk)
+        column = BUILT_IN["item_rate"](facts)
+        for row in range(300):
+            known = (times < times[row]) & (item == item[row])
+            if (
+                row <= np.flatnonzero(split == TRAIN)[-1]
+            ):  # what training reads knows nothing of validation and test
+                known &= split < VAL
+            wanted = rate_text(int(label[known].sum()), int(known.sum()))
+            assert column.values[column.codes[row]] == wanted
 
 
 def test_profiles_follow_the_users_file(data: PreparedData) -> None:
@@ -125,6 +162,7 @@ def test_moments_follow_the_season_and_the_zone() -> None:
             np.zeros(5, np.int8),
             seconds,
             np.arange(5),
+            np.zeros(5, np.int8),
             "seconds",
             zone,
             "",
@@ -216,6 +254,15 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "twice.csv:18: a second row of user 'u02', whose first is in line 4. Keep one row a user" in line
     empty = write_csv(tmp_path / "empty.csv", [*some_users(), {"user": " ", "gender": "F", "age": 1}])
     assert "empty.csv:18: user must not be empty" in error("--users", str(empty), "--user-text", "{age}")
+    strangers = write_csv(tmp_path / "strangers.csv", [{"user": "nobody", "gender": "F", "age": 1}])
+    line = error("--users", str(strangers), "--user-text", "{age}")
+    assert "strangers.csv: lists none of the 16 users of" in line
+    assert "means finished parts: rename that column" in error("--context-text", "{text}")
+    assert "rename that column" in error("--context-text", "{timestamp}")
+    rows = [{**row, "timestamp": "0001-01-01T00:30:00"} for row in some_rows()]
+    base[3] = str(write_csv(tmp_path / "edge.csv", rows))
+    line = error("--context-text", "{hour}", "--timezone", "America/New_York")
+    assert "is at the edge of the years 1 to 9999" in line
     old = write_csv(tmp_path / "old.csv", [{**row, "timestamp": i} for i, row in enumerate(some_rows())])
     base[3] = str(old)
     assert "cannot be read as dates" in error("--context-text", "{hour}")

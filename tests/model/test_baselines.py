@@ -94,3 +94,16 @@ def test_one_class_is_refused(tmp_path: Path) -> None:
         baseline_scores(data, "test")
     with pytest.raises(DataError, match="split must be one of"):
         baseline_scores(data, "dev")
+
+
+def test_a_split_by_column_fits_no_label_of_a_test_target(tmp_path: Path) -> None:
+    """Users' means of training targets behind a test target held its label, which logistic regression learnt."""
+    data = _prepared(tmp_path, some_ratings(40))
+    rng = np.random.default_rng(0)
+    data.split = np.where(data.split == 0, 0, rng.integers(1, 4, len(data.split))).astype(np.int8)
+    before, rows, label = baseline_scores(data, "test"), data.targets("test"), data.label
+    for place in (3, 20, len(rows) - 1):
+        data.label = label.copy()
+        data.label[rows[place]] = 1 - label[rows[place]]
+        after = baseline_scores(data, "test")
+        assert [name for name in LINES if after[name][place] != before[name][place]] == []

@@ -149,3 +149,28 @@ def test_a_context_reaches_its_own_sum_and_later_ones_only(tmp_path: Path) -> No
     assert same[rows < place].all()
     assert not same[rows == place].any()
     assert not same[(rows > place) & (rows <= place + WINDOW)].any()
+
+
+def test_strict_scores_do_not_move_with_labels_of_the_same_time(tmp_path: Path) -> None:
+    """Rates in the target's own context once counted them."""
+    data = text_data(tmp_path / "a")
+    run = run_over(data)
+    rows = np.arange(len(data.item))
+    first = np.flatnonzero((data.timestamp[1:] == data.timestamp[:-1]) & (np.diff(data.users_of(rows)) == 0))
+    before = int(first[len(first) // 2])
+    log = some_rows()
+    moment = data.user_ids[data.users_of(np.array([before]))[0]], int(data.timestamp[before])
+    for row in log:
+        if (row["user"], row["timestamp"]) == moment:
+            row["liked"] = 1 - row["liked"]
+    other = text_data(tmp_path / "b", text_files(tmp_path / "b" / "raw", log))
+    of_moment = (data.timestamp == moment[1]) & (data.users_of(rows) == data.users_of(np.array([before]))[0])
+    assert of_moment.sum() > 1
+    assert (data.label != other.label).tolist() == of_moment.tolist()
+    strict, plain = ([
+        score_targets(run.model, run.config.dti, PromptBuilder(of, run.tokenizer, run.builder.format), rows[of_moment],
+                      token_budget=1, strict_time=is_strict)
+        for of in (data, other)
+    ] for is_strict in (True, False))  # fmt: skip
+    assert (strict[0] == strict[1]).all()
+    assert (plain[0] != plain[1])[1:].all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from dti_model.config import GLUED, ModelConfig, TrainConfig
 from dti_model.config.older import as_it_began
 from dti_model.model.fingerprints import settings_fingerprint
 from dti_model.prompts import PromptFormat
+from dti_model.training.start import with_template_of_run
 from tests.model.pretrained_files import small_tokenizer
 
 
@@ -86,3 +88,13 @@ def test_runs_from_before_there_was_a_choice_keep_their_prompts() -> None:
     assert settings_fingerprint(older) == "46f4c1d87a6949dc22d219c59eac61f46ba54987c95f79919650488239895ba7"
     newer = TrainConfig(Path("d"), Path("o"), model=ModelConfig(pretrained="/x", instruction="Hi"))
     assert settings_fingerprint(newer) != settings_fingerprint(older)
+
+
+def test_an_interrupted_run_goes_on_with_its_template(tmp_path: Path) -> None:
+    """Of a version without templates, and with the same command, which names none."""
+    older = TrainConfig(tmp_path, tmp_path / "run", model=ModelConfig(pretrained="/x", template=GLUED))
+    older.save(older.out)
+    same = replace(older, model=ModelConfig(pretrained="/x"))
+    assert with_template_of_run(same).model.template == GLUED
+    fresh = replace(same, out=tmp_path / "other")
+    assert with_template_of_run(fresh) == fresh

@@ -98,6 +98,16 @@ def test_what_is_refused(scorer: Scorer) -> None:
         ({"context": {**good, "devise": 1}}, "context has a field 'devise', which no template names"),
         ({"context": {**good, "timestamp": "noon"}}, "context timestamp must be an integer in the unit"),
         ({"context": {**good, "timestamp": 10**13}}, "is not of the years 1970 to 3058"),
+        ({"context": {**good, "item_rate": [10**30, 10**30]}}, r"must be \(clicks, interactions\) or a text"),
+        ({"context": {**good, "item_rate": 0.7}}, r"or a text such as '70% of 10'"),
+        ({"context": {**good, "gap": -5}}, "context gap must be seconds, or words such as 'minutes later'"),
+        ({"context": {**good, "gap": float("nan")}}, "context gap must be seconds"),
+        ({"context": {**good, "hour": 99}}, "context hour must be 0 to 23"),
+        ({"context": {**good, "weekday": "Freitag"}}, "context weekday must be Monday to Sunday"),
+        (
+            {"context": {"text": [*"abcde"], "device": "x"}},
+            "context has finished parts, text, and also 'device'",
+        ),
         ({"context": {**good, "item_rate": [3, 2]}}, r"must be \(clicks, interactions\) or a text"),
         ({"context": {"text": ["a"]}}, "context text must be a list of 5 texts"),
         ({"context": {"text": ["a" * 5000, *"bcde"]}}, "a part of a context has at most 4,096 characters"),
@@ -118,6 +128,11 @@ def test_what_is_refused(scorer: Scorer) -> None:
     entry = ("i01", 1, {"text": ["", "", "", "", ""]})
     with pytest.raises(ItemError, match="context lacks gap, or a timestamp .and of the interaction before"):
         scorer.score([entry], ["i02"], context=good)
+    later = ("i01", 1, {**good, "timestamp": 1_600_000_001})
+    with pytest.raises(ItemError, match="1600000000 is earlier than that of the interaction before"):
+        scorer.score([later], ["i02"], context=good)
+    with pytest.raises(ItemError, match=r"candidates\[0\]: context must be fields by name"):
+        scorer.score([], [{"item": "i01", "context": {}}], context=[1])  # type: ignore[arg-type]
     with pytest.raises(ItemError, match="user and profile belong to the history"):
         scorer.score(scorer.encode([]), ["i01"], user="u01", context=good)
     assert scorer.score([], ["i01"], user="somebody", context=good) == scorer.score([], ["i01"], context=good)

@@ -190,7 +190,7 @@ class CustomFiles:
             return unit
         if unit == DATES:
             raise DataError(
-                f"{self.interactions}: column {self.timestamp} holds dates, which have no unit: leave timestamp_unit (--timestamp-unit) out"
+                f"{self.interactions}: column {self.timestamp} holds dates, which have no unit: leave timestamp_unit out"
             )
         return unit.replace(OF_FILE, self.timestamp_unit)
 

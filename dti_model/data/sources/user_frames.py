@@ -72,15 +72,25 @@ class UserTexts:
         """As stats.json has it."""
         return {"text": self.template.template, "max_chars": self.max_chars}
 
-    def coded(self, users: pl.Series) -> tuple[CodedTexts, int]:
-        """Profiles in the order of `users`, and how many of these have none."""
+    def coded(self, users: pl.Series, interactions: Path) -> tuple[CodedTexts, int]:
+        """Profiles in the order of `users`, and how many of these have none.
+
+        Raises:
+            DataError: no user of the file of `interactions` has one.
+        """
+        without = sum(user not in self.values for user in users)
+        if without == len(users):
+            raise DataError(
+                f"{self.path}: lists none of the {without:,} users of {interactions}, such as {users[0]!r}. Do the two files belong "
+                "together, and are the user columns the right ones?"
+            )
         missing = ("",) * len(self.template.columns)
         rows = [self.values.get(user, missing) for user in users]
         columns = {}
         for name, column in zip(self.template.columns, zip(*rows)):
             values, codes = np.unique(np.array(column, object), return_inverse=True)
             columns[name] = Column(codes.astype(np.int32), [str(value) for value in values])
-        return coded_texts(self.template, columns, len(rows)), sum(user not in self.values for user in users)
+        return coded_texts(self.template, columns, len(rows)), without
 
 
 def read_users(path: Path, key: str, text: str, max_chars: int) -> UserTexts:
