@@ -2,7 +2,7 @@
 # `make test-floors` and `make test-newest` test the oldest and the newest versions that pyproject.toml allows, each in a venv of its own.
 PYTHON ?= python3
 VENV ?= .venv
-DATA ?= data/ml-100k
+DATA ?= data/quickstart
 RUN ?= runs/quickstart
 # The versions that the suite was last run with (constraints/README.md). CONSTRAINTS= installs the newest.
 CONSTRAINTS ?= constraints.txt
@@ -15,7 +15,7 @@ TORCH_CPU = https://download.pytorch.org/whl/cpu
 
 quickstart: install
 	$(VENV)/bin/python -c 'from dti_model.data import PreparedData; PreparedData.open("$(DATA)")' 2>/dev/null || \
-	  $(VENV)/bin/dti prepare ml-100k --out $(DATA)
+	  $(VENV)/bin/dti prepare ml-100k --out $(DATA) --context-text "{item_rate}"
 	@if test -f $(RUN)/metrics.json; then \
 	  echo "$(RUN) holds a finished run: delete it, or name another folder: make quickstart RUN=runs/another"; \
 	else \
