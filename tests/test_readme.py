@@ -63,11 +63,26 @@ def test_the_sentence_about_the_quickstart_is_that_of_its_record() -> None:
     """It once said that a model below the baselines has not learnt the task and that every run says so, above a test GAUC below all of
     them, of which the run said nothing."""
     metrics = json.loads(report.QUICKSTART.read_text())["metrics"]
-    model, baselines = metrics["test"], metrics["baselines"]["test"].values()
-    assert "This one beats all four\nin test AUC and log loss." in TEXT
+    model, lines = metrics["test"], dict(metrics["baselines"]["test"])
+    boosting = lines.pop("gradient_boosting")
+    assert "The fifth and strongest line, gradient boosting, beats it in all three." in TEXT
+    assert boosting["auc"] > model["auc"]
+    assert boosting["log_loss"] < model["log_loss"]
+    assert boosting["gauc"] > model["gauc"]
+    baselines = lines.values()
+    assert "This one beats those four\nin test AUC and log loss." in TEXT
     assert len(baselines) == 4
     assert all(model["auc"] > each["auc"] and model["log_loss"] < each["log_loss"] for each in baselines)
     said = re.search(r"Its test GAUC, (0\.\d{4}), is below all four", TEXT)
     assert said
     assert said[1] == f"{model['gauc']:.4f}"
     assert all(model["gauc"] < each["gauc"] for each in baselines)
+
+
+def test_what_strict_time_costs_is_that_of_its_record() -> None:
+    plain = json.loads(report.QUICKSTART.read_text())["metrics"]
+    strict = json.loads((report.RESULTS / "quickstart-strict.json").read_text())
+    assert strict["strict_time"]
+    assert strict["provenance"] == plain["provenance"]
+    said = f"test AUC is {plain['test']['auc']:.4f} without and {strict['test']['auc']:.4f} with it"
+    assert said in TEXT.replace("\n", " ")

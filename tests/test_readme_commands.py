@@ -117,9 +117,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = tmp_path_factory.mktemp("raw")
     for name, context in (("ml-100k", None), ("quickstart", "{item_rate}")):
         write_1m(raw, some_ratings(60))
-        prepare(
-            *("ml-1m", folder / "data" / name, raw), subset=True, vocab_size=400, context_text=context
-        )
+        prepare(*("ml-1m", folder / "data" / name, raw), subset=True, vocab_size=400, context_text=context)
     for path, name in zip(
         write_amazon(raw, some_ratings(60)), ("Gift_Cards_5.json.gz", "meta_Gift_Cards.json.gz")
     ):
@@ -152,9 +150,7 @@ def test_commands_run_as_they_are_pasted(checkout: Path) -> None:
         for beginning, appended in chain.items():
             for command in named(beginning):
                 if beginning == "make quickstart" and shutil.which("make") is None:
-                    command = (
-                        "dti train --data data/quickstart --out runs/quickstart --config configs/quickstart.yaml"
-                    )
+                    command = "dti train --data data/quickstart --out runs/quickstart --config configs/quickstart.yaml"
                 done = paste(command + appended, checkout)
                 if done.returncode:
                     failures.append(
