@@ -156,7 +156,7 @@ def test_a_published_split(tmp_path: Path) -> None:
     without = {"train": 0, "val": 0, "test": 0}
     assert stats["split_rule"] == {"column": "part", "without_context": without}
     # Beside another column that contexts are made of.
-    prepare(files, tmp_path / "out", min_context=0, vocab_size=270, context_text="{user} at {timestamp}")
+    prepare(files, tmp_path / "out", min_context=0, vocab_size=270, context_text="{user} sees {item}")
     data = PreparedData.open(tmp_path / "out")
     assert (data.split.tolist(), data.timestamp[3]) == (wanted, 3)
     # The rows of times 0 to 2 become context: one each of train, of none and of val.
