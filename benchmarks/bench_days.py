@@ -31,19 +31,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from transformers import set_seed
 from transformers.utils import logging
 
-from benchmarks.quality import Floats, auc_difference
+from benchmarks.quality import Floats, auc_difference, started
 from benchmarks.recording import DOUBTFUL, SCRATCH, Rows, make_parser, parse_measuring
 from dti_model.config import ModelConfig, OptimConfig, TrainConfig
-from dti_model.data import CONTEXT, STATS_FILE, PreparedData
+from dti_model.data import CONTEXT, STATS_FILE, Clock, PreparedData
 from dti_model.evaluation import click_metrics, score_targets
 from dti_model.files import without_nan, write_json
 from dti_model.model import MODEL_FOLDER, Run
-from dti_model.prompts import PackedPrompts
-from dti_model.training import trainer_of, training_arguments
 
 CONTINUED, ANEW, ALONE = "continued", "anew", "left alone"
 MOST_COST, MOST_LOSS = 0.1, 0.002
@@ -91,12 +87,8 @@ class Days:
     @staticmethod
     def of(source: PreparedData, first: datetime.datetime, period: float) -> Days:
         """Of a data set; `period` in days."""
-        scale = {"seconds": 1, "milliseconds": 1000}.get(source.stats["timestamp_unit"])
-        if scale is None:
-            raise ValueError(
-                f"{source.path}: its time stamps are {source.stats['timestamp_unit']}, no seconds"
-            )
-        return Days(source, source.timestamp // scale, int(first.timestamp()), round(period * _DAY))
+        seconds = Clock.of(source.stats, str(source.path)).seconds(source.timestamp)
+        return Days(source, seconds, int(first.timestamp()), round(period * _DAY))
 
     def bounds(self, day: int) -> tuple[int, int]:
         """The first second of a period, and that of the next one."""
@@ -184,12 +176,7 @@ class Bench:
         shutil.rmtree(folder, ignore_errors=True)
         config = self._config(arm, day, folder)
         start = time.perf_counter()
-        torch.use_deterministic_algorithms(True)
-        set_seed(config.seed)
-        run = Run.start(config)
-        trainer = trainer_of(run, training_arguments(config))
-        dataset = trainer.train_dataset
-        assert isinstance(dataset, PackedPrompts)
+        run, trainer, dataset = started(config)
         trainer.train()
         run.save_model(folder / MODEL_FOLDER)
         seconds = time.perf_counter() - start

@@ -28,7 +28,7 @@ from dti_model.files import whole_folder, write_json
 from dti_model.model import MODEL_FOLDER, Run, apply_dti, model_from
 from dti_model.precision import Resolved
 from dti_model.prompts import PackedPrompts, Prompts
-from dti_model.training import trainer_of, training_arguments
+from dti_model.training import StreamTrainer, trainer_of, training_arguments
 
 CELL_FILE = "cell.json"
 SCORING_BUDGET = 8192
@@ -153,6 +153,17 @@ def train_config(cell: Cell, data: Path, out: Path) -> TrainConfig:
     return replace(config, optim=replace(config.optim, token_budget=budget))
 
 
+def started(config: TrainConfig) -> tuple[Run, StreamTrainer, PackedPrompts]:
+    """A run with its trainer and its prompts, from its seed, before the first step."""
+    torch.use_deterministic_algorithms(True)
+    set_seed(config.seed)
+    run = Run.start(config)
+    trainer = trainer_of(run, training_arguments(config))
+    dataset = trainer.train_dataset
+    assert isinstance(dataset, PackedPrompts)
+    return run, trainer, dataset
+
+
 def run_cell(cell: Cell, data: Path, folder: Path) -> dict[str, Any]:
     """Train a cell and score validation, unless that is done; the content of its `cell.json`."""
     path = folder / CELL_FILE
@@ -160,12 +171,7 @@ def run_cell(cell: Cell, data: Path, folder: Path) -> dict[str, Any]:
         return _read(path)
     shutil.rmtree(folder, ignore_errors=True)  # a killed run starts again: cells are short
     config = train_config(cell, data, folder)
-    torch.use_deterministic_algorithms(True)
-    set_seed(cell.seed)
-    run = Run.start(config)
-    trainer = trainer_of(run, training_arguments(config))
-    dataset = trainer.train_dataset
-    assert isinstance(dataset, PackedPrompts)
+    run, trainer, dataset = started(config)
     if not cell.mixed:
         dataset = UserBatches(run.builder, dataset.prompts, dataset.token_budget, cell.seed)
         trainer.train_dataset = dataset

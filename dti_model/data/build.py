@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from dti_model.data.arrow_file import write_table
 from dti_model.data.coded_texts import CodedTexts
-from dti_model.data.contexts import RowFacts, check_timezone
+from dti_model.data.contexts import check_timezone
 from dti_model.data.errors import DataError
 from dti_model.data.folder import (
     FORMAT_VERSION,
@@ -34,7 +34,7 @@ from dti_model.data.folder import (
     write_stats,
 )
 from dti_model.data.index import Indexed, index_rows
-from dti_model.data.row_texts import context_template, contexts_of
+from dti_model.data.row_texts import context_template, contexts_of, facts_of
 from dti_model.data.sources import RawData, Source, source_in_folder
 from dti_model.data.split import (
     CONTEXT,
@@ -296,17 +296,7 @@ def _row_texts(
     """Contexts of interactions and profiles of users, each with its rule, where there are any."""
     found: dict[str, tuple[CodedTexts, dict[str, Any]]] = {}
     if rules.context_text is not None:
-        facts = RowFacts(
-            offsets=data.offsets,
-            item=columns["item"],
-            label=columns["label"],
-            timestamp=columns["timestamp"],
-            by_time=np.argsort(columns["order"]),
-            split=columns["split"],
-            unit=raw.timestamp_unit,
-            timezone=rules.timezone,
-            place=str(raw.interactions_path),
-        )
+        facts = facts_of(raw, data, columns, rules.timezone)
         found["context"] = contexts_of(context_template(rules.context_text), facts, data.extra)
     if raw.profiles is not None:
         profiles, without = raw.profiles.coded(data.users, raw.interactions_path)

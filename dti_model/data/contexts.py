@@ -44,6 +44,8 @@ GAPS = {
     365 * 86_400: "years later",
 }
 FIRST = "first of all"  # nothing was before
+_GAP_TEXTS = (FIRST, *GAPS.values())
+_GAP_STEPS = np.array(list(GAPS))
 NEW = "new"  # of an item or user without an earlier interaction
 _PERCENT = 2  # steps of a rate
 _COUNTS = np.array(
@@ -112,9 +114,9 @@ def gaps(facts: RowFacts) -> Column:
     """Time since the interaction before, in words."""
     seconds = facts.seconds()
     since = np.diff(seconds, prepend=seconds[:1])
-    codes = np.searchsorted(np.array(list(GAPS)), since, side="right").astype(np.int32)
+    codes = np.searchsorted(_GAP_STEPS, since, side="right").astype(np.int32)
     codes[facts.offsets[:-1]] = 0
-    return Column(codes, [FIRST, *GAPS.values()])
+    return Column(codes, _GAP_TEXTS)
 
 
 def item_rates(facts: RowFacts) -> Column:
@@ -143,7 +145,7 @@ def is_value(name: str, text: str) -> bool:
     values: Mapping[str, Collection[str]] = {
         "hour": HOURS,
         "weekday": WEEKDAYS,
-        "gap": (FIRST, *GAPS.values()),
+        "gap": _GAP_TEXTS,
     }
     return text in values.get(name, _RATE_TEXTS)
 
@@ -155,7 +157,7 @@ def gap_text(seconds: float) -> str:
         >>> gap_text(75)
         'minutes later'
     """
-    return [FIRST, *GAPS.values()][np.searchsorted(np.array(list(GAPS)), seconds, side="right")]
+    return _GAP_TEXTS[np.searchsorted(_GAP_STEPS, seconds, side="right")]
 
 
 def rate_text(clicks: int, shown: int) -> str:
@@ -192,11 +194,10 @@ def check_timezone(name: str) -> None:
 def _local(seconds: Rows, timezone: str) -> npt.NDArray[Any]:
     """Seconds of the local clock since 1970: UTC's with the offset of the day and the season."""
     zone = ZoneInfo(timezone)
-    hours_, places = np.unique(
-        seconds // 900, return_inverse=True
-    )  # no zone changes within a quarter of an hour
-    offsets = np.empty(len(hours_), np.int64)
-    for place, quarter in enumerate(hours_.tolist()):
+    # No zone changes within a quarter of an hour.
+    quarters, places = np.unique(seconds // 900, return_inverse=True)
+    offsets = np.empty(len(quarters), np.int64)
+    for place, quarter in enumerate(quarters.tolist()):
         try:
             offset = datetime.datetime.fromtimestamp(quarter * 900, zone).utcoffset()
         except (OverflowError, ValueError, OSError):

@@ -25,7 +25,6 @@ from tokenizers import Tokenizer
 
 from dti_model.data.build import columns_of, counts_of, locked_place, split_stats, write_prepared
 from dti_model.data.coded_texts import CodedTexts
-from dti_model.data.contexts import RowFacts
 from dti_model.data.errors import DataError
 from dti_model.data.folder import (
     FORMAT_VERSION,
@@ -34,7 +33,7 @@ from dti_model.data.folder import (
     check_replaceable,
 )
 from dti_model.data.index import Indexed, count_duplicates, sort_rows
-from dti_model.data.row_texts import context_template, contexts_of
+from dti_model.data.row_texts import context_template, contexts_of, facts_of
 from dti_model.data.rules import FolderRules
 from dti_model.data.sources import CustomFiles, IdTable, RawData
 from dti_model.data.split import CONTEXT, TEST, TRAIN, VAL, cut_by_time
@@ -108,7 +107,7 @@ def _extended(data: PreparedData, raw: RawData, rule: SplitRule, out: Path) -> d
         _check_dates(raw, indexed.timestamp[is_new], split[is_new])
     label = (indexed.rating > data.stats["threshold"]).view(np.int8)
     columns = columns_of(indexed, label, by_time, split)
-    row_texts = _row_texts(data, raw, merged, columns, by_time)
+    row_texts = _row_texts(data, raw, merged, columns)
     counts = counts_of(raw, indexed, columns)
     counts["missing_titles"] += data.stats.get("missing_titles", 0)
     stats = {
@@ -302,23 +301,11 @@ def _split(
     return split, since
 
 
-def _row_texts(
-    data: PreparedData, raw: RawData, merged: _Merged, columns: _Columns, by_time: npt.NDArray[np.int64]
-) -> dict[str, CodedTexts]:
+def _row_texts(data: PreparedData, raw: RawData, merged: _Merged, columns: _Columns) -> dict[str, CodedTexts]:
     """Contexts of interactions and profiles of users, where the older folder has them; older rows and users keep theirs."""
     indexed, found = merged.indexed, dict[str, CodedTexts]()
     if data.context_rule is not None and data.contexts is not None:
-        facts = RowFacts(
-            offsets=indexed.offsets,
-            item=indexed.item,
-            label=columns["label"],
-            timestamp=indexed.timestamp,
-            by_time=by_time,
-            split=columns["split"],
-            unit=raw.timestamp_unit,
-            timezone=data.context_rule["timezone"],
-            place=str(raw.interactions_path),
-        )
+        facts = facts_of(raw, indexed, columns, data.context_rule["timezone"])
         made, _ = contexts_of(context_template(data.context_rule["text"]), facts, indexed.extra)
         found["context"] = _with_older(made, data.contexts, merged.place)
     if data.profiles is not None:

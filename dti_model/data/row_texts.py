@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,10 @@ from dti_model.data.contexts import BUILT_IN, OF_TIME, RowFacts
 from dti_model.data.errors import DataError
 from dti_model.data.texts import FINISHED, MAX_CHARS, Template, clean_text, shorten
 from dti_model.data.times import Clock
+
+if TYPE_CHECKING:
+    from dti_model.data.index import Indexed
+    from dti_model.data.sources import RawData
 
 
 def context_template(text: str) -> Template:
@@ -32,6 +37,23 @@ def context_template(text: str) -> Template:
                 "the log and in the template"
             )
     return template
+
+
+def facts_of(raw: RawData, data: Indexed, columns: Mapping[str, npt.NDArray[Any]], timezone: str) -> RowFacts:
+    """What the log implies of rows whose columns of interactions.arrow are known."""
+    by_time = np.empty_like(columns["order"])
+    by_time[columns["order"]] = np.arange(by_time.size)
+    return RowFacts(
+        offsets=data.offsets,
+        item=columns["item"],
+        label=columns["label"],
+        timestamp=columns["timestamp"],
+        by_time=by_time,
+        split=columns["split"],
+        unit=raw.timestamp_unit,
+        timezone=timezone,
+        place=str(raw.interactions_path),
+    )
 
 
 def contexts_of(

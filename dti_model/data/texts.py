@@ -125,6 +125,10 @@ class Template:
         parts = (self.render_part(index, shown) for index in range(len(self._parts)))
         return "; ".join(part for part in parts if part is not None).strip()
 
+    def parts(self, values: Mapping[str, str]) -> list[str]:
+        """All parts, "" for those that are left out; `values` as in `render`."""
+        return [self.render_part(index, values) or "" for index in range(len(self._parts))]
+
     def render_part(self, index: int, values: Mapping[str, str]) -> str | None:
         """One part, between two semicolons; None: it is left out.
 

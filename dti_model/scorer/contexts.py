@@ -116,12 +116,7 @@ class ContextTokens:
                 )
             parts = self._finished(fields[FINISHED])
         else:
-            values = self._values(fields, facts, item, timestamp)
-            names = enumerate(self._template.part_columns)
-            parts = [
-                self._template.render_part(part, {name: values[name] for name in of_part}) or ""
-                for part, of_part in names
-            ]
+            parts = self._template.parts(self._values(fields, facts, item, timestamp))
         return np.asarray([token for part in parts for token in self._encoded(part)], np.int64), timestamp
 
     def _finished(self, parts: Any) -> Sequence[str]:
@@ -242,8 +237,7 @@ class ProfileTokens:
             values = {name: field_text(name, profile.get(name), limit) for name in self._template.columns}
         except DataError as error:
             raise ItemError(f"profile: {error}") from None
-        parts = (self._template.render_part(part, values) for part in range(len(self._template.part_columns)))
-        return self._encoded([part or "" for part in parts])
+        return self._encoded(self._template.parts(values))
 
     def of_user(self, index: int | None) -> IntArray:
         """`(n,)` int64 of a user of the prepared data; a user who is not there (None) has none."""
