@@ -1,7 +1,7 @@
 """A pretrained language model fine-tuned on clicks within a time limit: what streaming prompts cost and what comes of them on a GPU.
 
     python -m benchmarks.gpu.finetune --data DATA --weights FOLDER_OR_GGUF [--k 50] [--epochs 1] [--seconds 200] [--no-graphs]
-        [--targets 75000] [--accumulation 15] [--out ROWS.jsonl]
+        [--targets 75000] [--accumulation 15] [--template '{item}{label}'] [--out ROWS.jsonl]
 
 All weights are trained, in float32 with bfloat16 products. With `--targets` they are some targets, whole prompts of 50 of them, and the
 same ones for every k: so streaming prompts and sliding windows are compared at equal targets, and with `--accumulation` at equal steps.
@@ -35,7 +35,7 @@ from benchmarks.recording import RowFiles, make_parser, parse_measuring, read_ro
 from benchmarks.synthetic import made_up_data, made_up_model
 from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
 from dti_model.evaluation import click_metrics, eval_targets, item_user_auc, score_targets
-from dti_model.model import Run
+from dti_model.model import EAGER, Run, compiled_parts
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.training import RunLog, StreamTrainer, training_arguments
 
@@ -134,7 +134,12 @@ def settings(options: argparse.Namespace, epochs: int) -> TrainConfig:
         report_to=(),
         progress=False,
         dti=DTIConfig(alpha_max=0.0),
-        model=ModelConfig(pretrained=str(options.weights), finetune="full", instruction=INSTRUCTION),
+        model=ModelConfig(
+            pretrained=str(options.weights),
+            finetune="full",
+            instruction=INSTRUCTION,
+            template=options.template,
+        ),
         optim=OptimConfig(
             epochs=epochs,
             max_steps=3 if REHEARSING else 0,
@@ -143,6 +148,7 @@ def settings(options: argparse.Namespace, epochs: int) -> TrainConfig:
             token_budget=4096 if REHEARSING else options.tokens,
             accumulation=options.accumulation,
             graphs=options.graphs,
+            compile=options.compile,
             precision="bf16" if DEVICE == "cuda" else "fp32",
         ),
     )
@@ -208,6 +214,7 @@ def trainer_of(
         answers=run.builder.format.labels,
         validate=lambda: scored(run, validation, STREAMING_K),
         graphs=optim.graphs,
+        parts=compiled_parts(arguments.device) if optim.compile else EAGER,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -256,7 +263,7 @@ def finetune(
         speed: as `trainer_of` takes it.
     """
     common = {"benchmark": "finetune", "model": Path(str(config.model.pretrained)).name, "k": config.k}
-    common |= {"graphs": config.optim.graphs, "wanted_targets": num_targets}
+    common |= {"graphs": config.optim.graphs, "compile": config.optim.compile, "wanted_targets": num_targets}
 
     def note(**row: Any) -> None:
         files.append([{**common, **row}])
@@ -264,6 +271,11 @@ def finetune(
 
     set_seed(config.seed)
     run = Run.start(config)
+    rule = run.data.context_rule
+    common |= {
+        "template": config.model.prompt_template,
+        "contexts": "" if rule is None else rule["text"],
+    }
     rows = some_targets(run, num_targets)
     watch = Watch(limit, note, lambda: test(run, note, eval_targets(run.data, "test", config), STREAMING_K))
     with tempfile.TemporaryDirectory() as folder:
@@ -272,7 +284,7 @@ def finetune(
         dataset = trainer.train_dataset
         assert isinstance(dataset, PackedPrompts)
         optim, seconds = config.optim, round(limit.seconds - limit.left_s(), 1)
-        facts = {"seconds": seconds, "data": run.data.stats["source"]["name"]}
+        facts: dict[str, Any] = {"seconds": seconds, "data": run.data.stats["source"]["name"]}
         facts |= {
             "parameters": run.model.num_parameters(),
             "epochs": optim.epochs,
@@ -323,6 +335,11 @@ def main() -> None:
     add("--tokens", type=int, default=16384, help="rows of a packed batch")
     add("--learning-rate", type=float, default=2e-4)
     add("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay steps as CUDA graphs")
+    add(
+        "--template",
+        help="of an interaction, as dti train's --model.template; default: that of pretrained models",
+    )
+    add("--compile", action="store_true", help="torch.compile the parts around attention: optim.compile")
     add("--targets", type=int, default=0, help="about so many training targets; 0: all")
     add("--accumulation", type=int, default=1, help="packed batches per step")
     add("--one-prompt-each", type=int, default=6000, help="test targets with a prompt each; 0: all")
