@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -304,12 +305,15 @@ def finetune(
 
 
 def trained(trainer: TimedTrainer, seconds: float) -> dict[str, Any]:
-    """Steps, speed (the median over log lines) and losses."""
+    """Steps, losses and speed: the median over log lines, and in `settled_tokens_per_s` that of the last quarter of them together, when steps
+    are captured and compiled."""
     lines = [line for line in trainer.state.log_history if "loss" in line]
     row: dict[str, Any] = {"steps": trainer.state.global_step, "seconds": round(seconds, 1)}
     for name in ("targets_per_s", "tokens_per_s", "mfu"):
         values = [line[name] for line in lines if name in line]
         row[name] = round(float(np.median(values)), 4) if values else None
+    last = [line["tokens_per_s"] for line in lines[-max(1, len(lines) // 4) :] if "tokens_per_s" in line]
+    row["settled_tokens_per_s"] = round(statistics.harmonic_mean(last)) if last else None
     row["graphs_captured"] = 0 if trainer.graphs is None else trainer.graphs.num_graphs
     row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     row["losses"] = [[line["step"], round(line["loss"], 4)] for line in lines]

@@ -17,9 +17,9 @@ from typing import Any
 from benchmarks.attention import MODES, OURS
 from benchmarks.cards import card_of
 from benchmarks.recording import RESULTS, Rows, read_rows
+from benchmarks.report.finetuning import finetuned
 from benchmarks.report.plots import roofline
 from benchmarks.report.tables import markdown_table, scoring_lines
-from dti_model.config import GLUED, ITEM
 from dti_model.files import whole_file
 
 NOTHING = "**Nothing has been timed on a GPU yet.**"
@@ -239,43 +239,6 @@ def parity(rows: Rows) -> str:
     if shares:
         said.append(f"The largest error against the float64 reference is {max(shares):.2f} of its budget.")
     return " ".join(said)
-
-
-# What rows of fine-tuning say of their runs, as the first ones, which do not, were.
-_FIRST_RUNS = {"template": GLUED, "contexts": "", "compile": False, "wanted_targets": 0}
-
-
-def _interaction(row: dict[str, Any]) -> str:
-    """How an interaction stands in the prompts of a fine-tuned model."""
-    text = row["template"].replace(ITEM, f"{ITEM}; {row['contexts']}") if row["contexts"] else row["template"]
-    shown = json.dumps(text, ensure_ascii=False).strip('"')
-    return f"`{shown}`" + (", compiled" if row["compile"] else "")
-
-
-def finetuned(rows: Rows) -> str:
-    """A pretrained model fine-tuned within the suite's time, scored on the test targets."""
-    # Rows before some targets could be chosen are of all; those before templates and contexts are of item and label alone.
-    found = [{**_FIRST_RUNS, **row} for row in _of(rows, "finetune")]
-    tested = latest(_of(found, "finetune", part="test"), "model", *_FIRST_RUNS, "k", "test_k")
-    if not tested:
-        return ""
-    lines = []
-    for row in tested:
-        run = {name: row[name] for name in ("model", *_FIRST_RUNS, "k")}
-        last = {
-            part: (_of(found, "finetune", part=part, **run) or [{}])[-1] for part in ("start", "training")
-        }
-        trained = last["start"].get("train_targets")
-        seconds = last["training"].get("seconds")
-        cells = [row["model"], _interaction(row), row["k"], "" if trained is None else f"{trained:,}"]
-        cells += ["" if seconds is None else f"{seconds:.0f}", row["test_k"], f"{row['targets']:,}"]
-        cells += [f"{row[name]:.4f}" for name in ("auc", "log_loss", "item_user_auc")]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    head = (
-        "| model | an interaction | trained at k | on targets | seconds of training | scored at k | targets | AUC | log loss | "
-        "AUC of item and user means |"
-    )
-    return markdown_table(head, lines, "A pretrained model, fine-tuned in full within the suite's minutes:")
 
 
 def tile_table(rows: Rows) -> str:

@@ -67,7 +67,14 @@ def all_rows(machine: str) -> list[dict[str, Any]]:
         "mode": "forward",
     }
     test = {"benchmark": "gpu_tests"}
-    finetune = {"benchmark": "finetune", "part": "test", "model": "smollm2-135m", "k": 50, "test_k": 50}
+    finetune = {
+        "benchmark": "finetune",
+        "part": "test",
+        "model": "smollm2-135m",
+        "k": 50,
+        "test_k": 50,
+        "gauc": 0.7001,
+    }
     texts = {"template": "{item} ->{label}\n", "contexts": "{item_rate}", "compile": True}
     return [
         *({**row, "p50_ms": 9.0} for row in attention_rows(machine) if "p50_ms" in row),
@@ -117,8 +124,8 @@ def test_recorded_rows_make_the_part_and_the_plot(tmp_path: Path) -> None:
         "| flash_scalar_window | failed: Unavailable: flash_attn \\| is not installed | | | | |",
         "| ctx_dkv | smollm_k50_16k | 64 x 64, 4, 2 | 0.300 | 32 x 64, 4, 3 | 0.200 |",
         "| smollm | streaming k50 | 4,000 | 100,000 | 31.0% | 9,000 | 12.5 | 13.1 |",
-        "| smollm2-135m | `{item}{label}` | 50 |  |  | 50 | 6,000 | 0.8012 | 0.5432 | 0.7797 |",
-        r"| smollm2-135m | `{item}; {item_rate} ->{label}\n`, compiled | 50 |  |  | 50 | 6,000 | 0.8123 | 0.5321 | 0.7797 |",
+        "| smollm2-135m | `{item}{label}` | 50 |  |  | 1 |  | 50 | 6,000 | 0.8012 | 0.5432 | 0.7001 | 0.7797 |",
+        r"| smollm2-135m | `{item}; {item_rate} ->{label}\n`, compiled | 50 |  |  | 1 |  | 50 | 6,000 | 0.8123 | 0.5321 | 0.7001 | 0.7797 |",
         "1 of 2 tests passed on this card. `test_b`: failed: AssertionError: no. The largest error against the float64 "
         "reference is 1.50 of its budget.",
         "| 100 | one pass | 9.5 / 11.0 | 10,526 | 8.0 x |",
