@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.attention import Workload
 from benchmarks.scoring import Rerun
 from dti_model.config import OptimConfig, TrainConfig
 from dti_model.model import Run
@@ -312,6 +313,32 @@ def test_a_replay_that_depends_on_the_batch_of_its_capture_is_found(steps: Steps
         steps.run(graphs)
     with pytest.warns(UserWarning, match="something else than the step itself"):
         assert steps.run(graphs) == (steps.expected(), steps.expected())
+
+
+def test_three_replays_of_the_first_shape_and_one_of_every_other_are_compared(steps: Steps) -> None:
+    graphs = StepGraphs(steps.model, Counted)
+    for left in (3, 1):
+        for i in range(2 + left):
+            steps.run(graphs)
+            if i:
+                assert list(graphs._graphs.values())[-1].unchecked == left + 1 - i
+        steps.batch = padded_batch(steps.batch)
+
+
+def test_packed_batches_have_few_shapes() -> None:
+    """Each costs as much as some ten steps. Batches are as those of films in SmolLM2's tokens: 8,192 rows at most, and less by up to an eighth."""
+    shapes, rows, more = set(), 0, 0
+    for num_tokens in range(7000, 8001, 25):
+        layout = Workload("films", num_tokens, 50, 1, 1, 1, mean_tokens=24 + num_tokens % 3).layout()
+        ids, labels = (
+            torch.zeros(layout.num_rows, dtype=torch.long),
+            torch.zeros(layout.num_sum, dtype=torch.long),
+        )
+        padded = padded_batch(StreamBatch(ids, layout, labels, labels)).layout
+        shapes.add((padded.num_context, padded.num_sum))
+        rows, more = rows + layout.num_rows, more + padded.num_rows - layout.num_rows
+    assert len(shapes) <= 10
+    assert 0 < more < 0.03 * rows
 
 
 def test_graphs_end_with_training_and_may_begin_anew(steps: Steps) -> None:
