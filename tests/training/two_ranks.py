@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,32 @@ def shard_on_cpus() -> None:
     accelerate.state.AcceleratorState.__init__ = pretend  # type: ignore[method-assign]
 
 
+def give_gloo_one_thread() -> None:
+    """Of two threads of a group, PyTorch's default, each writes the name of what it has done into one string, without a lock
+    (`ProcessGroupGloo::runLoop`, 2.13). Long names, which sharded training on CPUs has, are freed by both, and SIGSEGV ends a process now and then.
+    """
+    gloo: Any = torch.distributed.distributed_c10d.ProcessGroupGloo
+    initialise = gloo.__init__
+
+    def with_one(self: Any, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        options = gloo._Options()
+        options._devices, options._threads, options._timeout = [gloo.create_default_device()], 1, timeout
+        initialise(self, store, rank, size, options)
+
+    gloo.__init__ = with_one
+
+
+def num_gloo_threads() -> int:
+    """Of this process; one for each group and thread of it."""
+    tasks = Path("/proc/self/task")
+    return sum((tasks / task / "comm").read_text() == "pt_gloo_runloop\n" for task in os.listdir(tasks))
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    give_gloo_one_thread()
+    # C++ frames of all threads, should a signal end this process: those of a process group have no others.
+    torch._C._set_print_stack_traces_on_fatal_signal(True)
     one = TrainConfig.load(folder / "one")
     training_step = StreamTrainer.training_step
 
@@ -60,6 +85,7 @@ def main(folder: Path) -> None:
             stopped[name] = [end.code, sorted(os.listdir(config.out / "checkpoints"))]
         StreamTrainer.training_step = training_step  # type: ignore[method-assign]
         train(config)
+        assert num_gloo_threads() == 1
     (folder / f"stopped-{rank()}.json").write_text(json.dumps(stopped))
 
 
