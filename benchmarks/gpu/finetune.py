@@ -1,7 +1,7 @@
 """A pretrained language model fine-tuned on clicks within a time limit: what streaming prompts cost and what comes of them on a GPU.
 
     python -m benchmarks.gpu.finetune --data DATA --weights FOLDER_OR_GGUF [--k 50] [--epochs 1] [--seconds 200] [--no-graphs]
-        [--targets 75000] [--accumulation 15] [--template '{item}{label}'] [--out ROWS.jsonl]
+        [--targets 75000] [--accumulation 15] [--template $'{item}: {label}\\n'] [--compile] [--out ROWS.jsonl]
 
 All weights are trained, in float32 with bfloat16 products. With `--targets` they are some targets, whole prompts of 50 of them, and the
 same ones for every k: so streaming prompts and sliding windows are compared at equal targets, and with `--accumulation` at equal steps.
@@ -36,7 +36,7 @@ from benchmarks.recording import RowFiles, make_parser, parse_measuring, read_ro
 from benchmarks.synthetic import made_up_data, made_up_model
 from dti_model.config import DTIConfig, ModelConfig, OptimConfig, TrainConfig
 from dti_model.evaluation import click_metrics, eval_targets, item_user_auc, score_targets
-from dti_model.model import EAGER, Run, compiled_parts
+from dti_model.model import EAGER, Parts, Run, compiled_parts
 from dti_model.prompts import PackedPrompts, Prompts
 from dti_model.training import RunLog, StreamTrainer, training_arguments
 
@@ -179,7 +179,13 @@ def epochs_that_fit(epoch_rows: int, rows_per_s: float, seconds: float) -> int:
 
 
 def trainer_of(
-    run: Run, limit: TimeLimit, watch: Watch, folder: str, rows: np.ndarray, speed: float | None = None
+    run: Run,
+    limit: TimeLimit,
+    watch: Watch,
+    folder: str,
+    rows: np.ndarray,
+    speed: float | None = None,
+    parts: Parts = EAGER,
 ) -> TimedTrainer:
     """Trainer over the run's packed prompts; it writes no checkpoints, into a folder that goes.
 
@@ -190,6 +196,7 @@ def trainer_of(
         folder: for what Trainer wants to write.
         rows: `(S,)` targets to train on.
         speed: rows a second, by which the epochs that fit are chosen; None: those of the settings.
+        parts: of the layers around attention.
     """
     config, optim = run.config, run.config.optim
     prompts = Prompts.streaming(run.data, rows, config.window, config.targets_per_prompt)
@@ -215,7 +222,7 @@ def trainer_of(
         answers=run.builder.format.labels,
         validate=lambda: scored(run, validation, STREAMING_K),
         graphs=optim.graphs,
-        parts=compiled_parts(arguments.device) if optim.compile else EAGER,
+        parts=parts,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -263,38 +270,25 @@ def finetune(
         one_prompt_each: how many test targets get a prompt of their own at the end, 0 for all.
         speed: as `trainer_of` takes it.
     """
-    common = {"benchmark": "finetune", "model": Path(str(config.model.pretrained)).name, "k": config.k}
-    common |= {"graphs": config.optim.graphs, "compile": config.optim.compile, "wanted_targets": num_targets}
+    common: dict[str, Any] = {"benchmark": "finetune", "wanted_targets": num_targets}
 
     def note(**row: Any) -> None:
         files.append([{**common, **row}])
         print({name: value for name, value in row.items() if name != "losses"}, flush=True)
 
     set_seed(config.seed)
+    parts = compiled_parts(torch.device(DEVICE)) if config.optim.compile else EAGER
     run = Run.start(config)
-    rule = run.data.context_rule
-    common |= {
-        "template": config.model.prompt_template,
-        "contexts": "" if rule is None else rule["text"],
-    }
     rows = some_targets(run, num_targets)
     watch = Watch(limit, note, lambda: test(run, note, eval_targets(run.data, "test", config), STREAMING_K))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(run, limit, watch, folder, rows, speed)
+        trainer = trainer_of(run, limit, watch, folder, rows, speed, parts)
         config = run.config
         dataset = trainer.train_dataset
         assert isinstance(dataset, PackedPrompts)
-        optim, seconds = config.optim, round(limit.seconds - limit.left_s(), 1)
-        facts: dict[str, Any] = {"seconds": seconds, "data": run.data.stats["source"]["name"]}
-        facts |= {
-            "parameters": run.model.num_parameters(),
-            "epochs": optim.epochs,
-            "epoch_steps": len(dataset) // optim.accumulation,
-            "accumulation": optim.accumulation,
-        }
-        facts |= {"train_targets": int(dataset.prompts.num_targets.sum())}
-        facts |= {"epoch_rows": int(dataset.num_rows.sum()), "learning_rate": optim.learning_rate}
-        note(part="start", token_budget=optim.token_budget, **facts)
+        common |= told(run, dataset)
+        seconds = round(limit.seconds - limit.left_s(), 1)
+        note(part="start", seconds=seconds, parameters=run.model.num_parameters())
         torch.cuda.reset_peak_memory_stats()
         start = time.monotonic()
         trainer.train()
@@ -302,6 +296,22 @@ def finetune(
     run.model.load_state_dict(watch.best)
     few = 100 if REHEARSING else one_prompt_each
     test(run, note, eval_targets(run.data, "test", replace(config, max_eval_targets=few)), 1)
+
+
+def told(run: Run, dataset: PackedPrompts) -> dict[str, Any]:
+    """What every row says of its run."""
+    config, rule = run.config, run.data.context_rule
+    optim, model = config.optim, config.model
+    said = {
+        "data": run.data.stats["source"]["name"],
+        "model": Path(str(model.pretrained)).name,
+        "k": config.k,
+    }
+    said |= {"template": model.prompt_template, "contexts": "" if rule is None else rule["text"]}
+    for name in ("graphs", "compile", "learning_rate", "token_budget", "accumulation", "epochs"):
+        said[name] = getattr(optim, name)
+    said |= {"epoch_steps": len(dataset) // optim.accumulation, "epoch_rows": int(dataset.num_rows.sum())}
+    return {**said, "train_targets": int(dataset.prompts.num_targets.sum())}
 
 
 def trained(trainer: TimedTrainer, seconds: float) -> dict[str, Any]:
@@ -354,9 +364,13 @@ def main() -> None:
         if not (options.data and options.weights):
             options.data = options.data or made_up_data(Path(folder))
             options.weights = options.weights or made_up_model(Path(folder) / "model", Path(options.data))
+        try:
+            config = settings(options, options.epochs or 1)
+        except ValueError as error:
+            parser.error(str(error))
         speed = None if options.epochs else measured_speed(options.rows.paths[0], options.graphs)
         finetune(
-            settings(options, options.epochs or 1),
+            config,
             TimeLimit(options.seconds, start),
             options.rows,
             options.targets,

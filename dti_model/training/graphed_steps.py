@@ -51,7 +51,8 @@ Step = Callable[[StreamBatch, Tensor], Tensor]
 
 def padded_batch(batch: StreamBatch) -> StreamBatch:
     """The batch in one of few shapes: up to a sixteenth more context rows, and up to a quarter more [SUM] rows, of label `NO_LABEL`; small
-    numbers up to the next multiple of 16. Packed batches differ by less, so a run has about ten shapes and 2 % more rows.
+    numbers up to the next multiple of 16. Packed batches are nearly full, so a run of a language model over films has some five to thirteen
+    shapes, and 2 % more rows.
 
     Args:
         batch: on the CPU.

@@ -17,6 +17,7 @@ from benchmarks.gpu.finetune import (
     TimeLimit,
     Watch,
     epochs_that_fit,
+    main,
     measured_speed,
     rate_after,
 )
@@ -111,7 +112,18 @@ def test_finetuning_stops_in_time(tmp_path: Path) -> None:
     code = "from tests.without_polars import hide_missing; hide_missing(); from benchmarks.gpu import finetune; finetune.main()"
     places = ["--data", str(data), "--weights", str(weights), "--out", str(rows)]
     subprocess.run(
-        [sys.executable, "-c", code, "--seconds", "0", "--k", "4", *places],
+        [
+            sys.executable,
+            "-c",
+            code,
+            "--seconds",
+            "0",
+            "--k",
+            "4",
+            "--template",
+            "{item}: {label}\n",
+            *places,
+        ],
         cwd=ROOT,
         env=os.environ | {"DTI_REHEARSE": "1", "TMPDIR": str(temporary)},
         check=True,
@@ -121,7 +133,22 @@ def test_finetuning_stops_in_time(tmp_path: Path) -> None:
     names = [row["part"] for row in parts]
     assert names == ["start", "validation", "validation", "test", "training", "test"]
     assert [row["step"] for row in parts if row["part"] == "validation"] == [0, 1]
+    for row in parts:
+        assert (row["template"], row["contexts"], row["compile"]) == ("{item}: {label}\n", "", False)
+        assert (row["token_budget"], row["accumulation"], row["epochs"]) == (4096, 1, 1)
     training = parts[4]
+    assert training["settled_tokens_per_s"] == pytest.approx(training["tokens_per_s"], abs=1), "one line"
     assert (training["steps"], training["cut_by_time"], len(training["losses"])) == (1, True, 1)
     assert [(row["test_k"], row["targets"]) for row in (parts[3], parts[5])] == [(50, 200), (1, 100)]
     assert not list(temporary.iterdir())
+
+
+def test_a_bad_template_is_told_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["finetune", "--data", "nowhere", "--weights", "nowhere", "--template", "{item}"]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    assert "model.template" in capsys.readouterr().err

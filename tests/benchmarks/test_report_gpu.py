@@ -12,6 +12,7 @@ from matplotlib.image import imread
 from benchmarks.cards import card_of
 from benchmarks.report import gpu as report_gpu
 from benchmarks.report import report
+from benchmarks.report.finetuning import finetuned
 
 H100, MI300X = "NVIDIA H100 80GB HBM3", "AMD Instinct MI300X"
 # Forward ms and useful TFLOP/s of the made-up attention rows.
@@ -179,13 +180,27 @@ def test_the_headline_compares_within_turns() -> None:
         {**row, "provider": "flex_tuned", "ours_p50_ms": 1.8} for row in rows if row["provider"] == "flex"
     ]
     options = {"benchmark": "flex_options", "heads": 32, "head_dim": 128}
-    tried = [made(H100, **options, options=name) for name in ("default", "long rows", "default")]
+    both = {"forward+backward": {"p50_ms": 2.0}}
+    tried = [made(H100, **options, options=name, **both) for name in ("default", "long rows", "default")]
+    tried.append(made(H100, **options, options="fine mask", forward={"p50_ms": 1.0}))
     tried.append(made(H100, **options, options="mask", failed="left out: time is up"))
     assert report_gpu.headline([*rows, *tuned, *tried]) == (
         "Forward and backward with Llama-3.1-8B's heads, 50 targets a prompt, 16,852 rows: 100 TFLOP/s, "
         "2.0 times as fast as FlexAttention with the best of 2 settings."
     )
     assert report_gpu.headline(attention_rows(H100, workload="other")) == ""
+
+
+def test_ours_is_the_middle_one_of_its_turns() -> None:
+    """Alone it is none of them; nor are those of an older commit."""
+    facts = {"benchmark": "attention", "workload": "w", "provider": "windowed_attn", "mode": "forward"}
+    times = ((9.0, "a", "old"), (2.0, "a", "new"), (1.0, "b", "new"), (1.1, "c", "new"))
+    rows = [
+        made(H100, **facts, p50_ms=ms, beside=beside) | {"commit": commit} for ms, beside, commit in times
+    ]
+    alone = made(H100, **facts, p50_ms=0.9, alone=True) | {"commit": "new"}
+    assert report_gpu.chosen([rows[0], alone, *rows[1:]])["w"]["windowed_attn"]["forward"]["p50_ms"] == 1.1
+    assert report_gpu.chosen([alone])["w"]["windowed_attn"]["forward"]["p50_ms"] == 0.9
 
 
 def test_an_error_above_its_budget_is_said() -> None:
@@ -254,3 +269,44 @@ def test_a_card_without_a_known_peak_is_drawn_too(tmp_path: Path) -> None:
     report_gpu.record(written(attention_rows("NVIDIA L4"), tmp_path / "rows.jsonl"), tmp_path)
     (path,) = report_gpu.draw(tmp_path)
     assert path.name == "gpu-nvidia-l4.png"
+
+
+def test_lines_of_fine_tuned_models() -> None:
+    """Older rows have some facts in the first of their run only; a run with equal settings replaces the one before; settings keep lines apart."""
+    facts = {
+        "benchmark": "finetune",
+        "model": "m",
+        "k": 50,
+        "targets": 10,
+        "log_loss": 0.5,
+        "gauc": 0.7,
+        "item_user_auc": 0.6,
+    }
+    start = {**facts, "part": "start", "data": "d", "token_budget": 4096, "train_targets": 1000, "epochs": 2}
+    rows = [
+        start,
+        {**facts, "part": "test", "test_k": 50, "auc": 0.71},
+        {**facts, "part": "training", "seconds": 12.3},
+        {**facts, "part": "test", "test_k": 1, "auc": 0.72},
+        {**start, "token_budget": 8192},
+        {**facts, "part": "test", "test_k": 50, "auc": 0.73},
+        {**facts, "part": "test", "test_k": 50, "auc": 0.74},
+        start,
+        {**facts, "part": "test", "test_k": 50, "auc": 0.75},
+        {
+            **start,
+            "part": "test",
+            "test_k": 50,
+            "auc": 0.76,
+            "token_budget": 2048,
+            "template": "{item}|`{label}\n",
+        },
+    ]
+    lines = finetuned(rows).splitlines()[4:]
+    assert [line.split(" | ")[2:4] + line.split(" | ")[6:10] for line in lines] == [
+        ["50", "4,096", "", "50", "10", "0.7500"],
+        ["50", "8,192", "", "50", "10", "0.7400"],
+        ["50", "2,048", "", "50", "10", "0.7600"],
+    ]
+    assert lines[2].startswith(r"| m | `{item}\|'{label}\n` | 50")
+    assert finetuned([]) == ""

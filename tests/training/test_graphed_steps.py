@@ -162,6 +162,7 @@ def test_padded_batches_have_few_shapes(config: TrainConfig) -> None:
 
 @pytest.mark.parametrize(("number", "parts", "rounded"), [
     (1, 32, 16), (16, 32, 16), (17, 32, 32), (15_871, 32, 15_872), (15_873, 32, 16_128), (700, 8, 704), (705, 8, 768), (64, 8, 64),
+    (16_384, 16, 16_384), (16_385, 16, 17_408), (7_937, 16, 8_192), (193, 4, 224), (51, 4, 64), (257, 4, 320),
 ])  # fmt: skip
 def test_rounding(number: int, parts: int, rounded: int) -> None:
     from dti_model.training.graphed_steps import _rounded
@@ -326,7 +327,7 @@ def test_three_replays_of_the_first_shape_and_one_of_every_other_are_compared(st
 
 
 def test_packed_batches_have_few_shapes() -> None:
-    """Each costs as much as some ten steps. Batches are as those of films in SmolLM2's tokens: 8,192 rows at most, and less by up to an eighth."""
+    """Each costs as much as two dozen steps. Batches are as those of films in SmolLM2's tokens: 8,192 rows at most, and less by up to an eighth."""
     shapes, rows, more = set(), 0, 0
     for num_tokens in range(7000, 8001, 25):
         layout = Workload("films", num_tokens, 50, 1, 1, 1, mean_tokens=24 + num_tokens % 3).layout()

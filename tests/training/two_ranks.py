@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,11 @@ def give_gloo_one_thread() -> None:
 
 def num_gloo_threads() -> int:
     """Of this process; one for each group and thread of it."""
-    tasks = Path("/proc/self/task")
-    return sum((tasks / task / "comm").read_text() == "pt_gloo_runloop\n" for task in os.listdir(tasks))
+    found = 0
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # a thread that has ended meanwhile
+            found += (task / "comm").read_text() == "pt_gloo_runloop\n"
+    return found
 
 
 def main(folder: Path) -> None:
