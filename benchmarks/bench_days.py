@@ -10,8 +10,9 @@ that it was trained to, with streaming prompts:
     anew         all training targets so far, for `--epochs` at `--rate`
     left alone   the first model
 
-A day is a period of `--period` days, since some logs have few interactions on one. Compared is the AUC over the targets of all days, with
-95 % bootstrap intervals over users, and the seconds from a prepared folder to a saved model. The run ends with "doubtful" (76) unless
+A day is a period of `--period` days, since some logs have few interactions on one. All is done from `--seeds` seeds: of two models that are
+trained alike one is often better by more than a day is worth. Compared is the mean AUC over the targets of all days, with 95 % bootstrap
+intervals over users and seeds, and the seconds from a prepared folder to a saved model. The run ends with "doubtful" (76) unless
 continuing costs at most a tenth and loses at most .002. Killed and started again, it goes on with the models that are missing.
 """
 
@@ -41,14 +42,15 @@ from dti_model.evaluation import click_metrics, score_targets
 from dti_model.files import without_nan, write_json
 from dti_model.model import MODEL_FOLDER, Run
 
-CONTINUED, ANEW, ALONE = "continued", "anew", "left alone"
+ARMS = CONTINUED, ANEW, ALONE = "continued", "anew", "left alone"
+NOTHING = {"seconds": 0.0, "trained_targets": 0, "tokens": 0}
 MOST_COST, MOST_LOSS = 0.1, 0.002
 SMOKE = {"layers": 1, "width": 16, "days": 2, "epochs": 1, "token_budget": 400, "continue_budget": 400}
 SMOKE |= {"vocab": 300}
 _DAY = 86_400
 _SETTINGS = [
-    *("first", "period", "days", "k", "seed", "epochs", "rate", "token_budget"),
-    *("continue_epochs", "continue_rate", "continue_budget"),
+    *("first", "period", "days", "k", "window", "seeds", "epochs", "rate", "token_budget"),
+    *("continue_epochs", "continue_rate", "continue_budget", "context_text", "title_tokens"),
 ]
 _METRICS = ("auc", "log_loss", "gauc")
 
@@ -156,25 +158,32 @@ class Bench:
                 **clicks,
                 max_chars=500,
             )
-            prepare(log, folder, min_context=stats["min_context"], vocab_size=self.options.vocab)
+            texts = {"context_text": self.options.context_text, "title_tokens": self.options.title_tokens}
+            prepare(log, folder, min_context=stats["min_context"], vocab_size=self.options.vocab, **texts)
         else:
             older = self.data_of(day - 1)
             extend(older, files_like(older, **files), folder)
         return folder
 
-    def run_of(self, arm: str, day: int) -> Path:
-        """The run of an arm that is trained up to a period; the first model is everybody's."""
-        return self.out / ("first" if day == 0 or arm == ALONE else f"{arm}-{day}")
+    def labels_and_users(self, day: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.object_]]:
+        """Of the targets of a period."""
+        data = PreparedData.open(self.data_of(day))
+        rows = self.days.targets(data, day)
+        return data.label[rows].astype(np.int64), np.array(data.user_ids, object)[data.users_of(rows)]
 
-    def train(self, arm: str, day: int) -> dict[str, Any]:
+    def run_of(self, arm: str, day: int, seed: int) -> Path:
+        """The run of an arm that is trained up to a period; the first model is that of all arms of a seed."""
+        return self.out / f"seed-{seed}" / ("first" if day == 0 or arm == ALONE else f"{arm}-{day}")
+
+    def train(self, arm: str, day: int, seed: int) -> dict[str, Any]:
         """Train a model, unless that is done; what it cost."""
-        folder = self.run_of(arm, day)
+        folder = self.run_of(arm, day, seed)
         path = folder / "cost.json"
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text())
             return found
         shutil.rmtree(folder, ignore_errors=True)
-        config = self._config(arm, day, folder)
+        config = self._config(arm, day, seed)
         start = time.perf_counter()
         run, trainer, dataset = started(config)
         trainer.train()
@@ -193,15 +202,16 @@ class Bench:
         write_json(path, cost)
         return cost
 
-    def _config(self, arm: str, day: int, folder: Path) -> TrainConfig:
+    def _config(self, arm: str, day: int, seed: int) -> TrainConfig:
         options, recipe = self.options, self.recipes[arm]
         return TrainConfig(
             data=self.data_of(day),
-            out=folder,
-            init=self.run_of(arm, day - 1) if arm == CONTINUED else None,
+            out=self.run_of(arm, day, seed),
+            init=self.run_of(arm, day - 1, seed) if arm == CONTINUED else None,
             k=options.k,
+            window=options.window,
             validation_k=options.k,
-            seed=options.seed,
+            seed=seed,
             progress=False,
             logging_steps=10**6,
             report_to=(),
@@ -215,49 +225,64 @@ class Bench:
             ),
         )
 
-    def score(self, arm: str, day: int) -> Floats:
+    def score(self, arm: str, day: int, seed: int) -> Floats:
         """Probabilities of the targets of a period, from the model of the period before."""
-        run = Run.load(self.run_of(arm, day - 1), self.data_of(day), other_data=True)
+        run = Run.load(self.run_of(arm, day - 1, seed), self.data_of(day), other_data=True)
         rows = self.days.targets(run.data, day)
         return score_targets(run.model, run.config.dti, run.builder, rows, k=self.options.k, precision="fp32")
 
 
 def play(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Train and score day after day; a row for every arm and day, then one for every arm, and their differences."""
-    days, options = bench.days, bench.options
-    arms = [CONTINUED, ANEW, ALONE]
-    first = bench.train(ANEW, 0)
-    print(f"first model: {first['trained_targets']:,} targets, {first['seconds']:.0f} s", flush=True)
-    found: dict[str, list[Floats]] = {arm: [] for arm in arms}
-    costs: dict[str, Rows] = {arm: [] for arm in arms}
-    labels, users = [], []
-    for day in range(1, options.days + 1):
-        nothing = {"seconds": 0.0, "trained_targets": 0, "tokens": 0}
-        for arm in arms:
-            costs[arm].append(nothing if arm == ALONE else bench.train(arm, day))
-        data = PreparedData.open(bench.data_of(day + 1))
-        rows = days.targets(data, day + 1)
-        labels.append(data.label[rows].astype(np.int64))
-        users.append(np.array(data.user_ids, object)[data.users_of(rows)])
-        for arm in arms:
-            found[arm].append(bench.score(arm, day + 1))
-            metrics = click_metrics(labels[-1], found[arm][-1], np.unique(users[-1], return_inverse=True)[1])
-            row = {"benchmark": "days", "arm": arm, "day": days.name(day + 1), "targets": len(rows)}
-            row |= _rounded(metrics) | costs[arm][-1]
-            print(
-                f"{row['day']} {arm:12} AUC {row['auc']:.4f}, log loss {row['log_loss']:.4f}, trained on {row['trained_targets']:,} "
-                f"targets in {row['seconds']:.1f} s",
-                flush=True,
-            )
-            yield row
-    label, user = np.concatenate(labels), np.unique(np.concatenate(users), return_inverse=True)[1]
-    scores = {arm: np.concatenate(found[arm]) for arm in arms}
-    mean = {arm: _mean_cost(costs[arm]) for arm in arms}
-    for arm in arms:
-        metrics = _rounded(click_metrics(label, scores[arm], user))
-        yield {"benchmark": "days-total", "arm": arm, "targets": len(label), **metrics, **mean[arm]}
+    """Train and score day after day, seed after seed; a row for every arm, day and seed, then one for every arm, and their differences."""
+    seeds, num_days = range(bench.options.seeds), bench.options.days
+    scores: dict[str, list[Floats]] = {arm: [] for arm in ARMS}
+    costs: dict[str, Rows] = {arm: [] for arm in ARMS}
+    parts = [bench.labels_and_users(day + 1) for day in range(1, num_days + 1)]
+    labels, users = np.concatenate([x for x, _ in parts]), np.concatenate([x for _, x in parts])
+    users = np.unique(users, return_inverse=True)[1]
+    for seed in seeds:
+        first = bench.train(ANEW, 0, seed)
+        print(f"first model: {first['trained_targets']:,} targets, {first['seconds']:.0f} s", flush=True)
+        found: dict[str, list[Floats]] = {arm: [] for arm in ARMS}
+        for day, (label, user) in enumerate(parts, 1):
+            for arm in ARMS:
+                costs[arm].append(NOTHING if arm == ALONE else bench.train(arm, day, seed))
+            for arm in ARMS:
+                found[arm].append(bench.score(arm, day + 1, seed))
+                metrics = click_metrics(label, found[arm][-1], np.unique(user, return_inverse=True)[1])
+                row = {"benchmark": "days", "arm": arm, "day": bench.days.name(day + 1), "seed": seed}
+                row |= {"targets": len(label), **_rounded(metrics), **costs[arm][-1]}
+                print(
+                    f"{row['day']} {arm:12} AUC {row['auc']:.4f}, log loss {row['log_loss']:.4f}, trained on "
+                    f"{row['trained_targets']:,} targets in {row['seconds']:.1f} s",
+                    flush=True,
+                )
+                yield row
+        for arm in ARMS:
+            scores[arm].append(np.concatenate(found[arm]))
+    yield from _compared(labels, users, scores, costs)
+
+
+def _compared(
+    labels: npt.NDArray[np.int64],
+    users: npt.NDArray[np.int64],
+    scores: dict[str, list[Floats]],
+    costs: dict[str, Rows],
+) -> Iterator[dict[str, Any]]:
+    """Rows of every arm over all days, the mean of its seeds, and of the differences from training anew."""
+    mean = {arm: _mean_cost(costs[arm]) for arm in ARMS}
+    for arm in ARMS:
+        seeds = [click_metrics(labels, found, users) for found in scores[arm]]
+        metrics = {name: float(np.mean([one[name] for one in seeds])) for name in _METRICS}
+        yield {
+            "benchmark": "days-total",
+            "arm": arm,
+            "targets": len(labels),
+            **_rounded(metrics),
+            **mean[arm],
+        }
     for arm in (CONTINUED, ALONE):
-        difference = auc_difference(label, user, [scores[arm]], [scores[ANEW]])
+        difference = auc_difference(labels, users, scores[arm], scores[ANEW], paired=True)
         yield {
             "benchmark": "days-difference",
             "arm": arm,
@@ -306,11 +331,14 @@ def _options() -> Namespace:
         ("token-budget", 8192, "rows of a batch of a model that is trained anew"),
         ("continue-budget", 4096, "rows of a batch of one that goes on"),
         ("vocab", 4096, "of the tokenizer"),
-        ("seed", 0, "of weights and shuffles"),
+        ("seeds", 1, "so many, from 0 on"),
+        ("window", 20, "interactions before a target that it may use"),
+        ("title-tokens", 0, "so many titles are a token each"),
     ):
         add(f"--{name}", type=int, default=default, help=f"{text}; default: %(default)s")
     for name, number in (("rate", 2e-3), ("continue-rate", 3e-5)):
         add(f"--{name}", type=float, default=number, help="peak of the learning rate; default: %(default)s")
+    add("--context-text", help='behind every item, as dti prepare takes it: "{item_rate}"; default: none')
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of training")
     add("--runs", type=Path, default=SCRATCH / "days", help="folder of data and models; default: %(default)s")
     return parse_measuring(parser, "days", smoke=SMOKE)

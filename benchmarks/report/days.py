@@ -26,10 +26,13 @@ def days_table(rows: Rows) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     made, scored = rows[-1], [row["day"] for row in rows if row["benchmark"] == "days"]
     total = next(row for row in rows if row["benchmark"] == "days-total")
+    texts = "item texts" if made["context_text"] is None else f"item texts and `{made['context_text']}`"
+    if made["title_tokens"]:
+        texts += f", titles of {made['title_tokens']:,} items as one token"
     return (
-        f"{markdown_table(head, lines)}\n\n{made['model']} Llama from scratch on {made['data']}, trained anew for {made['epochs']} epochs at "
+        f"{markdown_table(head, lines)}\n\n{made['model']} Llama from scratch on {made['data']} ({texts}), mean of {made['seeds']} seeds, trained anew for {made['epochs']} epochs at "
         f"{made['rate']:g}, continued for {made['continue_epochs']} at {made['continue_rate']:g}; {total['targets']:,} targets of "
-        f"{scored[0]} to {scored[-1]}, periods of {made['period']:g} days, k = {made['k']}. (Commit {made['commit']}, {made['machine']}.)"
+        f"{scored[0]} to {scored[-1]}, periods of {made['period']:g} days, k = {made['k']}, window {made['window']}. (Commit {made['commit']}, {made['machine']}.)"
     )
 
 

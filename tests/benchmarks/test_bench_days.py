@@ -39,13 +39,14 @@ def test_every_model_is_trained_up_to_a_day_and_scored_on_the_next(
     moment = datetime.datetime.fromtimestamp(FIRST, datetime.UTC).replace(tzinfo=None).isoformat()
     words = ["--data", str(source), "--first", moment, "--period", str(DAY / 86_400), "--size", "smoke"]
     words += ["--runs", str(runs), "--out", str(out), "--k", "3", "--width", "32"]
+    words += ["--seeds", "2", "--context-text", "{item_rate}", "--title-tokens", "5", "--window", "3"]
     monkeypatch.setattr(sys, "argv", ["bench_days", *words])
     assert bench_days.main() == 0
     assert "continuing costs " in capsys.readouterr().out
     rows = read_rows(out)
     by_day = [row for row in rows if row["benchmark"] == "days"]
-    assert [(row["arm"], row["targets"] > 0) for row in by_day] == 2 * [
-        (arm, True) for arm in (CONTINUED, ANEW, ALONE)
+    assert [(row["seed"], row["arm"], row["targets"] > 0) for row in by_day] == [
+        (seed, arm, True) for seed in (0, 1) for _ in (1, 2) for arm in (CONTINUED, ANEW, ALONE)
     ]
     whole, days = PreparedData.open(source), Days(PreparedData.open(source), np.zeros(0), FIRST, DAY)
     for day in (1, 2):
@@ -61,16 +62,20 @@ def test_every_model_is_trained_up_to_a_day_and_scored_on_the_next(
         assert times.min() >= FIRST + day * DAY
         assert times.max() < FIRST + (day + 1) * DAY
         assert {row["targets"] for row in by_day[3 * day - 3 : 3 * day]} == {len(targets)}
-    assert TrainConfig.load(runs / "continued-1").init == runs / "first"
-    assert TrainConfig.load(runs / "continued-2").init == runs / "continued-1"
-    assert TrainConfig.load(runs / "anew-2").init is None
-    assert Run.load(runs / "first").train_targets.size == PreparedData.open(runs / "data-0").targets("train").size  # fmt: skip
+    assert TrainConfig.load(runs / "seed-1" / "continued-1").init == runs / "seed-1" / "first"
+    assert TrainConfig.load(runs / "seed-1" / "continued-2").init == runs / "seed-1" / "continued-1"
+    assert TrainConfig.load(runs / "seed-1" / "anew-2").init is None
+    config = TrainConfig.load(runs / "seed-1" / "anew-2")
+    assert (config.seed, config.window) == (1, 3)
+    rules = PreparedData.open(runs / "data-2").stats
+    assert rules["source"]["context"]["text"] == "{item_rate}"
+    assert Run.load(runs / "seed-1" / "first").train_targets.size == PreparedData.open(runs / "data-0").targets("train").size  # fmt: skip
     totals = {row["arm"]: row for row in rows if row["benchmark"] == "days-total"}
     assert totals[ALONE]["trained_targets"] == totals[ALONE]["seconds"] == 0
     assert totals[ANEW]["trained_targets"] == np.mean([by_day[1]["trained_targets"], by_day[4]["trained_targets"]])  # fmt: skip
     differences = {row["arm"]: row for row in rows if row["benchmark"] == "days-difference"}
     for arm in (CONTINUED, ALONE):
-        gap = totals[arm]["auc"] - totals[ANEW]["auc"]
+        gap = totals[arm]["auc"] - totals[ANEW]["auc"]  # each the mean of two seeds
         assert differences[arm]["auc_difference"] == pytest.approx(gap, abs=2e-5)
     # Again: everything is there.
     monkeypatch.setattr(Bench, "_config", lambda *_: pytest.fail("trained again"))
@@ -78,6 +83,9 @@ def test_every_model_is_trained_up_to_a_day_and_scored_on_the_next(
     again = read_rows(out)[len(rows) :]
     assert [row["auc"] for row in again if "auc" in row] == [row["auc"] for row in rows if "auc" in row]
     assert days_table(rows).count("\n| ") == 3
+    assert "(item texts and `{item_rate}`, titles of 5 items as one token), mean of 2 seeds" in days_table(
+        rows
+    )
     assert f"| {CONTINUED} | {totals[CONTINUED]['auc']:.4f} |" in days_table(rows)
     assert {path: path.read_bytes() for path in RESULTS.iterdir()} == before
 
