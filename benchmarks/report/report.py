@@ -26,6 +26,7 @@ from benchmarks.attention import ratios
 from benchmarks.measuring import precision_of
 from benchmarks.recording import RESULTS, last_run, make_parser, provenance, read_rows
 from benchmarks.report.days import days
+from benchmarks.report.movies import movies
 from benchmarks.report.plots import attention_over_rows, auc_over_k, leak_by_layers, time_over_k
 from benchmarks.report.quality import LEAK, leak, quality, quality_rows
 from benchmarks.report.tables import Row, by_precision, markdown_table, precisions_in, scoring_table
@@ -143,6 +144,7 @@ def _each(of: dict[str, Row], precisions: list[str], field: str, form: str) -> s
 
 PARTS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
+    "ml-1m": movies,
     "train-cpu": train_cpu,
     "attention-cpu": attention_cpu,
     "score-cpu": score_cpu,

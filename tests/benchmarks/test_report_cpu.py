@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from benchmarks.recording import Rows, read_rows
 from benchmarks.report import quality as of_quality
 from benchmarks.report import report
+from benchmarks.report.movies import movies
 from benchmarks.report.plots import attention_over_rows, time_over_k
 
 MADE = {"date": "2026-11-27", "commit": "abc", "machine": "a processor, 2 threads"}
@@ -161,3 +162,19 @@ def test_precision_is_part_of_quality_where_there_are_rows(monkeypatch: pytest.M
     assert "bfloat16" not in others
     assert "| bf16 | 1 | 0.7490 | 0.7500 | 0.7490 | -0.0010 (-0.0020 to +0.0005) |" in whole
     assert "less that in float32: +0.0001 (-0.0020 to +0.0005) of bf16." in whole
+
+
+def test_a_run_of_several_seeds() -> None:
+    """Every baseline once, every seed, and their mean."""
+    recorded = json.loads(report.QUICKSTART.read_text())
+    other = json.loads(json.dumps(recorded))
+    other["metrics"]["test"]["auc"] += 0.01
+    lines = movies([recorded, other]).splitlines()
+    auc = recorded["metrics"]["test"]["auc"]
+    names = [line.split(" | ")[0] for line in lines if line.startswith("| ")]
+    assert names == [
+        "| test", "| item mean", "| item user mean", "| logistic regression", "| item user residual", "| gradient boosting",
+        "| model, seed 0", "| model, seed 1", "| model, mean",
+    ]  # fmt: skip
+    assert f"| model, mean | {auc + 0.005:.4f} | " in "\n".join(lines)
+    assert lines[-1].startswith("887,424 parameters, 76,228 training targets, 3 epochs; 9,529 test targets")
