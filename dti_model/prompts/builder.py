@@ -146,8 +146,16 @@ class PromptBuilder:
         total: IntArray = context + targets - self.format.label_length + prompts.num_targets
         return self.prefix_lengths(prompts) + total
 
-    def batch(self, prompts: Prompts) -> StreamBatch:
-        """Pack prompts, in their order, into one batch on the CPU."""
+    def batch(
+        self, prompts: Prompts, item_dropout: float = 0.0, rng: np.random.Generator | None = None
+    ) -> StreamBatch:
+        """Pack prompts, in their order, into one batch on the CPU.
+
+        Args:
+            prompts: P of them.
+            item_dropout: share of the items whose text is hidden, token by token.
+            rng: draws which; None: none is.
+        """
         labels_of = np.asarray(self.format.labels, np.int64)
         lengths = prompts.num_interactions
         rows = prompts.rows()
@@ -171,8 +179,11 @@ class PromptBuilder:
         starts += np.repeat(np.cumsum(prefix_lengths), lengths)
         self._put_prefixes(input_ids, starts[ends - lengths] - prefix_lengths, prompts)
         places = starts
+        hidden = np.zeros(len(rows), bool) if rng is None else rng.random(len(rows)) < item_dropout
         for of, index in texts:
-            places = of.put(input_ids, places, index)
+            begun, places = places, of.put(input_ids, places, index)
+            if of is self.items:
+                input_ids[ranges(begun[hidden], (places - begun)[hidden])] = self.format.hidden
         # A label stands right behind its item's text, then what separates it from the next item.
         labelled = label_lengths > 0
         input_ids[places[labelled]] = labels_of[self.data.label[rows[labelled]]]
