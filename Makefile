@@ -15,7 +15,7 @@ TORCH_CPU = https://download.pytorch.org/whl/cpu
 
 quickstart: install
 	$(VENV)/bin/python -c 'from dti_model.data import PreparedData; PreparedData.open("$(DATA)")' 2>/dev/null || \
-	  $(VENV)/bin/dti prepare ml-100k --out $(DATA) --context-text "{item_rate}"
+	  $(VENV)/bin/dti prepare ml-100k --out $(DATA) --context-text "{item_rate}" --title-tokens 1500
 	@if test -f $(RUN)/metrics.json; then \
 	  echo "$(RUN) holds a finished run: delete it, or name another folder: make quickstart RUN=runs/another"; \
 	else \
