@@ -13,7 +13,8 @@ that it was trained to, with streaming prompts:
 A day is a period of `--period` days, since some logs have few interactions on one. All is done from `--seeds` seeds: of two models that are
 trained alike one is often better by more than a day is worth. Compared is the mean AUC over the targets of all days, with 95 % bootstrap
 intervals over users and seeds, and the seconds from a prepared folder to a saved model. The run ends with "doubtful" (76) unless
-continuing costs at most a tenth and loses at most .002. Killed and started again, it goes on with the models that are missing.
+continuing costs at most a tenth and loses at most .002. Killed and started again, it goes on with the models that are missing; the
+folder of another run's models is refused.
 """
 
 from __future__ import annotations
@@ -45,8 +46,15 @@ from dti_model.model import MODEL_FOLDER, Run
 ARMS = CONTINUED, ANEW, ALONE = "continued", "anew", "left alone"
 NOTHING = {"seconds": 0.0, "trained_targets": 0, "tokens": 0}
 MOST_COST, MOST_LOSS = 0.1, 0.002
-SMOKE = {"layers": 1, "width": 16, "days": 2, "epochs": 1, "token_budget": 400, "continue_budget": 400}
-SMOKE |= {"vocab": 300}
+SMOKE: dict[str, Any] = {
+    "layers": 1,
+    "width": 16,
+    "days": 2,
+    "epochs": 1,
+    "token_budget": 400,
+    "continue_budget": 400,
+}
+SMOKE |= {"vocab": 300, "runs": SCRATCH / "days-smoke"}
 _DAY = 86_400
 _SETTINGS = [
     *("first", "period", "days", "k", "window", "seeds", "epochs", "rate", "token_budget"),
@@ -282,7 +290,7 @@ def _compared(
             **mean[arm],
         }
     for arm in (CONTINUED, ALONE):
-        difference = auc_difference(labels, users, scores[arm], scores[ANEW], paired=True)
+        difference = auc_difference(labels, users, scores[arm], scores[ANEW])
         yield {
             "benchmark": "days-difference",
             "arm": arm,
@@ -314,6 +322,27 @@ def verdict(rows: Rows) -> tuple[str, bool]:
     return f"{said}: {'it holds' if holds else 'it does not hold'}", holds
 
 
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down what a folder's models are made with; more days and seeds may come to it.
+
+    Raises:
+        SystemExit: it has models that were made otherwise.
+    """
+    kept = {name: value for name, value in settings.items() if name not in ("days", "seeds")}
+    kept = json.loads(json.dumps(kept))
+    path = folder / "settings.json"
+    if not path.exists() and not any(folder.glob("data-*")):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, kept)
+        return
+    found = json.loads(path.read_text()) if path.exists() else {}
+    changed = sorted(name for name in kept.keys() | found.keys() if kept.get(name) != found.get(name))
+    if changed:
+        raise SystemExit(
+            f"{folder} has models of other settings ({', '.join(changed)}): delete it, or name another folder with --runs"
+        )
+
+
 def _options() -> Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -331,7 +360,7 @@ def _options() -> Namespace:
         ("token-budget", 8192, "rows of a batch of a model that is trained anew"),
         ("continue-budget", 4096, "rows of a batch of one that goes on"),
         ("vocab", 4096, "of the tokenizer"),
-        ("seeds", 1, "so many, from 0 on"),
+        ("seeds", 3, "so many, from 0 on"),
         ("window", 20, "interactions before a target that it may use"),
         ("title-tokens", 0, "so many titles are a token each"),
     ):
@@ -354,6 +383,7 @@ def main() -> int:
     settings = {name: getattr(options, name) for name in _SETTINGS}
     settings["data"] = days.source.stats["source"]["name"]
     settings["model"] = f"{options.layers} x {options.width}"
+    claim(options.runs, {**settings, "vocab": options.vocab, "source": days.source.stats["source"]})
     rows = [row | settings for row in play(Bench(days, options.runs, options))]
     options.rows.keep(rows)
     said, holds = verdict(rows)

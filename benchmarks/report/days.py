@@ -6,6 +6,11 @@ from benchmarks.recording import RESULTS, Rows, last_run, read_rows
 from benchmarks.report.tables import markdown_table
 
 DAYS = RESULTS / "days.jsonl"
+# What tells two runs of one day and commit apart.
+_SETTINGS = (
+    *("data", "model", "first", "period", "days", "seeds", "k", "window", "context_text", "title_tokens"),
+    *("epochs", "rate", "token_budget", "continue_epochs", "continue_rate", "continue_budget"),
+)
 
 
 def days_table(rows: Rows) -> str:
@@ -27,16 +32,21 @@ def days_table(rows: Rows) -> str:
     made, scored = rows[-1], [row["day"] for row in rows if row["benchmark"] == "days"]
     total = next(row for row in rows if row["benchmark"] == "days-total")
     texts = "item texts" if made["context_text"] is None else f"item texts and `{made['context_text']}`"
+    seeds = f"mean of {made['seeds']} seeds" if made["seeds"] > 1 else "one seed"
     if made["title_tokens"]:
         texts += f", titles of {made['title_tokens']:,} items as one token"
     return (
-        f"{markdown_table(head, lines)}\n\n{made['model']} Llama from scratch on {made['data']} ({texts}), mean of {made['seeds']} seeds, trained anew for {made['epochs']} epochs at "
-        f"{made['rate']:g}, continued for {made['continue_epochs']} at {made['continue_rate']:g}; {total['targets']:,} targets of "
-        f"{scored[0]} to {scored[-1]}, periods of {made['period']:g} days, k = {made['k']}, window {made['window']}. (Commit {made['commit']}, {made['machine']}.)"
+        f"{markdown_table(head, lines)}\n\n{made['model']} Llama from scratch on {made['data']} ({texts}), {seeds}, trained anew for "
+        f"{made['epochs']} epochs at {made['rate']:g}, continued for {made['continue_epochs']} at {made['continue_rate']:g}; "
+        f"{total['targets']:,} targets of {scored[0]} to {scored[-1]}, periods of {made['period']:g} days, k = {made['k']}, window "
+        f"{made['window']}. (Commit {made['commit']}, {made['machine']}.)"
     )
 
 
 def days() -> str:
     """The table of the last run."""
     rows = read_rows(DAYS)
-    return days_table(last_run(rows)) if rows else "(No run is recorded yet.)"
+    if not rows:
+        return "(No run is recorded yet.)"
+    last = {name: rows[-1].get(name) for name in _SETTINGS}
+    return days_table([row for row in last_run(rows) if {name: row.get(name) for name in _SETTINGS} == last])

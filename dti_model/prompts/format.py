@@ -29,7 +29,6 @@ class PromptFormat:
         before: tokens before every item text.
         cue: tokens behind it (and behind the context of the interaction), before its label or its [SUM].
         separator: tokens behind every label.
-        hidden: the token that stands for each of a text that is hidden in training.
     """
 
     prefix: tuple[int, ...]
@@ -40,7 +39,6 @@ class PromptFormat:
     before: tuple[int, ...] = ()
     cue: tuple[int, ...] = ()
     separator: tuple[int, ...] = ()
-    hidden: int = 0
 
     @staticmethod
     def of(
@@ -88,9 +86,7 @@ class PromptFormat:
             raise ValueError(
                 f"model.template and model.instruction must not hold {SUM!r}, which stands for targets"
             )
-        known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        hidden = next((token for token in known if token is not None), 0)
-        return PromptFormat(tuple(prefix), sums[0], labels, window, max_item_tokens, *around, hidden)
+        return PromptFormat(tuple(prefix), sums[0], labels, window, max_item_tokens, *around)
 
     @property
     def label_length(self) -> int:

@@ -94,8 +94,10 @@ class PackedPrompts(Dataset[StreamBatch]):
         prompts = self.prompts[self.plan[index]]
         if not self.item_dropout:
             return self.builder.batch(prompts)
-        rng = np.random.default_rng([self.seed, self.epoch, index])
-        return self.builder.batch(prompts, self.item_dropout, rng)
+        # Behind zeros NumPy takes a seed for the same: no batch draws what dealt the prompts.
+        rng = np.random.default_rng([self.seed, self.epoch, 1 + index])
+        hidden = rng.random(int(prompts.num_interactions.sum())) < self.item_dropout
+        return self.builder.batch(prompts, hidden)
 
 
 def deal(

@@ -90,6 +90,18 @@ def test_every_model_is_trained_up_to_a_day_and_scored_on_the_next(
     assert {path: path.read_bytes() for path in RESULTS.iterdir()} == before
 
 
+def test_models_of_other_settings_are_refused(tmp_path: Path) -> None:
+    """More days and seeds may come to a folder's models; older folders say nothing of theirs."""
+    settings = {"window": 20, "days": 3, "seeds": 1, "rate": 2e-3}
+    bench_days.claim(tmp_path / "a", settings)
+    bench_days.claim(tmp_path / "a", {**settings, "days": 4, "seeds": 3})
+    with pytest.raises(SystemExit, match=r"other settings \(rate, window\).*--runs"):
+        bench_days.claim(tmp_path / "a", {**settings, "window": 50, "rate": 1e-3})
+    (tmp_path / "b" / "data--1").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="other settings"):
+        bench_days.claim(tmp_path / "b", settings)
+
+
 def test_the_claim() -> None:
     row = {"benchmark": "days-difference", "arm": CONTINUED, "share_of_seconds": 0.1, "auc_difference": -0.002}  # fmt: skip
     assert bench_days.verdict([row])[1]

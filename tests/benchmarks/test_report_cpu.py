@@ -169,12 +169,20 @@ def test_a_run_of_several_seeds() -> None:
     recorded = json.loads(report.QUICKSTART.read_text())
     other = json.loads(json.dumps(recorded))
     other["metrics"]["test"]["auc"] += 0.01
-    lines = movies([recorded, other]).splitlines()
+    lines = movies({0: recorded, 10: other}).splitlines()
     auc = recorded["metrics"]["test"]["auc"]
     names = [line.split(" | ")[0] for line in lines if line.startswith("| ")]
     assert names == [
         "| test", "| item mean", "| item user mean", "| logistic regression", "| item user residual", "| gradient boosting",
-        "| model, seed 0", "| model, seed 1", "| model, mean",
+        "| model, seed 0", "| model, seed 10", "| model, mean",
     ]  # fmt: skip
     assert f"| model, mean | {auc + 0.005:.4f} | " in "\n".join(lines)
-    assert lines[-1].startswith("887,424 parameters, 76,228 training targets, 3 epochs; 9,529 test targets")
+    training = recorded["metrics"]["training"]
+    assert lines[-1].startswith(
+        f"{training['parameters']:,} parameters, {training['targets']:,} training targets, "
+    )
+    assert "model, mean" not in movies({3: recorded})
+    assert movies({}) == "(No run is recorded yet.)"
+    other["metrics"]["provenance"]["data"] = "other"
+    with pytest.raises(ValueError, match="different data"):
+        movies({0: recorded, 1: other})

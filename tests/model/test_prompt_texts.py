@@ -91,7 +91,7 @@ def test_items_are_hidden_in_training(data: PreparedData, tokenizer, template: s
     for epoch in (0, 1, 0):
         packed.set_epoch(epoch)
         dealt = prompts[packed.plan[0]]
-        hidden = np.random.default_rng([5, epoch, 0]).random(int(dealt.num_interactions.sum())) < 0.4
+        hidden = np.random.default_rng([5, epoch, 1]).random(int(dealt.num_interactions.sum())) < 0.4
         assert 0.3 < hidden.mean() < 0.5
         batch, whole = packed[0], builder.batch(dealt)
         assert batch.input_ids.tolist() == expected_ids(data, tokenizer, dealt, template, hidden)
