@@ -18,7 +18,7 @@ quickstart: install
 	  2>/dev/null | grep -qv "^{item_rate}$$" && { echo "$(DATA) has no rates of clicks, which this quickstart reads: delete it, or name \
 	another folder: make quickstart DATA=data/another" >&2; exit 1; } || true
 	$(VENV)/bin/python -c 'from dti_model.data import PreparedData; PreparedData.open("$(DATA)")' 2>/dev/null || \
-	  $(VENV)/bin/dti prepare ml-100k --out $(DATA) --context-text "{item_rate}" --title-tokens 1500
+	  $(VENV)/bin/dti prepare ml-100k --out $(DATA) --context-text "{item_rate}"
 	@if test -f $(RUN)/metrics.json; then \
 	  echo "$(RUN) holds a finished run: delete it, or name another folder: make quickstart RUN=runs/another"; \
 	else \

@@ -60,11 +60,10 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Digest of the settings without those that came later and are at their defaults: finished runs keep their names."""
+        """Digest of the settings that are not None: a setting that is None came later, and finished runs keep their names."""
         settings = {key: value for key, value in asdict(self).items() if value is not None}
-        for later, default in (("template", None), ("item_dropout", 0.0)):
-            if settings["model"][later] == default:
-                del settings["model"][later]
+        if settings["model"]["template"] is None:
+            del settings["model"]["template"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -119,7 +118,6 @@ class UserBatches(PackedPrompts):
 
     def set_epoch(self, epoch: int) -> None:
         """Cut the prompts, users in order, into batches of about equal size; shuffle the batches."""
-        self.epoch = epoch
         rng = np.random.default_rng([self.seed, epoch])
         middle = np.cumsum(self.num_rows) - self.num_rows / 2
         batch_of = (middle * self.num_batches / self.num_rows.sum()).astype(np.int64)
@@ -175,10 +173,7 @@ def run_cell(cell: Cell, data: Path, folder: Path) -> dict[str, Any]:
     config = train_config(cell, data, folder)
     run, trainer, dataset = started(config)
     if not cell.mixed:
-        share = config.model.item_dropout
-        dataset = UserBatches(
-            run.builder, dataset.prompts, dataset.token_budget, cell.seed, item_dropout=share
-        )
+        dataset = UserBatches(run.builder, dataset.prompts, dataset.token_budget, cell.seed)
         trainer.train_dataset = dataset
     start = time.perf_counter()
     trainer.train()

@@ -159,7 +159,6 @@ RULES: Mapping[str, Rule] = {
     "model.kv_heads": integer(1, 2**16),
     "model.mlp_width": integer(1, 2**24),
     "model.dropout": optional(_share),
-    "model.item_dropout": _share,
     "model.pretrained": optional(_text),
     "model.finetune": choice("lora", "full"),
     "model.lora.rank": integer(1, 2**16),

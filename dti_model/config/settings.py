@@ -112,8 +112,6 @@ class ModelConfig:
         mlp_width: inner width of the MLP.
         dropout: on the token embeddings and on what every attention and MLP adds, in [0, 1); default .1 from scratch,
             0 for a pretrained model.
-        item_dropout: share of the items in training prompts, targets among them, whose text is hidden, token by token, in [0, 1). Contexts
-            and labels stay: for data whose contexts say something of the item, such as its rate of clicks, and few clicks for each text.
         pretrained: a folder, a GGUF file, or `hub:owner/name` on the Hugging Face hub, of a Llama, Mistral, Qwen2 or Qwen3
             model to start from; the sizes above are then its own.
         finetune: what is trained of a pretrained model: low-rank updates and the [SUM] row (lora), or everything (full).
@@ -133,7 +131,6 @@ class ModelConfig:
     kv_heads: int = 2
     mlp_width: int = 344
     dropout: float | None = None
-    item_dropout: float = 0.0
     pretrained: str | None = None
     finetune: Literal["lora", "full"] = "lora"
     lora: LoraSettings = field(default_factory=LoraSettings)

@@ -80,13 +80,13 @@ def check_fits(config: TrainConfig) -> None:
 
 
 def _network(config: TrainConfig) -> dict[str, Any]:
-    """The settings that say what weights mean, by their dotted names: not dropouts, nor how frozen weights are kept.
+    """The settings that say what weights mean, by their dotted names: not dropout, nor how frozen weights are kept.
 
     Which pretrained model it is, fingerprints say.
     """
     plain = asdict(config)
     model, lora = plain["model"], plain["model"].pop("lora")
-    for name in ("dropout", "item_dropout", "dtype", "quantize", "liger"):
+    for name in ("dropout", "dtype", "quantize", "liger"):
         del model[name]
     del lora["dropout"]
     model |= {"pretrained": config.model.pretrained is not None, "template": config.model.prompt_template}

@@ -83,15 +83,12 @@ class PromptBuilder:
         format: tokens around item texts.
         items: token ids of the items, cut.
         contexts, profiles: of the parts of contexts and profiles, by their codes; None: there are none.
-        hidden: the token that stands for every one of a text that is hidden in training; None: the tokenizer has none.
     """
 
     def __init__(
         self, data: PreparedData, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
     ) -> None:
         self.data, self.format = data, prompt_format
-        special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        self.hidden: int | None = next((token for token in special if token is not None), None)
         self.items = _Texts.of(data.token_ids(tokenizer), prompt_format.max_item_tokens)
         if (self.items.length < 1).any():
             item = int(np.flatnonzero(self.items.length < 1)[0])
@@ -149,21 +146,8 @@ class PromptBuilder:
         total: IntArray = context + targets - self.format.label_length + prompts.num_targets
         return self.prefix_lengths(prompts) + total
 
-    def batch(self, prompts: Prompts, hidden: npt.NDArray[np.bool_] | None = None) -> StreamBatch:
-        """Pack prompts, in their order, into one batch on the CPU.
-
-        Args:
-            prompts: P of them.
-            hidden: `(I,)`, for the interactions of all prompts in turn: each token of the item text is replaced; None: of none.
-
-        Raises:
-            ValueError: texts are to be hidden, and the tokenizer has no token for that.
-        """
-        stands_in = self.hidden
-        if hidden is not None and stands_in is None:
-            raise ValueError(
-                "model.item_dropout needs a tokenizer with a BOS, EOS or padding token, which stands for hidden texts: leave it out"
-            )
+    def batch(self, prompts: Prompts) -> StreamBatch:
+        """Pack prompts, in their order, into one batch on the CPU."""
         labels_of = np.asarray(self.format.labels, np.int64)
         lengths = prompts.num_interactions
         rows = prompts.rows()
@@ -188,9 +172,7 @@ class PromptBuilder:
         self._put_prefixes(input_ids, starts[ends - lengths] - prefix_lengths, prompts)
         places = starts
         for of, index in texts:
-            begun, places = places, of.put(input_ids, places, index)
-            if of is self.items and hidden is not None and stands_in is not None:
-                input_ids[ranges(begun[hidden], (places - begun)[hidden])] = stands_in
+            places = of.put(input_ids, places, index)
         # A label stands right behind its item's text, then what separates it from the next item.
         labelled = label_lengths > 0
         input_ids[places[labelled]] = labels_of[self.data.label[rows[labelled]]]

@@ -39,7 +39,6 @@ class PackedPrompts(Dataset[StreamBatch]):
         token_budget: int,
         seed: int,
         batch_multiple: int = 1,
-        item_dropout: float = 0.0,
     ) -> None:
         """Plan the first epoch.
 
@@ -49,7 +48,6 @@ class PackedPrompts(Dataset[StreamBatch]):
             token_budget: rows of a batch at most, context and [SUM].
             seed: of the shuffles.
             batch_multiple: the number of batches is a multiple of this (devices x accumulation steps).
-            item_dropout: share of the items whose text is hidden, others in every epoch.
 
         Raises:
             ValueError: no prompts, or the longest prompt does not fit the budget.
@@ -57,7 +55,7 @@ class PackedPrompts(Dataset[StreamBatch]):
         if not len(prompts):
             raise ValueError("there are no prompts to train on: the training split has no targets")
         self.builder, self.prompts, self.seed = builder, prompts, seed
-        self.token_budget, self.item_dropout = token_budget, item_dropout
+        self.token_budget = token_budget
         self.num_rows = builder.num_rows(prompts)
         longest = int(self.num_rows.max())
         if longest > token_budget:
@@ -78,7 +76,6 @@ class PackedPrompts(Dataset[StreamBatch]):
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle for an epoch; the same seed and epoch give the same batches."""
-        self.epoch = epoch
         rng = np.random.default_rng([self.seed, epoch])
         for spread in (0.5, 0.2, 0.0):
             order = np.exp(spread * rng.standard_normal(len(self.num_rows)))
@@ -91,13 +88,7 @@ class PackedPrompts(Dataset[StreamBatch]):
         return self.num_batches
 
     def __getitem__(self, index: int) -> StreamBatch:
-        prompts = self.prompts[self.plan[index]]
-        if not self.item_dropout:
-            return self.builder.batch(prompts)
-        # Behind zeros NumPy takes a seed for the same: no batch draws what dealt the prompts.
-        rng = np.random.default_rng([self.seed, self.epoch, 1 + index])
-        hidden = rng.random(int(prompts.num_interactions.sum())) < self.item_dropout
-        return self.builder.batch(prompts, hidden)
+        return self.builder.batch(self.prompts[self.plan[index]])
 
 
 def deal(

@@ -35,7 +35,6 @@ def trainer_of(run: Run, arguments: TrainingArguments) -> StreamTrainer:
         optim.token_budget,
         config.seed,
         batch_multiple=world_size() * optim.accumulation,
-        item_dropout=config.model.item_dropout,
     )
 
     def validate() -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from dti_model.config import DTIConfig, ModelConfig, TrainConfig
 from dti_model.data import PreparedData
 from dti_model.evaluation.scoring import score_targets
 from dti_model.model.run import Run
-from dti_model.prompts import PackedPrompts, PromptBuilder, PromptFormat, Prompts
+from dti_model.prompts import PromptBuilder, PromptFormat, Prompts
 from tests.data.text_logs import some_rows, some_users, text_data, text_files
 
 WINDOW = 4
@@ -31,11 +30,8 @@ def tokenizer(data: PreparedData) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(data.tokenizer_dir)
 
 
-def expected_ids(
-    data: PreparedData, tokenizer, prompts: Prompts, template: str, hidden: Iterable[bool] = ()
-) -> list[int]:
-    """A batch read by a plain loop; `hidden`: of which interactions in turn the item text is."""
-    hides = iter(hidden)
+def expected_ids(data: PreparedData, tokenizer, prompts: Prompts, template: str) -> list[int]:
+    """A batch read by a plain loop."""
 
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False) if text else []
@@ -54,8 +50,7 @@ def expected_ids(
             *range(prompts.first_target[i], prompts.stop[i]),
         ]
         for row in rows:
-            item = ids(data.item_texts[data.item[row]])
-            found += ids(before) + ([tokenizer.bos_token_id] * len(item) if next(hides, False) else item)
+            found += ids(before) + ids(data.item_texts[data.item[row]])
             for part in data.contexts.of_row(row):
                 found += ids(f"; {part}" if part else "")
             found += ids(cue)
@@ -79,28 +74,6 @@ def test_tokens_of_a_batch_by_hand(data: PreparedData, tokenizer, template: str,
     assert batch.input_ids.tolist() == expected_ids(data, tokenizer, some, template)
     assert builder.num_rows(some).sum() == len(batch.input_ids)
     assert batch.labels.tolist() == data.label[batch.targets].tolist()
-
-
-@pytest.mark.parametrize("template", ["{item}{label}", TEMPLATE])
-def test_items_are_hidden_in_training(data: PreparedData, tokenizer, template: str) -> None:
-    """All of an item's text or none of it, and nothing else; others in another epoch, the same ones in the same."""
-    builder = PromptBuilder(data, tokenizer, PromptFormat.of(tokenizer, WINDOW, template=template))
-    prompts = Prompts.streaming(data, data.targets("train"), WINDOW, 3)
-    packed = PackedPrompts(builder, prompts, 10**6, seed=5, item_dropout=0.4)
-    batches = []
-    for epoch in (0, 1, 0):
-        packed.set_epoch(epoch)
-        dealt = prompts[packed.plan[0]]
-        hidden = np.random.default_rng([5, epoch, 1]).random(int(dealt.num_interactions.sum())) < 0.4
-        assert 0.3 < hidden.mean() < 0.5
-        batch, whole = packed[0], builder.batch(dealt)
-        assert batch.input_ids.tolist() == expected_ids(data, tokenizer, dealt, template, hidden)
-        assert whole.input_ids.tolist() == expected_ids(data, tokenizer, dealt, template)
-        assert torch.equal(batch.layout.rows, whole.layout.rows)
-        assert torch.equal(batch.labels, whole.labels)
-        batches.append(batch.input_ids)
-    assert torch.equal(batches[0], batches[2])
-    assert not torch.equal(batches[0], batches[1])
 
 
 def test_strict_prompts_hold_nothing_of_the_targets_own_time(data: PreparedData) -> None:
