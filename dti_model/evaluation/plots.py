@@ -16,6 +16,8 @@ from dti_model.evaluation.metrics import expected_calibration_error, groups_of
 REPORT_MARK = {"Software": "dti train"}  # a text in the PNG of a run
 MODEL_COLOR, LINE_COLOR, SUM_COLOR = "#1f5fa8", "#8a8a8a", "#d1602b"
 RAW_COLOR = SUM_COLOR
+# One for each baseline.
+LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)))
 SPLIT_NAMES = {"val": "validation"}
 
 
@@ -46,11 +48,13 @@ def plot_report(
     losses = [(entry["epoch"], entry["loss"]) for entry in log_history if "loss" in entry]
     aucs = [(entry["epoch"], entry["eval_auc"]) for entry in log_history if "eval_auc" in entry]
     loss_axes.plot(*zip(*losses), color=MODEL_COLOR, linewidth=1)
-    # The first steps, from ln(vocabulary) down, would flatten the rest.
-    loss_axes.set_ylim(top=1.2 * np.quantile([loss for _, loss in losses], 0.9))
+    # The first steps, from ln(vocabulary) down, would flatten the rest: the axis is that of the last two thirds.
+    later = [loss for _, loss in losses[len(losses) // 3 :]]
+    margin = 0.1 * (max(later) - min(later)) or 0.1
+    loss_axes.set_ylim(min(later) - margin, max(later) + 2 * margin)
     loss_axes.set(xlabel="epoch", ylabel="cross-entropy at the [SUM]s (nats)", title="training loss")
     auc_axes.plot(*zip(*aucs), color=MODEL_COLOR, marker="o", label="model")
-    for (name, metrics), style in zip(baselines["val"].items(), cycle(("-", "--", "-.", ":"))):
+    for (name, metrics), style in zip(baselines["val"].items(), cycle(LINE_STYLES)):
         auc_axes.axhline(
             metrics["auc"], color=LINE_COLOR, linewidth=1, linestyle=style, label=name.replace("_", " ")
         )

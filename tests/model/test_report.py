@@ -67,13 +67,38 @@ def test_a_metric_that_does_not_exist() -> None:
 
 
 def test_every_baseline_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There are four styles of lines: a fifth baseline was left out without a word."""
-    drawn = []
-    monkeypatch.setattr(Axes, "axhline", lambda *_, label, **__: drawn.append(label))
+    """There were four styles of lines: a fifth baseline was left out without a word, and then had the first one's."""
+    drawn, styles = [], []
+
+    def noted(*_: Any, label: str, linestyle: Any, **__: Any) -> None:
+        drawn.append(label)
+        styles.append(linestyle)
+
+    monkeypatch.setattr(Axes, "axhline", noted)
     baselines = {"val": {f"baseline {i}": {"auc": 0.5 + i / 100} for i in range(6)}}
     log = [{"epoch": 1.0, "loss": 0.7}, {"epoch": 1.0, "eval_auc": 0.6}]
     plot_report(tmp_path / "report.png", log, np.array([0, 1] * 20), np.linspace(0.1, 0.9, 40), baselines)
     assert drawn == [*baselines["val"]]
+    assert len(set(styles[:5])) == 5
+
+
+def test_the_axis_of_losses_is_that_of_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+    set_ylim = Axes.set_ylim
+
+    def noted(self: Axes, *args: Any, **kwargs: Any) -> Any:
+        limits.append(args)
+        return set_ylim(self, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "set_ylim", noted)
+    for losses in ([8.0, 2.3, 0.6, 0.58, 0.57, 0.56], [0.7]):
+        log = [{"epoch": float(i), "loss": loss} for i, loss in enumerate(losses)]
+        log.append({"epoch": 1.0, "eval_auc": 0.6})
+        plot_report(
+            tmp_path / "report.png", log, np.array([0, 1] * 20), np.linspace(0.1, 0.9, 40), {"val": {}}
+        )
+    of_losses = [args for args in limits if len(args) == 2]
+    assert of_losses == [pytest.approx((0.556, 0.608)), pytest.approx((0.6, 0.9))]
 
 
 def test_calibration_is_drawn_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
