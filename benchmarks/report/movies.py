@@ -50,7 +50,7 @@ def movies(seeds: dict[int, dict[str, Any]] | None = None) -> str:
     made, training = runs[0]["provenance"], first["training"]
     about = (
         f"{training['parameters']:,} parameters, {training['targets']:,} training targets, {training['epochs']:g} epochs; "
-        f"{tests[0]['targets']:,} test targets with a prompt each. ({made['machine']}, commit {made['commit']}; `{runs[0]['command']}`.)"
+        f"{tests[0]['targets']:,} test targets with a prompt each. ({made['machine']}, commit {made['commit']}.)"
     )
     return f"{markdown_table(_HEAD, lines)}\n\n{about}"
 
