@@ -14,11 +14,11 @@ TORCH_CPU = https://download.pytorch.org/whl/cpu
 .PHONY: quickstart test check install test-floors test-newest clean
 
 quickstart: install
-	@$(VENV)/bin/python -c 'from dti_model.data import PreparedData; print((PreparedData.open("$(DATA)").context_rule or {}).get("text"))' \
-	  2>/dev/null | grep -qv "^{item_rate}$$" && { echo "$(DATA) has no rates of clicks, which this quickstart reads: delete it, or name \
-	another folder: make quickstart DATA=data/another" >&2; exit 1; } || true
-	$(VENV)/bin/python -c 'from dti_model.data import PreparedData; PreparedData.open("$(DATA)")' 2>/dev/null || \
-	  $(VENV)/bin/dti prepare ml-100k --out $(DATA) --context-text "{item_rate}"
+	@case "$$($(VENV)/bin/python -c 'from dti_model.data import PreparedData; print((PreparedData.open("$(DATA)").context_rule or {}).get("text"))' 2>/dev/null)" in \
+	  "{item_rate}") ;; \
+	  "") $(VENV)/bin/dti prepare ml-100k --out $(DATA) --context-text "{item_rate}" ;; \
+	  *) echo "$(DATA) has no rates of clicks, which this quickstart reads: delete it, or name another folder: make quickstart DATA=data/another" >&2; exit 1 ;; \
+	esac
 	@if test -f $(RUN)/metrics.json; then \
 	  echo "$(RUN) holds a finished run: delete it, or name another folder: make quickstart RUN=runs/another"; \
 	else \

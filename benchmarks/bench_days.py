@@ -46,19 +46,13 @@ from dti_model.model import MODEL_FOLDER, Run
 ARMS = CONTINUED, ANEW, ALONE = "continued", "anew", "left alone"
 NOTHING = {"seconds": 0.0, "trained_targets": 0, "tokens": 0}
 MOST_COST, MOST_LOSS = 0.1, 0.002
-SMOKE: dict[str, Any] = {
-    "layers": 1,
-    "width": 16,
-    "days": 2,
-    "epochs": 1,
-    "token_budget": 400,
-    "continue_budget": 400,
-}
-SMOKE |= {"vocab": 300, "runs": SCRATCH / "days-smoke"}
+SMOKE: dict[str, Any] = {"layers": 1, "width": 16, "days": 2, "epochs": 1, "vocab": 300}
+SMOKE |= {"token_budget": 400, "continue_budget": 400, "runs": SCRATCH / "days-smoke"}
 _DAY = 86_400
 _SETTINGS = [
     *("first", "period", "days", "k", "window", "seeds", "epochs", "rate", "token_budget"),
     *("continue_epochs", "continue_rate", "continue_budget", "context_text", "title_tokens"),
+    *("layers", "width", "vocab", "precision"),
 ]
 _METRICS = ("auc", "log_loss", "gauc")
 
@@ -245,19 +239,19 @@ def play(bench: Bench) -> Iterator[dict[str, Any]]:
     seeds, num_days = range(bench.options.seeds), bench.options.days
     scores: dict[str, list[Floats]] = {arm: [] for arm in ARMS}
     costs: dict[str, Rows] = {arm: [] for arm in ARMS}
-    parts = [bench.labels_and_users(day + 1) for day in range(1, num_days + 1)]
-    labels, users = np.concatenate([x for x, _ in parts]), np.concatenate([x for _, x in parts])
-    users = np.unique(users, return_inverse=True)[1]
+    labels, ids = zip(*(bench.labels_and_users(day + 1) for day in range(1, num_days + 1)))
+    of_all, users = np.concatenate(labels), np.unique(np.concatenate(ids), return_inverse=True)[1]
+    users_by_day = np.split(users, np.cumsum([len(x) for x in labels])[:-1])
     for seed in seeds:
         first = bench.train(ANEW, 0, seed)
         print(f"first model: {first['trained_targets']:,} targets, {first['seconds']:.0f} s", flush=True)
         found: dict[str, list[Floats]] = {arm: [] for arm in ARMS}
-        for day, (label, user) in enumerate(parts, 1):
+        for day, (label, user) in enumerate(zip(labels, users_by_day), 1):
             for arm in ARMS:
                 costs[arm].append(NOTHING if arm == ALONE else bench.train(arm, day, seed))
             for arm in ARMS:
                 found[arm].append(bench.score(arm, day + 1, seed))
-                metrics = click_metrics(label, found[arm][-1], np.unique(user, return_inverse=True)[1])
+                metrics = click_metrics(label, found[arm][-1], user)
                 row = {"benchmark": "days", "arm": arm, "day": bench.days.name(day + 1), "seed": seed}
                 row |= {"targets": len(label), **_rounded(metrics), **costs[arm][-1]}
                 print(
@@ -268,7 +262,7 @@ def play(bench: Bench) -> Iterator[dict[str, Any]]:
                 yield row
         for arm in ARMS:
             scores[arm].append(np.concatenate(found[arm]))
-    yield from _compared(labels, users, scores, costs)
+    yield from _compared(of_all, users, scores, costs)
 
 
 def _compared(
@@ -382,9 +376,8 @@ def main() -> int:
     days = Days.of(PreparedData.open(options.data), first, options.period)
     settings = {name: getattr(options, name) for name in _SETTINGS}
     settings["data"] = days.source.stats["source"]["name"]
-    settings["model"] = f"{options.layers} x {options.width}"
-    claim(options.runs, {**settings, "vocab": options.vocab, "source": days.source.stats["source"]})
-    rows = [row | settings for row in play(Bench(days, options.runs, options))]
+    claim(options.runs, {**settings, "source": days.source.stats["source"]})
+    rows = [{**row, "settings": settings} for row in play(Bench(days, options.runs, options))]
     options.rows.keep(rows)
     said, holds = verdict(rows)
     print(said)

@@ -10,15 +10,8 @@ from benchmarks.report.tables import markdown_table
 from dti_model.config import GLUED, ITEM
 
 # What tells runs apart, and what it was before rows said it.
-_RUN = {
-    "template": GLUED,
-    "contexts": "",
-    "compile": False,
-    "graphs": False,
-    "wanted_targets": 0,
-    "learning_rate": 2e-4,
-}
-_RUN |= {"token_budget": 0, "accumulation": 1, "epochs": 1}
+_RUN = {"template": GLUED, "contexts": "", "compile": False, "graphs": False, "wanted_targets": 0}
+_RUN |= {"learning_rate": 2e-4, "token_budget": 0, "accumulation": 1, "epochs": 1}
 _KEY = ("data", "model", "k", *_RUN)
 # Older rows have these in a run's first row only.
 _START = ("data", "token_budget", "accumulation", "epochs", "learning_rate", "train_targets")
@@ -31,32 +24,28 @@ _HEAD = (
 
 def finetuned(rows: Rows) -> str:
     """A line for each run and way of scoring, with its best epoch; of runs with equal settings the last. Empty: there are no runs."""
-    found: dict[tuple[Any, ...], dict[Any, dict[str, Any]]] = {}
+    tests: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    seconds: dict[tuple[Any, ...], float] = {}
     first: dict[str, Any] = {}
     for row in (row for row in rows if row.get("benchmark") == "finetune"):
         if row.get("part") == "start":
             first = {name: row[name] for name in _START if name in row}
         row = {**_RUN, **first, **row}
-        run = found.setdefault(tuple(row.get(name) for name in _KEY), {})
+        run = tuple(row.get(name) for name in _KEY)
         if row.get("part") == "start":
-            run.clear()
-        run[row["test_k"] if row.get("part") == "test" else row.get("part")] = row
-    lines = [
-        _line(row, run.get("training", {}))
-        for run in found.values()
-        for k, row in run.items()
-        if isinstance(k, int)
-    ]
+            tests[run] = {}
+            seconds.pop(run, None)
+        elif row.get("part") == "training":
+            seconds[run] = row["seconds"]
+        elif row.get("part") == "test":
+            tests.setdefault(run, {})[row["test_k"]] = row
+    lines = [_line(row, seconds.get(run)) for run, found in tests.items() for row in found.values()]
     title = "A pretrained model, fine-tuned in full within the suite's minutes:"
     return markdown_table(_HEAD, lines, title) if lines else ""
 
 
-def _line(row: dict[str, Any], training: dict[str, Any]) -> str:
-    step, targets, seconds = (
-        row["token_budget"] * row["accumulation"],
-        row.get("train_targets"),
-        training.get("seconds"),
-    )
+def _line(row: dict[str, Any], seconds: float | None) -> str:
+    step, targets = row["token_budget"] * row["accumulation"], row.get("train_targets")
     cells = [row["model"], _interaction(row), row["k"], f"{step:,}" if step else ""]
     cells += ["" if targets is None else f"{targets:,}", row["epochs"]]
     cells += ["" if seconds is None else f"{seconds:.0f}", row["test_k"], f"{row['targets']:,}"]

@@ -1,6 +1,8 @@
 """The README part of the larger run from scratch: half of MovieLens-1M, a seed or several of `configs/ml-1m.yaml`.
 
-python -m benchmarks.report --record-run RUN --name ml-1m-half-seed-0
+    python -m benchmarks.report --record-run RUN --name ml-1m-half-seed-0
+
+records one of them; the number is its seed.
 """
 
 from __future__ import annotations
