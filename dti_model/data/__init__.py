@@ -3,9 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 from dti_model.data.arrow_file import write_table
-from dti_model.data.contexts import FIRST, gap_text, is_value, moment_texts, rate_text
+from dti_model.data.categories import ItemCategories, categories_of
+from dti_model.data.contexts import FIRST, gap_text, is_value, moment_texts
 from dti_model.data.errors import DataError, OneLineError
 from dti_model.data.folder import STATS_FILE, write_stats
+from dti_model.data.rates import rate_text
 from dti_model.data.sources import SOURCES, loaded, named_source
 from dti_model.data.split import CONTEXT, SPLIT_CODES, TEST, TRAIN, VAL
 from dti_model.data.store import COLUMNS, PreparedData
@@ -40,11 +42,13 @@ __all__ = [
     "Clock",
     "CustomFiles",
     "DataError",
+    "ItemCategories",
     "OneLineError",
     "PreparedData",
     "Template",
     "TextEncoder",
     "TokenIds",
+    "categories_of",
     "extend",
     "field_text",
     "files_like",

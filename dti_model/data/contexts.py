@@ -5,28 +5,23 @@
     {item_rate}          clicks among all earlier interactions of the item, by any user              72% of 300
     {user_rate}          clicks among all earlier interactions of the user                           64% of 150
 
-Rates count interactions of an earlier time stamp, not of the same one: nothing looks ahead, and what shares a second was not known. Rates that
-training reads, up to a user's last training target, count no validation or test target, of which some are earlier where the split is not
-by time. Rates are rounded to 2 %, counts down to some six steps a factor of ten, so that few distinct texts stand for all.
+`rates.py` says what counts as earlier.
 """
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
 import numpy.typing as npt
 
-from dti_model.data.coded_texts import Codes, Column
+from dti_model.data.coded_texts import Column
 from dti_model.data.errors import DataError
-from dti_model.data.split import TEST, TRAIN, VAL
-from dti_model.data.times import seconds_of
-
-Rows = npt.NDArray[np.int64]
+from dti_model.data.rates import RATE_TEXTS, item_rates, user_rates
+from dti_model.data.row_facts import RowFacts, Rows
 
 HOURS = [str(hour) for hour in range(24)]
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -46,57 +41,6 @@ GAPS = {
 FIRST = "first of all"  # nothing was before
 _GAP_TEXTS = (FIRST, *GAPS.values())
 _GAP_STEPS = np.array(list(GAPS))
-NEW = "new"  # of an item or user without an earlier interaction
-_PERCENT = 2  # steps of a rate
-_COUNTS = np.array(
-    [
-        round(step * 10**power)
-        for power in range(7)
-        for step in (1, 1.5, 2, 3, 5, 7)
-        if step * 10**power % 1 == 0
-    ]
-)
-_CHUNK = 1 << 20  # rows that are looked at at once
-
-
-@dataclass(frozen=True, eq=False)
-class RowFacts:
-    """The interactions of a data set as contexts are made of them; arrays are (I,), rows user after user, each in time order.
-
-    Attributes:
-        offsets: (U + 1,) int64, user u owns rows `offsets[u]:offsets[u + 1]`.
-        item: index of the item.
-        label: 0 or 1.
-        timestamp: in `unit`.
-        by_time: the rows in the global order.
-        split: codes of `split.py`.
-        unit: as stats["timestamp_unit"].
-        timezone: name of an IANA time zone.
-        place: the file or folder, for messages.
-    """
-
-    offsets: Rows
-    item: npt.NDArray[np.int32]
-    label: npt.NDArray[np.int8]
-    timestamp: Rows
-    by_time: Rows
-    split: npt.NDArray[np.int8]
-    unit: str
-    timezone: str
-    place: str
-
-    def user(self) -> Rows:
-        """User index of every row."""
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
-
-    def seconds(self) -> Rows:
-        """Seconds since 1970.
-
-        Raises:
-            DataError: the time stamps are no dates.
-        """
-        seconds: Rows = seconds_of(self.timestamp, self.unit, self.place)
-        return seconds
 
 
 def hours(facts: RowFacts) -> Column:
@@ -119,16 +63,6 @@ def gaps(facts: RowFacts) -> Column:
     return Column(codes, _GAP_TEXTS)
 
 
-def item_rates(facts: RowFacts) -> Column:
-    """Clicks among the item's earlier interactions, and how many these are."""
-    return _rates(facts.item, facts)
-
-
-def user_rates(facts: RowFacts) -> Column:
-    """Clicks among the user's earlier interactions, and how many these are."""
-    return _rates(facts.user(), facts)
-
-
 BUILT_IN = {
     "hour": hours,
     "weekday": weekdays,
@@ -147,7 +81,7 @@ def is_value(name: str, text: str) -> bool:
         "weekday": WEEKDAYS,
         "gap": _GAP_TEXTS,
     }
-    return text in values.get(name, _RATE_TEXTS)
+    return text in values.get(name, RATE_TEXTS)
 
 
 def gap_text(seconds: float) -> str:
@@ -158,16 +92,6 @@ def gap_text(seconds: float) -> str:
         'minutes later'
     """
     return _GAP_TEXTS[np.searchsorted(_GAP_STEPS, seconds, side="right")]
-
-
-def rate_text(clicks: int, shown: int) -> str:
-    """`{item_rate}` or `{user_rate}` of a request.
-
-    Example:
-        >>> rate_text(223, 312), rate_text(0, 0)
-        ('72% of 300', 'new')
-    """
-    return _RATE_TEXTS[int(_rate_codes(np.array([clicks]), np.array([shown]))[0])]
 
 
 def moment_texts(seconds: int, timezone: str) -> Mapping[str, str]:
@@ -208,61 +132,3 @@ def _local(seconds: Rows, timezone: str) -> npt.NDArray[Any]:
         assert offset is not None
         offsets[place] = round(offset.total_seconds())
     return seconds + offsets[places]
-
-
-def _rates(key: npt.NDArray[Any], facts: RowFacts) -> Column:
-    """Rates of rows with the same key and an earlier time stamp."""
-    codes = _rates_among(np.ones(len(key), bool), key, facts)
-    is_scored, trains, stamps = np.isin(facts.split, (VAL, TEST)), facts.split == TRAIN, facts.timestamp
-    # Where the split is by time, no validation or test target is earlier than a training target.
-    if is_scored.any() and trains.any() and stamps[is_scored].min() < stamps[trains].max():
-        user, rows = facts.user(), np.arange(len(key))
-        last = np.full(len(facts.offsets) - 1, -1)
-        last[user[trains]] = rows[trains]  # of several the last one is kept
-        is_read = rows <= last[user]
-        codes = np.where(is_read, _rates_among(~is_scored, key, facts), codes).astype(np.int32)
-    return Column(codes, _RATE_TEXTS)
-
-
-def _rates_among(counted: npt.NDArray[np.bool_], key: npt.NDArray[Any], facts: RowFacts) -> Codes:
-    """Codes of rates among the rows that are `counted`; memory O(keys + chunk) besides the codes."""
-    codes = np.empty(len(key), np.int32)
-    clicks = np.zeros(int(key.max()) + 1, np.int64)
-    shown = np.zeros_like(clicks)
-    start = 0
-    while start < len(key):
-        # A chunk ends where a time stamp does.
-        rows = facts.by_time[start : start + _CHUNK]
-        last = facts.timestamp[rows[-1]]
-        while start + len(rows) < len(key) and facts.timestamp[facts.by_time[start + len(rows)]] == last:
-            rows = facts.by_time[start : start + 2 * len(rows)]
-            rows = rows[facts.timestamp[rows] <= last]
-        start += len(rows)
-        grouped = rows[np.argsort(key[rows], kind="stable")]
-        of, is_counted = key[grouped].astype(np.int64), counted[grouped].astype(np.int64)
-        value = facts.label[grouped] * is_counted
-        new_key = np.diff(of, prepend=-1) != 0
-        new_time = new_key | (np.diff(facts.timestamp[grouped], prepend=0) != 0)
-        # Sums before each row, since its key began, as they were where its time stamp began.
-        places = np.arange(len(of))
-        key_began = np.maximum.accumulate(np.where(new_key, places, 0))
-        time_began = np.maximum.accumulate(np.where(new_time, places, 0))
-        sums = [np.cumsum(x) - x for x in (value, is_counted)]
-        earlier = [x[time_began] - x[key_began] for x in sums]
-        codes[grouped] = _rate_codes(earlier[0] + clicks[of], earlier[1] + shown[of])
-        clicks += np.bincount(of, value, len(clicks)).astype(np.int64)
-        shown += np.bincount(of, is_counted, len(shown)).astype(np.int64)
-    return codes
-
-
-def _rate_codes(clicks: Rows, shown: Rows) -> npt.NDArray[np.int32]:
-    """0 for `NEW`, then rate by rate, count by count."""
-    percent = np.round(100 / _PERCENT * clicks / np.maximum(shown, 1)).astype(np.int32)
-    count = np.searchsorted(_COUNTS, shown, side="right").astype(np.int32)
-    return np.where(shown > 0, 1 + percent * len(_COUNTS) + count - 1, 0).astype(np.int32)
-
-
-_RATE_TEXTS = [
-    NEW,
-    *(f"{percent}% of {count}" for percent in range(0, 101, _PERCENT) for count in _COUNTS.tolist()),
-]

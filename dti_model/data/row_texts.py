@@ -10,8 +10,9 @@ import numpy.typing as npt
 import polars as pl
 
 from dti_model.data.coded_texts import CodedTexts, Column, coded_texts
-from dti_model.data.contexts import BUILT_IN, OF_TIME, RowFacts
+from dti_model.data.contexts import BUILT_IN, OF_TIME
 from dti_model.data.errors import DataError
+from dti_model.data.row_facts import RowFacts
 from dti_model.data.texts import FINISHED, MAX_CHARS, Template, clean_text, shorten
 from dti_model.data.times import Clock
 
@@ -53,6 +54,7 @@ def facts_of(raw: RawData, data: Indexed, columns: Mapping[str, npt.NDArray[Any]
         unit=raw.timestamp_unit,
         timezone=timezone,
         place=str(raw.interactions_path),
+        item_texts=data.items["text"],
     )
 
 

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from sklearn.ensemble import HistGradientBoostingClassifier
 from threadpoolctl import threadpool_limits
 
-from dti_model.data import UNITS, Clock, PreparedData
+from dti_model.data import UNITS, Clock, ItemCategories, PreparedData, categories_of
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -40,8 +40,8 @@ Features = npt.NDArray[np.float32]
 MOST_TARGETS = 1_000_000
 PRIOR, CATEGORY_PRIOR = 5.0, 3.0
 WINDOWS, RESIDUAL_WINDOWS = (1, 2, 5, 20), (5, 20)
-# Categories: the most frequent parts among the training targets, of at least so many items; of an item its first ones.
-MOST_CATEGORIES, FEWEST_ITEMS, MOST_OF_ITEM = 64, 2, 8
+# Categories: the most frequent ones among the training targets, of at least so many items.
+MOST_CATEGORIES, FEWEST_ITEMS = 64, 2
 _ONE = 2**30  # of sums: exact for 2^33 values of at most 1
 _CHUNK = 1_000_000  # rows that are scored at once: scikit-learn copies them as float64
 
@@ -178,10 +178,10 @@ class _Groups:
 
 
 class _Categories:
-    """Categories of the items: `num` of them, item i has `ids[offsets[i]:offsets[i + 1]]`."""
+    """The `num` categories that count."""
 
     def __init__(self, data: PreparedData, train: Rows) -> None:
-        names = [_parts(text) for text in data.item_texts]
+        names = [categories_of(text) for text in data.item_texts]
         targets = np.bincount(data.item[train], minlength=data.num_items)
         items_of: dict[str, int] = {}
         targets_of: dict[str, int] = {}
@@ -196,12 +196,8 @@ class _Categories:
             if FEWEST_ITEMS <= num < data.num_items and targets_of[name]
         ]
         kept = sorted(kept, key=lambda name: (-targets_of[name], name))[:MOST_CATEGORIES]
-        index = {name: position for position, name in enumerate(kept)}
-        found = [[index[name] for name in of_item if name in index][:MOST_OF_ITEM] for of_item in names]
-        self.num = len(kept)
-        self.lengths = np.array([len(ids) for ids in found], np.int64)
-        self.offsets = np.cumsum(self.lengths) - self.lengths
-        self.ids = np.array([one for ids in found for one in ids], np.int64)
+        self._of_items = ItemCategories.of(names, kept)
+        self.num = self._of_items.num
 
     def mean_residual(self, user: Rows, item: npt.NDArray[np.int32], values: Floats) -> Floats:
         """Mean over the row's categories of the user's residual in each; 0 where the item has none.
@@ -211,33 +207,19 @@ class _Categories:
             item: (R,) of the rows.
             values: (R,) to count.
         """
-        lengths = self.lengths[item]
-        row = np.repeat(np.arange(item.size), lengths)
+        row, category = self._of_items.of_rows(item)
         if row.size == 0:
             return np.zeros(item.size)
-        place = np.arange(row.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        keys = user[row] * self.num + self.ids[self.offsets[item[row]] + place]
+        keys = user[row] * self.num + category
         residual = _Groups(keys, np.argsort(keys, kind="stable")).residual(values[row], CATEGORY_PRIOR)
         sums = np.bincount(row, weights=residual, minlength=item.size)
-        return np.asarray(sums / np.maximum(lengths, 1))
+        return np.asarray(sums / np.maximum(self._of_items.lengths[item], 1))
 
 
 def _hour(clock: Clock) -> int | None:
     """An hour in time stamps; None where nobody knows their unit."""
     unit = clock.likely if clock.said not in UNITS else clock.said
     return None if unit is None else 3_600 * UNITS[unit] * clock.scale
-
-
-def _parts(text: str) -> list[str]:
-    """Parts of an item text behind its title, each once.
-
-    Example:
-        >>> _parts("Toy Story (1995); Animation, Comedy")
-        ['Animation', 'Comedy']
-    """
-    behind = text.split(";")[1:]
-    parts = (part.strip() for piece in behind for part in piece.split(","))
-    return list(dict.fromkeys(part for part in parts if part))
 
 
 def _probability(values: Floats) -> Floats:

@@ -17,14 +17,15 @@ from dti_model.data import (
     VAL,
     DataError,
     PreparedData,
-    contexts,
     gap_text,
     moment_texts,
     prepare,
     rate_text,
+    rates,
 )
 from dti_model.data.coded_texts import Column, coded_texts
-from dti_model.data.contexts import BUILT_IN, RowFacts
+from dti_model.data.contexts import BUILT_IN
+from dti_model.data.row_facts import RowFacts
 from dti_model.data.sources.movielens import MovieLens
 from dti_model.data.texts import Template
 from tests.data.movielens_files import some_ratings, write_1m
@@ -90,7 +91,7 @@ def test_rates_do_not_depend_on_chunks(chunk: int, monkeypatch: pytest.MonkeyPat
         split = rng.integers(0, 4, 300).astype(np.int8)
         split[250:] = rng.choice([0, VAL, TEST], 50)
         facts = RowFacts(np.array([0, 300]), item, label, times, np.arange(300), split, "seconds", "UTC", "")
-        monkeypatch.setattr(contexts, "_CHUNK", chunk)
+        monkeypatch.setattr(rates, "_CHUNK", chunk)
         column = BUILT_IN["item_rate"](facts)
         for row in range(300):
             known = (times < times[row]) & (item == item[row])
