@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from dti_model.data.affinities import ONE, affinity_text, expected_rates
 from dti_model.data.arrow_file import write_table
-from dti_model.data.categories import ItemCategories, categories_of
+from dti_model.data.categories import ItemCategories, categories_of, counted_categories
 from dti_model.data.contexts import FIRST, gap_text, is_value, moment_texts
 from dti_model.data.errors import DataError, OneLineError
 from dti_model.data.folder import STATS_FILE, write_stats
@@ -29,6 +30,7 @@ __all__ = [
     "FIRST",
     "LABEL_TEXTS",
     "MAX_CHARS",
+    "ONE",
     "SOURCES",
     "SPLIT_CODES",
     "STATS_FILE",
@@ -48,7 +50,10 @@ __all__ = [
     "Template",
     "TextEncoder",
     "TokenIds",
+    "affinity_text",
     "categories_of",
+    "counted_categories",
+    "expected_rates",
     "extend",
     "field_text",
     "files_like",

@@ -260,6 +260,7 @@ _FACTS = {
     "gap": "hours later",
     "item_rate": "72% of 300",
     "user_rate": "64% of 150",
+    "affinity": "+12% of 20",
 }
 
 

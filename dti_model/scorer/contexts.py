@@ -5,7 +5,7 @@
     {"text": ["Friday, 20", "minutes later"]}        the finished parts, as `history_of` gives them
 
 Rates come from what is known: {user_rate} from the history that is given, {item_rate} from all interactions of the prepared data, or
-"new". Every fact may also be given by its name, as a text that prompts have (`contexts.py` of the data), a rate as (clicks, interactions),
+"new"; {affinity} from both, with the whole history that is given. Every fact may also be given by its name, as a text that prompts have (`contexts.py` of the data), a rate as (clicks, interactions),
 a gap in seconds.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
 from typing import Any
@@ -24,10 +24,13 @@ from dti_model.data import (
     FINISHED,
     FIRST,
     MAX_CHARS,
+    ONE,
     DataError,
     PreparedData,
     Template,
     TextEncoder,
+    affinity_text,
+    expected_rates,
     field_text,
     gap_text,
     is_value,
@@ -44,6 +47,9 @@ _MOST_COUNT = 2**31
 _MOST_CACHED = 1 << 16  # parts whose tokens are kept
 
 
+Surplus = tuple[int, int]  # of clicks over expected ones, in 2^-30, and of how many interactions
+
+
 @dataclass(frozen=True)
 class Facts:
     """What is known of a user before an interaction.
@@ -53,25 +59,70 @@ class Facts:
         interactions: before.
         timestamp: of the last one; None: not known.
         of_last: clicks and interactions that have this time stamp.
+        categories: per category the surplus of clicks in 2^-30, and the interactions before (`affinities.py` of the data); empty where
+            no context asks for them.
+        categories_of_last: the same of those that have this time stamp.
     """
 
     clicks: int = 0
     interactions: int = 0
     timestamp: int | None = None
     of_last: tuple[int, int] = (0, 0)
+    categories: Mapping[str, Surplus] = field(default_factory=dict)
+    categories_of_last: Mapping[str, Surplus] = field(default_factory=dict)
 
-    def after(self, label: int, timestamp: int | None) -> Facts:
-        """After one more interaction."""
+    def after(
+        self, label: int, timestamp: int | None, categories: Sequence[str] = (), expected: int = 0
+    ) -> Facts:
+        """After one more interaction, with an item of these categories and this expected rate, in 2^-30."""
         same = timestamp is not None and timestamp == self.timestamp
         clicks, interactions = self.of_last if same else (0, 0)
-        of_last = clicks + int(label), interactions + 1
-        return Facts(self.clicks + int(label), self.interactions + 1, timestamp, of_last)
+        surplus = int(label) * ONE - expected
+        return Facts(
+            self.clicks + int(label),
+            self.interactions + 1,
+            timestamp,
+            (clicks + int(label), interactions + 1),
+            _with_one_more(self.categories, categories, surplus),
+            _with_one_more(self.categories_of_last if same else {}, categories, surplus),
+        )
 
     def counts(self, timestamp: int | None) -> tuple[int, int]:
         """Clicks and interactions of earlier time stamps than this one; None: of all that came before."""
         if timestamp is None or timestamp != self.timestamp:
             return self.clicks, self.interactions
         return self.clicks - self.of_last[0], self.interactions - self.of_last[1]
+
+    def surplus(self, categories: Sequence[str], timestamp: int | None) -> Surplus:
+        """Summed over categories, of earlier time stamps than this one; None: of all that came before."""
+        last = self.categories_of_last if timestamp is not None and timestamp == self.timestamp else {}
+        surplus, shown = 0, 0
+        for name in categories:
+            more, less = self.categories.get(name, (0, 0)), last.get(name, (0, 0))
+            surplus, shown = surplus + more[0] - less[0], shown + more[1] - less[1]
+        return surplus, shown
+
+
+def _with_one_more(
+    sums: Mapping[str, Surplus], categories: Sequence[str], surplus: int
+) -> Mapping[str, Surplus]:
+    if not categories:
+        return sums
+    found = dict(sums)
+    for name in categories:
+        before = found.get(name, (0, 0))
+        found[name] = before[0] + surplus, before[1] + 1
+    return found
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the context of an interaction may follow from."""
+
+    facts: Facts
+    item: int | None
+    timestamp: int | None
+    categories: Sequence[str]
 
 
 class ContextTokens:
@@ -90,13 +141,26 @@ class ContextTokens:
         self._built_in = frozenset(rule["built_in"])
         self._cache: dict[str, list[int]] = {}
 
-    def tokens(self, context: Any, facts: Facts, item: int | None) -> tuple[IntArray, int | None]:
+    @property
+    def compares_categories(self) -> bool:
+        """Whether contexts follow from the categories of items."""
+        return "affinity" in self._built_in
+
+    def expected_rate(self, item: int | None) -> int:
+        """Of the item with this index, in 2^-30."""
+        clicks, shown = (0, 0) if item is None else self._item_counts[:, item].tolist()
+        return int(expected_rates(np.array(clicks), np.array(shown)))
+
+    def tokens(
+        self, context: Any, facts: Facts, item: int | None, categories: Sequence[str] = ()
+    ) -> tuple[IntArray, int | None]:
         """`(n,)` int64, n >= 0, and the time stamp that the context says.
 
         Args:
             context: fields by name, or finished parts; None: no fields.
             facts: of the user before the interaction.
             item: index of the item in the prepared data; None: it is not there.
+            categories: of the item, where contexts follow from them.
 
         Raises:
             ItemError: a field is missing, unknown, or of another type; the message names it.
@@ -116,7 +180,8 @@ class ContextTokens:
                 )
             parts = self._finished(fields[FINISHED])
         else:
-            parts = self._template.parts(self._values(fields, facts, item, timestamp))
+            known = _Known(facts, item, timestamp, categories)
+            parts = self._template.parts(self._values(fields, known))
         return np.asarray([token for part in parts for token in self._encoded(part)], np.int64), timestamp
 
     def _finished(self, parts: Any) -> Sequence[str]:
@@ -136,21 +201,19 @@ class ContextTokens:
                 )
         return parts
 
-    def _values(
-        self, fields: Mapping[str, Any], facts: Facts, item: int | None, timestamp: int | None
-    ) -> dict[str, str]:
+    def _values(self, fields: Mapping[str, Any], known: _Known) -> dict[str, str]:
         """The text of every column of the template."""
-        known = {*self._template.columns, TIMESTAMP}
-        if unknown := fields.keys() - known:
+        names = {*self._template.columns, TIMESTAMP}
+        if unknown := fields.keys() - names:
             raise ItemError(
-                f"context has a field {shown(min(unknown))}, which no template names: there are {', '.join(sorted(known))}"
+                f"context has a field {shown(min(unknown))}, which no template names: there are {', '.join(sorted(names))}"
             )
         values = {}
         for name in self._template.columns:
             if name in fields:
                 values[name] = self._said(name, fields[name])
             elif name in self._built_in:
-                values[name] = self._implied(name, facts, item, timestamp)
+                values[name] = self._implied(name, known)
             else:
                 raise ItemError(
                     f"context lacks {name}: the context of an interaction here is {self._template.template!r}"
@@ -166,8 +229,11 @@ class ContextTokens:
         except DataError as error:
             raise ItemError(f"context: {error}") from None
 
-    def _implied(self, name: str, facts: Facts, item: int | None, timestamp: int | None) -> str:
+    def _implied(self, name: str, known: _Known) -> str:
         """A built-in fact that nobody gave."""
+        facts, item, timestamp = known.facts, known.item, known.timestamp
+        if name == "affinity":
+            return affinity_text(*facts.surplus(known.categories, timestamp))
         if name == "user_rate":
             return rate_text(*facts.counts(timestamp))
         if name == "item_rate":
@@ -276,6 +342,7 @@ def _fact(name: str, value: Any) -> str:
             "hour": "0 to 23",
             "weekday": "Monday to Sunday",
             "gap": f"seconds, or words such as {gap_text(60)!r}",
+            "affinity": f"a text such as {affinity_text(3 * ONE, 21)!r}",
         }
         must = ways.get(name, f"(clicks, interactions), or a text such as {rate_text(7, 10)!r}")
         raise ItemError(f"context {name} must be {must}, got {shown(value)}")

@@ -24,6 +24,7 @@ from dti_model.data import (
     OneLineError,
     Template,
     TextEncoder,
+    counted_categories,
     template_text,
 )
 from dti_model.prompts import IntArray, PromptBuilder
@@ -129,6 +130,10 @@ class ItemTokens:
             return self._rendered(item)
         builder, index = self._place_of(item)
         return builder.data.item_texts[index]
+
+    def categories(self, item: Item) -> list[str]:
+        """The categories of an item that count; raises what `text` raises."""
+        return counted_categories(self.text(item))
 
     def _place_of(self, item: Item) -> tuple[PromptBuilder, int]:
         """The prepared data, and which of its items this is."""

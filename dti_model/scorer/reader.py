@@ -88,7 +88,7 @@ class RequestReader:
             try:
                 item, label, context = _entry(entry)
                 if place < first:
-                    facts = facts.after(_checked_label(label), _time_of(context))
+                    facts = facts.after(_checked_label(label), _time_of(context), *self._of_item(item))
                 else:
                     one, facts = self.interaction(item, label, context, facts)
                     tokens.append(one)
@@ -101,7 +101,16 @@ class RequestReader:
         text, timestamp = self._text(item, context, facts)
         label = _checked_label(label)
         answer = (self._format.labels[label], *self._format.separator)
-        return np.concatenate([text, np.asarray(answer, np.int64)]), facts.after(label, timestamp)
+        return np.concatenate([text, np.asarray(answer, np.int64)]), facts.after(
+            label, timestamp, *self._of_item(item)
+        )
+
+    def _of_item(self, item: Item) -> tuple[Sequence[str], int]:
+        """Categories of an item and its expected rate, in 2^-30, where contexts follow from them."""
+        if self._contexts is None or not self._contexts.compares_categories:
+            return (), 0
+        categories = self.items.categories(item)
+        return categories, self._contexts.expected_rate(self.items.index_of(item))
 
     def _candidate(self, item: Candidate, context: Mapping[str, Any] | None, facts: Facts) -> IntArray:
         if self._contexts is not None and isinstance(item, Mapping) and item.keys() == {"item", "context"}:
@@ -116,7 +125,8 @@ class RequestReader:
         """Token ids of an item with its context, and the time stamp that the context says."""
         tokens, timestamp = self.items.tokens(item), None
         if self._contexts is not None:
-            more, timestamp = self._contexts.tokens(context, facts, self.items.index_of(item))
+            categories, _ = self._of_item(item)
+            more, timestamp = self._contexts.tokens(context, facts, self.items.index_of(item), categories)
             tokens = np.concatenate([tokens, more])
         elif context:
             raise ItemError(

@@ -17,6 +17,7 @@ from dti_model.data import (
     VAL,
     DataError,
     PreparedData,
+    affinities,
     gap_text,
     moment_texts,
     prepare,
@@ -30,7 +31,9 @@ from dti_model.data.sources.movielens import MovieLens
 from dti_model.data.texts import Template
 from tests.data.movielens_files import some_ratings, write_1m
 from tests.data.prepared_folders import content_of
-from tests.data.text_logs import CONTEXT, some_rows, some_users, text_data, text_files, write_csv
+from tests.data.text_logs import CONTEXT, GENRES, some_rows, some_users, text_data, text_files, write_csv
+
+COUNTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150)
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +50,12 @@ def test_contexts_by_a_plain_loop(data: PreparedData) -> None:
     items: dict[str, list[tuple[int, int]]] = {}
     users: dict[str, list[tuple[int, int]]] = {}
     last: dict[str, int] = {}
+    seen: dict[str, list[tuple[int, set[str], float]]] = {}
     wanted = {}
     for place in stamps:
         row = rows[place]
         moment = datetime.datetime.fromtimestamp(row["timestamp"], ZoneInfo("Europe/Berlin"))
+        genres = {*filter(None, GENRES[int(row["item"][1:]) % len(GENRES)].split(", "))}
         of_item, of_user = items.setdefault(row["item"], []), users.setdefault(row["user"], [])
         gap = "first of all" if not of_user else gap_text(row["timestamp"] - last[row["user"]])
         wanted[row["user"], len(of_user)] = [
@@ -59,7 +64,11 @@ def test_contexts_by_a_plain_loop(data: PreparedData) -> None:
             gap,
             rate(of_item, row["timestamp"]),
             rate(of_user, row["timestamp"]),
+            affinity(seen.setdefault(row["user"], []), genres, row["timestamp"]),
         ]
+        known = [label for stamp, label in of_item if stamp < row["timestamp"]]
+        expected = (sum(known) + 1) / (len(known) + 2)
+        seen[row["user"]].append((row["timestamp"], genres, row["liked"] - expected))
         of_item.append((row["timestamp"], row["liked"]))
         of_user.append((row["timestamp"], row["liked"]))
         last[row["user"]] = row["timestamp"]
@@ -82,6 +91,16 @@ def rate(earlier: list[tuple[int, int]], time: int) -> str:
     return rate_text(sum(labels), len(labels))
 
 
+def affinity(earlier: list[tuple[int, set[str], float]], genres: set[str], time: int) -> str:
+    """Each earlier interaction counts once for every genre that it shares."""
+    shared = [(len(genres & theirs), surplus) for stamp, theirs, surplus in earlier if stamp < time]
+    number = sum(times for times, _ in shared)
+    if number == 0:
+        return "new"
+    share = sum(times * surplus for times, surplus in shared) / (number + 3)
+    return f"{2 * round(share * 50):+}% of {max(step for step in COUNTS if step <= number)}"
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_rates_do_not_depend_on_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks end where time stamps do, also where all are equal."""
@@ -101,6 +120,44 @@ def test_rates_do_not_depend_on_chunks(chunk: int, monkeypatch: pytest.MonkeyPat
                 known &= split < VAL
             wanted = rate_text(int(label[known].sum()), int(known.sum()))
             assert column.values[column.codes[row]] == wanted
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_affinities_do_not_depend_on_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are of whole users, also of none; what training reads counts no validation or test target, nor rates that do."""
+    rng = np.random.default_rng(0)
+    offsets = np.array([0, 0, 5, 120, 120, 300])
+    times = np.concatenate([np.sort(rng.integers(0, 40, size)) for size in np.diff(offsets)])
+    item, label = rng.integers(0, 12, 300).astype(np.int32), rng.integers(0, 2, 300).astype(np.int8)
+    split, texts = rng.integers(0, 4, 300).astype(np.int8), [f"T{i}; {GENRES[i % 4]}" for i in range(12)]
+    by_time = np.argsort(times, kind="stable")
+    facts = RowFacts(offsets, item, label, times, by_time, split, "seconds", "UTC", "", texts)
+    for module in (rates, affinities):
+        monkeypatch.setattr(module, "_CHUNK", chunk)
+    column = BUILT_IN["affinity"](facts)
+    user = facts.user()
+    for row in range(300):
+        counted = np.ones(300, bool)
+        if row <= np.flatnonzero((split == TRAIN) & (user == user[row]))[-1]:
+            counted = split < VAL
+        seen = []
+        for before in np.flatnonzero(counted & (user == user[row])):
+            of_item = counted & (times < times[before]) & (item == item[before])
+            expected = (label[of_item].sum() + 1) / (of_item.sum() + 2)
+            seen.append((int(times[before]), genres_of(texts[item[before]]), float(label[before] - expected)))
+        wanted = affinity(seen, genres_of(texts[item[row]]), int(times[row]))
+        assert column.values[column.codes[row]] == wanted
+
+
+def genres_of(text: str) -> set[str]:
+    return {*filter(None, text.split("; ")[1].split(", "))}
+
+
+def test_affinity_needs_categories(tmp_path: Path) -> None:
+    files = dataclasses.replace(text_files(tmp_path / "raw"), text="{title}, {genres}")
+    with pytest.raises(DataError, match=r"\{affinity\} compares categories .* and no item has any"):
+        text_data(tmp_path, files)
+    assert not (tmp_path / "data").exists()
 
 
 def test_profiles_follow_the_users_file(data: PreparedData) -> None:
@@ -243,7 +300,9 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "log.csv: there is no column devise, which --context-text '{devise}' names" in error(
         "--context-text", "{devise}"
     )
-    assert "built in are hour, weekday, gap, item_rate, user_rate" in error("--context-text", "{devise}")
+    assert "built in are hour, weekday, gap, item_rate, user_rate, affinity" in error(
+        "--context-text", "{devise}"
+    )
     assert "no context may hold what is to be predicted" in error("--context-text", "{liked}")
     assert "text template 'no field' names no column" in error("--context-text", "no field")
     assert "timezone" in error("--context-text", "{hour}", "--timezone", "Berlin")
@@ -273,7 +332,7 @@ def test_context_template_is_in_the_stats(data: PreparedData) -> None:
     assert data.context_rule == {
         "text": CONTEXT,
         "max_chars": 200,
-        "built_in": ["weekday", "hour", "gap", "item_rate", "user_rate"],
+        "built_in": ["weekday", "hour", "gap", "item_rate", "user_rate", "affinity"],
         "timezone": "Europe/Berlin",
         "per_second": 1,
     }

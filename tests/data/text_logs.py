@@ -10,9 +10,10 @@ import numpy as np
 
 from dti_model.data import CustomFiles, PreparedData, prepare
 
-CONTEXT = "{weekday}, {hour}; {device}; {gap}; {item_rate}; {user_rate}"
+CONTEXT = "{weekday}, {hour}; {device}; {gap}; {item_rate}; {user_rate}; {affinity}"
 PROFILE = "{gender}, {age}"
 NUM_USERS, LENGTH, NUM_ITEMS = 16, 14, 12
+GENRES = ("Drama", "Comedy, Drama", "Crime, Comedy", "")  # of item after item
 DEVICES = ("phone", "laptop", "")
 Row = dict[str, Any]
 
@@ -55,7 +56,10 @@ def write_csv(path: Path, rows: list[Row]) -> Path:
 def text_files(folder: Path, rows: list[Row] | None = None, users: list[Row] | None = None) -> CustomFiles:
     """The files of such a log in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    items = [{"item": f"i{i:02}", "title": f"Film {i}", "genres": "Drama"} for i in range(NUM_ITEMS)]
+    items = [
+        {"item": f"i{i:02}", "title": f"Film {i}", "genres": GENRES[i % len(GENRES)]}
+        for i in range(NUM_ITEMS)
+    ]
     return CustomFiles(
         write_csv(folder / "log.csv", some_rows() if rows is None else rows),
         write_csv(folder / "items.csv", items),

@@ -11,7 +11,7 @@ import pytest
 from dti_model.data import PreparedData
 from dti_model.evaluation.scoring import score_targets
 from dti_model.scorer import ItemError, Scorer, score_file
-from tests.data.text_logs import text_data
+from tests.data.text_logs import GENRES, text_data
 from tests.model.test_prompt_texts import TEMPLATE, run_over
 from tests.numerics import FLOAT64_RELATIVE
 
@@ -49,7 +49,7 @@ def test_stored_users_score_as_in_evaluation(scorer: Scorer, data: PreparedData)
 
 
 def test_facts_follow_from_time_stamps(scorer: Scorer, data: PreparedData) -> None:
-    """With a time stamp and a device, the scorer makes hour, weekday, gap and the user's rate itself; the item's rate is given."""
+    """With a time stamp and a device, the scorer makes hour, weekday, gap and the user's rate itself; the item's rate and the affinity are given."""
     assert data.contexts is not None
     for user in range(4):
         first, stop = data.history_offsets[user : user + 2].tolist()
@@ -61,6 +61,7 @@ def test_facts_follow_from_time_stamps(scorer: Scorer, data: PreparedData) -> No
                     "timestamp": int(data.timestamp[row]),
                     "device": device_of(data, row),
                     "item_rate": data.contexts.of_row(row)[3],
+                    "affinity": data.contexts.of_row(row)[5],
                 },
             )
             for row in range(first, stop)
@@ -72,7 +73,7 @@ def test_facts_follow_from_time_stamps(scorer: Scorer, data: PreparedData) -> No
         age = {"gender": "FM"[user % 2], "age": 20 + user}
         assert scorer.score(before, [item], profile=age, context=context) == expected
         assert scorer.score(before, [item], context=context) != expected  # without a profile
-        candidate = {"item": item, "context": {"item_rate": context["item_rate"]}}
+        candidate = {"item": item, "context": {name: context[name] for name in ("item_rate", "affinity")}}
         shared = {name: context[name] for name in ("timestamp", "device")}
         assert scorer.score(before, [candidate], profile=age, context=shared) == expected
 
@@ -83,11 +84,51 @@ def test_item_rates_are_those_of_all_data(scorer: Scorer, data: PreparedData) ->
     context = {"device": "phone", "timestamp": 1_600_000_000}
     known = scorer.score([], ["i03"], context=context)
     assert known == scorer.score([], ["i03"], context={**context, "item_rate": counts})
-    new = {"title": "Film 3", "genres": "Drama"}
+    new = {"title": "Film 3", "genres": GENRES[3]}
     assert scorer.score([], [new], context=context) == scorer.score(
         [], ["i03"], context={**context, "item_rate": "new"}
     )
     assert scorer.score([], [new], context=context) != known
+
+
+def test_affinities_follow_from_the_whole_history(scorer: Scorer, data: PreparedData) -> None:
+    """Also from what lies before the window, not from the candidate's own second; expected are the rates of all data, .5 of new items."""
+    clicks = np.bincount(data.item, data.label)
+    expected = (clicks + 1) / (np.bincount(data.item) + 2)
+    context = {
+        "device": "phone",
+        "item_rate": "new",
+        "user_rate": "new",
+        "gap": 5,
+        "hour": 3,
+        "weekday": "Friday",
+    }
+    new = {"title": "Heat", "genres": "Crime"}
+    assert data.item_texts[1] == "Film 1; Comedy, Drama"
+    history = [("i01", 1), ("i00", 0), (new, 1)] + [("i02", 1)] * 7
+    surplus = {
+        "Drama": (1 - expected[1]) - expected[0],
+        "Comedy": (1 - expected[1]) + 7 * (1 - expected[2]),
+        "Crime": 0.5 + 7 * (1 - expected[2]),
+    }
+    counts = {"Drama": 2, "Comedy": 8, "Crime": 8}
+    assert scorer.run.model is not None
+    assert len(history) > scorer.run.config.window
+    past = [(item, label, {**context, "affinity": "new", "timestamp": 5}) for item, label in history]
+    last = ("i02", 0, {**context, "affinity": "new", "timestamp": 9})
+    for item in ("i00", "i01", "i02", "i03"):
+        genres = GENRES[int(item[1:])].split(", ") if GENRES[int(item[1:])] else []
+        number = sum(counts[name] for name in genres)
+        share = sum(surplus[name] for name in genres) / (number + 3)
+        steps = {0: 0, 2: 2, 8: 7, 10: 10, 16: 15}
+        text = f"{2 * round(share * 50):+}% of {steps[number]}" if number else "new"
+        wanted = scorer.score([*past, last], [item], context={**context, "affinity": text})
+        now = {**context, "timestamp": 9}  # the last interaction's, which does not count
+        assert scorer.score([*past, last], [item], context=now) == wanted
+        state = scorer.append(scorer.encode(past), *last)
+        assert scorer.score(state, [item], context=now) == pytest.approx(wanted, rel=FLOAT64_RELATIVE)
+        later = scorer.score([*past, last], [item], context={**context, "timestamp": 10})
+        assert (later == wanted) == ("Comedy" not in genres)
 
 
 def test_what_is_refused(scorer: Scorer) -> None:
@@ -100,18 +141,20 @@ def test_what_is_refused(scorer: Scorer) -> None:
         ({"context": {**good, "timestamp": 10**13}}, "is not of the years 1970 to 3058"),
         ({"context": {**good, "item_rate": [10**30, 10**30]}}, r"must be \(clicks, interactions\) or a text"),
         ({"context": {**good, "item_rate": 0.7}}, r"or a text such as '70% of 10'"),
+        ({"context": {**good, "affinity": [1, 2]}}, r"affinity must be a text such as '\+12% of 20', got"),
+        ({"context": {**good, "affinity": "72% of 20"}}, "affinity must be a text such as"),
         ({"context": {**good, "gap": -5}}, "context gap must be seconds, or words such as 'minutes later'"),
         ({"context": {**good, "gap": float("nan")}}, "context gap must be seconds"),
         ({"context": {**good, "hour": 99}}, "context hour must be 0 to 23"),
         ({"context": {**good, "weekday": "Freitag"}}, "context weekday must be Monday to Sunday"),
         (
-            {"context": {"text": [*"abcde"], "device": "x"}},
+            {"context": {"text": [*"abcdef"], "device": "x"}},
             "context has finished parts, text, and also 'device'",
         ),
         ({"context": {**good, "item_rate": [3, 2]}}, r"must be \(clicks, interactions\) or a text"),
-        ({"context": {"text": ["a"]}}, "context text must be a list of 5 texts"),
-        ({"context": {"text": ["a" * 5000, *"bcde"]}}, "a part of a context has at most 4,096 characters"),
-        ({"context": {"text": ["\ud800", *"bcde"]}}, "half a surrogate pair"),
+        ({"context": {"text": ["a"]}}, "context text must be a list of 6 texts"),
+        ({"context": {"text": ["a" * 5000, *"bcdef"]}}, "a part of a context has at most 4,096 characters"),
+        ({"context": {"text": ["\ud800", *"bcdef"]}}, "half a surrogate pair"),
         ({"context": {**good, "device": "\ud800"}}, "half a surrogate pair"),
         ({"context": {**good, "device": {"a": 1}}}, "context: the field device must be a text or a number"),
         ({"context": good, "profile": {"age": "\ud800"}}, "half a surrogate pair"),
@@ -124,8 +167,8 @@ def test_what_is_refused(scorer: Scorer) -> None:
             scorer.score([], ["i01"], **arguments)
     with pytest.raises(ItemError, match=r"history\[0\]: context lacks weekday"):
         scorer.score([("i01", 1)], ["i02"], context=good)
-    entry = ("i01", 1, {"text": ["", "", "", "", ""]})
-    entry = ("i01", 1, {"text": ["", "", "", "", ""]})
+    entry = ("i01", 1, {"text": ["", "", "", "", "", ""]})
+    entry = ("i01", 1, {"text": ["", "", "", "", "", ""]})
     with pytest.raises(ItemError, match="context lacks gap, or a timestamp .and of the interaction before"):
         scorer.score([entry], ["i02"], context=good)
     later = ("i01", 1, {**good, "timestamp": 1_600_000_001})
