@@ -99,7 +99,7 @@ def _add_texts(parser: Parser, name: str) -> None:
         "--context-text",
         type=str,
         metavar="TEMPLATE",
-        help='text behind every item: columns of the log, and {hour} {weekday} {gap} {item_rate} {user_rate} {affinity}: "{weekday}, {hour}; {gap}"',
+        help='text behind every item: columns of the log, and {hour} {weekday} {gap} {item_rate} {user_rate} {item_ctr} {user_ctr} {affinity}: "{weekday}, {hour}; {gap}"',
     )
     text, zone = "time zone of {hour} and {weekday}", "UTC" if name != "custom" else None
     if zone is None:

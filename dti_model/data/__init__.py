@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from dti_model.data.affinities import ONE, affinity_text, expected_rates
+from dti_model.data.affinities import CLICK_UNITS, affinity_text, expected_rates
 from dti_model.data.arrow_file import write_table
 from dti_model.data.categories import ItemCategories, categories_of, counted_categories
 from dti_model.data.contexts import FIRST, gap_text, is_value, moment_texts
 from dti_model.data.errors import DataError, OneLineError
 from dti_model.data.folder import STATS_FILE, write_stats
-from dti_model.data.rates import rate_text
+from dti_model.data.rates import ctr_text, rate_text
 from dti_model.data.sources import SOURCES, loaded, named_source
 from dti_model.data.split import CONTEXT, SPLIT_CODES, TEST, TRAIN, VAL
 from dti_model.data.store import COLUMNS, PreparedData
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dti_model.data.sources import AmazonFiles, CustomFiles
 
 __all__ = [
+    "CLICK_UNITS",
     "COLUMNS",
     "CONTEXT",
     "ENCODING_VERSION",
@@ -30,7 +31,6 @@ __all__ = [
     "FIRST",
     "LABEL_TEXTS",
     "MAX_CHARS",
-    "ONE",
     "SOURCES",
     "SPLIT_CODES",
     "STATS_FILE",
@@ -53,6 +53,7 @@ __all__ = [
     "affinity_text",
     "categories_of",
     "counted_categories",
+    "ctr_text",
     "expected_rates",
     "extend",
     "field_text",

@@ -1,4 +1,7 @@
-"""Categories of items: the parts of an item text behind its title, cut at ";" and ","."""
+"""Categories of items: all parts of an item text behind its first semicolon, cut at ";" and ",".
+
+What a template puts there counts: genres and brands, but also a year or a word of a title that holds a semicolon.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class ItemCategories:
 
         Args:
             categories: of every item.
-            kept: the ones that count, numbered in this order; None: all.
+            kept: the ones that count, numbered in this order; None: all. Of an item the first eight of those that count are taken.
         """
         index = {name: number for number, name in enumerate(kept or ())}
         ids, lengths = [], []
@@ -63,5 +66,5 @@ def categories_of(text: str) -> list[str]:
 
 
 def counted_categories(text: str) -> list[str]:
-    """Those of an item text that count where all are kept."""
+    """The first eight of them, as `ItemCategories.of` takes them."""
     return categories_of(text)[:_MOST_OF_ITEM]

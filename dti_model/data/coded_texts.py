@@ -43,6 +43,23 @@ class CodedTexts:
         """The texts of one row, part by part."""
         return [self.texts[codes[row]] for codes in self.codes]
 
+    def by_frequency(self, total: int, most: int) -> list[str]:
+        """Texts as often as rows have them, for a tokenizer to learn: what all rows have becomes few tokens.
+
+        Args:
+            total: about so many for each part, if the rows were as many; but each text once at least.
+            most: the most frequent so many are taken.
+        """
+        counts = np.zeros(len(self.texts), np.int64)
+        for codes in self.codes:
+            counts += np.bincount(codes, minlength=len(self.texts))
+        counts[0] = 0  # the text of a part that is left out
+        taken = np.argsort(-counts, kind="stable")[: min(most, int((counts > 0).sum()))]
+        times = np.ceil(counts[taken] * (total / max(1, len(self.codes[0])))).astype(np.int64)
+        return [
+            self.texts[code] for code, number in zip(taken.tolist(), times.tolist()) for _ in range(number)
+        ]
+
     def write(self, folder: Path, name: str) -> None:
         """Two files of a prepared folder, `files_of(name)`."""
         texts, codes = files_of(name)

@@ -4,8 +4,9 @@
     {gap}                time since the user's interaction before, in about ten steps                minutes later
     {item_rate}          clicks among all earlier interactions of the item, by any user              72% of 300
     {user_rate}          clicks among all earlier interactions of the user                           64% of 150
-    {affinity}           clicks beyond the items' rates among earlier interactions of the user
-                         with items of the same categories                                           +12% of 20
+    {item_ctr} {user_ctr} the same, smoothed and in percent, without the number: one token                72
+    {affinity}           clicks beyond the items' rates, in percent, among the user's earlier
+                         interactions with items that share a category with this one                 +12
 
 `rates.py` and `affinities.py` say what counts as earlier.
 """
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from dti_model.data.affinities import AFFINITY_TEXTS, affinities
 from dti_model.data.coded_texts import Column
 from dti_model.data.errors import DataError
-from dti_model.data.rates import RATE_TEXTS, item_rates, user_rates
+from dti_model.data.rates import CTR_TEXTS, RATE_TEXTS, item_ctrs, item_rates, user_ctrs, user_rates
 from dti_model.data.row_facts import RowFacts, Rows
 
 HOURS = [str(hour) for hour in range(24)]
@@ -72,6 +73,8 @@ BUILT_IN = {
     "gap": gaps,
     "item_rate": item_rates,
     "user_rate": user_rates,
+    "item_ctr": item_ctrs,
+    "user_ctr": user_ctrs,
     "affinity": affinities,
 }
 
@@ -84,6 +87,8 @@ def is_value(name: str, text: str) -> bool:
         "hour": HOURS,
         "weekday": WEEKDAYS,
         "gap": _GAP_TEXTS,
+        "item_ctr": CTR_TEXTS,
+        "user_ctr": CTR_TEXTS,
         "affinity": AFFINITY_TEXTS,
     }
     return text in values.get(name, RATE_TEXTS)

@@ -260,7 +260,9 @@ _FACTS = {
     "gap": "hours later",
     "item_rate": "72% of 300",
     "user_rate": "64% of 150",
-    "affinity": "+12% of 20",
+    "item_ctr": "72",
+    "user_ctr": "64",
+    "affinity": "+12",
 }
 
 

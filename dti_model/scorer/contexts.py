@@ -5,7 +5,8 @@
     {"text": ["Friday, 20", "minutes later"]}        the finished parts, as `history_of` gives them
 
 Rates come from what is known: {user_rate} from the history that is given, {item_rate} from all interactions of the prepared data, or
-"new"; {affinity} from both, with the whole history that is given. Every fact may also be given by its name, as a text that prompts have (`contexts.py` of the data), a rate as (clicks, interactions),
+"new"; so do {user_ctr} and {item_ctr}. {affinity} comes from the whole history that is given and the rates of its items, so it needs prepared
+data; an item that is not there is new. Every fact may also be given by its name, as a text that prompts have (`contexts.py` of the data), a rate as (clicks, interactions),
 a gap in seconds.
 """
 
@@ -21,15 +22,16 @@ from typing import Any
 import numpy as np
 
 from dti_model.data import (
+    CLICK_UNITS,
     FINISHED,
     FIRST,
     MAX_CHARS,
-    ONE,
     DataError,
     PreparedData,
     Template,
     TextEncoder,
     affinity_text,
+    ctr_text,
     expected_rates,
     field_text,
     gap_text,
@@ -42,12 +44,16 @@ from dti_model.scorer.items import ItemError, check_text, check_texts
 from dti_model.shown import shown
 
 TIMESTAMP = "timestamp"
+_RATE_TEXT = {"item_rate": rate_text, "user_rate": rate_text, "item_ctr": ctr_text, "user_ctr": ctr_text}
 _MOST_CHARS = 4096  # of a finished part
 _MOST_COUNT = 2**31
+_CATEGORY_BYTES = 192  # an entry of a dictionary: a name, a pair of integers
 _MOST_CACHED = 1 << 16  # parts whose tokens are kept
 
 
-Surplus = tuple[int, int]  # of clicks over expected ones, in 2^-30, and of how many interactions
+Surplus = tuple[
+    int, int
+]  # of clicks over expected ones, in `CLICK_UNITS`, and how many interactions that are
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Facts:
         interactions: before.
         timestamp: of the last one; None: not known.
         of_last: clicks and interactions that have this time stamp.
-        categories: per category the surplus of clicks in 2^-30, and the interactions before (`affinities.py` of the data); empty where
+        categories: per category the surplus of clicks, and the interactions before (`affinities.py` of the data); empty where
             no context asks for them.
         categories_of_last: the same of those that have this time stamp.
     """
@@ -68,23 +74,36 @@ class Facts:
     interactions: int = 0
     timestamp: int | None = None
     of_last: tuple[int, int] = (0, 0)
-    categories: Mapping[str, Surplus] = field(default_factory=dict)
-    categories_of_last: Mapping[str, Surplus] = field(default_factory=dict)
+    categories: dict[str, Surplus] = field(default_factory=dict)
+    categories_of_last: dict[str, Surplus] = field(default_factory=dict)
 
     def after(
-        self, label: int, timestamp: int | None, categories: Sequence[str] = (), expected: int = 0
+        self,
+        label: int,
+        timestamp: int | None,
+        categories: Sequence[str] = (),
+        expected: int = 0,
+        in_place: bool = False,
     ) -> Facts:
-        """After one more interaction, with an item of these categories and this expected rate, in 2^-30."""
+        """After one more interaction.
+
+        Args:
+            label: its label.
+            timestamp: its time stamp; None: not known.
+            categories: of its item.
+            expected: rate of its item, in `CLICK_UNITS`.
+            in_place: these facts are not needed any more, so that the sums of all categories need not be copied.
+        """
         same = timestamp is not None and timestamp == self.timestamp
         clicks, interactions = self.of_last if same else (0, 0)
-        surplus = int(label) * ONE - expected
+        surplus = int(label) * CLICK_UNITS - expected
         return Facts(
             self.clicks + int(label),
             self.interactions + 1,
             timestamp,
             (clicks + int(label), interactions + 1),
-            _with_one_more(self.categories, categories, surplus),
-            _with_one_more(self.categories_of_last if same else {}, categories, surplus),
+            _with_one_more(self.categories, categories, surplus, in_place),
+            _with_one_more(self.categories_of_last if same else {}, categories, surplus, in_place),
         )
 
     def counts(self, timestamp: int | None) -> tuple[int, int]:
@@ -92,6 +111,11 @@ class Facts:
         if timestamp is None or timestamp != self.timestamp:
             return self.clicks, self.interactions
         return self.clicks - self.of_last[0], self.interactions - self.of_last[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """About the bytes of what is known by category."""
+        return _CATEGORY_BYTES * (len(self.categories) + len(self.categories_of_last))
 
     def surplus(self, categories: Sequence[str], timestamp: int | None) -> Surplus:
         """Summed over categories, of earlier time stamps than this one; None: of all that came before."""
@@ -104,11 +128,11 @@ class Facts:
 
 
 def _with_one_more(
-    sums: Mapping[str, Surplus], categories: Sequence[str], surplus: int
-) -> Mapping[str, Surplus]:
+    sums: dict[str, Surplus], categories: Sequence[str], surplus: int, in_place: bool
+) -> dict[str, Surplus]:
     if not categories:
         return sums
-    found = dict(sums)
+    found = sums if in_place else dict(sums)
     for name in categories:
         before = found.get(name, (0, 0))
         found[name] = before[0] + surplus, before[1] + 1
@@ -143,13 +167,20 @@ class ContextTokens:
 
     @property
     def compares_categories(self) -> bool:
-        """Whether contexts follow from the categories of items."""
-        return "affinity" in self._built_in
+        """Whether contexts follow from the categories of items, and from their rates in prepared data."""
+        return "affinity" in self._built_in and self._data is not None
 
     def expected_rate(self, item: int | None) -> int:
-        """Of the item with this index, in 2^-30."""
-        clicks, shown = (0, 0) if item is None else self._item_counts[:, item].tolist()
+        """Of the item with this index, in `CLICK_UNITS`; None: a new item."""
+        clicks, shown = self._counts(item)
         return int(expected_rates(np.array(clicks), np.array(shown)))
+
+    def _counts(self, item: int | None) -> tuple[int, int]:
+        """Clicks and interactions of an item in the prepared data."""
+        if item is None:
+            return 0, 0
+        clicks, shown = self._item_counts[:, item].tolist()
+        return clicks, shown
 
     def tokens(
         self, context: Any, facts: Facts, item: int | None, categories: Sequence[str] = ()
@@ -233,11 +264,16 @@ class ContextTokens:
         """A built-in fact that nobody gave."""
         facts, item, timestamp = known.facts, known.item, known.timestamp
         if name == "affinity":
+            if not self.compares_categories:
+                raise ItemError(
+                    "context lacks affinity, which follows from rates of items that only prepared data has: load the model with data=, or "
+                    f"give it, such as {affinity_text(3 * CLICK_UNITS, 21)!r}"
+                )
             return affinity_text(*facts.surplus(known.categories, timestamp))
-        if name == "user_rate":
-            return rate_text(*facts.counts(timestamp))
-        if name == "item_rate":
-            return rate_text(0, 0) if item is None else rate_text(*self._item_counts[:, item].tolist())
+        if name in ("user_rate", "user_ctr"):
+            return _RATE_TEXT[name](*facts.counts(timestamp))
+        if name in ("item_rate", "item_ctr"):
+            return _RATE_TEXT[name](*self._counts(item))
         if name == "gap" and not facts.interactions:
             return FIRST
         if timestamp is None or (name == "gap" and facts.timestamp is None):
@@ -332,18 +368,18 @@ def _fact(name: str, value: Any) -> str:
         return gap_text(float(value))
     if name == "hour" and isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         value = str(value)
-    if name.endswith("_rate") and isinstance(value, (list, tuple)):
+    if name in _RATE_TEXT and isinstance(value, (list, tuple)):
         counts = value if len(value) == 2 and all(isinstance(x, (int, np.integer)) for x in value) else (1, 0)
         if not 0 <= counts[0] <= counts[1] < _MOST_COUNT:
             raise ItemError(f"context {name} must be (clicks, interactions) or a text, got {shown(value)}")
-        return rate_text(int(counts[0]), int(counts[1]))
+        return _RATE_TEXT[name](int(counts[0]), int(counts[1]))
     if not isinstance(value, str) or not is_value(name, value):
         ways = {
             "hour": "0 to 23",
             "weekday": "Monday to Sunday",
             "gap": f"seconds, or words such as {gap_text(60)!r}",
-            "affinity": f"a text such as {affinity_text(3 * ONE, 21)!r}",
+            "affinity": f"a text such as {affinity_text(3 * CLICK_UNITS, 21)!r}",
         }
-        must = ways.get(name, f"(clicks, interactions), or a text such as {rate_text(7, 10)!r}")
+        must = ways.get(name) or f"(clicks, interactions), or a text such as {_RATE_TEXT[name](7, 10)!r}"
         raise ItemError(f"context {name} must be {must}, got {shown(value)}")
     return value

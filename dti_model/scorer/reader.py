@@ -88,16 +88,20 @@ class RequestReader:
             try:
                 item, label, context = _entry(entry)
                 if place < first:
-                    facts = facts.after(_checked_label(label), _time_of(context), *self._of_item(item))
+                    facts = facts.after(
+                        _checked_label(label), _time_of(context), *self._of_item(item), in_place=True
+                    )
                 else:
-                    one, facts = self.interaction(item, label, context, facts)
+                    one, facts = self.interaction(item, label, context, facts, in_place=True)
                     tokens.append(one)
             except ItemError as error:
                 raise ItemError(f"history[{place}]: {error}") from None
         return tuple(tokens), facts
 
-    def interaction(self, item: Item, label: int, context: Any, facts: Facts) -> tuple[IntArray, Facts]:
-        """Token ids of one interaction of a history, and what is known after it."""
+    def interaction(
+        self, item: Item, label: int, context: Any, facts: Facts, in_place: bool = False
+    ) -> tuple[IntArray, Facts]:
+        """Token ids of one interaction of a history, and what is known after it; `in_place` as in `Facts.after`."""
         text, timestamp = self._text(item, context, facts)
         label = _checked_label(label)
         answer = (self._format.labels[label], *self._format.separator)
@@ -106,7 +110,7 @@ class RequestReader:
         )
 
     def _of_item(self, item: Item) -> tuple[Sequence[str], int]:
-        """Categories of an item and its expected rate, in 2^-30, where contexts follow from them."""
+        """Categories of an item and its expected rate, where contexts follow from them."""
         if self._contexts is None or not self._contexts.compares_categories:
             return (), 0
         categories = self.items.categories(item)

@@ -41,8 +41,8 @@ class HistoryState:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the keys and values of all layers."""
-        return sum(layer.num_bytes for layer in self.layers)
+        """Bytes of the keys and values of all layers, and about those of what is known by category."""
+        return sum(layer.num_bytes for layer in self.layers) + self.facts.num_bytes
 
     @property
     def num_interactions(self) -> int:

@@ -16,8 +16,11 @@ from dti_model.data import (
     TRAIN,
     VAL,
     DataError,
+    ItemCategories,
     PreparedData,
     affinities,
+    categories_of,
+    ctr_text,
     gap_text,
     moment_texts,
     prepare,
@@ -32,8 +35,6 @@ from dti_model.data.texts import Template
 from tests.data.movielens_files import some_ratings, write_1m
 from tests.data.prepared_folders import content_of
 from tests.data.text_logs import CONTEXT, GENRES, some_rows, some_users, text_data, text_files, write_csv
-
-COUNTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,7 @@ def test_contexts_by_a_plain_loop(data: PreparedData) -> None:
             gap,
             rate(of_item, row["timestamp"]),
             rate(of_user, row["timestamp"]),
+            f"{ctr(of_item, row['timestamp'])} {ctr(of_user, row['timestamp'])}",
             affinity(seen.setdefault(row["user"], []), genres, row["timestamp"]),
         ]
         known = [label for stamp, label in of_item if stamp < row["timestamp"]]
@@ -91,6 +93,11 @@ def rate(earlier: list[tuple[int, int]], time: int) -> str:
     return rate_text(sum(labels), len(labels))
 
 
+def ctr(earlier: list[tuple[int, int]], time: int) -> str:
+    labels = [label for stamp, label in earlier if stamp < time]
+    return f"{2 * round(50 * (sum(labels) + 2) / (len(labels) + 4))}" if labels else "new"
+
+
 def affinity(earlier: list[tuple[int, set[str], float]], genres: set[str], time: int) -> str:
     """Each earlier interaction counts once for every genre that it shares."""
     shared = [(len(genres & theirs), surplus) for stamp, theirs, surplus in earlier if stamp < time]
@@ -98,7 +105,7 @@ def affinity(earlier: list[tuple[int, set[str], float]], genres: set[str], time:
     if number == 0:
         return "new"
     share = sum(times * surplus for times, surplus in shared) / (number + 3)
-    return f"{2 * round(share * 50):+}% of {max(step for step in COUNTS if step <= number)}"
+    return f"{2 * round(share * 50):+}"
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
@@ -153,9 +160,28 @@ def genres_of(text: str) -> set[str]:
     return {*filter(None, text.split("; ")[1].split(", "))}
 
 
+def test_categories_are_what_stands_behind_the_title() -> None:
+    assert categories_of("Toy Story (1995); Animation, Comedy") == ["Animation", "Comedy"]
+    assert categories_of("Gift Card, red; Gift Cards, Cards; Gift Cards") == ["Gift Cards", "Cards"]
+    assert categories_of("Casino, 1995") == categories_of("Casino; ,") == []
+
+
+def test_the_first_eight_categories_count() -> None:
+    texts = [f"T; {', '.join('abcdefghij')}", "U; i, j", "V; h, j", "W"]
+    found = ItemCategories.of(map(categories_of, texts))
+    rows, ids = found.of_rows(np.array([1, 0, 3, 2]))
+    assert rows.tolist() == [0, 0, *[1] * 8, 3, 3]
+    assert ids.tolist() == [8, 9, *range(8), 7, 9]
+    assert found.num == 10
+    kept = ItemCategories.of(map(categories_of, texts), kept=["j", "h"])
+    assert [kept.of_rows(np.array([item]))[1].tolist() for item in range(4)] == [[1, 0], [0], [1, 0], []]
+
+
 def test_affinity_needs_categories(tmp_path: Path) -> None:
     files = dataclasses.replace(text_files(tmp_path / "raw"), text="{title}, {genres}")
-    with pytest.raises(DataError, match=r"\{affinity\} compares categories .* and no item has any"):
+    with pytest.raises(
+        DataError, match=r"\{affinity\} compares categories of items, and none of its items has any"
+    ):
         text_data(tmp_path, files)
     assert not (tmp_path / "data").exists()
 
@@ -235,6 +261,9 @@ def test_moments_follow_the_season_and_the_zone() -> None:
 
 
 def test_rates_are_rounded_to_few_texts() -> None:
+    assert [ctr_text(*x) for x in ((0, 0), (0, 1), (1, 1), (223, 312), (10_000, 10_000))] == [
+        *("new", "40", "60", "72", "100"),
+    ]
     assert [rate_text(*x) for x in ((0, 0), (0, 1), (1, 1), (1, 3), (223, 312), (9_999, 10_000))] == [
         *("new", "0% of 1", "100% of 1", "34% of 3", "72% of 300", "100% of 10000"),
     ]
@@ -300,7 +329,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "log.csv: there is no column devise, which --context-text '{devise}' names" in error(
         "--context-text", "{devise}"
     )
-    assert "built in are hour, weekday, gap, item_rate, user_rate, affinity" in error(
+    assert "built in are hour, weekday, gap, item_rate, user_rate, item_ctr, user_ctr, affinity" in error(
         "--context-text", "{devise}"
     )
     assert "no context may hold what is to be predicted" in error("--context-text", "{liked}")
@@ -332,7 +361,10 @@ def test_context_template_is_in_the_stats(data: PreparedData) -> None:
     assert data.context_rule == {
         "text": CONTEXT,
         "max_chars": 200,
-        "built_in": ["weekday", "hour", "gap", "item_rate", "user_rate", "affinity"],
+        "built_in": [
+            *("weekday", "hour", "gap", "item_rate", "user_rate"),
+            *("item_ctr", "user_ctr", "affinity"),
+        ],
         "timezone": "Europe/Berlin",
         "per_second": 1,
     }

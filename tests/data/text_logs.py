@@ -10,7 +10,7 @@ import numpy as np
 
 from dti_model.data import CustomFiles, PreparedData, prepare
 
-CONTEXT = "{weekday}, {hour}; {device}; {gap}; {item_rate}; {user_rate}; {affinity}"
+CONTEXT = "{weekday}, {hour}; {device}; {gap}; {item_rate}; {user_rate}; {item_ctr} {user_ctr}; {affinity}"
 PROFILE = "{gender}, {age}"
 NUM_USERS, LENGTH, NUM_ITEMS = 16, 14, 12
 GENRES = ("Drama", "Comedy, Drama", "Crime, Comedy", "")  # of item after item

@@ -169,12 +169,6 @@ def test_hours_of_units() -> None:
     assert boosting._hour(Clock("the file's", 1, 9)) is None
 
 
-def test_parts_of_texts() -> None:
-    assert boosting._parts("Toy Story (1995); Animation, Comedy") == ["Animation", "Comedy"]
-    assert boosting._parts("Gift Card, red; Gift Cards, Cards; Gift Cards") == ["Gift Cards", "Cards"]
-    assert boosting._parts("Casino, 1995") == boosting._parts("Casino; ,") == []
-
-
 def test_only_the_last_training_targets_are_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = _prepared(tmp_path)
     seen: list[int] = []

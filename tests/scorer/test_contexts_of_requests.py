@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dti_model.data import PreparedData
+from dti_model.data import CLICK_UNITS, PreparedData
 from dti_model.evaluation.scoring import score_targets
 from dti_model.scorer import ItemError, Scorer, score_file
 from tests.data.text_logs import GENRES, text_data
-from tests.model.test_prompt_texts import TEMPLATE, run_over
+from tests.model.test_prompt_texts import TEMPLATE, WINDOW, run_over
 from tests.numerics import FLOAT64_RELATIVE
 
 
@@ -61,7 +61,8 @@ def test_facts_follow_from_time_stamps(scorer: Scorer, data: PreparedData) -> No
                     "timestamp": int(data.timestamp[row]),
                     "device": device_of(data, row),
                     "item_rate": data.contexts.of_row(row)[3],
-                    "affinity": data.contexts.of_row(row)[5],
+                    "item_ctr": data.contexts.of_row(row)[5].split()[0],
+                    "affinity": data.contexts.of_row(row)[6],
                 },
             )
             for row in range(first, stop)
@@ -73,7 +74,10 @@ def test_facts_follow_from_time_stamps(scorer: Scorer, data: PreparedData) -> No
         age = {"gender": "FM"[user % 2], "age": 20 + user}
         assert scorer.score(before, [item], profile=age, context=context) == expected
         assert scorer.score(before, [item], context=context) != expected  # without a profile
-        candidate = {"item": item, "context": {name: context[name] for name in ("item_rate", "affinity")}}
+        candidate = {
+            "item": item,
+            "context": {name: context[name] for name in ("item_rate", "item_ctr", "affinity")},
+        }
         shared = {name: context[name] for name in ("timestamp", "device")}
         assert scorer.score(before, [candidate], profile=age, context=shared) == expected
 
@@ -83,26 +87,21 @@ def test_item_rates_are_those_of_all_data(scorer: Scorer, data: PreparedData) ->
     counts = [int(data.label[of_item].sum()), int(of_item.sum())]
     context = {"device": "phone", "timestamp": 1_600_000_000}
     known = scorer.score([], ["i03"], context=context)
-    assert known == scorer.score([], ["i03"], context={**context, "item_rate": counts})
+    given = {**context, "item_rate": counts, "item_ctr": counts}
+    assert known == scorer.score([], ["i03"], context=given)
     new = {"title": "Film 3", "genres": GENRES[3]}
     assert scorer.score([], [new], context=context) == scorer.score(
-        [], ["i03"], context={**context, "item_rate": "new"}
+        [], ["i03"], context={**context, "item_rate": "new", "item_ctr": "new"}
     )
     assert scorer.score([], [new], context=context) != known
 
 
 def test_affinities_follow_from_the_whole_history(scorer: Scorer, data: PreparedData) -> None:
-    """Also from what lies before the window, not from the candidate's own second; expected are the rates of all data, .5 of new items."""
+    """Also from what lies before the window, not from the two of the candidate's own second; expected are the rates of all data, .5 of new items."""
     clicks = np.bincount(data.item, data.label)
     expected = (clicks + 1) / (np.bincount(data.item) + 2)
-    context = {
-        "device": "phone",
-        "item_rate": "new",
-        "user_rate": "new",
-        "gap": 5,
-        "hour": 3,
-        "weekday": "Friday",
-    }
+    rates = dict.fromkeys(("item_rate", "user_rate", "item_ctr", "user_ctr"), "new")
+    context = {"device": "phone", **rates, "gap": 5, "hour": 3, "weekday": "Friday"}
     new = {"title": "Heat", "genres": "Crime"}
     assert data.item_texts[1] == "Film 1; Comedy, Drama"
     history = [("i01", 1), ("i00", 0), (new, 1)] + [("i02", 1)] * 7
@@ -115,20 +114,37 @@ def test_affinities_follow_from_the_whole_history(scorer: Scorer, data: Prepared
     assert scorer.run.model is not None
     assert len(history) > scorer.run.config.window
     past = [(item, label, {**context, "affinity": "new", "timestamp": 5}) for item, label in history]
-    last = ("i02", 0, {**context, "affinity": "new", "timestamp": 9})
+    now = {**context, "timestamp": 9}
+    last = [("i02", 0, {**now, "affinity": "new"}), ("i01", 1, {**now, "affinity": "new"})]
     for item in ("i00", "i01", "i02", "i03"):
         genres = GENRES[int(item[1:])].split(", ") if GENRES[int(item[1:])] else []
         number = sum(counts[name] for name in genres)
         share = sum(surplus[name] for name in genres) / (number + 3)
-        steps = {0: 0, 2: 2, 8: 7, 10: 10, 16: 15}
-        text = f"{2 * round(share * 50):+}% of {steps[number]}" if number else "new"
-        wanted = scorer.score([*past, last], [item], context={**context, "affinity": text})
-        now = {**context, "timestamp": 9}  # the last interaction's, which does not count
-        assert scorer.score([*past, last], [item], context=now) == wanted
-        state = scorer.append(scorer.encode(past), *last)
+        text = f"{2 * round(share * 50):+}" if number else "new"
+        wanted = scorer.score([*past, *last], [item], context={**context, "affinity": text})
+        assert scorer.score([*past, *last], [item], context=now) == wanted
+        state = scorer.append(scorer.append(scorer.encode(past), *last[0]), *last[1])
         assert scorer.score(state, [item], context=now) == pytest.approx(wanted, rel=FLOAT64_RELATIVE)
-        later = scorer.score([*past, last], [item], context={**context, "timestamp": 10})
-        assert (later == wanted) == ("Comedy" not in genres)
+        assert state.num_bytes > sum(layer.num_bytes for layer in state.layers)
+        later = scorer.score([*past, *last], [item], context={**context, "timestamp": 10})
+        assert (later == wanted) == (not genres)
+    short = scorer.append(scorer.append(scorer.encode(past[:1]), *past[1]), *last[0])
+    assert short.origin == "extended"
+    assert short.facts.surplus(["Drama"], 10)[0] == pytest.approx(surplus["Drama"] * CLICK_UNITS)
+
+
+def test_affinities_without_prepared_data_are_given(data: PreparedData, tmp_path: Path) -> None:
+    """Rates of items are not known there, and one half would say another thing than in training."""
+    run_over(data, TEMPLATE).save_model(tmp_path / "model")
+    scorer = Scorer.from_export(tmp_path / "model", precision="fp32")
+    item, context = {"text": "Heat; Crime"}, {"device": "phone", "timestamp": 1_600_000_000}
+    with pytest.raises(
+        ItemError, match="context lacks affinity, which follows from rates of items that only prepared"
+    ):
+        scorer.score([], [item], context=context)
+    history = [("never read", 1, {**context, "affinity": "new"})] * 2
+    history += [(item, 1, {**context, "affinity": "+4"})] * WINDOW
+    assert 0 < scorer.score(history, [item], context={**context, "affinity": "+12"})[0] < 1
 
 
 def test_what_is_refused(scorer: Scorer) -> None:
@@ -141,20 +157,21 @@ def test_what_is_refused(scorer: Scorer) -> None:
         ({"context": {**good, "timestamp": 10**13}}, "is not of the years 1970 to 3058"),
         ({"context": {**good, "item_rate": [10**30, 10**30]}}, r"must be \(clicks, interactions\) or a text"),
         ({"context": {**good, "item_rate": 0.7}}, r"or a text such as '70% of 10'"),
-        ({"context": {**good, "affinity": [1, 2]}}, r"affinity must be a text such as '\+12% of 20', got"),
-        ({"context": {**good, "affinity": "72% of 20"}}, "affinity must be a text such as"),
+        ({"context": {**good, "affinity": [1, 2]}}, r"affinity must be a text such as '\+12', got"),
+        ({"context": {**good, "item_ctr": "72% of 20"}}, r"or a text such as '64'"),
+        ({"context": {**good, "affinity": "12"}}, "affinity must be a text such as"),
         ({"context": {**good, "gap": -5}}, "context gap must be seconds, or words such as 'minutes later'"),
         ({"context": {**good, "gap": float("nan")}}, "context gap must be seconds"),
         ({"context": {**good, "hour": 99}}, "context hour must be 0 to 23"),
         ({"context": {**good, "weekday": "Freitag"}}, "context weekday must be Monday to Sunday"),
         (
-            {"context": {"text": [*"abcdef"], "device": "x"}},
+            {"context": {"text": [*"abcdefg"], "device": "x"}},
             "context has finished parts, text, and also 'device'",
         ),
         ({"context": {**good, "item_rate": [3, 2]}}, r"must be \(clicks, interactions\) or a text"),
-        ({"context": {"text": ["a"]}}, "context text must be a list of 6 texts"),
-        ({"context": {"text": ["a" * 5000, *"bcdef"]}}, "a part of a context has at most 4,096 characters"),
-        ({"context": {"text": ["\ud800", *"bcdef"]}}, "half a surrogate pair"),
+        ({"context": {"text": ["a"]}}, "context text must be a list of 7 texts"),
+        ({"context": {"text": ["a" * 5000, *"bcdefg"]}}, "a part of a context has at most 4,096 characters"),
+        ({"context": {"text": ["\ud800", *"bcdefg"]}}, "half a surrogate pair"),
         ({"context": {**good, "device": "\ud800"}}, "half a surrogate pair"),
         ({"context": {**good, "device": {"a": 1}}}, "context: the field device must be a text or a number"),
         ({"context": good, "profile": {"age": "\ud800"}}, "half a surrogate pair"),
@@ -167,8 +184,8 @@ def test_what_is_refused(scorer: Scorer) -> None:
             scorer.score([], ["i01"], **arguments)
     with pytest.raises(ItemError, match=r"history\[0\]: context lacks weekday"):
         scorer.score([("i01", 1)], ["i02"], context=good)
-    entry = ("i01", 1, {"text": ["", "", "", "", "", ""]})
-    entry = ("i01", 1, {"text": ["", "", "", "", "", ""]})
+    entry = ("i01", 1, {"text": [""] * 7})
+    entry = ("i01", 1, {"text": [""] * 7})
     with pytest.raises(ItemError, match="context lacks gap, or a timestamp .and of the interaction before"):
         scorer.score([entry], ["i02"], context=good)
     later = ("i01", 1, {**good, "timestamp": 1_600_000_001})
