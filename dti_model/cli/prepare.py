@@ -48,6 +48,8 @@ def make_parser(name: str) -> Parser:
         text = f"a rating above it is a click; default: {source.threshold:g}"
         parser.add_argument("--threshold", type=number, help=text)
     if source.is_published:
+        text = 'template of an item\'s text, of {title} and {genres}: "movie; {genres}" leaves titles out; default: "{title}; {genres}"'
+        parser.add_argument("--text", type=str, metavar="TEMPLATE", help=text)
         text = "accept a part of the data set: report its counts instead of checking them"
         parser.add_argument("--subset", action="store_true", help=text)
     else:

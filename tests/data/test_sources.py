@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 import polars as pl
 import pytest
 
-from dti_model.data import SOURCES, PreparedData, named_source, prepare
+from dti_model.data import SOURCES, DataError, PreparedData, named_source, prepare
 from dti_model.data.sources import RawData, amazon
 from dti_model.data.sources.item_frames import ItemTexts
 from dti_model.data.sources.rows import Interactions, Rejected
-from dti_model.data.texts import TEMPLATE, Template, template_text
+from dti_model.data.texts import MISSING_TITLE, TEMPLATE, Template, template_text
 from tests.data.log_files import write_custom
-from tests.data.movielens_files import some_ratings, write_1m
+from tests.data.movielens_files import MOVIES, some_ratings, write_1m, write_100k
 
 
 def test_the_table_has_the_defaults_of_the_loaders() -> None:
@@ -63,3 +64,26 @@ def test_a_source_of_one_s_own(tmp_path: Path) -> None:
     for threshold in (-1, 10, float("nan")):
         with pytest.raises(ValueError, match="threshold must be at least 0 and below 10"):
             prepare(Ratings(), tmp_path / "other", threshold=threshold)
+
+
+@pytest.mark.parametrize(("name", "write"), [("ml-100k", write_100k), ("ml-1m", write_1m)])
+def test_texts_of_movies_may_leave_the_title_out(
+    name: str, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The template is of the folder: requests give fields by it. A movie without a genre has no text of its own."""
+    raw = write(tmp_path, some_ratings())
+    prepare(
+        named_source(name, raw_dir=raw, subset=True, text="movie; {genres}"), tmp_path / "out", vocab_size=300
+    )
+    data = PreparedData.open(tmp_path / "out")
+    assert data.text_rule == {"text": "movie; {genres}"}
+    found = dict(zip(data.item_ids, data.item_texts))
+    for movie in MOVIES:
+        if str(movie.item) in found:
+            genres = ", ".join(genre for genre in movie.genres if genre != "unknown")
+            assert found[str(movie.item)] == (f"movie; {genres}" if genres else MISSING_TITLE)
+    assert len(found) > 4
+    with pytest.raises(DataError, match=r"names tags, but a movie of ml-1.* has the columns title, genres"):
+        named_source(name, raw_dir=raw, subset=True, text="{tags}")
+    with pytest.raises(ValueError, match="names no column"):
+        named_source(name, raw_dir=raw, subset=True, text="movie")

@@ -44,6 +44,7 @@ DIGEST_100K = "8986024e7591737402e6268132ddb9fad860830c6e2060ba580c5e619e35bc63"
 FACTS_100K = Facts(interactions=100_000, users=943, items_rated=1_682, items_listed=1_682, digest=DIGEST_100K)
 FACTS_1M = Facts(interactions=1_000_209, users=6_040, items_rated=3_706, items_listed=3_883)
 
+ITEM_COLUMNS = ("title", "genres")  # of a template
 COLUMNS = ["user", "item", "rating", "timestamp"]
 _INTER_HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float"
 _ITEM_HEADER = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
@@ -59,6 +60,7 @@ class MovieLens:
         raw_dir: folder with the raw files; None: they are fetched.
         subset: a part of the set is enough: its counts are reported, not compared with the full set's.
         profile: also read the users' file, for profiles of gender, age and occupation.
+        text: template of an item text, of {title} and {genres}; None: title and genres.
     """
 
     ratings: ClassVar[tuple[float, float] | None] = STARS
@@ -67,6 +69,12 @@ class MovieLens:
     raw_dir: str | Path | None = None
     subset: bool = False
     profile: bool = False
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise a DataError where the template names another column."""
+        if self.text is not None:
+            Template(self.text).check(ITEM_COLUMNS, f"a movie of {self.name}")
 
     def load(self, columns: Sequence[str] = ()) -> RawData:
         """Read the files; interactions have no further columns.
@@ -85,11 +93,16 @@ class MovieLens:
                 raw.checksums = {**raw.checksums, raw.profiles.path.name: sha256_of(raw.profiles.path)}
             raw.subset = self.subset
             if not self.subset:
-                raw.check_facts()
+                raw.check_facts()  # the digest is of the usual texts
+            if self.text is not None:
+                raw.items, raw.text_rule = (
+                    LOADERS[self.name](Path(folder), self.text).items,
+                    {"text": self.text},
+                )
         return raw
 
 
-def load_100k(folder: Path) -> RawData:
+def load_100k(folder: Path, text: str = TEMPLATE) -> RawData:
     """ML-100K from `u.data` and `u.item`, or from RecBole's `ml-100k.inter` and `ml-100k.item`.
 
     Raises:
@@ -98,12 +111,12 @@ def load_100k(folder: Path) -> RawData:
     folder = _folder_of(folder, "ml-100k", ("u.data", "u.item"), ("ml-100k.inter", "ml-100k.item"))
     if (folder / "u.data").exists():
         ratings = DelimitedFile(folder / "u.data", COLUMNS, "\t", "latin-1")
-        return _raw_data(ratings, *_movies_100k(folder / "u.item"), "grouplens", FACTS_100K)
+        return _raw_data(ratings, *_movies_100k(folder / "u.item"), "grouplens", FACTS_100K, text)
     ratings = DelimitedFile(folder / "ml-100k.inter", COLUMNS, "\t", "utf-8", header=_INTER_HEADER)
-    return _raw_data(ratings, *_movies_recbole(folder / "ml-100k.item"), "recbole", FACTS_100K)
+    return _raw_data(ratings, *_movies_recbole(folder / "ml-100k.item"), "recbole", FACTS_100K, text)
 
 
-def load_1m(folder: Path) -> RawData:
+def load_1m(folder: Path, text: str = TEMPLATE) -> RawData:
     """ML-1M from `ratings.dat` and `movies.dat`.
 
     Raises:
@@ -113,7 +126,7 @@ def load_1m(folder: Path) -> RawData:
     ratings = DelimitedFile(folder / "ratings.dat", COLUMNS, "::", "latin-1")
     movies = DelimitedFile(folder / "movies.dat", ["item", "title", "genres"], "::", "latin-1")
     genres = movies.columns["genres"].str.split("|").to_list()
-    return _raw_data(ratings, movies, movies.columns["title"], genres, "grouplens", FACTS_1M)
+    return _raw_data(ratings, movies, movies.columns["title"], genres, "grouplens", FACTS_1M, text)
 
 
 LOADERS = {"ml-100k": load_100k, "ml-1m": load_1m}
@@ -145,6 +158,7 @@ def _raw_data(
     genres: list[list[str]],
     route: str,
     facts: Facts,
+    text: str,
 ) -> RawData:
     interactions = Interactions()
     interactions.add(
@@ -154,7 +168,7 @@ def _raw_data(
         ratings.numbers("rating", *STARS),
     )
     ids = movies.unique_ids("item")
-    texts = ItemTexts(ids, Template(TEMPLATE))  # of all movies: the digest of the set covers them
+    texts = ItemTexts(ids, Template(text))  # of all movies: the digest of the set covers them
     texts.add(ids, {"title": map(_title, titles), "genres": map(_known, genres)})
     return RawData(
         interactions,
