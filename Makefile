@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DATA ?= data/quickstart
 RUN ?= runs/quickstart
+# What the quickstart's prompts say of a film beside its title and genres.
+FACTS = {item_ctr}; {affinity}
 # The versions that the suite was last run with (constraints/README.md). CONSTRAINTS= installs the newest.
 CONSTRAINTS ?= constraints.txt
 PYTEST ?= -n auto
@@ -15,9 +17,9 @@ TORCH_CPU = https://download.pytorch.org/whl/cpu
 
 quickstart: install
 	@case "$$($(VENV)/bin/python -c 'from dti_model.data import PreparedData; print((PreparedData.open("$(DATA)").context_rule or {}).get("text"))' 2>/dev/null)" in \
-	  "{item_rate}") ;; \
-	  "") $(VENV)/bin/dti prepare ml-100k --out $(DATA) --context-text "{item_rate}" ;; \
-	  *) echo "$(DATA) has no rates of clicks, which this quickstart reads: delete it, or name another folder: make quickstart DATA=data/another" >&2; exit 1 ;; \
+	  "$(FACTS)") ;; \
+	  "") $(VENV)/bin/dti prepare ml-100k --out $(DATA) --context-text "$(FACTS)" ;; \
+	  *) echo "$(DATA) does not say $(FACTS) of every film, which this quickstart reads: delete it, or name another folder: make quickstart DATA=data/another" >&2; exit 1 ;; \
 	esac
 	@if test -f $(RUN)/metrics.json; then \
 	  echo "$(RUN) holds a finished run: delete it, or name another folder: make quickstart RUN=runs/another"; \

@@ -115,7 +115,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy with the inputs that the README's commands name, all tiny."""
     folder = copy_checkout(tmp_path_factory.mktemp("pasted") / "dti")
     raw = tmp_path_factory.mktemp("raw")
-    for name, context in (("ml-100k", None), ("quickstart", "{item_rate}")):
+    for name, context in (("ml-100k", None), ("quickstart", "{item_ctr}; {affinity}")):
         write_1m(raw, some_ratings(60))
         prepare(*("ml-1m", folder / "data" / name, raw), subset=True, vocab_size=400, context_text=context)
     for path, name in zip(

@@ -27,11 +27,12 @@ from dti_model.data import (
     rate_text,
     rates,
 )
-from dti_model.data.coded_texts import Column, coded_texts
+from dti_model.data.coded_texts import CodedTexts, Column, coded_texts
 from dti_model.data.contexts import BUILT_IN
 from dti_model.data.row_facts import RowFacts
 from dti_model.data.sources.movielens import MovieLens
 from dti_model.data.texts import Template
+from dti_model.data.tokens import train_tokenizer
 from tests.data.movielens_files import some_ratings, write_1m
 from tests.data.prepared_folders import content_of
 from tests.data.text_logs import CONTEXT, GENRES, some_rows, some_users, text_data, text_files, write_csv
@@ -234,6 +235,19 @@ def test_texts_of_parts_are_kept_once() -> None:
         a, b, c = (values[code[row]] for values, code in zip(names, codes))
         first = f"{a} ({b})" if a and b else (a or (f"({b})" if b else ""))
         assert found.of_row(row) == [first, c]
+
+
+def test_a_tokenizer_learns_texts_as_often_as_rows_have_them() -> None:
+    """What all rows have is one token, not digits; a part that is left out is no text."""
+    coded = CodedTexts((np.array([0, 1, 1, 2]), np.array([3, 3, 3, 0])), ["", "a", "b", "c"])
+    assert coded.by_frequency(8, 2) == [*"cccccc", *"aaaa"]
+    assert coded.by_frequency(1, 9) == [*"cab"]
+    codes = np.random.default_rng(0).integers(1, 102, 3_000).astype(np.int32)
+    texts = ["", *(f"{percent:+}" for percent in range(-100, 101, 2))]
+    titles = [f"Film {number}; Drama" for number in range(900)]
+    learnt = [*titles, *(f"; {text}" for text in CodedTexts((codes,), texts).by_frequency(len(titles), 999))]
+    encoder = train_tokenizer(learnt, 1_000)
+    assert {len(encoder.encode(f"; {text}").ids) for text in texts[1:]} == {1}
 
 
 def test_moments_follow_the_season_and_the_zone() -> None:
