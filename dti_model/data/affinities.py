@@ -61,7 +61,7 @@ def affinity_text(surplus: int, number: int) -> str:
     return AFFINITY_TEXTS[int(_codes(np.array([surplus]), np.array([number]))[0])]
 
 
-def expected_rates(clicks: Rows, shown: Rows) -> Codes:
+def expected_rates(clicks: Rows, shown: Rows) -> npt.NDArray[np.int32]:
     """Expected rates of items, in `CLICK_UNITS`."""
     return np.rint((clicks + 1) / (shown + 2) * CLICK_UNITS).astype(np.int32)
 

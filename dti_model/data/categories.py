@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dti_model.data.texts import MAX_CHARS, shorten
+
 _MOST_OF_ITEM = 8  # of an item its first ones count
 
 Ids = npt.NDArray[np.int64]
@@ -54,14 +56,14 @@ class ItemCategories:
 
 
 def categories_of(text: str) -> list[str]:
-    """Categories of an item text, each once.
+    """Categories of an item text, each once, as long as a value of a column may be.
 
     Example:
         >>> categories_of("Toy Story (1995); Animation, Comedy")
         ['Animation', 'Comedy']
     """
     behind = text.split(";")[1:]
-    parts = (part.strip() for piece in behind for part in piece.split(","))
+    parts = (shorten(part.strip(), MAX_CHARS) for piece in behind for part in piece.split(","))
     return list(dict.fromkeys(part for part in parts if part))
 
 

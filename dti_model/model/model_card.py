@@ -247,7 +247,7 @@ from dti_model.scorer import Scorer
 
 scorer = Scorer.from_export(".")  # this folder; no prepared data is needed
 HISTORY
-candidates = [{"text": "Heat (1995); Crime"}, {"text": "Babe (1995); Comedy"}]
+candidates = [CANDIDATES]
 probabilities = scorer.score(history, candidatesMORE)
 ```
 
@@ -270,22 +270,21 @@ def _library(description: Description) -> str:
     """Python that scores with this library, with a context and a profile where the model has been trained with them."""
     entry, lines, more = '{"text": "Toy Story (1995); Animation"}, 1', [], ""
     meaning = "(item, 1: clicked or 0: not)"
+    candidates = ['{"text": "Heat (1995); Crime"}', '{"text": "Babe (1995); Comedy"}']
     if description.context_rule is not None:
         rule = description.context_rule
         names = Template(rule["text"], missing_title=None).columns
         context = {name: _FACTS[name] if name in rule["built_in"] else "..." for name in names}
         lines.append(f"context = {context}  # of an interaction; every one has its own")
-        entry, more, meaning = (
-            f"{entry}, context",
-            ", context=context",
-            "(item, 1: clicked or 0: not, context)",
-        )
+        entry, meaning = f"{entry}, context", "(item, 1: clicked or 0: not, context)"
+        candidates = [f'{{"item": {item}, "context": context}}' for item in candidates]
     if description.profile_rule is not None:
         fields = Template(description.profile_rule["text"], missing_title=None).columns
         lines.append(f"profile = {dict.fromkeys(fields, '...')}  # of the user")
         more += ", profile=profile"
     lines.append(f"history = [({entry})]  # {meaning}, oldest first")
-    return _LIBRARY.replace("HISTORY", "\n".join(lines)).replace("MORE", more)
+    text = _LIBRARY.replace("HISTORY", "\n".join(lines)).replace("MORE", more)
+    return text.replace("CANDIDATES", ", ".join(candidates))
 
 
 _RUN = """

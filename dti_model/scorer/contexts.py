@@ -5,9 +5,9 @@
     {"text": ["Friday, 20", "minutes later"]}        the finished parts, as `history_of` gives them
 
 Rates come from what is known: {user_rate} from the history that is given, {item_rate} from all interactions of the prepared data, or
-"new"; so do {user_ctr} and {item_ctr}. {affinity} comes from the whole history that is given and the rates of its items, so it needs prepared
-data; an item that is not there is new. Every fact may also be given by its name, as a text that prompts have (`contexts.py` of the data), a rate as (clicks, interactions),
-a gap in seconds.
+"new" where the item is not there; so do {user_ctr} and {item_ctr}. {affinity} comes from the whole history that is given and the rates of its
+items in all of the data. What needs prepared data is asked for where there is none. Every fact may also be given by its name, as a text
+that prompts have (`contexts.py` of the data), a rate as (clicks, interactions), a gap in seconds.
 """
 
 from __future__ import annotations
@@ -45,15 +45,24 @@ from dti_model.shown import shown
 
 TIMESTAMP = "timestamp"
 _RATE_TEXT = {"item_rate": rate_text, "user_rate": rate_text, "item_ctr": ctr_text, "user_ctr": ctr_text}
+_CTR = "(clicks, interactions), or 'new' or a text of 0 to 100 in steps of 2, such as '72'"
+_RATE = f"(clicks, interactions), or a text such as {rate_text(7, 10)!r}"
+# What a built-in fact may be given as.
+_WAYS = {
+    "hour": "0 to 23",
+    "weekday": "Monday to Sunday",
+    "gap": f"seconds, or words such as {gap_text(60)!r}",
+    **{"item_rate": _RATE, "user_rate": _RATE, "item_ctr": _CTR, "user_ctr": _CTR},
+    "affinity": "'new' or a text of -100 to +100 in steps of 2 with its sign, such as '+12'",
+}
 _MOST_CHARS = 4096  # of a finished part
 _MOST_COUNT = 2**31
-_CATEGORY_BYTES = 192  # an entry of a dictionary: a name, a pair of integers
+_CATEGORY_BYTES = 192  # an entry of a dictionary beside the letters of its name
 _MOST_CACHED = 1 << 16  # parts whose tokens are kept
 
 
-Surplus = tuple[
-    int, int
-]  # of clicks over expected ones, in `CLICK_UNITS`, and how many interactions that are
+# Of clicks over expected ones, in `CLICK_UNITS`, and how many interactions that are.
+Surplus = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Facts:
             timestamp: its time stamp; None: not known.
             categories: of its item.
             expected: rate of its item, in `CLICK_UNITS`.
-            in_place: these facts are not needed any more, so that the sums of all categories need not be copied.
+            in_place: nobody needs these facts any more, nor others that share their sums, so that these need not be copied.
         """
         same = timestamp is not None and timestamp == self.timestamp
         clicks, interactions = self.of_last if same else (0, 0)
@@ -115,7 +124,8 @@ class Facts:
     @property
     def num_bytes(self) -> int:
         """About the bytes of what is known by category."""
-        return _CATEGORY_BYTES * (len(self.categories) + len(self.categories_of_last))
+        names = [*self.categories, *self.categories_of_last]
+        return sum(_CATEGORY_BYTES + len(name) for name in names)
 
     def surplus(self, categories: Sequence[str], timestamp: int | None) -> Surplus:
         """Summed over categories, of earlier time stamps than this one; None: of all that came before."""
@@ -263,15 +273,14 @@ class ContextTokens:
     def _implied(self, name: str, known: _Known) -> str:
         """A built-in fact that nobody gave."""
         facts, item, timestamp = known.facts, known.item, known.timestamp
-        if name == "affinity":
-            if not self.compares_categories:
-                raise ItemError(
-                    "context lacks affinity, which follows from rates of items that only prepared data has: load the model with data=, or "
-                    f"give it, such as {affinity_text(3 * CLICK_UNITS, 21)!r}"
-                )
-            return affinity_text(*facts.surplus(known.categories, timestamp))
         if name in ("user_rate", "user_ctr"):
             return _RATE_TEXT[name](*facts.counts(timestamp))
+        if name in ("item_rate", "item_ctr", "affinity") and self._data is None:
+            raise ItemError(
+                f"context lacks {name}, which follows from prepared data: load the model with data=, or give {_WAYS[name]}"
+            )
+        if name == "affinity":
+            return affinity_text(*facts.surplus(known.categories, timestamp))
         if name in ("item_rate", "item_ctr"):
             return _RATE_TEXT[name](*self._counts(item))
         if name == "gap" and not facts.interactions:
@@ -374,12 +383,5 @@ def _fact(name: str, value: Any) -> str:
             raise ItemError(f"context {name} must be (clicks, interactions) or a text, got {shown(value)}")
         return _RATE_TEXT[name](int(counts[0]), int(counts[1]))
     if not isinstance(value, str) or not is_value(name, value):
-        ways = {
-            "hour": "0 to 23",
-            "weekday": "Monday to Sunday",
-            "gap": f"seconds, or words such as {gap_text(60)!r}",
-            "affinity": f"a text such as {affinity_text(3 * CLICK_UNITS, 21)!r}",
-        }
-        must = ways.get(name) or f"(clicks, interactions), or a text such as {_RATE_TEXT[name](7, 10)!r}"
-        raise ItemError(f"context {name} must be {must}, got {shown(value)}")
+        raise ItemError(f"context {name} must be {_WAYS[name]}, got {shown(value)}")
     return value

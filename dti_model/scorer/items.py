@@ -33,6 +33,8 @@ from dti_model.shown import shown
 # A text is cut to so many characters a token before it is encoded: some tokenizers need minutes for a megabyte.
 CHARS_PER_TOKEN = 32
 
+_MOST_CHARS = 1 << 16  # of a text that categories are looked for in
+
 Item = str | int | Mapping[str, Any]
 
 
@@ -133,7 +135,7 @@ class ItemTokens:
 
     def categories(self, item: Item) -> list[str]:
         """The categories of an item that count; raises what `text` raises."""
-        return counted_categories(self.text(item))
+        return counted_categories(self.text(item)[:_MOST_CHARS])
 
     def _place_of(self, item: Item) -> tuple[PromptBuilder, int]:
         """The prepared data, and which of its items this is."""

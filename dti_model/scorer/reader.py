@@ -106,7 +106,7 @@ class RequestReader:
         label = _checked_label(label)
         answer = (self._format.labels[label], *self._format.separator)
         return np.concatenate([text, np.asarray(answer, np.int64)]), facts.after(
-            label, timestamp, *self._of_item(item)
+            label, timestamp, *self._of_item(item), in_place=in_place
         )
 
     def _of_item(self, item: Item) -> tuple[Sequence[str], int]:

@@ -15,6 +15,8 @@ from tests.data.text_logs import GENRES, text_data
 from tests.model.test_prompt_texts import TEMPLATE, WINDOW, run_over
 from tests.numerics import FLOAT64_RELATIVE
 
+RATES = {"item_rate": [7, 10], "item_ctr": [7, 10]}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
@@ -125,12 +127,31 @@ def test_affinities_follow_from_the_whole_history(scorer: Scorer, data: Prepared
         assert scorer.score([*past, *last], [item], context=now) == wanted
         state = scorer.append(scorer.append(scorer.encode(past), *last[0]), *last[1])
         assert scorer.score(state, [item], context=now) == pytest.approx(wanted, rel=FLOAT64_RELATIVE)
-        assert state.num_bytes > sum(layer.num_bytes for layer in state.layers)
         later = scorer.score([*past, *last], [item], context={**context, "timestamp": 10})
         assert (later == wanted) == (not genres)
     short = scorer.append(scorer.append(scorer.encode(past[:1]), *past[1]), *last[0])
     assert short.origin == "extended"
     assert short.facts.surplus(["Drama"], 10)[0] == pytest.approx(surplus["Drama"] * CLICK_UNITS)
+    # Of the two names and those of the last time stamp.
+    assert (
+        short.num_bytes - sum(layer.num_bytes for layer in short.layers)
+        == 3 * 192 + 5 + 6 + 5 + 2 * 192 + 5 + 6
+    )
+
+
+def test_a_held_state_stays_as_it_is(scorer: Scorer) -> None:
+    """What is appended is of the new state; interactions without a time stamp all count."""
+    context = {"device": "phone", "hour": 3, "weekday": "Friday", "gap": 5}
+    state = scorer.encode([("i01", 1, context)])
+    before, facts = scorer.score(state, ["i00"], context=context), dict(state.facts.categories)
+    first, second = (scorer.append(state, "i01", label, context) for label in (0, 1))
+    assert state.facts.categories == facts
+    assert (scorer.score(state, ["i00"], context=context) == before).all()
+    assert [one.facts.surplus(["Drama"], None)[1] for one in (state, first, second)] == [1, 2, 2]
+    assert second.facts.surplus(["Drama"], None)[0] - first.facts.surplus(["Drama"], None)[0] == CLICK_UNITS
+    long = {"text": "x; " + ", ".join(f"{number}" + "a" * 300 for number in range(20))}
+    counted = scorer.append(state, long, 1, context).facts.categories.keys() - facts.keys()
+    assert sorted(map(len, counted)) == [200] * 8
 
 
 def test_affinities_without_prepared_data_are_given(data: PreparedData, tmp_path: Path) -> None:
@@ -138,10 +159,10 @@ def test_affinities_without_prepared_data_are_given(data: PreparedData, tmp_path
     run_over(data, TEMPLATE).save_model(tmp_path / "model")
     scorer = Scorer.from_export(tmp_path / "model", precision="fp32")
     item, context = {"text": "Heat; Crime"}, {"device": "phone", "timestamp": 1_600_000_000}
-    with pytest.raises(
-        ItemError, match="context lacks affinity, which follows from rates of items that only prepared"
-    ):
-        scorer.score([], [item], context=context)
+    for name, known in (("item_rate", {}), ("item_ctr", {"item_rate": [7, 10]}), ("affinity", RATES)):
+        with pytest.raises(ItemError, match=f"context lacks {name}, which follows from prepared data: load"):
+            scorer.score([], [item], context={**context, **known})
+    context |= RATES
     history = [("never read", 1, {**context, "affinity": "new"})] * 2
     history += [(item, 1, {**context, "affinity": "+4"})] * WINDOW
     assert 0 < scorer.score(history, [item], context={**context, "affinity": "+12"})[0] < 1
@@ -157,9 +178,9 @@ def test_what_is_refused(scorer: Scorer) -> None:
         ({"context": {**good, "timestamp": 10**13}}, "is not of the years 1970 to 3058"),
         ({"context": {**good, "item_rate": [10**30, 10**30]}}, r"must be \(clicks, interactions\) or a text"),
         ({"context": {**good, "item_rate": 0.7}}, r"or a text such as '70% of 10'"),
-        ({"context": {**good, "affinity": [1, 2]}}, r"affinity must be a text such as '\+12', got"),
-        ({"context": {**good, "item_ctr": "72% of 20"}}, r"or a text such as '64'"),
-        ({"context": {**good, "affinity": "12"}}, "affinity must be a text such as"),
+        ({"context": {**good, "affinity": [1, 2]}}, r"affinity must be 'new' or a text of -100 to"),
+        ({"context": {**good, "item_ctr": "72% of 20"}}, r"or 'new' or a text of 0 to 100 in steps of 2"),
+        ({"context": {**good, "affinity": "12"}}, "affinity must be 'new' or a text of -100 to"),
         ({"context": {**good, "gap": -5}}, "context gap must be seconds, or words such as 'minutes later'"),
         ({"context": {**good, "gap": float("nan")}}, "context gap must be seconds"),
         ({"context": {**good, "hour": 99}}, "context hour must be 0 to 23"),
@@ -184,7 +205,6 @@ def test_what_is_refused(scorer: Scorer) -> None:
             scorer.score([], ["i01"], **arguments)
     with pytest.raises(ItemError, match=r"history\[0\]: context lacks weekday"):
         scorer.score([("i01", 1)], ["i02"], context=good)
-    entry = ("i01", 1, {"text": [""] * 7})
     entry = ("i01", 1, {"text": [""] * 7})
     with pytest.raises(ItemError, match="context lacks gap, or a timestamp .and of the interaction before"):
         scorer.score([entry], ["i02"], context=good)
