@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks.report import report
 from benchmarks.synthetic import made_up_data
@@ -74,6 +75,29 @@ def test_the_sentence_about_the_quickstart_is_that_of_its_record() -> None:
     assert len(baselines) == 4
     assert all(model["auc"] > each["auc"] and model["gauc"] > each["gauc"] for each in baselines)
     assert all(model["log_loss"] < each["log_loss"] for each in baselines)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("quickstart", "quickstart"), *((f"ml-1m-half-seed-{seed}", "ml-1m") for seed in range(3))],
+)
+def test_recorded_runs_are_of_the_configuration_that_the_readme_names(name: str, config: str) -> None:
+    """Figures of older settings stood below the text about the new ones for as long as nobody recorded a run."""
+    path = ROOT / "configs" / f"{config}.yaml"
+    recorded = json.loads((report.RESULTS / f"{name}.json").read_text())["settings"]
+    for group, value in yaml.safe_load(path.read_text()).items():
+        if group != "logging_steps":  # what is printed
+            assert value == (
+                recorded[group]
+                if not isinstance(value, dict)
+                else {key: recorded[group][key] for key in value}
+            )
+    if config == "quickstart":
+        assert recorded["text"] is None
+        assert f"FACTS = {recorded['context']}\n" in (ROOT / "Makefile").read_text()
+    else:
+        command = f'--text "{recorded["text"]}" --context-text "{recorded["context"]}"'
+        assert command in path.read_text()
 
 
 def test_what_strict_time_costs_is_that_of_its_record() -> None:

@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import benchmarks.report.gpu as report_gpu
 from benchmarks.attention import ratios
 from benchmarks.measuring import precision_of
@@ -31,6 +33,7 @@ from benchmarks.report.plots import attention_over_rows, auc_over_k, leak_by_lay
 from benchmarks.report.quality import LEAK, leak, quality, quality_rows
 from benchmarks.report.tables import Row, by_precision, markdown_table, precisions_in, scoring_table
 from dti_kernels import StreamLayout
+from dti_model.data import STATS_FILE
 from dti_model.evaluation import metrics_table, plot_mask, sentence_about_baselines
 from dti_model.files import whole_file, write_json
 
@@ -205,14 +208,27 @@ def record_run(run: Path, name: str, command: str) -> None:
     """Keep a run's metrics and plot as `NAME.json` and `NAME.png` under results/, with the command that made it.
 
     Raises:
-        FileNotFoundError: the run is not finished.
+        FileNotFoundError: the run is not finished, or its data are gone.
     """
     metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())
-    recorded = {"provenance": provenance(), "command": command, "metrics": metrics}
+    recorded = {
+        "provenance": provenance(),
+        "command": command,
+        "settings": _settings(run),
+        "metrics": metrics,
+    }
     RESULTS.mkdir(exist_ok=True)
     write_json(RESULTS / f"{name}.json", recorded)
     with whole_file(RESULTS / f"{name}.png") as temporary:
         shutil.copyfile(run / "report.png", temporary)
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """The settings of a run, and the templates of its data's texts (null: the source's own, or none); without places."""
+    settings: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
+    source = json.loads((Path(settings["data"]) / STATS_FILE).read_text())["source"]
+    texts = {"text": source.get("text"), "context": source.get("context", {}).get("text")}
+    return {name: value for name, value in settings.items() if name not in ("data", "out", "init")} | texts
 
 
 def main() -> int:

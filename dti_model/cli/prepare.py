@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jsonargparse import Namespace
 
 from dti_model.cli.parser import Parser, number
-from dti_model.data import SOURCES, SPLIT_CODES, UNITS, Clock
+from dti_model.data import SOURCES, SPLIT_CODES, TEMPLATE, UNITS, Clock, Template
 from dti_model.shown import one_line
 
 DESCRIPTION = (
@@ -206,7 +206,7 @@ def prepared_report(stats: dict[str, Any], out: Path) -> str:
         f"{stats['duplicate_interactions']:,} interactions repeat one (all kept)",
         f"  of {rows['interactions']:,} rows {_were(rejected['interactions'])} rejected and "
         f"{stats['interactions_pruned']:,} pruned with items of fewer than {stats['min_item_count']} interactions",
-        f"  {stats['missing_titles']:,} items without a title, {stats['texts_cut']:,} long values cut; of "
+        f"  {stats['missing_titles']:,} items without {_first_column(stats)}, {stats['texts_cut']:,} long values cut; of "
         f"{rows['items']:,} rows of items {_were(rejected['items'])} rejected, {stats['items_repeated']:,} repeat an item",
     ]
     if dropped := stats["duplicates_dropped"]:
@@ -217,6 +217,12 @@ def prepared_report(stats: dict[str, Any], out: Path) -> str:
         lines.append(f"  rejected rows are listed in {out / 'rejected.csv'}; the first:")
         lines += [f"    {row}" for row in rejected["first"]]
     return "\n".join(map(one_line, lines))
+
+
+def _first_column(stats: dict[str, Any]) -> str:
+    """What an item without it has no text of its own."""
+    name = Template(stats["source"].get("text", TEMPLATE)).columns[0]
+    return "a title" if name == "title" else name
 
 
 def _about_profiles(stats: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from dti_model.cli.prepare import prepared_report
 from dti_model.data import SOURCES, DataError, PreparedData, named_source, prepare
 from dti_model.data.sources import RawData, amazon
 from dti_model.data.sources.item_frames import ItemTexts
@@ -77,6 +78,7 @@ def test_texts_of_movies_may_leave_the_title_out(
     )
     data = PreparedData.open(tmp_path / "out")
     assert data.text_rule == {"text": "movie; {genres}"}
+    assert " items without genres, " in prepared_report(data.stats, data.path)
     found = dict(zip(data.item_ids, data.item_texts))
     for movie in MOVIES:
         if str(movie.item) in found:
