@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from dti_model.data import AmazonFiles, DataError, PreparedData, prepare
 from dti_model.data.sources.movielens import load_1m, load_100k
 from dti_model.evaluation.baselines import baseline_metrics
+from dti_model.prompts import context_text
 
 
 def _folder(real_data_dir: Path, name: str) -> Path:
@@ -58,6 +60,20 @@ def test_time_honesty_of_ml_100k(ml_100k: PreparedData, real_data_dir: Path) -> 
     shared = sum(count for count in seconds.values() if count > 1)
     assert ml_100k.stats["sharing_time"] == shared == 75_772
     assert ml_100k.stats["splits"]["train_after_test"] == 0
+
+
+def test_facts_of_the_quickstart_are_a_token_each(real_data_dir: Path, tmp_path: Path) -> None:
+    """Of 99 in 100 interactions: texts that are learnt once each fall into digits."""
+    raw, context = _folder(real_data_dir, "ml-100k"), "{item_ctr}; {affinity}; {item_rate}"
+    prepare("ml-100k", tmp_path / "out", raw, context_text=context)
+    data = PreparedData.open(tmp_path / "out")
+    assert data.contexts is not None
+    tokenizer = Tokenizer.from_file(str(data.tokenizer_dir / "tokenizer.json"))
+    lengths = np.array([len(tokenizer.encode(context_text(text)).ids) for text in data.contexts.texts])
+    shares = [[(lengths[codes] == number).mean() for number in (1, 3)] for codes in data.contexts.codes]
+    assert shares[0][0] > 0.99
+    assert shares[1][0] > 0.99
+    assert shares[2][1] > 0.9
 
 
 def test_ml_1m_half_counts_and_global_split(ml_1m_half: PreparedData, real_data_dir: Path) -> None:
