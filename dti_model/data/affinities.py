@@ -72,10 +72,8 @@ def _affinities_among(counted: npt.NDArray[np.bool_], categories: ItemCategories
     for users, rows in _chunks(facts.offsets):
         item = facts.item[rows]
         row, category = categories.of_rows(item)
-        key = (
-            np.repeat(users, np.diff(facts.offsets[users.start : users.stop + 1]))[row] * categories.num
-            + category
-        )
+        user = np.repeat(users, np.diff(facts.offsets[users.start : users.stop + 1]))
+        key = user[row] * categories.num + category
         order = np.argsort(key, kind="stable")
         is_counted = counted[rows].astype(np.int64)
         surplus = (facts.label[rows].astype(np.int64) * CLICK_UNITS - expected[rows]) * is_counted
@@ -100,10 +98,9 @@ def _chunks(offsets: Rows) -> Iterator[tuple[range, slice]]:
 
 def _of_rows(values: Rows, order: Rows, row: Rows, num_rows: int) -> Rows:
     """(R,) sums over the entries of every row, of values in another order; `row` ascends."""
-    sorted_by_row = np.empty_like(
-        values
-    )  # its running sum may pass 2^63, but differences within 2^63 stay exact
+    sorted_by_row = np.empty_like(values)
     sorted_by_row[order] = values
+    # The running sum may pass 2^63 and wraps then; differences below 2^63 stay exact.
     sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(sorted_by_row)])
     ends = np.searchsorted(row, np.arange(num_rows + 1))
     return np.diff(sums[ends])

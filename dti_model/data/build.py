@@ -54,6 +54,7 @@ from dti_model.files import WriteError, locked_beside, whole_folder, write_seale
 DEFAULT_VOCAB_SIZE = 4096
 REJECTED_FILE = "rejected.csv"
 MAX_LEARNT = 100_000  # distinct texts of contexts, and of profiles, that the tokenizer is trained on
+MAX_REPEATED = 1_000_000  # times that texts of one part are learnt, together
 MAX_COUNT = 2**31 - 1  # nobody has more interactions; beyond 64 bits NumPy cannot compare
 
 
@@ -377,7 +378,8 @@ def _write(
     learnt = texts
     for name, coded in row_texts.items():
         coded.write(folder, f"{name}s")
-        learnt = learnt + [f"; {text}" for text in coded.by_frequency(len(texts), MAX_LEARNT)]
+        many = min(len(texts), MAX_REPEATED)
+        learnt = learnt + [f"; {text}" for text in coded.by_frequency(many, MAX_LEARNT)]
     tokenizer = add_tokenizer(folder, learnt)
     stats["tokenizer"] = {"vocab_size": tokenizer.get_vocab_size()}
     write_stats(folder, stats)

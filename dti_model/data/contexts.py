@@ -4,7 +4,8 @@
     {gap}                time since the user's interaction before, in about ten steps                minutes later
     {item_rate}          clicks among all earlier interactions of the item, by any user              72% of 300
     {user_rate}          clicks among all earlier interactions of the user                           64% of 150
-    {item_ctr} {user_ctr} the same, smoothed and in percent, without the number: one token                72
+    {item_ctr}, {user_ctr}
+                         the same, smoothed and in percent, without the number: one token            72
     {affinity}           clicks beyond the items' rates, in percent, among the user's earlier
                          interactions with items that share a category with this one                 +12
 

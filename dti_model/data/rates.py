@@ -10,7 +10,7 @@ by time. Rates are rounded to 2 %, counts down to some six steps a factor of ten
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,22 +35,22 @@ _CHUNK = 1 << 20  # rows that are looked at at once
 
 def item_rates(facts: RowFacts) -> Column:
     """Clicks among the item's earlier interactions, and how many these are."""
-    return _rates(facts.item, facts)
+    return _rates(facts.item, facts, _rate_codes, RATE_TEXTS)
 
 
 def user_rates(facts: RowFacts) -> Column:
     """Clicks among the user's earlier interactions, and how many these are."""
-    return _rates(facts.user(), facts)
+    return _rates(facts.user(), facts, _rate_codes, RATE_TEXTS)
 
 
 def item_ctrs(facts: RowFacts) -> Column:
     """Smoothed rate of clicks among the item's earlier interactions."""
-    return _ctrs(facts.item, facts)
+    return _rates(facts.item, facts, _ctr_codes, CTR_TEXTS)
 
 
 def user_ctrs(facts: RowFacts) -> Column:
     """Smoothed rate of clicks among the user's earlier interactions."""
-    return _ctrs(facts.user(), facts)
+    return _rates(facts.user(), facts, _ctr_codes, CTR_TEXTS)
 
 
 def rate_text(clicks: int, shown: int) -> str:
@@ -73,18 +73,11 @@ def ctr_text(clicks: int, shown: int) -> str:
     return CTR_TEXTS[int(_ctr_codes(np.array([clicks]), np.array([shown]))[0])]
 
 
-def _ctrs(key: npt.NDArray[Any], facts: RowFacts) -> Column:
-    """Smoothed rates of rows with the same key and an earlier time stamp."""
-    return Column(
-        facts.codes_as_read(lambda counted: codes_of_earlier(counted, key, facts, _ctr_codes)), CTR_TEXTS
-    )
-
-
-def _rates(key: npt.NDArray[Any], facts: RowFacts) -> Column:
-    """Rates of rows with the same key and an earlier time stamp."""
-    return Column(
-        facts.codes_as_read(lambda counted: codes_of_earlier(counted, key, facts, _rate_codes)), RATE_TEXTS
-    )
+def _rates(
+    key: npt.NDArray[Any], facts: RowFacts, codes_of: Callable[[Rows, Rows], Codes], texts: Sequence[str]
+) -> Column:
+    """Of rows with the same key and an earlier time stamp."""
+    return Column(facts.codes_as_read(lambda counted: codes_of_earlier(counted, key, facts, codes_of)), texts)
 
 
 def codes_of_earlier(
