@@ -17,11 +17,10 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 import benchmarks.report.gpu as report_gpu
 from benchmarks.attention import ratios
@@ -33,7 +32,8 @@ from benchmarks.report.plots import attention_over_rows, auc_over_k, leak_by_lay
 from benchmarks.report.quality import LEAK, leak, quality, quality_rows
 from benchmarks.report.tables import Row, by_precision, markdown_table, precisions_in, scoring_table
 from dti_kernels import StreamLayout
-from dti_model.data import STATS_FILE
+from dti_model.config import TrainConfig
+from dti_model.data import PreparedData
 from dti_model.evaluation import metrics_table, plot_mask, sentence_about_baselines
 from dti_model.files import whole_file, write_json
 
@@ -225,9 +225,10 @@ def record_run(run: Path, name: str, command: str) -> None:
 
 def _settings(run: Path) -> dict[str, Any]:
     """The settings of a run, and the templates of its data's texts (null: the source's own, or none); without places."""
-    settings: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
-    source = json.loads((Path(settings["data"]) / STATS_FILE).read_text())["source"]
-    texts = {"text": source.get("text"), "context": source.get("context", {}).get("text")}
+    config = TrainConfig.load(run)
+    data = PreparedData.open(config.data)
+    texts = {"text": data.text_rule.get("text"), "context": (data.context_rule or {}).get("text")}
+    settings = asdict(config)
     return {name: value for name, value in settings.items() if name not in ("data", "out", "init")} | texts
 
 

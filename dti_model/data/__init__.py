@@ -8,6 +8,7 @@ from dti_model.data.categories import ItemCategories, categories_of, counted_cat
 from dti_model.data.contexts import FIRST, gap_text, is_value, moment_texts
 from dti_model.data.errors import DataError, OneLineError
 from dti_model.data.folder import STATS_FILE, write_stats
+from dti_model.data.ranges import ranges
 from dti_model.data.rates import ctr_text, rate_text
 from dti_model.data.sources import SOURCES, loaded, named_source
 from dti_model.data.split import CONTEXT, SPLIT_CODES, TEST, TRAIN, VAL
@@ -65,6 +66,7 @@ __all__ = [
     "named_source",
     "plain_backend",
     "prepare",
+    "ranges",
     "rate_text",
     "template_text",
     "write_stats",

@@ -83,7 +83,7 @@ def _affinities_among(counted: npt.NDArray[np.bool_], categories: ItemCategories
             surplus[row[order]],
             is_counted[row[order]],
         )
-        codes[rows] = _codes(*(_of_rows(sums, order, row, item.size) for sums in found))
+        codes[rows] = _codes(*(_of_rows(sums, order, categories.lengths[item]) for sums in found))
     return codes
 
 
@@ -96,14 +96,14 @@ def _chunks(offsets: Rows) -> Iterator[tuple[range, slice]]:
         user = stop
 
 
-def _of_rows(values: Rows, order: Rows, row: Rows, num_rows: int) -> Rows:
-    """(R,) sums over the entries of every row, of values in another order; `row` ascends."""
-    sorted_by_row = np.empty_like(values)
-    sorted_by_row[order] = values
+def _of_rows(values: Rows, order: Rows, lengths: Rows) -> Rows:
+    """(R,) sums over the entries of every row, `lengths` of each in turn, of values in another order."""
+    by_row = np.empty_like(values)
+    by_row[order] = values
     # The running sum may pass 2^63 and wraps then; differences below 2^63 stay exact.
-    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(sorted_by_row)])
-    ends = np.searchsorted(row, np.arange(num_rows + 1))
-    return np.diff(sums[ends])
+    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(by_row)])
+    ends = np.cumsum(lengths)
+    return np.asarray(sums[ends] - sums[ends - lengths])
 
 
 def _codes(surplus: Rows, number: Rows) -> Codes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dti_model.data.ranges import ranges
 from dti_model.data.texts import MAX_CHARS, shorten
 
 _MOST_OF_ITEM = 8  # of an item its first ones count
@@ -38,10 +39,8 @@ class ItemCategories:
         index = {name: number for number, name in enumerate(kept or ())}
         ids, lengths = [], []
         for of_item in categories:
-            if kept is None:
-                numbers = [index.setdefault(name, len(index)) for name in of_item[:_MOST_OF_ITEM]]
-            else:
-                numbers = [index[name] for name in of_item if name in index][:_MOST_OF_ITEM]
+            counted = of_item if kept is None else [name for name in of_item if name in index]
+            numbers = [index.setdefault(name, len(index)) for name in counted[:_MOST_OF_ITEM]]
             ids += numbers
             lengths.append(len(numbers))
         counts = np.array(lengths, np.int64)
@@ -50,9 +49,7 @@ class ItemCategories:
     def of_rows(self, item: npt.NDArray[np.integer]) -> tuple[Ids, Ids]:
         """The categories of rows with these items, as pairs: (E,) places among the rows, ascending, and (E,) numbers of categories."""
         lengths = self.lengths[item]
-        row = np.repeat(np.arange(item.size), lengths)
-        place = np.arange(row.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return row, self.ids[self.offsets[item[row]] + place]
+        return np.repeat(np.arange(item.size), lengths), self.ids[ranges(self.offsets[item], lengths)]
 
 
 def categories_of(text: str) -> list[str]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dti_kernels import StreamLayout
-from dti_model.data import DataError, PreparedData, TokenIds
+from dti_model.data import DataError, PreparedData, TokenIds, ranges
 from dti_model.prompts.format import PromptFormat
-from dti_model.prompts.ranges import IntArray, Prompts, ranges
+from dti_model.prompts.ranges import IntArray, Prompts
 
 
 @dataclass(frozen=True, eq=False)

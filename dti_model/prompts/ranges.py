@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dti_model.data import PreparedData
+from dti_model.data import PreparedData, ranges
 
 IntArray = npt.NDArray[np.int64]
 
@@ -128,11 +128,3 @@ def first_of_time(data: PreparedData, rows: IntArray) -> IntArray:
     new[data.history_offsets[:-1]] = True
     starts[new] = np.flatnonzero(new)
     return np.asarray(np.maximum.accumulate(starts)[rows])
-
-
-def ranges(first: IntArray, lengths: IntArray) -> IntArray:
-    """`first[i], first[i] + 1, ...` for `lengths[i]` numbers, one range after the other."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    # Counting on from 0, range i begins at ends[i] - lengths[i]: shifted by what is missing to first[i].
-    return np.arange(total) + np.repeat(first - ends + lengths, lengths)

@@ -88,9 +88,8 @@ class RequestReader:
             try:
                 item, label, context = _entry(entry)
                 if place < first:
-                    facts = facts.after(
-                        _checked_label(label), _time_of(context), *self._of_item(item), in_place=True
-                    )
+                    label, timestamp = _checked_label(label), _time_of(context)
+                    facts = facts.after(label, timestamp, *self._of_item(item), in_place=True)
                 else:
                     one, facts = self.interaction(item, label, context, facts, in_place=True)
                     tokens.append(one)
@@ -102,18 +101,24 @@ class RequestReader:
         self, item: Item, label: int, context: Any, facts: Facts, in_place: bool = False
     ) -> tuple[IntArray, Facts]:
         """Token ids of one interaction of a history, and what is known after it; `in_place` as in `Facts.after`."""
-        text, timestamp = self._text(item, context, facts)
+        categories, expected = self._of_item(item)
+        text, timestamp = self._text(item, context, facts, categories)
         label = _checked_label(label)
         answer = (self._format.labels[label], *self._format.separator)
-        return np.concatenate([text, np.asarray(answer, np.int64)]), facts.after(
-            label, timestamp, *self._of_item(item), in_place=in_place
-        )
+        tokens = np.concatenate([text, np.asarray(answer, np.int64)])
+        return tokens, facts.after(label, timestamp, categories, expected, in_place)
+
+    def _categories(self, item: Item) -> Sequence[str]:
+        """Categories of an item, where contexts follow from them."""
+        if self._contexts is None or not self._contexts.compares_categories:
+            return ()
+        return self.items.categories(item)
 
     def _of_item(self, item: Item) -> tuple[Sequence[str], int]:
         """Categories of an item and its expected rate, where contexts follow from them."""
-        if self._contexts is None or not self._contexts.compares_categories:
+        categories = self._categories(item)
+        if not categories or self._contexts is None:
             return (), 0
-        categories = self.items.categories(item)
         return categories, self._contexts.expected_rate(self.items.index_of(item))
 
     def _candidate(self, item: Candidate, context: Mapping[str, Any] | None, facts: Facts) -> IntArray:
@@ -122,14 +127,15 @@ class RequestReader:
             for one in (own, shared):
                 if not isinstance(one, Mapping):
                     raise ItemError(f"context must be fields by name, got {shown(one)}")
-            return self._text(item["item"], {**shared, **own}, facts)[0]
-        return self._text(item, context, facts)[0]
+            item, context = item["item"], {**shared, **own}
+        return self._text(item, context, facts, self._categories(item))[0]
 
-    def _text(self, item: Any, context: Any, facts: Facts) -> tuple[IntArray, int | None]:
+    def _text(
+        self, item: Any, context: Any, facts: Facts, categories: Sequence[str]
+    ) -> tuple[IntArray, int | None]:
         """Token ids of an item with its context, and the time stamp that the context says."""
         tokens, timestamp = self.items.tokens(item), None
         if self._contexts is not None:
-            categories, _ = self._of_item(item)
             more, timestamp = self._contexts.tokens(context, facts, self.items.index_of(item), categories)
             tokens = np.concatenate([tokens, more])
         elif context:

@@ -95,14 +95,12 @@ class MovieLens:
             if not self.subset:
                 raw.check_facts()  # the digest is of the usual texts
             if self.text is not None:
-                raw.items, raw.text_rule = (
-                    LOADERS[self.name](Path(folder), self.text).items,
-                    {"text": self.text},
-                )
+                raw.items = _texts(*_MOVIES[raw.items_path.name](raw.items_path), self.text).frame()
+                raw.text_rule = {"text": self.text}
         return raw
 
 
-def load_100k(folder: Path, text: str = TEMPLATE) -> RawData:
+def load_100k(folder: Path) -> RawData:
     """ML-100K from `u.data` and `u.item`, or from RecBole's `ml-100k.inter` and `ml-100k.item`.
 
     Raises:
@@ -111,12 +109,12 @@ def load_100k(folder: Path, text: str = TEMPLATE) -> RawData:
     folder = _folder_of(folder, "ml-100k", ("u.data", "u.item"), ("ml-100k.inter", "ml-100k.item"))
     if (folder / "u.data").exists():
         ratings = DelimitedFile(folder / "u.data", COLUMNS, "\t", "latin-1")
-        return _raw_data(ratings, *_movies_100k(folder / "u.item"), "grouplens", FACTS_100K, text)
+        return _raw_data(ratings, *_movies_100k(folder / "u.item"), "grouplens", FACTS_100K)
     ratings = DelimitedFile(folder / "ml-100k.inter", COLUMNS, "\t", "utf-8", header=_INTER_HEADER)
-    return _raw_data(ratings, *_movies_recbole(folder / "ml-100k.item"), "recbole", FACTS_100K, text)
+    return _raw_data(ratings, *_movies_recbole(folder / "ml-100k.item"), "recbole", FACTS_100K)
 
 
-def load_1m(folder: Path, text: str = TEMPLATE) -> RawData:
+def load_1m(folder: Path) -> RawData:
     """ML-1M from `ratings.dat` and `movies.dat`.
 
     Raises:
@@ -124,12 +122,15 @@ def load_1m(folder: Path, text: str = TEMPLATE) -> RawData:
     """
     folder = _folder_of(folder, "ml-1m", ("ratings.dat", "movies.dat"))
     ratings = DelimitedFile(folder / "ratings.dat", COLUMNS, "::", "latin-1")
-    movies = DelimitedFile(folder / "movies.dat", ["item", "title", "genres"], "::", "latin-1")
-    genres = movies.columns["genres"].str.split("|").to_list()
-    return _raw_data(ratings, movies, movies.columns["title"], genres, "grouplens", FACTS_1M, text)
+    return _raw_data(ratings, *_movies_1m(folder / "movies.dat"), "grouplens", FACTS_1M)
 
 
 LOADERS = {"ml-100k": load_100k, "ml-1m": load_1m}
+
+
+def _movies_1m(path: Path) -> _Movies:
+    file = DelimitedFile(path, ["item", "title", "genres"], "::", "latin-1")
+    return file, file.columns["title"], file.columns["genres"].str.split("|").to_list()
 
 
 def _movies_100k(path: Path) -> _Movies:
@@ -151,6 +152,9 @@ def _movies_recbole(path: Path) -> _Movies:
     return file, titles, file.columns["genres"].str.split(" ").to_list()
 
 
+_MOVIES = {"u.item": _movies_100k, "ml-100k.item": _movies_recbole, "movies.dat": _movies_1m}
+
+
 def _raw_data(
     ratings: DelimitedFile,
     movies: DelimitedFile,
@@ -158,7 +162,6 @@ def _raw_data(
     genres: list[list[str]],
     route: str,
     facts: Facts,
-    text: str,
 ) -> RawData:
     interactions = Interactions()
     interactions.add(
@@ -167,12 +170,9 @@ def _raw_data(
         ratings.integers("timestamp"),
         ratings.numbers("rating", *STARS),
     )
-    ids = movies.unique_ids("item")
-    texts = ItemTexts(ids, Template(text))  # of all movies: the digest of the set covers them
-    texts.add(ids, {"title": map(_title, titles), "genres": map(_known, genres)})
     return RawData(
         interactions,
-        texts,
+        _texts(movies, titles, genres, TEMPLATE),
         (Rejected(ratings.path), Rejected(movies.path)),  # nothing is: a bad line stops the loader
         ratings.lines.len(),
         movies.lines.len(),
@@ -181,6 +181,14 @@ def _raw_data(
         route=route,
         facts=facts,
     )
+
+
+def _texts(movies: DelimitedFile, titles: Iterable[str], genres: list[list[str]], template: str) -> ItemTexts:
+    """Of all movies: the digest of the set covers them."""
+    ids = movies.unique_ids("item")
+    texts = ItemTexts(ids, Template(template))
+    texts.add(ids, {"title": map(_title, titles), "genres": map(_known, genres)})
+    return texts
 
 
 def _title(title: str) -> str:
